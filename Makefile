@@ -1,0 +1,51 @@
+# Everything runs in .venv, which the first target that needs it creates from constraints.txt.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint format tables benchmarks clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+install: $(READY)  ## create .venv and install the pinned environment and svnup (editable)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "svnup needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## Shapley values, budgets and perplexities of the built-in model (under 90 s once installed)
+	$(OFFLINE) $(BIN)/svnup -m experiment=smoke results_dir=results/demo cache_dir=results/cache
+	$(BIN)/svnup-results table results/demo
+
+test: $(READY)  ## the test suite, without its slow part
+	$(OFFLINE) $(BIN)/pytest -n 2 -m 'not slow and not gpu'
+
+test-all: $(READY)  ## the slow part of the test suite
+	$(OFFLINE) $(BIN)/pytest -n 2 -m 'slow and not gpu'
+
+lint: $(READY)  ## ruff, ruff format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## let ruff rewrite the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+tables: $(READY)  ## remake the committed tables under results/tables
+	$(OFFLINE) $(BIN)/svnup -m experiment=smoke results_dir=results/demo cache_dir=results/cache
+	$(BIN)/svnup-results table results/demo --format markdown --output results/tables/smoke.md \
+		--title 'Smoke experiment' --command 'make tables'
+
+benchmarks: $(READY)  ## cost of Shapley values against the straightforward way (about 40 minutes)
+	$(OFFLINE) $(BIN)/python experiments/benchmarks/shapley_cost.py
+
+clean:  ## remove the environment and everything that runs wrote (not the committed tables)
+	rm -rf $(VENV) results/demo results/runs results/cache results/sweeps *.egg-info build

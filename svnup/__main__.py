@@ -1,0 +1,144 @@
+"""The `svnup` command: compose -> Job -> pipeline.run -> record."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from svnup import config
+from svnup.results import RunFolder, provenance
+from svnup.types import ResultRow
+
+logger = logging.getLogger("svnup")
+
+
+def main() -> int:
+    """Run the command line; 0 when all went well, 2 for a user's mistake, 1 for a sweep in which a job failed."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back as exceptions, and become one line here
+    config.register()
+    overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
+    app = hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")(_job)
+    try:
+        app()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        sweep = bool(getattr(error, "svnup_in_sweep", False))
+        if not getattr(error, "svnup_told", False):
+            _tell(config.explain(error, overrides))
+        return 1 if sweep else 2
+    return 0
+
+
+def _job(cfg: Any) -> None:
+    """One job of a sweep, or the only one; a user's mistake is told at once, since a sweep goes on."""
+    hydra_cfg = HydraConfig.get()
+    try:
+        _run(cfg, list(hydra_cfg.overrides.task))
+    except ValueError as error:
+        _tell(str(error))
+        error.svnup_told, error.svnup_in_sweep = True, hydra_cfg.mode.name == "MULTIRUN"  # type: ignore[attr-defined]
+        raise
+
+
+def _tell(message: str) -> None:
+    sys.stderr.write(f"svnup: {' '.join(message.split())}\n")
+
+
+def _run(cfg: Any, overrides: list[str]) -> None:
+    job = config.build(cfg)
+    if job.dry_run:
+        job.check_texts()
+        _print_plan(job)
+        return
+    folder = RunFolder.of(job.results_dir, job.key)
+    earlier, prints = folder.read(), job.fingerprints()
+    changed = earlier is not None and earlier.fingerprints != prints
+    if earlier is not None and earlier.status == "finished" and not job.force and not changed:
+        _say(f"already finished, not run again (force=true redoes it): {folder.path}")
+        _print_result(earlier)
+        return
+    job.check_texts()
+    job.check_shapes()
+    if changed:
+        _say(f"the inputs of {folder.path} have changed since it was made: it runs again")
+
+    from svnup import pipeline, plots
+
+    made_by = provenance(["svnup", *map(shlex.quote, overrides)], overrides, job.seed)
+    blank = {"config_key": job.key, "config": job.config, "provenance": made_by, "fingerprints": prints}
+    folder.write(ResultRow(status="running", **blank))
+    folder.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    handler = _log_to(folder.path / "svnup.log")
+    fresh = job.force or changed
+    tracked = job.tracker.start(folder.path, job.key, job.config, job.name, fresh)
+    failed = True
+    try:
+        row = pipeline.run(job, folder.path, made_by)
+        figures = plots.figures(row, folder.path / "figures")
+        if job.save_model:
+            folder.write_text("model/profile.json", (folder.path / "profile.json").read_text())
+        job.tracker.log(tracked, row, figures)
+        folder.write(row)
+        failed = False
+    except Exception as error:
+        folder.write(ResultRow(status="failed", error=f"{type(error).__name__}: {error}", **blank))
+        raise
+    finally:
+        job.tracker.finish(tracked, failed)
+        logger.removeHandler(handler)
+        handler.close()
+    _say(f"{folder.path}  ({row.seconds:.0f} s)")
+    _print_result(row)
+
+
+def _log_to(path: Path) -> logging.Handler:
+    """Send what the library logs to the run's own file, and to the console."""
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    if not any(getattr(h, "svnup_console", False) for h in logger.handlers):
+        console = logging.StreamHandler(sys.stderr)
+        console.setFormatter(logging.Formatter("%(message)s"))
+        console.svnup_console = True  # type: ignore[attr-defined]
+        logger.addHandler(console)
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    return handler
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def _print_plan(job: config.Job) -> None:
+    _say(f"plan of {job.name} (nothing is run, nothing written); its folder would be runs/{job.key}")
+    for name, value in job.check_shapes().items():
+        _say(f"  {name:30} {value:>16,}")
+
+
+def _print_result(row: ResultRow) -> None:
+    if row.shapley is not None and row.profile is not None:
+        values, sparsity = row.shapley["values"], row.profile["sparsity"]
+        _say(f"  {'layer':>5}  {'Shapley value':>13}  {'sparsity':>8}  kept")
+        for index, (value, share) in enumerate(zip(values, sparsity, strict=True)):
+            _say(f"  {index:>5}  {value:>13.4f}  {share:>8.3f}  {'█' * round(40 * (1 - share))}")
+    for name, metric in row.metrics.items():
+        dense = f"  (dense {row.dense[name]['value']:.2f})" if name in row.dense else ""
+        _say(
+            f"  {name} {metric['value']:.2f}{dense} at {100 * row.sparsity['actual']:.2f} % zeros"
+            if row.sparsity
+            else name
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

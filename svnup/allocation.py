@@ -1,0 +1,197 @@
+"""From scores to a sparsity per block with exactly the asked budget: pure numpy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal, Protocol
+
+import numpy as np
+
+from svnup.types import UNSTRUCTURED, BlockScores, Floats, Ints, SparsityProfile, parse_pattern
+
+Scale = Literal["clip", "rank", "log", "raw"]
+
+
+class Allocator(Protocol):
+    """Turns scores into a profile; `uniform_only` says that it can serve a fixed N:M pattern."""
+
+    uniform_only: ClassVar[bool]
+
+    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
+        """Raise ValueError where the budget cannot be met, before any weight is loaded."""
+        ...
+
+    def allocate(
+        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED
+    ) -> SparsityProfile: ...
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every block gets the target sparsity."""
+
+    uniform_only: ClassVar[bool] = True
+
+    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
+        check_pattern(sparsity, pattern, self.uniform_only)
+
+    def allocate(
+        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED
+    ) -> SparsityProfile:
+        return SparsityProfile(np.full(len(params), sparsity), params, sparsity, pattern)
+
+
+@dataclass(frozen=True)
+class ScoreBudget:
+    """Densities linear in scaled scores, then projected onto the exact budget: blocks that matter keep more weights.
+
+    z = scale(scores) in [0, 1]; k_l = 2 lam z_l - mean_p(2 lam z) + 1 - S; s_l = 1 - k_l, clipped to [lower, upper] with the
+    parameter-weighted mean kept at S. `lower` and `upper` default to max(0, S - 0.3) and min(0.95, S + 0.2).
+
+    Source: the amplitude form (2 lam, mean restored) is OWL's, arXiv 2310.05175 section 3.3; scales, bounds and the exact
+    projection are ours, since the budget map of arXiv 2505.01731 is not public.
+    """
+
+    scale: Scale = "log"
+    lam: float = 0.15
+    lower: float | None = None
+    upper: float | None = None
+    uniform_only: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.lam <= 1:
+            raise ValueError(f"lam={self.lam}: an amplitude of densities; choose 0 to 1, such as 0.15")
+
+    def bounds(self, sparsity: float) -> tuple[float, float]:
+        lower = max(0.0, sparsity - 0.3) if self.lower is None else self.lower
+        upper = min(0.95, sparsity + 0.2) if self.upper is None else self.upper
+        return lower, max(upper, sparsity) if self.upper is None else upper
+
+    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
+        check_pattern(sparsity, pattern, self.uniform_only)
+        _check_bounds(*self.bounds(sparsity), sparsity)
+
+    def allocate(
+        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED
+    ) -> SparsityProfile:
+        if scores is None:
+            raise ValueError("this allocator needs scores, and none were computed")
+        z = rescale(scores.values if scores.higher_is == "denser" else -scores.values, self.scale)
+        wish = 1 - (2 * self.lam * (z - np.average(z, weights=params)) + 1 - sparsity)
+        return SparsityProfile(project(wish, params, sparsity, *self.bounds(sparsity)), params, sparsity, pattern)
+
+
+@dataclass(frozen=True)
+class FromFile:
+    """A profile from a JSON file as runs write it (`profile.json`): sparsity per block, params, target, pattern."""
+
+    path: str
+    uniform_only: ClassVar[bool] = False
+
+    def _read(self) -> SparsityProfile:
+        if not self.path or not Path(self.path).expanduser().is_file():
+            raise ValueError(
+                f"path={self.path or chr(39) * 2}: there is no such profile; name a profile.json of a finished run"
+            )
+        try:
+            data = json.loads(Path(self.path).expanduser().read_text(encoding="utf-8"))
+            return SparsityProfile.from_dict(data)
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(
+                f"path={self.path}: not a sparsity profile ({reason}); use a profile.json of a run"
+            ) from None
+
+    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
+        profile = self._read()
+        if len(profile.sparsity) != n_blocks:
+            raise ValueError(
+                f"path={self.path}: a profile of {len(profile.sparsity)} blocks, and the model has {n_blocks}; use one of this model"
+            )
+        if abs(profile.target - sparsity) > 1e-6:
+            raise ValueError(
+                f"path={self.path}: its target is {profile.target}, but sparsity={sparsity}; add sparsity={profile.target}"
+            )
+        check_pattern(sparsity, pattern, bool(np.ptp(profile.sparsity) < 1e-9))
+
+    def allocate(
+        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED
+    ) -> SparsityProfile:
+        self.check(len(params), sparsity, pattern)
+        try:
+            return SparsityProfile(self._read().sparsity, params, sparsity, pattern)
+        except ValueError as error:
+            raise ValueError(
+                f"path={self.path}: does not fit the blocks of this model: {error}; use one of this model"
+            ) from None
+
+
+def check_pattern(sparsity: float, pattern: str, uniform: bool) -> None:
+    """Raise ValueError where a fixed N:M pattern meets another sparsity than N/M, or a profile that is not uniform."""
+    group = parse_pattern(pattern)
+    if group is None:
+        return
+    if abs(sparsity - group[0] / group[1]) > 1e-9:
+        raise ValueError(
+            f"pattern={pattern}: prunes {group[0] / group[1]:g} of the weights, but sparsity={sparsity}; add sparsity={group[0] / group[1]:g}"
+        )
+    if not uniform:
+        raise ValueError(
+            f"pattern={pattern}: a fixed N:M has the same sparsity in every block; add allocator=uniform, or use pattern=unstructured"
+        )
+
+
+def rescale(scores: Floats, scale: Scale) -> Floats:
+    """Scores (n,) to z (n,) in [0, 1] with the order kept; constant scores give zeros.
+
+    clip: winsorised to the 5 % and 95 % quantiles, min-max; rank: average ranks, min-max; log: log(max(x, 1e-4 max x)),
+    min-max; raw: min-max. `log` raises ValueError where no score is positive.
+    """
+    x = np.asarray(scores, dtype=np.float64)
+    if np.ptp(x) == 0:
+        return np.zeros_like(x)
+    if scale == "clip":
+        x = np.clip(x, *np.quantile(x, [0.05, 0.95]))
+    elif scale == "rank":
+        x = ((x[:, None] > x).sum(1) + (x[:, None] >= x).sum(1)).astype(np.float64)
+    elif scale == "log":
+        if x.max() <= 0:
+            raise ValueError(f"scale=log: no score is positive ({x}); choose scale=clip, rank or raw")
+        x = np.log(np.maximum(x, 1e-4 * x.max()))
+    spread = np.ptp(x)
+    return (x - x.min()) / spread if spread > 0 else np.zeros_like(x)
+
+
+def project(wish: Floats, params: Ints, target: float, lower: float, upper: float) -> Floats:
+    """The nearest profile of the form clip(wish - tau, lower, upper) whose parameter-weighted mean is `target`.
+
+    Shapes (n,). Raises ValueError where lower <= target <= upper does not hold.
+    """
+    _check_bounds(lower, upper, target)
+    weights = np.asarray(params) / np.sum(params)
+    low, high = (
+        float(wish.min() - upper),
+        float(wish.max() - lower),
+    )  # tau = low: all at upper; tau = high: all at lower
+    for _ in range(200):
+        tau = (low + high) / 2
+        if weights @ np.clip(wish - tau, lower, upper) > target:
+            low = tau
+        else:
+            high = tau
+    sparsity = np.clip(wish - high, lower, upper)
+    free = (sparsity > lower) & (sparsity < upper)
+    if free.any():  # what bisection leaves, about 1e-17
+        sparsity[free] += (target - weights @ sparsity) / weights[free].sum()
+    return np.clip(sparsity, lower, upper)
+
+
+def _check_bounds(lower: float, upper: float, sparsity: float) -> None:
+    if not 0 <= lower <= upper <= 1:
+        raise ValueError(f"lower={lower:g}, upper={upper:g}: bounds of sparsity must satisfy 0 <= lower <= upper <= 1")
+    if not lower <= sparsity <= upper:
+        raise ValueError(
+            f"lower={lower:g}, upper={upper:g}: no profile between these bounds has mean sparsity={sparsity:g}; widen the bounds"
+        )

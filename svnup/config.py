@@ -1,0 +1,410 @@
+"""From a composed configuration to a checked Job: every mistake surfaces here, before a weight is loaded, cheapest first."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import inspect
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.utils import get_object
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from svnup import NUMBERS_VERSION
+from svnup.allocation import Allocator
+from svnup.data import TokenSource
+from svnup.evaluation import NoEvaluation, Perplexity
+from svnup.model import Pretrained, Random
+from svnup.scoring import GameOptions, ShapleyScorer
+from svnup.tracking import NoTracker, WandbTracker
+from svnup.types import Ints, parse_pattern
+
+if TYPE_CHECKING:
+    from svnup.pruning import Pruner
+
+Gate = Literal["error", "warn", "off"]
+
+# What cannot change a number stays out of the key of a configuration.
+NOT_IN_KEY = ("results_dir", "cache_dir", "force", "dry_run", "save_model", "tracker", "protocol_gate", "shapley")
+NOT_IN_MODEL_KEY = ("device", "device_map")
+
+CONF = next(p for p in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if p.is_dir())
+
+
+@dataclass
+class Schema:
+    """The typed top of the configuration; the groups below it are checked against their constructors."""
+
+    dataset: Any = MISSING
+    shapley: Any = MISSING
+    model: Any = MISSING
+    allocator: Any = MISSING
+    pruner: Any = MISSING
+    evaluation: Any = MISSING
+    tracker: Any = MISSING
+    sparsity: float = 0.7
+    pattern: str = "unstructured"
+    seed: int = 0
+    protocol_gate: str = "error"
+    results_dir: str = "results"
+    cache_dir: str | None = None
+    force: bool = False
+    dry_run: bool = False
+    save_model: bool = False
+
+
+def register() -> None:
+    """Make the schema known to Hydra."""
+    ConfigStore.instance().store(name="schema", node=Schema)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One experiment, with every part built and checked; `config` is the resolved configuration and `key` its hash."""
+
+    model: Pretrained | Random
+    dataset: TokenSource
+    scorer: ShapleyScorer | None
+    allocator: Allocator
+    pruner: Pruner
+    evaluation: Perplexity | NoEvaluation
+    tracker: NoTracker | WandbTracker
+    sparsity: float
+    pattern: str
+    seed: int
+    protocol_gate: Gate
+    results_dir: str
+    cache_dir: str
+    force: bool
+    dry_run: bool
+    save_model: bool
+    config: dict[str, Any]
+    key: str
+
+    @property
+    def name(self) -> str:
+        """Readable, for people: model, pruner, allocator, sparsity."""
+        pattern = "" if self.pattern == "unstructured" else f" {self.pattern}"
+        method = {k: str(self.config[k]["_target_"]).rpartition(".")[2].lower() for k in ("pruner", "allocator")}
+        allocator = "shapley" if self.scorer is not None else method["allocator"]
+        return f"{self.model.name} {method['pruner']} {allocator} {self.sparsity:g}{pattern}"
+
+    def sources(self) -> dict[str, TokenSource]:
+        """Every text that the job reads, by the key under which it was configured."""
+        sources = {"dataset": self.dataset} if self.pruner.needs_inputs else {}
+        if self.scorer is not None:
+            sources["shapley.game.data"] = self.scorer.game.data
+        return sources | {f"evaluation.datasets.{i}": s for i, s in enumerate(self.evaluation.sources())}
+
+    def fingerprints(self) -> dict[str, str]:
+        """What the inputs are by content, without loading them: a finished job with other inputs runs again."""
+        prints = {"weights": self.model.fingerprint()} | {k: s.fingerprint() for k, s in self.sources().items()}
+        path = self.config["allocator"].get("path")
+        if path is not None:
+            prints["allocator.path"] = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+        return prints
+
+    def tokens(self) -> Ints:
+        """The calibration tokens; none where the pruner reads none."""
+        if not self.pruner.needs_inputs:
+            return np.zeros((0, self.dataset.seq_len), dtype=np.int64)
+        return self.dataset.tokens(self.model.tokenizer)
+
+    def check_texts(self) -> None:
+        """Read and tokenize every text, before any weight is loaded; raises ValueError with the key at fault."""
+        with _blame("model"):
+            tokenizer = self.model.tokenizer
+        for key, source in self.sources().items():
+            with _blame(key):
+                source.tokens(tokenizer)
+
+    def check_shapes(self) -> dict[str, Any]:
+        """Check the pattern and the budget against the real shapes of the model, on a skeleton without weights.
+
+        Returns the plan: blocks, prunable weights and bytes, and what the job will cost.
+        """
+        with _blame("model"):
+            lm = self.model.skeleton()
+        group = parse_pattern(self.pattern)
+        linears = [(i, name, m) for i in range(lm.n_blocks) for name, m in lm.linears(i).items()]
+        if not linears:
+            raise ValueError(f"model={self.model.name}: its blocks have no nn.Linear to prune; choose another model")
+        for index, name, linear in linears if group else []:
+            if linear.in_features % group[1]:  # type: ignore[index]
+                raise ValueError(
+                    f"pattern={self.pattern}: {group[1]} does not divide the {linear.in_features} inputs of "  # type: ignore[index]
+                    f"block {index}, {name}; choose an M that does, or pattern=unstructured"
+                )
+        if self.scorer is None:
+            with _blame("allocator"):
+                self.allocator.allocate(None, lm.block_params, self.sparsity, self.pattern)
+        width, dtype = lm.model.config.get_text_config().hidden_size, self.config["model"].get("dtype", "auto")
+        size = 4 if dtype == "float32" else 2
+        weights = sum(p.numel() for p in lm.model.parameters()) * size
+        n_calibration = (self.dataset.n_seq or 0) * self.dataset.seq_len if self.pruner.needs_inputs else 0
+        plan = {"blocks": lm.n_blocks, "prunable weights": int(lm.block_params.sum()), "bytes of weights": weights}
+        plan["bytes of calibration states"] = n_calibration * width * size
+        if self.scorer is not None:
+            data, cost = self.scorer.game.data, self.scorer.plan(lm.n_blocks)
+            plan |= {f"shapley {k.replace('_', ' ')}": v for k, v in cost.items()}
+            plan["bytes of shapley states"] = cost["peak_states"] * (data.n_seq or 0) * data.seq_len * width * size
+        return plan
+
+
+def build(cfg: Any) -> Job:
+    """Build and check a job from a composed configuration; raises ValueError with the key, the value and the way out."""
+    with _blame_omegaconf():
+        config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
+    _check_scalars(config)
+    _refuse_missing(config)
+    scorer_node = config["allocator"].pop("scorer", None)
+    key = config_key(config | {"scorer": scorer_node})
+    with _blame("model"):
+        model = construct(config["model"], "model")
+        n_blocks = model.n_blocks()
+    dataset = construct(config["dataset"], "dataset")
+    scorer = _scorer(scorer_node) if scorer_node else None
+    allocator = construct(config["allocator"], "allocator")
+    evaluation = _evaluation(config["evaluation"])
+    tracker = construct(config["tracker"], "tracker")
+    with _blame("tracker"):
+        tracker.check()
+    with _blame("allocator", ("sparsity", "pattern")):
+        allocator.check(n_blocks, config["sparsity"], config["pattern"])
+    if scorer is not None:
+        with _blame("shapley"):
+            scorer.check(n_blocks)
+    pruner = construct(config["pruner"], "pruner")  # the first that imports torch
+    scalars = {k: config[k] for k in Schema.__annotations__ if not isinstance(config[k], dict)}
+    scalars["cache_dir"] = config["cache_dir"] or str(default_cache_dir())
+    job = Job(
+        model=model,
+        dataset=dataset,
+        scorer=scorer,
+        allocator=allocator,
+        pruner=pruner,
+        evaluation=evaluation,
+        tracker=tracker,
+        config=config,
+        key=key,
+        **scalars,
+    )
+    _check_lengths(job)
+    return job
+
+
+def config_key(config: dict[str, Any]) -> str:
+    """Hash of a resolved configuration without what cannot change a number, and of the version of the numbers."""
+    kept = {k: v for k, v in config.items() if k not in NOT_IN_KEY}
+    kept["model"] = {k: v for k, v in config["model"].items() if k not in NOT_IN_MODEL_KEY}
+    text = json.dumps([NUMBERS_VERSION, kept], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def default_cache_dir() -> Path:
+    """The user's cache folder for svnup (XDG)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "svnup"
+
+
+# -- building one node
+
+
+def construct(node: dict[str, Any], key: str) -> Any:
+    """Build the object that a `_target_` node describes, nested nodes first; every argument is checked by name and type."""
+    target = node.get("_target_")
+    if target is None:
+        raise ValueError(f"{key}: has no _target_; choose an option of the group: {key}=...")
+    try:
+        cls = get_object(target)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ValueError(f"{key}._target_={target}: cannot be imported ({error}); check the spelling") from None
+    parameters = inspect.signature(cls).parameters
+    hints = typing.get_type_hints(cls.__init__)
+    arguments = {}
+    for name, value in node.items():
+        if name == "_target_":
+            continue
+        if name not in parameters:
+            raise ValueError(f"{key}.{name}={value}: {target} has no such option{did_you_mean(name, list(parameters))}")
+        if isinstance(value, dict) and "_target_" in value:
+            value = construct(value, f"{key}.{name}")
+        elif name in hints and (complaint := _type_complaint(value, hints[name])):
+            raise ValueError(f"{key}.{name}={value}: {complaint}")
+        arguments[name] = value
+    lacking = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]
+    if lacking:
+        raise ValueError(f"{key}.{lacking[0]}: {target} needs it; add {key}.{lacking[0]}=...")
+    with _blame(key):
+        return cls(**arguments)
+
+
+def _type_complaint(value: Any, hint: Any) -> str | None:
+    """Why a plain value does not suit an annotation, or None; annotations of other kinds are left to the constructor."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value in args:
+            return None
+        return f"choose one of {', '.join(map(str, args))}{did_you_mean(str(value), [str(a) for a in args])}"
+    if origin in (typing.Union, types.UnionType):
+        complaints = [_type_complaint(value, a) for a in args]
+        return None if None in complaints else next(c for c in complaints if c)
+    if hint is type(None):
+        return None if value is None else "must be null"
+    kinds: dict[Any, tuple[tuple[type, ...], str]] = {
+        int: ((int,), "must be a whole number"),
+        float: ((int, float), "must be a number"),
+        bool: ((bool,), "must be true or false"),
+        str: ((str,), "must be text"),
+    }
+    if hint in kinds:
+        accepted, text = kinds[hint]
+        wrong = not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool)
+        return text if wrong else None
+    if origin is list and not isinstance(value, list):
+        return "must be a list, such as [a,b]"
+    return None
+
+
+def _scorer(node: dict[str, Any]) -> ShapleyScorer:
+    estimator = {k: v for k, v in node.items() if k != "game"}
+    game = construct(node["game"], "shapley.game")
+    assert isinstance(game, GameOptions)
+    return ShapleyScorer(construct(estimator, "shapley"), game)
+
+
+def _evaluation(node: dict[str, Any]) -> Any:
+    """Data sets are named as in conf/dataset; each is built for the role, seq_len and n_seq of the evaluation."""
+    if "datasets" not in node:
+        return construct(node, "evaluation")
+    if not isinstance(node["datasets"], list):
+        raise ValueError(f"evaluation.datasets={node['datasets']}: must be a list, such as [docs] or [wikitext2,c4]")
+    sources = []
+    for i, entry in enumerate(node["datasets"]):
+        name, options = next(iter(entry.items())) if isinstance(entry, dict) else (entry, {})
+        file = CONF / "dataset" / f"{name}.yaml"
+        if not file.is_file():
+            names = sorted(p.stem for p in file.parent.glob("*.yaml"))
+            raise ValueError(
+                f"evaluation.datasets={name}: choose among {', '.join(names)}{did_you_mean(str(name), names)}"
+            )
+        plain = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file)))
+        fixed = {k: node[k] for k in ("seq_len", "n_seq", "role")} | {"seed": 0}
+        merged = plain | fixed | (options or {})
+        _refuse_missing(merged, f"evaluation.datasets.{i}.{name}.")
+        sources.append(construct(merged, f"evaluation.datasets.{i}"))
+    checked = construct({k: v for k, v in node.items() if k != "datasets"} | {"datasets": sources}, "evaluation")
+    return checked
+
+
+def _check_scalars(config: dict[str, Any]) -> None:
+    sparsity = config["sparsity"]
+    if not 0 <= sparsity < 1:
+        hint = f"; did you mean sparsity={sparsity / 100:g}?" if 1 < sparsity < 100 else ""
+        raise ValueError(f"sparsity={sparsity:g}: must be a fraction of zeros in [0, 1){hint}")
+    parse_pattern(config["pattern"])
+    if config["protocol_gate"] not in typing.get_args(Gate):
+        raise ValueError(f"protocol_gate={config['protocol_gate']}: choose error, warn or off")
+
+
+def _refuse_missing(node: Any, prefix: str = "") -> None:
+    """Mandatory values, `???` in yaml, that nobody gave."""
+    for name, value in node.items():
+        if value == "???":
+            raise ValueError(f"{prefix}{name}: has no value yet; add {prefix}{name}=...")
+        if isinstance(value, dict) and not (prefix == "" and name == "shapley"):  # judged where an allocator uses it
+            _refuse_missing(value, f"{prefix}{name}.".replace("allocator.scorer.", "shapley."))
+
+
+def _check_lengths(job: Job) -> None:
+    longest = job.model.max_positions()
+    for key, source in job.sources().items():
+        if longest is not None and source.seq_len > longest:
+            raise ValueError(f"{key}.seq_len={source.seq_len}: the model has {longest} positions; choose at most that")
+
+
+# -- messages
+
+
+def did_you_mean(given: str, options: list[str]) -> str:
+    close = difflib.get_close_matches(given, options, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+@contextlib.contextmanager
+def _blame(key: str, whole: tuple[str, ...] = ()) -> Iterator[None]:
+    """Put the node's key before a component's message that begins with one of its options, such as `window=13: ...`."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        option = re.match(r"(\w+)=", text)
+        if option and option[1] not in whole:
+            raise ValueError(f"{key}.{text}") from error
+        raise
+
+
+@contextlib.contextmanager
+def _blame_omegaconf() -> Iterator[None]:
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        raise ValueError(explain(error, [])) from error
+
+
+def explain(error: Exception, overrides: list[str]) -> str:
+    """A composition error as one line: the key, what was given, and what to do."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        options = [o for o in error.options or [] if not o.startswith("_")]
+        if options:
+            return f"{group}={option}: choose among {', '.join(options)}{did_you_mean(option, options)}"
+    text = " ".join(str(error).split())
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if unknown:
+        full = re.search(r"full_key: (\S+)", text)
+        key = unknown[1] if "." in unknown[1] or not full else full[1]
+        key = key.partition("@")[0] if "@" in key else key
+        given = next((o for o in overrides if o.lstrip("+~").startswith(f"{key}=")), key)
+        return (
+            f"{given}: there is no such key{did_you_mean(key, _known_keys(overrides)) or '; svnup --cfg job shows all'}"
+        )
+    value = re.search(r"Value '([^']*)' of type '\w+' (.*?)(?: full_key: (\S+)|$)", text)
+    if value:
+        return f"{value[3]}={value[1]}: {value[2].strip()}; give a value of that type"
+    if isinstance(error, ConfigCompositionException) and error.__cause__ is not None and not overrides:
+        return " ".join(str(error.__cause__).split())
+    return text
+
+
+def _known_keys(overrides: list[str]) -> list[str]:
+    """Every key of the configuration with the given choices of groups, as far as it composes."""
+    groups = {p.name for p in CONF.iterdir() if p.is_dir()}
+    choices = [o for o in overrides if o.partition("=")[0] in groups]
+    for chosen in (choices, []):
+        with contextlib.suppress(Exception), initialize_config_dir(str(CONF), version_base="1.3"):
+            plain = typing.cast(
+                dict[str, Any], OmegaConf.to_container(compose("config", overrides=chosen), resolve=False)
+            )
+            return [*groups, *_flatten(plain)]
+    return sorted(groups)
+
+
+def _flatten(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in node.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")

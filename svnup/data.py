@@ -1,0 +1,193 @@
+"""Token sources: the built-in text, a local file, WikiText2, C4; each gives int64 tokens (n_seq, seq_len).
+
+Four roles of text are never mixed: calibration (statistics of pruners), payoff (the game), selection (tuning) and test
+(reported numbers only). Every source knows which part of its text serves which role.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from svnup.types import Ints
+
+Role = Literal["calibration", "payoff", "selection", "test"]
+TEXTS = Path(__file__).parent / "assets" / "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSource(ABC):
+    """Where tokens come from: `n_seq` sequences of `seq_len` tokens for one role; `n_seq` None means all there are, in order.
+
+    Raises ValueError on construction where the numbers make no sense.
+    """
+
+    n_seq: int | None
+    seq_len: int
+    seed: int = 0
+    role: Role = "calibration"
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if self.n_seq is not None and self.n_seq < 1:
+            raise ValueError(f"n_seq={self.n_seq}: ask for at least one sequence (null: all there are)")
+        if self.seq_len < 2:
+            raise ValueError(f"seq_len={self.seq_len}: a sequence needs at least 2 tokens to have something to predict")
+
+    def tokens(self, tokenizer: Any) -> Ints:
+        """int64 tokens (n_seq, seq_len), read once per tokenizer; raises ValueError where text is missing or too short."""
+        known = self.__dict__.get("_tokens")
+        if known is None or known[0] is not tokenizer:
+            known = (tokenizer, self.read(tokenizer))
+            self.__dict__["_tokens"] = known  # frozen means the fields: this is what they already determine
+        return known[1]
+
+    @abstractmethod
+    def read(self, tokenizer: Any) -> Ints: ...
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """What identifies the text, without tokenizing it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Docs(TokenSource):
+    """The text of the built-in model: docstrings of permissively licensed packages, four disjoint files for the four roles."""
+
+    name = "docs"
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256((TEXTS / f"{self.role}.txt.gz").read_bytes()).hexdigest()
+
+    def read(self, tokenizer: Any) -> Ints:
+        with gzip.open(TEXTS / f"{self.role}.txt.gz", "rt", encoding="utf-8") as file:
+            return _windows(_encode(tokenizer, file.read()), self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFile(TokenSource):
+    """A UTF-8 text file (.txt or .txt.gz) at `path`, all of it for the role that it is given for."""
+
+    path: str
+    name = "text_file"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        file = Path(self.path).expanduser()
+        if not self.path or not file.is_file():
+            raise ValueError(
+                f"path={self.path or chr(39) * 2}: there is no such file; name a text file: path=my_text.txt"
+            )
+        if not file.stat().st_size:
+            raise ValueError(f"path={self.path}: the file is empty; name a file with text")
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(Path(self.path).expanduser().read_bytes()).hexdigest()
+
+    def read(self, tokenizer: Any) -> Ints:
+        raw = Path(self.path).expanduser().read_bytes()
+        try:
+            text = (gzip.decompress(raw) if self.path.endswith(".gz") else raw).decode("utf-8")
+        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+            raise ValueError(f"path={self.path}: not UTF-8 text ({error}); convert the file") from None
+        if not text.strip():
+            raise ValueError(f"path={self.path}: the file has no text; name a file with text")
+        return _windows(_encode(tokenizer, text), self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WikiText2(TokenSource):
+    """WikiText-2 raw: test and selection are its test and validation splits; of train, the first 80 % of the lines are
+    calibration and the rest payoff. Lines are joined by two newlines and tokenized once, as the field's scripts do."""
+
+    path: str = "Salesforce/wikitext"
+    revision: str | None = None
+    name = "wikitext2"
+
+    def fingerprint(self) -> str:
+        return f"{self.path}@{self.revision or 'main'}"
+
+    def read(self, tokenizer: Any) -> Ints:
+        split = {"test": "test", "selection": "validation"}.get(self.role, "train")
+        lines = list(_load(self.path, "wikitext-2-raw-v1", split=split, revision=self.revision)["text"])
+        cut = len(lines) * 8 // 10
+        part = {"calibration": lines[:cut], "payoff": lines[cut:]}.get(self.role, lines)
+        return _windows(_encode(tokenizer, "\n\n".join(part)), self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class C4(TokenSource):
+    """C4 (en): calibration, payoff and selection are random crops of documents longer than seq_len from the first, second and
+    third training file; test is the field's protocol: the first 1,100 validation documents joined by a space, 256 windows."""
+
+    path: str = "allenai/c4"
+    revision: str | None = None
+    name = "c4"
+
+    def fingerprint(self) -> str:
+        return f"{self.path}@{self.revision or 'main'}"
+
+    def read(self, tokenizer: Any) -> Ints:
+        if self.role == "test":
+            documents = self._documents("en/c4-validation.00000-of-00008.json.gz")
+            text = " ".join(documents[i]["text"] for i in range(min(1100, len(documents))))
+            return _windows(_encode(tokenizer, text)[: 256 * self.seq_len], self)
+        shard = ("calibration", "payoff", "selection").index(self.role)
+        return _random_crops(self._documents(f"en/c4-train.{shard:05d}-of-01024.json.gz"), tokenizer, self)
+
+    def _documents(self, file: str) -> Any:
+        return _load(self.path, data_files={"part": file}, split="part", revision=self.revision)
+
+
+def _random_crops(documents: Any, tokenizer: Any, source: TokenSource) -> Ints:
+    if source.n_seq is None:
+        raise ValueError(f"n_seq=null: {source.name} is sampled for {source.role}; give a number of sequences")
+    rng = np.random.default_rng(source.seed)
+    rows: list[Ints] = []
+    for index in rng.permutation(len(documents)):
+        ids = _encode(tokenizer, documents[int(index)]["text"])
+        if len(ids) > source.seq_len:
+            start = rng.integers(len(ids) - source.seq_len + 1)
+            rows.append(ids[start : start + source.seq_len])
+            if len(rows) == source.n_seq:
+                return np.stack(rows)
+    raise ValueError(
+        f"n_seq={source.n_seq}: {source.name} has only {len(rows)} documents longer than seq_len={source.seq_len}"
+    )
+
+
+def _windows(ids: Ints, source: TokenSource) -> Ints:
+    """Cut into non-overlapping windows, remainder dropped; calibration and payoff draw theirs with the seed."""
+    available = len(ids) // source.seq_len
+    wanted = source.n_seq if source.n_seq is not None else available
+    if wanted > available or not available:
+        raise ValueError(
+            f"n_seq={source.n_seq}: the {source.role} text of {source.name} has {len(ids)} tokens, {available} windows of "
+            f"seq_len={source.seq_len}; ask for fewer or shorter windows, or give a longer text"
+        )
+    rows = ids[: available * source.seq_len].reshape(available, source.seq_len)
+    if source.role in ("calibration", "payoff") and wanted < available:
+        return rows[np.random.default_rng(source.seed).permutation(available)[:wanted]]
+    return rows[:wanted]
+
+
+def _encode(tokenizer: Any, text: str) -> Ints:
+    return np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
+
+
+def _load(path: str, *args: Any, **kwargs: Any) -> Any:
+    import datasets  # a second that only these sources pay
+
+    try:
+        return datasets.load_dataset(path, *args, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the dataset {path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); it needs the hub, "
+            "a filled datasets cache, or a local copy in a folder of that name"
+        ) from error

@@ -1,0 +1,376 @@
+"""A causal language model seen as a stack of blocks, and the one block-by-block loop that everything here uses."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging as transformers_logging
+
+from svnup.progress import stage
+from svnup.types import Floats, Ints
+
+# Fixed, not derived from free memory: the sizes of matrix products decide the last bits of a number.
+BATCH_TOKENS = 4096
+HEAD_TOKENS = 1024
+
+
+@dataclass
+class MicroBatch:
+    """Some sequences on their way through the blocks.
+
+    `tokens` (b, s); `hidden` (b, s, d), what enters the next block; `calls`, the other arguments of each block exactly as
+    the model passes them (masks and rotary embeddings differ between blocks where layer types are mixed).
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+class Visit:
+    """One block during a walk: look at it, run it, change its weights."""
+
+    def __init__(self, lm: LanguageModel, index: int, batches: list[MicroBatch]) -> None:
+        self.lm, self.index, self.batches = lm, index, batches
+        self.block = lm.blocks[index]
+        self.linears = lm.linears(index)
+        self.advanced = False
+
+    def run(self, advance: bool = False) -> None:
+        """Run the block on all inputs, for its hooks; `advance` keeps the outputs as the next block's inputs."""
+        for batch in self.batches:
+            hidden = self.lm.run_block(self.index, batch.hidden, batch)
+            if advance:
+                batch.hidden = hidden
+        self.advanced = self.advanced or advance
+
+
+class LanguageModel:
+    """A Hugging Face causal decoder with its blocks, their prunable linears, and a head that turns hidden states into losses.
+
+    `blocks_path` names the ModuleList of blocks where it cannot be found by its length (`num_hidden_layers`).
+    Raises ValueError where the blocks are not found. The model is put in eval mode and takes no gradients.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any = None, blocks_path: str | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        path = _find_blocks(model, blocks_path)
+        self.blocks = model.get_submodule(path)
+        self.decoder = model.get_submodule(path.rpartition(".")[0])
+
+    @classmethod
+    def load(
+        cls,
+        pretrained_model_name_or_path: str,
+        *,
+        tokenizer: Any = None,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        device_map: str | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        blocks_path: str | None = None,
+    ) -> Self:
+        """Load a checkpoint folder or a hub model; names as in `from_pretrained`, `device` = auto, cpu, cuda, cuda:1, ...
+
+        `tokenizer` None takes the checkpoint's own.
+
+        Raises ValueError where the checkpoint cannot be loaded.
+        """
+        options: dict[str, Any] = {"device_map": device_map, "attn_implementation": attn_implementation}
+        with _quiet_unless_terminal():
+            try:
+                model = AutoModelForCausalLM.from_pretrained(
+                    pretrained_model_name_or_path,
+                    dtype=dtype,
+                    revision=revision,
+                    trust_remote_code=trust_remote_code,
+                    **{k: v for k, v in options.items() if v is not None},
+                )
+            except (OSError, ImportError) as error:
+                raise ValueError(f"{pretrained_model_name_or_path} cannot be loaded: {error}") from error
+        if tokenizer is None:
+            tokenizer = read_tokenizer(
+                pretrained_model_name_or_path, revision=revision, trust_remote_code=trust_remote_code
+            )
+        if device_map is None:
+            model.to(pick_device(device))
+        return cls(model, tokenizer, blocks_path)
+
+    @classmethod
+    def random(cls, config: Any, tokenizer: Any, *, seed: int, dtype: str = "float32", device: str = "auto") -> Self:
+        """A model of the given transformers config with weights drawn from `seed`."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        return cls(model.to(pick_device(device)), tokenizer)
+
+    @classmethod
+    def skeleton(cls, config: Any, blocks_path: str | None = None) -> Self:
+        """The same modules and shapes without memory for weights, to check a job before anything is loaded."""
+        with torch.device("meta"):
+            return cls(AutoModelForCausalLM.from_config(config), None, blocks_path)
+
+    # -- what it is made of
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """The prunable linears of a block by name; embeddings, norms and the LM head are never among them."""
+        return {name: m for name, m in self.blocks[index].named_modules() if isinstance(m, nn.Linear)}
+
+    @property
+    def block_params(self) -> Ints:
+        """Prunable weights per block, shape (n_blocks,)."""
+        return np.array([sum(m.weight.numel() for m in self.linears(i).values()) for i in range(self.n_blocks)])
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the architecture and every weight as they are now, dtype included."""
+        config = self.model.config.to_dict()
+        for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+            config.pop(key, None)
+        config["attn_implementation"] = getattr(self.model.config, "_attn_implementation", None)
+
+        def digest(item: tuple[str, Tensor]) -> bytes:
+            name, tensor = item
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            return hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + data.tobytes()).digest()
+
+        total = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        with ThreadPoolExecutor(8) as pool:  # hashlib lets go of the interpreter lock
+            for part in pool.map(digest, self.model.state_dict().items()):
+                total.update(part)
+        return total.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint (safetensors) that `AutoModelForCausalLM.from_pretrained` reloads to the same logits."""
+        with _quiet_unless_terminal():
+            self.model.save_pretrained(folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+
+    # -- running it
+
+    def micro_batches(self, tokens: np.ndarray | Tensor, batch_tokens: int = BATCH_TOKENS) -> Iterator[MicroBatch]:
+        """Cut tokens (n_seq, seq_len) into micro-batches of at most `batch_tokens` (at least a sequence) at block 0's door."""
+        rows = torch.as_tensor(tokens)
+        for chunk in rows.split(max(1, batch_tokens // rows.shape[1])):
+            yield self._enter(chunk.to(self.device))
+
+    def run_block(self, index: int, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        """One block-forward: hidden states (b, s, d) to hidden states (b, s, d)."""
+        args, kwargs = batch.calls[index]
+        out = self.blocks[index](hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def token_nll(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        """Negative log-likelihood in nats of each next token, (b, s) hidden after the last block to float32 (b, s - 1).
+
+        The head runs on a few tokens at a time: the float32 logits of all of them never exist at once.
+        """
+        targets = batch.tokens[:, 1:].reshape(-1)
+        losses = [
+            nn.functional.cross_entropy(
+                logits, targets[start : start + len(logits)].to(logits.device), reduction="none"
+            )
+            for start, logits in self._logits_in_chunks(hidden, batch)
+        ]
+        return torch.cat(losses).view(len(batch.tokens), -1)
+
+    @torch.inference_mode()
+    def nll(self, tokens: np.ndarray | Tensor) -> Floats:
+        """Mean negative log-likelihood in nats of each sequence, tokens (n_seq, seq_len) to float64 (n_seq,)."""
+        losses: list[Tensor] = []
+        with stage("evaluation", len(tokens), "sequences") as advance:
+            for batch in self.micro_batches(tokens):
+                hidden = batch.hidden
+                for index in range(self.n_blocks):
+                    hidden = self.run_block(index, hidden, batch)
+                losses.append(self.token_nll(hidden, batch).double().mean(1).cpu())
+                advance(len(batch.tokens))
+        return torch.cat(losses).numpy()
+
+    @torch.inference_mode()
+    def walk(self, tokens: np.ndarray | Tensor) -> Iterator[Visit]:
+        """THE block-by-block loop: visit each block with the outputs of the blocks before it, as they were left.
+
+        Between two visits the block is run again with the weights it then has, unless its visitor already advanced.
+        """
+        batches = list(self.micro_batches(tokens))
+        for index in range(self.n_blocks):
+            visit = Visit(self, index, batches)
+            yield visit
+            if not visit.advanced and index + 1 < self.n_blocks:
+                visit.run(advance=True)
+
+    # -- how the model's own code is made to do it: a block or the decoder is replaced for one call, nothing is rebuilt by hand
+
+    def _enter(self, tokens: Tensor) -> MicroBatch:
+        """Let the model prepare its blocks' arguments: every block records them and passes its input on."""
+        _ = self._returns_tuple  # asks the real blocks, so before they are replaced
+        entered: list[Tensor] = []
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def record(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                kwargs = dict(kwargs)
+                hidden = args[0] if args else kwargs.pop("hidden_states")
+                entered.append(hidden)
+                calls.append((args[1:], kwargs))
+                return self._as_block_output(index, hidden)
+
+            return forward
+
+        with self._replaced({block: record(i) for i, block in enumerate(self.blocks)}):
+            self.decoder(input_ids=tokens, use_cache=False)
+        return MicroBatch(tokens, entered[0], calls)
+
+    def _logits_in_chunks(self, hidden: Tensor, batch: MicroBatch) -> Iterator[tuple[int, Tensor]]:
+        """(start, float32 logits (c, vocab)) over the flattened positions that have a next token."""
+
+        def passes(index: int) -> Callable[..., Any]:
+            last = index == self.n_blocks - 1
+            return lambda *args, **kwargs: self._as_block_output(
+                index, hidden if last else args[0] if args else kwargs["hidden_states"]
+            )
+
+        with self._replaced({block: passes(i) for i, block in enumerate(self.blocks)}):
+            normed = self.decoder(input_ids=batch.tokens, use_cache=False)[0]
+        states = normed[:, :-1].reshape(-1, normed.shape[-1])
+        stub = batch.tokens[:1, :1]
+        for start in range(0, len(states), HEAD_TOKENS):
+            out = BaseModelOutputWithPast(last_hidden_state=states[None, start : start + HEAD_TOKENS])
+            with self._replaced({self.decoder: lambda *args, out=out, **kwargs: out}):
+                yield start, self.model(input_ids=stub, use_cache=False).logits[0].float()
+
+    def _as_block_output(self, index: int, hidden: Tensor) -> Any:
+        """Hidden states in the form in which this model's blocks return them: a tensor, or a tuple that starts with it."""
+        return (hidden,) if self._returns_tuple[index] else hidden
+
+    @cached_property
+    def _returns_tuple(self) -> list[bool]:
+        kinds = [False] * self.n_blocks
+
+        def note(index: int) -> Callable[..., None]:
+            def hook(block: nn.Module, args: Any, out: Any) -> None:
+                kinds[index] = isinstance(out, tuple)
+
+            return hook
+
+        hooks = [block.register_forward_hook(note(i)) for i, block in enumerate(self.blocks)]
+        try:
+            self.decoder(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return kinds
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+        """Give modules another forward for a while; what was there (accelerate puts its own) comes back in any case."""
+        before = {module: module.__dict__.get("forward") for module in forwards}
+        try:
+            for module, forward in forwards.items():
+                module.forward = forward
+            yield
+        finally:
+            for module, forward in before.items():
+                if forward is None:
+                    del module.forward
+                else:
+                    module.forward = forward
+
+
+def _find_blocks(model: PreTrainedModel, path: str | None) -> str:
+    n = model.config.get_text_config().num_hidden_layers
+    found = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+    if path is not None:
+        if path not in dict(model.named_modules()) or not isinstance(model.get_submodule(path), nn.ModuleList):
+            raise ValueError(f"model.blocks_path={path}: no such ModuleList in {type(model).__name__}; found {found}")
+        return path
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(found)} ModuleLists of length num_hidden_layers={n} ({found}): "
+            "name the one that holds the blocks with model.blocks_path"
+        )
+    return found[0]
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device for `auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`, ...; raises ValueError where it is missing."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device}: choose auto, cpu, cuda or cuda:<number>") from None
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices; choose auto or cpu"
+        )
+    return picked
+
+
+def read_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a checkpoint folder or hub model; raises ValueError where it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} has no readable config: {error}") from error
+
+
+def make_config(model_type: str, **shape: Any) -> Any:
+    """A transformers config of a model family with the given names and values."""
+    return AutoConfig.for_model(model_type, **shape)
+
+
+def read_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint folder or hub model; raises ValueError where it cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{name} has no readable tokenizer: {error}") from error
+
+
+@contextlib.contextmanager
+def _quiet_unless_terminal() -> Iterator[None]:
+    """Keep the library's progress bars out of logs."""
+    if sys.stderr.isatty() or not transformers_logging.is_progress_bar_enabled():
+        yield
+        return
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,227 @@
+"""Which model a job means: what can be known of it before any weight is loaded, and how to load it. Light to import."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from svnup.language_model import LanguageModel
+
+BUILT_IN = "svnup/tiny"
+BUILT_IN_FOLDER = Path(__file__).parent / "assets" / "tiny"
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+DepthKeys = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A checkpoint folder, a hub model or the built-in model `svnup/tiny`; names as in transformers' `from_pretrained`.
+
+    `seq_len` is the model's default sequence length, `test_text` the data set whose perplexity is reported by default, and
+    `dense_ppl` lists known dense perplexities as {dataset, seq_len, ppl, source}.
+    """
+
+    pretrained_model_name_or_path: str
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    blocks_path: str | None = None
+    seq_len: int = 2048
+    test_text: str = "wikitext2"
+    dense_ppl: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return Path(self.pretrained_model_name_or_path).name
+
+    @property
+    def _source(self) -> str:
+        """What transformers is given."""
+        given = self.pretrained_model_name_or_path
+        return str(BUILT_IN_FOLDER) if given == BUILT_IN else str(Path(given).expanduser()) if self._is_local else given
+
+    @property
+    def _is_local(self) -> bool:
+        """A folder, or something that can only be meant as one: hub names are `name` or `organisation/name`."""
+        given = self.pretrained_model_name_or_path
+        looks_local = given.startswith((".", "/", "~")) or given.count("/") > 1
+        return given == BUILT_IN or looks_local or Path(given).expanduser().exists()
+
+    @cached_property
+    def _config_file(self) -> Path:
+        given = f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}"
+        if self._is_local:
+            folder = Path(self._source)
+            if not folder.is_dir():
+                raise ValueError(
+                    f"{given}: there is no such folder; give a checkpoint folder or a hub name (organisation/name)"
+                )
+            if not (folder / "config.json").is_file():
+                raise ValueError(f"{given}: the folder has no config.json; give a folder written by save_pretrained")
+            return folder / "config.json"
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(hf_hub_download(given.partition("=")[2], "config.json", revision=self.revision))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"{given}: neither a local folder nor to be had from the hub ({type(error).__name__}: {reason}); check the "
+                "name, go online, or give the folder of a local copy"
+            ) from None
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        try:
+            config = json.loads(self._config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: its config.json is not JSON ({error})"
+            ) from None
+        return config | config.get("text_config", {})
+
+    def n_blocks(self) -> int:
+        """Number of blocks by config.json; raises ValueError where the model or that number cannot be found."""
+        depth = next((self._config[key] for key in DepthKeys if key in self._config), None)
+        if depth is None:
+            raise ValueError(
+                f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: config.json names no number of layers"
+            )
+        return int(depth)
+
+    def max_positions(self) -> int | None:
+        return self._config.get("max_position_embeddings")
+
+    def fingerprint(self) -> str:
+        """Identifies the weights without loading them: SHA-256 of a local checkpoint's files, the commit of a hub model."""
+        if not self._is_local:
+            return f"{self.pretrained_model_name_or_path}@{self._config_file.parent.name}"
+        total = hashlib.sha256()
+        for path in sorted(self._config_file.parent.iterdir()):
+            if path.suffix in (".safetensors", ".bin", ".json", ".model", ".txt"):
+                total.update(path.name.encode())
+                with path.open("rb") as file:
+                    total.update(hashlib.file_digest(file, "sha256").digest())
+        return total.hexdigest()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from svnup.language_model import read_tokenizer
+
+        return read_tokenizer(self._source, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+    def skeleton(self) -> LanguageModel:
+        """The model without weights, for its shapes."""
+        from svnup.language_model import LanguageModel, read_config
+
+        config = read_config(self._source, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        return LanguageModel.skeleton(config, self.blocks_path)
+
+    def load(self) -> LanguageModel:
+        from svnup.language_model import LanguageModel
+
+        return LanguageModel.load(
+            self._source,
+            tokenizer=self.tokenizer,
+            revision=self.revision,
+            dtype=self.dtype,
+            device=self.device,
+            device_map=self.device_map,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+            blocks_path=self.blocks_path,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random:
+    """A model of any Llama or OPT shape with random weights and the built-in tokenizer; names as in transformers' configs."""
+
+    model_type: Literal["llama", "opt"] = "llama"
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    vocab_size: int = 2048
+    max_position_embeddings: int = 2048
+    seed: int = 0
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    device: str = "auto"
+    seq_len: int = 128
+    test_text: str = "docs"
+    dense_ppl: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size}: must be a multiple of num_attention_heads={self.num_attention_heads}"
+            )
+        if self.vocab_size < 2048:
+            raise ValueError(
+                f"vocab_size={self.vocab_size}: the built-in tokenizer has 2048 tokens; choose 2048 or more"
+            )
+        if self.num_hidden_layers < 1:
+            raise ValueError(f"num_hidden_layers={self.num_hidden_layers}: choose at least 1")
+
+    @property
+    def name(self) -> str:
+        return f"random_{self.model_type}_{self.num_hidden_layers}x{self.hidden_size}"
+
+    def n_blocks(self) -> int:
+        return self.num_hidden_layers
+
+    def max_positions(self) -> int | None:
+        return self.max_position_embeddings
+
+    def fingerprint(self) -> str:
+        return "determined by the configuration"
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from svnup.language_model import read_tokenizer
+
+        return read_tokenizer(str(BUILT_IN_FOLDER))
+
+    def _config(self) -> Any:
+        from svnup.language_model import make_config
+
+        shape = {
+            "num_hidden_layers": self.num_hidden_layers,
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": self.num_attention_heads,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.max_position_embeddings,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
+        if self.model_type == "opt":
+            own: dict[str, Any] = {
+                "ffn_dim": self.intermediate_size,
+                "word_embed_proj_dim": self.hidden_size,
+                "pad_token_id": 1,
+            }
+        else:
+            heads = self.num_key_value_heads or self.num_attention_heads
+            own = {"intermediate_size": self.intermediate_size, "num_key_value_heads": heads}
+        return make_config(self.model_type, **shape, **own)
+
+    def skeleton(self) -> LanguageModel:
+        from svnup.language_model import LanguageModel
+
+        return LanguageModel.skeleton(self._config())
+
+    def load(self) -> LanguageModel:
+        from svnup.language_model import LanguageModel
+
+        return LanguageModel.random(
+            self._config(), self.tokenizer, seed=self.seed, dtype=self.dtype, device=self.device
+        )

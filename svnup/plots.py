@@ -1,0 +1,69 @@
+"""Figures of a run; matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from svnup.types import ResultRow
+
+
+def figures(row: ResultRow, folder: Path) -> dict[str, Path]:
+    """Draw what a run has (`shapley.png`, `profile.png`) into a folder; returns the paths by name."""
+    drawn = {}
+    if row.shapley and row.profile:
+        drawn["shapley"] = _shapley(row.shapley, row.config["model"], folder / "shapley.png")
+        drawn["profile"] = _profile(row.profile, folder / "profile.png")
+    return drawn
+
+
+def _axes(n: int) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6.0, 0.24 * n + 2), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("layer (transformer block, counted from 0)")
+    axes.set_xticks(range(0, n, 1 if n <= 20 else 2 if n <= 40 else 5))
+    axes.set_xlim(-0.7, n - 0.3)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _shapley(shapley: dict[str, Any], model: dict[str, Any], path: Path) -> Path:
+    values = shapley["values"]
+    figure, axes = _axes(len(values))
+    axes.bar(range(len(values)), values, yerr=shapley["stderr"], color="#3b6ea5", capsize=3, error_kw={"elinewidth": 1})
+    positive = [v for v in values if v > 0]
+    if positive and max(positive) > 8 * sorted(values)[len(values) // 2] > 0:
+        # The first block is often worth tens of the others, which a linear axis would flatten.
+        axes.set_yscale("symlog", linthresh=min(positive))
+        axes.set_ylabel("Shapley value (nats per token, log scale)")
+    else:
+        axes.set_ylabel("Shapley value (nats per token)")
+    axes.axhline(0, color="0.3", linewidth=0.8)
+    axes.set_title(f"What each layer contributes\n{shapley['method']}", fontsize=9)
+    return _save(figure, path)
+
+
+def _profile(profile: dict[str, Any], path: Path) -> Path:
+    sparsity = profile["sparsity"]
+    figure, axes = _axes(len(sparsity))
+    axes.bar(range(len(sparsity)), [100 * s for s in sparsity], color="#c1666b")
+    axes.axhline(
+        100 * profile["target"], color="0.2", linestyle="--", linewidth=1, label=f"target {100 * profile['target']:g} %"
+    )
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("sparsity (% zeros)")
+    axes.set_title("Pruning budget per layer", fontsize=9)
+    axes.legend(loc="lower right", fontsize=8)
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    return path

@@ -1,0 +1,159 @@
+"""One walk over the blocks, and small pure pruners that see one weight matrix at a time."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from svnup.language_model import LanguageModel, Visit
+from svnup.progress import stage
+from svnup.pruning.masks import n_zeros
+from svnup.types import LinearReport, PruneReport, SparsityProfile
+
+ERROR_TOKENS = 2048
+
+
+class Pruner(Protocol):
+    """Zeroes weights of one matrix (d_out, d_in), given statistics of its inputs; a frozen dataclass of its options.
+
+    `needs_inputs` says whether statistics are wanted at all; `prunes` is False only for the control that keeps everything.
+    """
+
+    pattern: str
+    needs_inputs: ClassVar[bool]
+    prunes: ClassVar[bool]
+
+    def new_stats(self, weight: Tensor) -> Any:
+        """Empty statistics for the inputs of a matrix; linears that read the same input share one."""
+        ...
+
+    def observe(self, stats: Any, x: Tensor) -> None:
+        """Add inputs (tokens, d_in)."""
+        ...
+
+    def prune(self, weight: Tensor, stats: Any, sparsity: float) -> Tensor:
+        """The pruned matrix, same shape and dtype; the very same weights at sparsity 0."""
+        ...
+
+
+class Inputs:
+    """What the linears of one block read during a run: statistics and the first tokens, once per distinct input."""
+
+    def __init__(self, linears: dict[str, nn.Linear], pruner: Pruner) -> None:
+        self._linears, self._pruner = linears, pruner
+        self._reads: dict[str, str] = {}  # linear -> the first linear that reads the same input
+        self._stats: dict[str, Any] = {}
+        self._first: dict[str, Tensor] = {}
+        self._current: list[tuple[str, Tensor]] = []
+
+    def stats(self, name: str) -> Any:
+        return self._stats[self._reads[name]]
+
+    def first_tokens(self, name: str) -> Tensor:
+        return self._first[self._reads[name]]
+
+    def collect(self, visit: Visit, advance: bool) -> None:
+        """Run the block with a hook on every linear."""
+        names = {module: name for name, module in self._linears.items()}
+        hooks = [m.register_forward_pre_hook(lambda m, args: self._see(names[m], args[0])) for m in names]
+        hooks.append(visit.block.register_forward_hook(lambda *_: self._current.clear()))
+        try:
+            visit.run(advance)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if unseen := set(self._linears) - set(self._reads):
+            raise ValueError(f"block {visit.index}: no input ever reached {sorted(unseen)}")
+
+    def _see(self, name: str, x: Tensor) -> None:
+        leader = next((other for other, seen in self._current if seen is x), name)
+        assert self._reads.setdefault(name, leader) == leader, f"{name} changed its input between batches"
+        if leader != name:
+            return
+        self._current.append((name, x))
+        rows = x.reshape(-1, x.shape[-1])
+        if name not in self._stats:
+            self._stats[name] = self._pruner.new_stats(self._linears[name].weight)
+            self._first[name] = rows[:ERROR_TOKENS].clone()
+        self._pruner.observe(self._stats[name], rows)
+
+
+@torch.inference_mode()
+def prune_model(
+    lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor
+) -> PruneReport:
+    """Prune a model in place, block after block, to the profile; statistics come from the already pruned blocks before.
+
+    `tokens` is the calibration text, int64 (n_seq, seq_len), unused where the pruner needs no inputs. Raises ValueError with
+    the name of the linear where a factorisation fails or a weight comes out as nan or infinity, and where the zeros that
+    were written are not those that the rounding rule asks for.
+    """
+    if len(profile.sparsity) != lm.n_blocks:
+        raise ValueError(f"a profile of {len(profile.sparsity)} blocks cannot prune {lm.n_blocks} blocks")
+    if lm.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(lm.device)
+    clock = {"inputs": 0.0, "prune": 0.0}
+    start = time.perf_counter()
+    reports: list[LinearReport] = []
+    with stage("pruning", lm.n_blocks, "blocks") as advance:
+        for visit in lm.walk(tokens) if pruner.needs_inputs else _visits(lm):
+            sparsity = float(profile.sparsity[visit.index])
+            inputs = Inputs(visit.linears, pruner)
+            if pruner.needs_inputs:
+                with _timed(clock, "inputs"):
+                    inputs.collect(visit, advance=sparsity == 0)  # what is not pruned need not run twice
+            with _timed(clock, "prune"):
+                reports += [_prune_linear(visit, name, pruner, inputs, sparsity) for name in visit.linears]
+            advance(1)
+    total = time.perf_counter() - start
+    seconds = clock | {"rerun": total - sum(clock.values()), "total": total}
+    return PruneReport(tuple(reports), seconds, peak_memory(lm.device))
+
+
+def _visits(lm: LanguageModel) -> Iterator[Visit]:
+    return (Visit(lm, index, []) for index in range(lm.n_blocks))
+
+
+def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, sparsity: float) -> LinearReport:
+    start = time.perf_counter()
+    weight, full_name = visit.linears[name].weight, f"block {visit.index}, {name}"
+    zeros_before = int((weight == 0).sum())
+    try:
+        pruned = pruner.prune(weight, inputs.stats(name) if pruner.needs_inputs else None, sparsity)
+    except ValueError as error:
+        raise ValueError(f"stage pruning: {full_name}: {error}") from error
+    if not pruned.isfinite().all():
+        raise ValueError(f"stage pruning: {full_name}: the pruned weights are not all finite")
+    error_ratio = None
+    if pruner.needs_inputs:
+        x = inputs.first_tokens(name).float()
+        before = (x @ weight.float().T).square().sum()
+        error_ratio = float((x @ (weight - pruned).float().T).square().sum() / before) if before > 0 else 0.0
+    weight.copy_(pruned)
+    zeros, asked = int((weight == 0).sum()), n_zeros(sparsity, weight.numel())
+    # Kept weights may have been zero before, or too small for the dtype after an update; fewer zeros than asked is a bug.
+    if pruner.prunes and not asked <= zeros <= asked + zeros_before + weight.numel() // 1000:
+        raise ValueError(f"stage pruning: {full_name}: {zeros} zeros where {asked} were asked for")
+    return LinearReport(visit.index, name, zeros, weight.numel(), error_ratio, time.perf_counter() - start)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes: allocated on a CUDA device since its counter was reset, else the resident set of this process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextmanager
+def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    clock[name] += time.perf_counter() - start

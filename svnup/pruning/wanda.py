@@ -1,0 +1,45 @@
+"""Wanda."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from svnup.pruning.masks import lowest, lowest_of_groups
+from svnup.types import parse_pattern
+
+
+@dataclass
+class InputNorms:
+    """Sum of squares per input over all observed tokens, float32 (d_in,)."""
+
+    squares: Tensor
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Zero the smallest |W_ij| * ||X_j||_2 of each output row, or of each group of M inputs in a row.
+
+    Source: Sun et al. 2023 (arXiv 2306.11695), equation 1.
+    """
+
+    pattern: str = "unstructured"
+    needs_inputs: ClassVar[bool] = True
+    prunes: ClassVar[bool] = True
+
+    def new_stats(self, weight: Tensor) -> InputNorms:
+        return InputNorms(torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device))
+
+    def observe(self, stats: InputNorms, x: Tensor) -> None:
+        stats.squares += x.float().square().sum(0)
+
+    def prune(self, weight: Tensor, stats: InputNorms, sparsity: float) -> Tensor:
+        if sparsity == 0:
+            return weight
+        scores = weight.float().abs() * stats.squares.sqrt()
+        group = parse_pattern(self.pattern)
+        mask = lowest_of_groups(scores, *group) if group else lowest(scores, sparsity)
+        return weight.masked_fill(mask, 0)

@@ -1,0 +1,143 @@
+"""Tables of results: terminal, Markdown, CSV, LaTeX. Numbers measured under different protocols never share a column."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from io import StringIO
+from typing import Any
+
+import pandas as pd
+
+from svnup.types import UNSTRUCTURED, ResultRow
+
+FORMATS = ("terminal", "markdown", "csv", "latex")
+IDENTITY = ["model", "pruner", "allocator", "sparsity", "pattern", "seed"]
+
+
+def frame(rows: list[ResultRow]) -> pd.DataFrame:
+    """One line per run: what was run, target and actual sparsity, each metric dense and pruned, one column per protocol."""
+    names = _metric_columns(rows)
+    lines = []
+    for row in rows:
+        line: dict[str, Any] = describe(row) | {"status": row.status}
+        if row.sparsity is not None:
+            line |= {"actual": row.sparsity["actual"]}
+        for name, metric in row.metrics.items():
+            column = names[name, _digest(metric["protocol"])]
+            line |= {
+                column: metric["value"],
+                f"{column} dense": row.dense[name]["value"] if name in row.dense else None,
+            }
+        lines.append(line | {"seconds": round(row.seconds, 1), "key": row.config_key})
+    order = [c for c in IDENTITY if c != "key"]
+    return pd.DataFrame(lines).sort_values(order, kind="stable").reset_index(drop=True)
+
+
+def describe(row: ResultRow) -> dict[str, Any]:
+    """The names by which people know a run."""
+    config = row.config
+    model = config["model"].get("pretrained_model_name_or_path") or f"random {config['model'].get('model_type')}"
+    target = {k: config[k]["_target_"].rpartition(".")[2].lower() for k in ("pruner", "allocator", "shapley")}
+    allocator = target["allocator"]
+    if row.shapley is not None or config["allocator"].get("scorer"):
+        options = config["allocator"]
+        window = f" w={config['shapley']['window']}" if "window" in config["shapley"] else ""
+        allocator = f"shapley ({target['shapley']}{window}, {options['scale']}, lam={options['lam']:g})"
+    return {
+        "model": model.rstrip("/").rpartition("/")[2],
+        "pruner": target["pruner"],
+        "allocator": allocator,
+        "sparsity": config["sparsity"],
+        "pattern": config["pattern"],
+        "seed": config["seed"],
+    }
+
+
+def render(rows: list[ResultRow], form: str, title: str | None = None, command: str | None = None) -> str:
+    """The table of some runs as text; columns that say the same in every line and no more are left out except in CSV."""
+    data = frame(rows)
+    if form == "csv":
+        return data.to_csv(index=False)
+    drop = [
+        c for c, same in (("seed", 0), ("pattern", UNSTRUCTURED), ("status", "finished")) if (data[c] == same).all()
+    ]
+    shown = _with_change(data).drop(columns=[*drop, "seconds", "key"]).astype(object)
+    for column in shown.columns:
+        shown[column] = [_cell(column, value) for value in shown[column]]
+    if form == "latex":
+        return shown.to_latex(index=False, escape=True)
+    if form == "terminal":
+        return _terminal(shown)
+    lines = [f"# {title}\n" if title else "", _provenance(rows, command), "| " + " | ".join(shown.columns) + " |"]
+    lines.append("|" + "|".join(" --- " for _ in shown.columns) + "|")
+    lines += ["| " + " | ".join(line) + " |" for line in shown.itertuples(index=False)]
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def _with_change(data: pd.DataFrame) -> pd.DataFrame:
+    """Beside each metric its change against the uniform budget of the same model, pruner, sparsity, pattern and seed."""
+    out = data.copy()
+    same = ["model", "pruner", "sparsity", "pattern", "seed"]
+    for column in [c for c in data.columns if "/" in c and not c.endswith("dense")]:
+        uniform = data[data["allocator"] == "uniform"].drop_duplicates(same).set_index(same)[column]
+        base = [uniform.get(tuple(line), float("nan")) for line in data[same].itertuples(index=False)]
+        change = pd.Series([100 * (v / b - 1) for v, b in zip(data[column], base, strict=True)], index=data.index)
+        out.insert(
+            out.columns.get_loc(column) + 1, f"{column} vs uniform", change.where(data["allocator"] != "uniform")
+        )
+    return out
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None or value != value:
+        return "-"
+    if column.endswith("vs uniform"):
+        return f"{value:+.1f} %"
+    if column == "actual":
+        return f"{value:.4f}"
+    return f"{value:.2f}" if "/" in column else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _terminal(shown: pd.DataFrame) -> str:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in shown.columns:
+        table.add_column(
+            column, justify="left" if column in ("model", "pruner", "allocator", "pattern", "status") else "right"
+        )
+    for line in shown.itertuples(index=False):
+        table.add_row(*line)
+    console = Console(file=StringIO(), width=200)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n") + "\n"  # type: ignore[attr-defined]
+
+
+def _provenance(rows: list[ResultRow], command: str | None) -> str:
+    """Who made the numbers: command, machines, versions and protocols, as Markdown."""
+    hardware = {f"{r.provenance['hardware']['cpu']}, {r.provenance['hardware']['cores']} cores" for r in rows}
+    hardware |= {gpu for r in rows for gpu in r.provenance["hardware"]["gpus"]}
+    versions = {f"svnup {v.get('svnup')}, torch {v.get('torch')}" for r in rows for v in [r.provenance["versions"]]}
+    protocols = {
+        f"{name}: {m['protocol']['n_windows']} windows of {m['protocol']['seq_len']} tokens ({m['protocol']['role']} text)"
+        for row in rows
+        for name, m in row.metrics.items()
+    }
+    made = f"Made by `{command}`. " if command else ""
+    return f"{made}Machine: {'; '.join(sorted(hardware))}. {'; '.join(sorted(versions))}. {'; '.join(sorted(protocols))}.\n"
+
+
+def _digest(protocol: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:6]
+
+
+def _metric_columns(rows: list[ResultRow]) -> dict[tuple[str, str], str]:
+    """Column of a metric under a protocol: its name, with the protocol's digest where there are several."""
+    seen: dict[str, set[str]] = {}
+    for row in rows:
+        for name, metric in row.metrics.items():
+            seen.setdefault(name, set()).add(_digest(metric["protocol"]))
+    return {(name, d): name if len(ds) == 1 else f"{name} [{d}]" for name, ds in seen.items() for d in ds}

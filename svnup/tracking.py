@@ -1,0 +1,101 @@
+"""Weights & Biases or nothing; wandb is imported only when a run is tracked."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from svnup.types import ResultRow
+
+
+@dataclass(frozen=True)
+class NoTracker:
+    """Tracks nothing."""
+
+    def check(self) -> None: ...
+
+    def start(self, folder: Path, config_key: str, config: dict[str, Any], name: str, fresh: bool) -> Any:
+        return None
+
+    def log(self, run: Any, row: ResultRow, figures: dict[str, Path]) -> None: ...
+
+    def finish(self, run: Any, failed: bool) -> None: ...
+
+
+@dataclass(frozen=True)
+class WandbTracker:
+    """One W&B run per job: resolved config, scores and profile per block as tables and bar charts, metrics, figures and the
+    profile as an artifact. `mode` None follows WANDB_MODE; offline needs no account."""
+
+    project: str = "svnup"
+    entity: str | None = None
+    group: str | None = None
+    job_type: str = "prune"
+    tags: list[str] = field(default_factory=list)
+    name: str | None = None
+    mode: Literal["online", "offline", "disabled"] | None = None
+
+    def check(self) -> None:
+        """Raise ValueError where wandb is not installed."""
+        from importlib.util import find_spec
+
+        if find_spec("wandb") is None:
+            raise ValueError(
+                "tracker=wandb: wandb is not installed; pip install 'svnup[wandb]', or choose tracker=none"
+            )
+
+    def start(self, folder: Path, config_key: str, config: dict[str, Any], name: str, fresh: bool) -> Any:
+        """Begin the run of a run folder. Its id is made once and kept there: an interrupted job goes on in the same run; a
+        `fresh` execution (force, or changed inputs) gets its own, and so do two users of one project."""
+        import wandb
+
+        path = folder / "wandb_id.json"
+        if fresh or not path.is_file():
+            path.write_text(json.dumps({"id": uuid.uuid4().hex[:12]}), encoding="utf-8")
+        return wandb.init(
+            id=json.loads(path.read_text(encoding="utf-8"))["id"],
+            resume="allow",
+            dir=str(folder),
+            project=self.project,
+            entity=self.entity,
+            group=self.group,
+            job_type=self.job_type,
+            tags=self.tags or None,
+            name=self.name or name,
+            mode=self.mode,
+            config={"config_key": config_key, **config},
+            settings=wandb.Settings(silent=True),
+        )
+
+    def log(self, run: Any, row: ResultRow, figures: dict[str, Path]) -> None:
+        import wandb
+
+        record: dict[str, Any] = {name: metric["value"] for name, metric in row.metrics.items()}
+        record |= {f"dense/{name}": metric["value"] for name, metric in row.dense.items()}
+        record |= {f"sparsity/{key}": row.sparsity[key] for key in ("target", "actual")} if row.sparsity else {}
+        if row.shapley:
+            errors = row.shapley["stderr"] or [None] * len(row.shapley["values"])
+            values = list(enumerate(row.shapley["values"]))
+            table = wandb.Table(
+                ["layer", "shapley", "stderr"], [[i, v, e] for (i, v), e in zip(values, errors, strict=True)]
+            )
+            record["layers/shapley"] = table
+            record["charts/shapley"] = wandb.plot.bar(table, "layer", "shapley", title="Shapley value per layer")
+            scalars = ("v_empty", "v_full", "efficiency_gap", "n_evaluations", "n_block_forwards", "seconds")
+            record |= {f"shapley/{key}": row.shapley[key] for key in scalars}
+        if row.profile:
+            table = wandb.Table(["layer", "sparsity"], [[i, s] for i, s in enumerate(row.profile["sparsity"])])
+            record["layers/sparsity"] = table
+            record["charts/sparsity"] = wandb.plot.bar(table, "layer", "sparsity", title="Sparsity per layer")
+            artifact = wandb.Artifact(f"profile-{row.config_key}", type="profile")
+            with artifact.new_file("profile.json", mode="w") as file:
+                file.write(json.dumps(row.profile))
+            run.log_artifact(artifact)
+        record |= {f"figures/{name}": wandb.Image(str(path)) for name, path in figures.items()}
+        run.log(record)
+
+    def finish(self, run: Any, failed: bool) -> None:
+        run.finish(exit_code=int(failed))

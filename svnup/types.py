@@ -1,0 +1,262 @@
+"""What flows between the rooms: frozen values, checked on construction. Only the standard library and numpy."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+SCHEMA_VERSION = 1
+UNSTRUCTURED = "unstructured"
+
+
+def _vector(values: Any, name: str) -> Floats:
+    vector = np.array(values, dtype=np.float64)
+    if vector.ndim != 1 or not len(vector) or not np.isfinite(vector).all():
+        raise ValueError(f"{name} must be a non-empty vector of finite numbers, not {values!r}")
+    vector.setflags(write=False)
+    return vector
+
+
+def parse_pattern(pattern: str) -> tuple[int, int] | None:
+    """Read a sparsity pattern: None for 'unstructured', (N, M) for 'N:M' (N zeros in every M consecutive inputs).
+
+    Raises ValueError for anything else; unquoted 2:4 in yaml arrives as the number 124 and is explained.
+    """
+    if pattern == UNSTRUCTURED:
+        return None
+    if pattern.isdigit():
+        raise ValueError(
+            f"pattern={pattern}: unquoted N:M in yaml is a number in base 60; write it as '2:4', in quotes"
+        )
+    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+    if not match or not 0 < int(match[1]) < int(match[2]):
+        raise ValueError(f"pattern={pattern}: choose 'unstructured' or N:M with 0 < N < M, such as '2:4' or '4:8'")
+    return int(match[1]), int(match[2])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method's scores cost: its full cost whatever was already known, and what this run had to add.
+
+    Units: evaluations are LM-head passes over the payoff batch, block-forwards are passes of one block over it.
+    """
+
+    n_evaluations: int = 0
+    n_block_forwards: int = 0
+    n_new_evaluations: int = 0
+    n_new_block_forwards: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class BlockScores:
+    """One score per block, with the direction in which it asks for weights.
+
+    `values` has shape (n,); `higher_is` says whether a block with a higher score should be kept 'denser' or 'sparser'.
+    """
+
+    values: Floats
+    method: str
+    higher_is: Literal["denser", "sparser"] = "denser"
+    cost: Cost = field(default_factory=Cost)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", _vector(self.values, f"scores of {self.method}"))
+        if self.higher_is not in ("denser", "sparser"):
+            raise ValueError(f"higher_is={self.higher_is!r}: choose 'denser' or 'sparser'")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As nested JSON values: the fields of `cost` stand beside the others."""
+        out = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items() if k != "cost"}
+        return out | asdict(self.cost)
+
+
+@dataclass(frozen=True)
+class ShapleyValues(BlockScores):
+    """Shapley values of the blocks: `values` (n,) in units of the payoff, `stderr` (n,) where the method has one.
+
+    `efficiency_gap` = sum of values - (v_full - v_empty): about 0 for exact values and permutations, reported for windows.
+    """
+
+    stderr: Floats | None = None
+    v_empty: float = 0.0
+    v_full: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stderr is not None:
+            object.__setattr__(self, "stderr", _vector(self.stderr, f"standard errors of {self.method}"))
+        if not (math.isfinite(self.v_empty) and math.isfinite(self.v_full)):
+            raise ValueError(
+                f"payoffs of the empty and the full coalition must be finite: {self.v_empty}, {self.v_full}"
+            )
+
+    @property
+    def efficiency_gap(self) -> float:
+        return float(self.values.sum() - (self.v_full - self.v_empty))
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"efficiency_gap": self.efficiency_gap}
+
+
+@dataclass(frozen=True)
+class SparsityProfile:
+    """Sparsity per block: `sparsity` (n,) fractions of zeros, `params` (n,) prunable weights per block.
+
+    The parameter-weighted mean of `sparsity` equals `target` to 1e-6, or construction raises ValueError.
+    """
+
+    sparsity: Floats
+    params: Ints
+    target: float
+    pattern: str = UNSTRUCTURED
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sparsity", _vector(self.sparsity, "a sparsity profile"))
+        params = np.array(self.params, dtype=np.int64)
+        params.setflags(write=False)
+        object.__setattr__(self, "params", params)
+        parse_pattern(self.pattern)
+        if params.shape != self.sparsity.shape or (params <= 0).any():
+            raise ValueError(f"a profile of {len(self.sparsity)} blocks needs as many positive params, not {params}")
+        if (self.sparsity < 0).any() or (self.sparsity > 1).any():
+            raise ValueError(f"sparsities must lie in [0, 1]: {self.sparsity}")
+        if abs(self.mean - self.target) > 1e-6:
+            raise ValueError(f"the profile's mean sparsity is {self.mean:.8f}, its target {self.target:.8f}")
+
+    @property
+    def mean(self) -> float:
+        return float(np.average(self.sparsity, weights=self.params))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "sparsity": self.sparsity.tolist(),
+            "params": self.params.tolist(),
+            "target": self.target,
+            "pattern": self.pattern,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        return cls(data["sparsity"], data["params"], data["target"], data.get("pattern", UNSTRUCTURED))
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One pruned linear: achieved `sparsity` (zeros / size), relative reconstruction `error`, `seconds`.
+
+    `error` = ||X (W - W')^T||^2 / ||X W^T||^2 on the first calibration tokens; None where the pruner needs no inputs.
+    """
+
+    block: int
+    name: str
+    n_zeros: int
+    size: int
+    error: float | None
+    seconds: float
+
+    @property
+    def sparsity(self) -> float:
+        return self.n_zeros / self.size
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What pruning did, per linear and overall; `seconds` by stage, `peak_memory_bytes` of the device (or process)."""
+
+    per_linear: tuple[LinearReport, ...]
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+
+    @property
+    def sparsity(self) -> float:
+        """Overall fraction of zeros among the prunable weights, as counted in the written weights."""
+        return sum(r.n_zeros for r in self.per_linear) / sum(r.size for r in self.per_linear)
+
+    def block_sparsity(self, n_blocks: int) -> Floats:
+        zeros, sizes = np.zeros(n_blocks), np.zeros(n_blocks)
+        for r in self.per_linear:
+            zeros[r.block] += r.n_zeros
+            sizes[r.block] += r.size
+        return zeros / sizes
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "per_linear": [asdict(r) | {"sparsity": r.sparsity} for r in self.per_linear],
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number and the protocol under which it was measured; nan only with a `reason`."""
+
+    value: float
+    protocol: dict[str, Any]
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value) and self.reason is None:
+            raise ValueError(f"a metric must be finite or say why it is not: {self.value} under {self.protocol}")
+
+    def to_dict(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"value": self.value if self.reason is None else None, "protocol": self.protocol}
+        return out if self.reason is None else out | {"reason": self.reason}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        value = data["value"]
+        return cls(math.nan if value is None else value, data["protocol"], data.get("reason"))
+
+
+class Metrics(dict[str, Metric]):
+    """Metrics by name, `<dataset>/<metric>`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: metric.to_dict() for name, metric in self.items()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        return cls({name: Metric.from_dict(metric) for name, metric in data.items()})
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """Everything a table, a figure or a repeat of one job needs, as nested JSON values."""
+
+    status: Literal["running", "finished", "failed"]
+    config_key: str
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    fingerprints: dict[str, str]
+    metrics: dict[str, Any] = field(default_factory=dict)
+    dense: dict[str, Any] = field(default_factory=dict)
+    sparsity: dict[str, Any] | None = None
+    profile: dict[str, Any] | None = None
+    shapley: dict[str, Any] | None = None
+    pruning: dict[str, Any] | None = None
+    seconds: float = 0.0
+    error: str | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise ValueError(f"schema_version={self.schema_version}: this svnup reads version {SCHEMA_VERSION}")
+
+    def to_json(self) -> str:
+        return json.dumps({"schema_version": self.schema_version} | vars(self), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls(**json.loads(text))
