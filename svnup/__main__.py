@@ -6,16 +6,19 @@ import logging
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup import config
+from svnup.data import TokenSource
 from svnup.results import RunFolder, provenance
 from svnup.types import ResultRow
 
@@ -27,34 +30,45 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back as exceptions, and become one line here
     config.register()
     overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
-    app = hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")(_job)
+    codes: list[int] = []  # Hydra drops what a task returns
+    texts: dict[TokenSource, TokenSource] = {}  # the jobs of a sweep read the same texts
+
+    def task(cfg: Any) -> None:
+        codes.append(_job(cfg, texts))
+
     try:
-        app()
+        hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")(task)()
+    except JobFailed:
+        return 1
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        sweep = bool(getattr(error, "svnup_in_sweep", False))
-        if not getattr(error, "svnup_told", False):
-            _tell(config.explain(error, overrides))
-        return 1 if sweep else 2
-    return 0
+        _tell(config.explain(error, overrides))
+        return 2
+    return max(codes, default=0)
 
 
-def _job(cfg: Any) -> None:
+class JobFailed(Exception):
+    """A job of a sweep failed, which it has already told; the other jobs have run."""
+
+
+def _job(cfg: Any, texts: dict[TokenSource, TokenSource]) -> int:
     """One job of a sweep, or the only one; a user's mistake is told at once, since a sweep goes on."""
     hydra_cfg = HydraConfig.get()
     try:
-        _run(cfg, list(hydra_cfg.overrides.task))
+        _run(cfg, list(hydra_cfg.overrides.task), texts)
     except ValueError as error:
         _tell(str(error))
-        error.svnup_told, error.svnup_in_sweep = True, hydra_cfg.mode.name == "MULTIRUN"  # type: ignore[attr-defined]
-        raise
+        if hydra_cfg.mode == RunMode.MULTIRUN:
+            raise JobFailed(str(error)) from None
+        return 2
+    return 0
 
 
 def _tell(message: str) -> None:
     sys.stderr.write(f"svnup: {' '.join(message.split())}\n")
 
 
-def _run(cfg: Any, overrides: list[str]) -> None:
-    job = config.build(cfg)
+def _run(cfg: Any, overrides: list[str], texts: dict[TokenSource, TokenSource]) -> None:
+    job = config.build(cfg, texts)
     if job.dry_run:
         job.check_texts()
         _print_plan(job)
@@ -74,8 +88,8 @@ def _run(cfg: Any, overrides: list[str]) -> None:
     from svnup import pipeline, plots
 
     made_by = provenance(["svnup", *map(shlex.quote, overrides)], overrides, job.seed)
-    blank = {"config_key": job.key, "config": job.config, "provenance": made_by, "fingerprints": prints}
-    folder.write(ResultRow(status="running", **blank))
+    blank = ResultRow("running", job.key, job.config, made_by, prints)
+    folder.write(blank)
     folder.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     handler = _log_to(folder.path / "svnup.log")
     fresh = job.force or changed
@@ -90,7 +104,7 @@ def _run(cfg: Any, overrides: list[str]) -> None:
         folder.write(row)
         failed = False
     except Exception as error:
-        folder.write(ResultRow(status="failed", error=f"{type(error).__name__}: {error}", **blank))
+        folder.write(replace(blank, status="failed", error=f"{type(error).__name__}: {error}"))
         raise
     finally:
         job.tracker.finish(tracked, failed)
@@ -133,11 +147,7 @@ def _print_result(row: ResultRow) -> None:
             _say(f"  {index:>5}  {value:>13.4f}  {share:>8.3f}  {'█' * round(40 * (1 - share))}")
     for name, metric in row.metrics.items():
         dense = f"  (dense {row.dense[name]['value']:.2f})" if name in row.dense else ""
-        _say(
-            f"  {name} {metric['value']:.2f}{dense} at {100 * row.sparsity['actual']:.2f} % zeros"
-            if row.sparsity
-            else name
-        )
+        _say(f"  {name} {metric['value']:.2f}{dense} at {100 * row.sparsity['actual']:.2f} % zeros" if row.sparsity else name)
 
 
 if __name__ == "__main__":

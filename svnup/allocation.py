@@ -92,27 +92,25 @@ class FromFile:
 
     def _read(self) -> SparsityProfile:
         if not self.path or not Path(self.path).expanduser().is_file():
-            raise ValueError(
-                f"path={self.path or chr(39) * 2}: there is no such profile; name a profile.json of a finished run"
-            )
+            raise ValueError(f"path={self.path or chr(39) * 2}: no such profile; name a profile.json of a run")
         try:
             data = json.loads(Path(self.path).expanduser().read_text(encoding="utf-8"))
             return SparsityProfile.from_dict(data)
         except (ValueError, KeyError, TypeError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-            raise ValueError(
-                f"path={self.path}: not a sparsity profile ({reason}); use a profile.json of a run"
-            ) from None
+            raise ValueError(f"path={self.path}: not a sparsity profile ({reason}); use a profile.json of a run") from None
 
     def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
         profile = self._read()
         if len(profile.sparsity) != n_blocks:
             raise ValueError(
-                f"path={self.path}: a profile of {len(profile.sparsity)} blocks, and the model has {n_blocks}; use one of this model"
+                f"path={self.path}: a profile of {len(profile.sparsity)} blocks, and the model has {n_blocks}; "
+                "use one of this model"
             )
         if abs(profile.target - sparsity) > 1e-6:
             raise ValueError(
-                f"path={self.path}: its target is {profile.target}, but sparsity={sparsity}; add sparsity={profile.target}"
+                f"path={self.path}: its target is {profile.target:g}, but sparsity={sparsity:g}; "
+                f"add sparsity={profile.target:g}"
             )
         check_pattern(sparsity, pattern, bool(np.ptp(profile.sparsity) < 1e-9))
 
@@ -135,11 +133,13 @@ def check_pattern(sparsity: float, pattern: str, uniform: bool) -> None:
         return
     if abs(sparsity - group[0] / group[1]) > 1e-9:
         raise ValueError(
-            f"pattern={pattern}: prunes {group[0] / group[1]:g} of the weights, but sparsity={sparsity}; add sparsity={group[0] / group[1]:g}"
+            f"pattern={pattern}: prunes {group[0] / group[1]:g} of the weights, but sparsity={sparsity:g}; "
+            f"add sparsity={group[0] / group[1]:g}"
         )
     if not uniform:
         raise ValueError(
-            f"pattern={pattern}: a fixed N:M has the same sparsity in every block; add allocator=uniform, or use pattern=unstructured"
+            f"pattern={pattern}: a fixed N:M has the same sparsity in every block; add allocator=uniform, "
+            "or use pattern=unstructured"
         )
 
 
@@ -193,5 +193,6 @@ def _check_bounds(lower: float, upper: float, sparsity: float) -> None:
         raise ValueError(f"lower={lower:g}, upper={upper:g}: bounds of sparsity must satisfy 0 <= lower <= upper <= 1")
     if not lower <= sparsity <= upper:
         raise ValueError(
-            f"lower={lower:g}, upper={upper:g}: no profile between these bounds has mean sparsity={sparsity:g}; widen the bounds"
+            f"lower={lower:g}, upper={upper:g}: no profile between these bounds has mean sparsity={sparsity:g}; "
+            "widen the bounds"
         )

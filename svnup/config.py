@@ -9,17 +9,21 @@ import inspect
 import json
 import os
 import re
+import socket
+import threading
 import types
 import typing
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from hydra.utils import get_object
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -145,10 +149,7 @@ class Job:
             raise ValueError(f"model={self.model.name}: its blocks have no nn.Linear to prune; choose another model")
         for index, name, linear in linears if group else []:
             if linear.in_features % group[1]:  # type: ignore[index]
-                raise ValueError(
-                    f"pattern={self.pattern}: {group[1]} does not divide the {linear.in_features} inputs of "  # type: ignore[index]
-                    f"block {index}, {name}; choose an M that does, or pattern=unstructured"
-                )
+                raise ValueError(_does_not_divide(self.pattern, f"the {linear.in_features} inputs of block {index}, {name}"))
         if self.scorer is None:
             with _blame("allocator"):
                 self.allocator.allocate(None, lm.block_params, self.sparsity, self.pattern)
@@ -165,33 +166,53 @@ class Job:
         return plan
 
 
-def build(cfg: Any) -> Job:
-    """Build and check a job from a composed configuration; raises ValueError with the key, the value and the way out."""
+def build(cfg: Any, known: dict[TokenSource, TokenSource] | None = None) -> Job:
+    """Build and check a job from a composed configuration; raises ValueError with the key, the value and the way out.
+
+    `known` holds the token sources of earlier jobs of this process: one that is asked for again need not tokenize again.
+    """
+    known = {} if known is None else known
     with _blame_omegaconf():
         config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
+    _refuse_unknown(config)
     _check_scalars(config)
     _refuse_missing(config)
     scorer_node = config["allocator"].pop("scorer", None)
     key = config_key(config | {"scorer": scorer_node})
-    with _blame("model"):
-        model = construct(config["model"], "model")
-        n_blocks = model.n_blocks()
+    model = construct(config["model"], "model")
     dataset = construct(config["dataset"], "dataset")
-    scorer = _scorer(scorer_node) if scorer_node else None
+    dataset = known.setdefault(dataset, dataset)
+    scorer = _scorer(scorer_node, known) if scorer_node else None
     allocator = construct(config["allocator"], "allocator")
-    evaluation = _evaluation(config["evaluation"])
+    evaluation = _evaluation(config["evaluation"], known)
     tracker = construct(config["tracker"], "tracker")
     with _blame("tracker"):
         tracker.check()
+    texts = {"dataset": dataset} | {f"evaluation.datasets.{i}": s for i, s in enumerate(evaluation.sources())}
+    if scorer is not None:
+        texts["shapley.game.data"] = scorer.game.data
+    if model.from_hub or any(source.from_hub for source in texts.values()):
+        _go_offline_if_unreachable()
+    with _blame("model"):
+        n_blocks = model.n_blocks()
     with _blame("allocator", ("sparsity", "pattern")):
         allocator.check(n_blocks, config["sparsity"], config["pattern"])
+    group = parse_pattern(config["pattern"])
+    if group is not None and any(width % group[1] for width in model.widths()):
+        raise ValueError(_does_not_divide(config["pattern"], f"the widths {model.widths()} of the model"))
     if scorer is not None:
-        with _blame("shapley"):
+        with _blame("shapley", ("shapley",)):
             scorer.check(n_blocks)
+    for name, source in texts.items():
+        if source.seq_len > (model.max_positions() or source.seq_len):
+            longest = model.max_positions()
+            raise ValueError(f"{name}.seq_len={source.seq_len}: the model has {longest} positions; choose at most that")
     pruner = construct(config["pruner"], "pruner")  # the first that imports torch
+    with _blame("model"):
+        model.check_device()
     scalars = {k: config[k] for k in Schema.__annotations__ if not isinstance(config[k], dict)}
     scalars["cache_dir"] = config["cache_dir"] or str(default_cache_dir())
-    job = Job(
+    return Job(
         model=model,
         dataset=dataset,
         scorer=scorer,
@@ -203,8 +224,6 @@ def build(cfg: Any) -> Job:
         key=key,
         **scalars,
     )
-    _check_lengths(job)
-    return job
 
 
 def config_key(config: dict[str, Any]) -> str:
@@ -213,6 +232,27 @@ def config_key(config: dict[str, Any]) -> str:
     kept["model"] = {k: v for k, v in config["model"].items() if k not in NOT_IN_MODEL_KEY}
     text = json.dumps([NUMBERS_VERSION, kept], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _go_offline_if_unreachable() -> None:
+    """Without a network the hub's client retries for half a minute; ask for its host first, before the client is imported.
+
+    Behind a proxy names need not resolve here, so nothing is concluded.
+    """
+    if "HF_HUB_OFFLINE" in os.environ or urllib.request.getproxies():
+        return
+    found: list[bool] = []
+    host = urllib.parse.urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    asked = threading.Thread(target=_resolves, args=(host, found), daemon=True)
+    asked.start()
+    asked.join(timeout=3)
+    if not found:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+
+def _resolves(host: str | None, found: list[bool]) -> None:
+    with contextlib.suppress(OSError):
+        found.append(bool(socket.getaddrinfo(host, 443)))
 
 
 def default_cache_dir() -> Path:
@@ -279,14 +319,14 @@ def _type_complaint(value: Any, hint: Any) -> str | None:
     return None
 
 
-def _scorer(node: dict[str, Any]) -> ShapleyScorer:
+def _scorer(node: dict[str, Any], known: dict[TokenSource, TokenSource]) -> ShapleyScorer:
     estimator = {k: v for k, v in node.items() if k != "game"}
-    game = construct(node["game"], "shapley.game")
-    assert isinstance(game, GameOptions)
+    game: GameOptions = construct(node["game"], "shapley.game")
+    game = replace(game, data=known.setdefault(game.data, game.data))
     return ShapleyScorer(construct(estimator, "shapley"), game)
 
 
-def _evaluation(node: dict[str, Any]) -> Any:
+def _evaluation(node: dict[str, Any], known: dict[TokenSource, TokenSource]) -> Any:
     """Data sets are named as in conf/dataset; each is built for the role, seq_len and n_seq of the evaluation."""
     if "datasets" not in node:
         return construct(node, "evaluation")
@@ -298,16 +338,24 @@ def _evaluation(node: dict[str, Any]) -> Any:
         file = CONF / "dataset" / f"{name}.yaml"
         if not file.is_file():
             names = sorted(p.stem for p in file.parent.glob("*.yaml"))
-            raise ValueError(
-                f"evaluation.datasets={name}: choose among {', '.join(names)}{did_you_mean(str(name), names)}"
-            )
+            raise ValueError(f"evaluation.datasets={name}: choose among {', '.join(names)}{did_you_mean(str(name), names)}")
         plain = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file)))
         fixed = {k: node[k] for k in ("seq_len", "n_seq", "role")} | {"seed": 0}
         merged = plain | fixed | (options or {})
         _refuse_missing(merged, f"evaluation.datasets.{i}.{name}.")
-        sources.append(construct(merged, f"evaluation.datasets.{i}"))
-    checked = construct({k: v for k, v in node.items() if k != "datasets"} | {"datasets": sources}, "evaluation")
-    return checked
+        source = construct(merged, f"evaluation.datasets.{i}")
+        sources.append(known.setdefault(source, source))
+    return construct(node | {"datasets": sources}, "evaluation")
+
+
+def _does_not_divide(pattern: str, what: str) -> str:
+    return f"pattern={pattern}: its M does not divide {what}; choose an M that does, or pattern=unstructured"
+
+
+def _refuse_unknown(config: dict[str, Any]) -> None:
+    """Keys that were added with + at the top, where the schema is no longer asked."""
+    for name in set(config) - set(Schema.__annotations__):
+        raise ValueError(f"{name}={config[name]}: there is no such key{did_you_mean(name, list(Schema.__annotations__))}")
 
 
 def _check_scalars(config: dict[str, Any]) -> None:
@@ -329,18 +377,11 @@ def _refuse_missing(node: Any, prefix: str = "") -> None:
             _refuse_missing(value, f"{prefix}{name}.".replace("allocator.scorer.", "shapley."))
 
 
-def _check_lengths(job: Job) -> None:
-    longest = job.model.max_positions()
-    for key, source in job.sources().items():
-        if longest is not None and source.seq_len > longest:
-            raise ValueError(f"{key}.seq_len={source.seq_len}: the model has {longest} positions; choose at most that")
-
-
 # -- messages
 
 
 def did_you_mean(given: str, options: list[str]) -> str:
-    close = difflib.get_close_matches(given, options, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(given, options, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -372,6 +413,8 @@ def explain(error: Exception, overrides: list[str]) -> str:
         options = [o for o in error.options or [] if not o.startswith("_")]
         if options:
             return f"{group}={option}: choose among {', '.join(options)}{did_you_mean(option, options)}"
+    if str(error).startswith("Error merging override") and error.__cause__ is not None:
+        error = error.__cause__  # type: ignore[assignment]
     text = " ".join(str(error).split())
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if unknown:
@@ -379,15 +422,24 @@ def explain(error: Exception, overrides: list[str]) -> str:
         key = unknown[1] if "." in unknown[1] or not full else full[1]
         key = key.partition("@")[0] if "@" in key else key
         given = next((o for o in overrides if o.lstrip("+~").startswith(f"{key}=")), key)
-        return (
-            f"{given}: there is no such key{did_you_mean(key, _known_keys(overrides)) or '; svnup --cfg job shows all'}"
-        )
-    value = re.search(r"Value '([^']*)' of type '\w+' (.*?)(?: full_key: (\S+)|$)", text)
+        return f"{given}: there is no such key{_nearest_key(key, _known_keys(overrides)) or '; svnup --cfg job shows all'}"
+    value = re.search(r"Value '([^']*)' (.*?) full_key: (\S+)", text)
     if value:
-        return f"{value[3]}={value[1]}: {value[2].strip()}; give a value of that type"
+        return f"{value[3]}={value[1]}: {value[2]}; give a value of the right type"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: not in Hydra's syntax ({error.__cause__ or text}); put quotes around the value"
     if isinstance(error, ConfigCompositionException) and error.__cause__ is not None and not overrides:
         return " ".join(str(error.__cause__).split())
     return text
+
+
+def _nearest_key(key: str, known: list[str]) -> str:
+    """A hint at the key that was meant: of the same node where that exists, since there only the last word is wrong."""
+    parent, _, last = key.rpartition(".")
+    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent]
+    if not siblings:
+        return did_you_mean(key, known)
+    return did_you_mean(last, siblings).replace("did you mean ", f"did you mean {parent}." if parent else "did you mean ")
 
 
 def _known_keys(overrides: list[str]) -> list[str]:
@@ -396,9 +448,7 @@ def _known_keys(overrides: list[str]) -> list[str]:
     choices = [o for o in overrides if o.partition("=")[0] in groups]
     for chosen in (choices, []):
         with contextlib.suppress(Exception), initialize_config_dir(str(CONF), version_base="1.3"):
-            plain = typing.cast(
-                dict[str, Any], OmegaConf.to_container(compose("config", overrides=chosen), resolve=False)
-            )
+            plain = typing.cast(dict[str, Any], OmegaConf.to_container(compose("config", overrides=chosen), resolve=False))
             return [*groups, *_flatten(plain)]
     return sorted(groups)
 

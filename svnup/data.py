@@ -33,6 +33,7 @@ class TokenSource(ABC):
     seed: int = 0
     role: Role = "calibration"
     name: ClassVar[str]
+    from_hub: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.n_seq is not None and self.n_seq < 1:
@@ -42,11 +43,11 @@ class TokenSource(ABC):
 
     def tokens(self, tokenizer: Any) -> Ints:
         """int64 tokens (n_seq, seq_len), read once per tokenizer; raises ValueError where text is missing or too short."""
-        known = self.__dict__.get("_tokens")
-        if known is None or known[0] is not tokenizer:
-            known = (tokenizer, self.read(tokenizer))
-            self.__dict__["_tokens"] = known  # frozen means the fields: this is what they already determine
-        return known[1]
+        known = self.__dict__.setdefault("_tokens", {})  # frozen means the fields: this is what they already determine
+        name = (type(tokenizer).__name__, tokenizer.name_or_path)
+        if name not in known:
+            known[name] = self.read(tokenizer)
+        return known[name]
 
     @abstractmethod
     def read(self, tokenizer: Any) -> Ints: ...
@@ -81,9 +82,7 @@ class TextFile(TokenSource):
         super().__post_init__()
         file = Path(self.path).expanduser()
         if not self.path or not file.is_file():
-            raise ValueError(
-                f"path={self.path or chr(39) * 2}: there is no such file; name a text file: path=my_text.txt"
-            )
+            raise ValueError(f"path={self.path or chr(39) * 2}: there is no such file; name a text file: path=my_text.txt")
         if not file.stat().st_size:
             raise ValueError(f"path={self.path}: the file is empty; name a file with text")
 
@@ -109,6 +108,7 @@ class WikiText2(TokenSource):
     path: str = "Salesforce/wikitext"
     revision: str | None = None
     name = "wikitext2"
+    from_hub = True
 
     def fingerprint(self) -> str:
         return f"{self.path}@{self.revision or 'main'}"
@@ -129,6 +129,7 @@ class C4(TokenSource):
     path: str = "allenai/c4"
     revision: str | None = None
     name = "c4"
+    from_hub = True
 
     def fingerprint(self) -> str:
         return f"{self.path}@{self.revision or 'main'}"
@@ -157,9 +158,7 @@ def _random_crops(documents: Any, tokenizer: Any, source: TokenSource) -> Ints:
             rows.append(ids[start : start + source.seq_len])
             if len(rows) == source.n_seq:
                 return np.stack(rows)
-    raise ValueError(
-        f"n_seq={source.n_seq}: {source.name} has only {len(rows)} documents longer than seq_len={source.seq_len}"
-    )
+    raise ValueError(f"n_seq={source.n_seq}: {source.name} has only {len(rows)} documents longer than seq_len={source.seq_len}")
 
 
 def _windows(ids: Ints, source: TokenSource) -> Ints:
@@ -188,6 +187,6 @@ def _load(path: str, *args: Any, **kwargs: Any) -> Any:
         return datasets.load_dataset(path, *args, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the dataset {path} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); it needs the hub, "
-            "a filled datasets cache, or a local copy in a folder of that name"
+            f"path={path}: the data set cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); it needs "
+            "the hub, a filled datasets cache, or a local copy in a folder of that name"
         ) from error

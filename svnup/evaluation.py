@@ -32,9 +32,7 @@ def perplexity(lm: LanguageModel, tokens: Ints) -> float:
     """
     nll = float(np.mean(lm.nll(tokens)))
     if not math.isfinite(nll) or nll > 700:
-        raise ValueError(
-            f"stage evaluation: the loss is {nll}, so there is no perplexity; try model.dtype=float32 or bfloat16"
-        )
+        raise ValueError(f"stage evaluation: the loss is {nll}, so there is no perplexity; try model.dtype=float32")
     return math.exp(nll)
 
 
@@ -93,17 +91,21 @@ class Perplexity:
         return metrics
 
 
-def check_dense(dense: Metrics, known: list[dict[str, Any]], gate: Literal["error", "warn", "off"]) -> None:
-    """Compare dense perplexities with known ones of the same data set and seq_len; off by more than 2 % raises ValueError."""
+def check_dense(dense: Metrics, known: list[dict[str, Any]], gate: Literal["error", "warn", "off"], model: str) -> None:
+    """Compare dense perplexities with known ones of the same data set and seq_len; off by more than 2 % raises ValueError.
+
+    A known row with a `model` holds only for the model of that name.
+    """
     for name, metric in dense.items():
         for row in known:
             same = (row["dataset"], row["seq_len"]) == (metric.protocol["dataset"], metric.protocol["seq_len"])
+            same = same and row.get("model", model) == model
             complete = metric.protocol["role"] == "test" and metric.protocol["complete"]
             if gate == "off" or not same or not complete or abs(metric.value / row["ppl"] - 1) <= DENSE_TOLERANCE:
                 continue
             text = (
-                f"protocol_gate={gate}: the dense {name} is {metric.value:.4g} where {row['ppl']:g} is known ({row['source']}), "
-                f"at seq_len {row['seq_len']}: check the checkpoint, tokenizer and data, or set protocol_gate=warn"
+                f"protocol_gate={gate}: the dense {name} is {metric.value:.4g} where {row['ppl']:g} is known "
+                f"({row['source']}), at seq_len {row['seq_len']}: check checkpoint, tokenizer, data, or set protocol_gate=warn"
             )
             if gate == "error":
                 raise ValueError(text)

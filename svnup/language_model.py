@@ -24,7 +24,7 @@ from svnup.progress import stage
 from svnup.types import Floats, Ints
 
 # Fixed, not derived from free memory: the sizes of matrix products decide the last bits of a number.
-BATCH_TOKENS = 4096
+BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 HEAD_TOKENS = 1024
 
 
@@ -106,9 +106,7 @@ class LanguageModel:
             except (OSError, ImportError) as error:
                 raise ValueError(f"{pretrained_model_name_or_path} cannot be loaded: {error}") from error
         if tokenizer is None:
-            tokenizer = read_tokenizer(
-                pretrained_model_name_or_path, revision=revision, trust_remote_code=trust_remote_code
-            )
+            tokenizer = read_tokenizer(pretrained_model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
         if device_map is None:
             model.to(pick_device(device))
         return cls(model, tokenizer, blocks_path)
@@ -181,10 +179,11 @@ class LanguageModel:
 
     # -- running it
 
-    def micro_batches(self, tokens: np.ndarray | Tensor, batch_tokens: int = BATCH_TOKENS) -> Iterator[MicroBatch]:
+    def micro_batches(self, tokens: np.ndarray | Tensor, batch_tokens: int | None = None) -> Iterator[MicroBatch]:
         """Cut tokens (n_seq, seq_len) into micro-batches of at most `batch_tokens` (at least a sequence) at block 0's door."""
         rows = torch.as_tensor(tokens)
-        for chunk in rows.split(max(1, batch_tokens // rows.shape[1])):
+        size = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
+        for chunk in rows.split(max(1, size // rows.shape[1])):
             yield self._enter(chunk.to(self.device))
 
     def run_block(self, index: int, hidden: Tensor, batch: MicroBatch) -> Tensor:
@@ -200,9 +199,7 @@ class LanguageModel:
         """
         targets = batch.tokens[:, 1:].reshape(-1)
         losses = [
-            nn.functional.cross_entropy(
-                logits, targets[start : start + len(logits)].to(logits.device), reduction="none"
-            )
+            nn.functional.cross_entropy(logits, targets[start : start + len(logits)].to(logits.device), reduction="none")
             for start, logits in self._logits_in_chunks(hidden, batch)
         ]
         return torch.cat(losses).view(len(batch.tokens), -1)
@@ -299,7 +296,7 @@ class LanguageModel:
     @contextlib.contextmanager
     def _replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
         """Give modules another forward for a while; what was there (accelerate puts its own) comes back in any case."""
-        before = {module: module.__dict__.get("forward") for module in forwards}
+        before: dict[nn.Module, Any] = {module: module.__dict__.get("forward") for module in forwards}
         try:
             for module, forward in forwards.items():
                 module.forward = forward
@@ -328,17 +325,12 @@ def _find_blocks(model: PreTrainedModel, path: str | None) -> str:
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device for `auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`, ...; raises ValueError where it is missing."""
+    """The torch device for `auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`; ValueError where it is missing."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device={device}: choose auto, cpu, cuda or cuda:<number>") from None
+    picked = torch.device(device)
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices; choose auto or cpu"
-        )
+        raise ValueError(f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices; choose auto or cpu")
     return picked
 
 

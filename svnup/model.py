@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from svnup.language_model import LanguageModel
@@ -16,6 +17,11 @@ BUILT_IN = "svnup/tiny"
 BUILT_IN_FOLDER = Path(__file__).parent / "assets" / "tiny"
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 DepthKeys = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def _check_device_name(device: str) -> None:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise ValueError(f"device={device}: choose auto, cpu, mps, cuda or cuda:<number>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +44,16 @@ class Pretrained:
     test_text: str = "wikitext2"
     dense_ppl: list[dict[str, Any]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        _check_device_name(self.device)
+
     @property
     def name(self) -> str:
-        return Path(self.pretrained_model_name_or_path).name
+        return self.pretrained_model_name_or_path
+
+    @property
+    def from_hub(self) -> bool:
+        return not self._is_local
 
     @property
     def _source(self) -> str:
@@ -80,8 +93,9 @@ class Pretrained:
 
     @cached_property
     def _config(self) -> dict[str, Any]:
+        text = self._config_file.read_text(encoding="utf-8")
         try:
-            config = json.loads(self._config_file.read_text(encoding="utf-8"))
+            config = json.loads(text)
         except ValueError as error:
             raise ValueError(
                 f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: its config.json is not JSON ({error})"
@@ -99,6 +113,16 @@ class Pretrained:
 
     def max_positions(self) -> int | None:
         return self._config.get("max_position_embeddings")
+
+    def widths(self) -> list[int]:
+        """Input widths of linears, as far as config.json names them."""
+        return [self._config[key] for key in ("hidden_size", "intermediate_size", "ffn_dim") if key in self._config]
+
+    def check_device(self) -> None:
+        """Raise ValueError where the device is not there."""
+        from svnup.language_model import pick_device
+
+        pick_device(self.device)
 
     def fingerprint(self) -> str:
         """Identifies the weights without loading them: SHA-256 of a local checkpoint's files, the commit of a hub model."""
@@ -159,16 +183,16 @@ class Random:
     seq_len: int = 128
     test_text: str = "docs"
     dense_ppl: list[dict[str, Any]] = field(default_factory=list)
+    from_hub: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        _check_device_name(self.device)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size}: must be a multiple of num_attention_heads={self.num_attention_heads}"
             )
         if self.vocab_size < 2048:
-            raise ValueError(
-                f"vocab_size={self.vocab_size}: the built-in tokenizer has 2048 tokens; choose 2048 or more"
-            )
+            raise ValueError(f"vocab_size={self.vocab_size}: the built-in tokenizer has 2048 tokens; choose 2048 or more")
         if self.num_hidden_layers < 1:
             raise ValueError(f"num_hidden_layers={self.num_hidden_layers}: choose at least 1")
 
@@ -181,6 +205,14 @@ class Random:
 
     def max_positions(self) -> int | None:
         return self.max_position_embeddings
+
+    def widths(self) -> list[int]:
+        return [self.hidden_size, self.intermediate_size]
+
+    def check_device(self) -> None:
+        from svnup.language_model import pick_device
+
+        pick_device(self.device)
 
     def fingerprint(self) -> str:
         return "determined by the configuration"
@@ -222,6 +254,4 @@ class Random:
     def load(self) -> LanguageModel:
         from svnup.language_model import LanguageModel
 
-        return LanguageModel.random(
-            self._config(), self.tokenizer, seed=self.seed, dtype=self.dtype, device=self.device
-        )
+        return LanguageModel.random(self._config(), self.tokenizer, seed=self.seed, dtype=self.dtype, device=self.device)

@@ -22,12 +22,10 @@ def run(job: Job, folder: Path, provenance: dict[str, Any]) -> ResultRow:
     start = time.perf_counter()
     lm = job.model.load()
     tokens = job.tokens()
-    logger.info(
-        "%s: %d blocks, %s prunable weights, on %s", job.name, lm.n_blocks, f"{lm.block_params.sum():,}", lm.device
-    )
+    logger.info("%s: %d blocks, %s prunable weights, on %s", job.name, lm.n_blocks, f"{lm.block_params.sum():,}", lm.device)
 
     dense = job.evaluation.dense(lm, job.cache_dir)
-    check_dense(dense, job.model.dense_ppl, job.protocol_gate)
+    check_dense(dense, job.model.dense_ppl, job.protocol_gate, job.model.name)
     logger.info("dense: %s", ", ".join(f"{k} {m.value:.4g}" for k, m in dense.items()) or "not evaluated")
 
     scores = job.scorer.score(lm, tokens, job.cache_dir) if job.scorer is not None else None

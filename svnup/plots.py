@@ -7,12 +7,14 @@ from typing import Any
 
 from svnup.types import ResultRow
 
+UNITS = {"neg_nll": "nats per token", "neg_ppl": "perplexity", "recip_ppl": "share of the dense 1 / perplexity"}
+
 
 def figures(row: ResultRow, folder: Path) -> dict[str, Path]:
     """Draw what a run has (`shapley.png`, `profile.png`) into a folder; returns the paths by name."""
     drawn = {}
     if row.shapley and row.profile:
-        drawn["shapley"] = _shapley(row.shapley, row.config["model"], folder / "shapley.png")
+        drawn["shapley"] = _shapley(row.shapley, row.config["shapley"]["game"]["payoff"], folder / "shapley.png")
         drawn["profile"] = _profile(row.profile, folder / "profile.png")
     return drawn
 
@@ -33,7 +35,7 @@ def _axes(n: int) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _shapley(shapley: dict[str, Any], model: dict[str, Any], path: Path) -> Path:
+def _shapley(shapley: dict[str, Any], payoff: str, path: Path) -> Path:
     values = shapley["values"]
     figure, axes = _axes(len(values))
     axes.bar(range(len(values)), values, yerr=shapley["stderr"], color="#3b6ea5", capsize=3, error_kw={"elinewidth": 1})
@@ -41,9 +43,9 @@ def _shapley(shapley: dict[str, Any], model: dict[str, Any], path: Path) -> Path
     if positive and max(positive) > 8 * sorted(values)[len(values) // 2] > 0:
         # The first block is often worth tens of the others, which a linear axis would flatten.
         axes.set_yscale("symlog", linthresh=min(positive))
-        axes.set_ylabel("Shapley value (nats per token, log scale)")
+        axes.set_ylabel(f"Shapley value\n({UNITS[payoff]}, log scale)")
     else:
-        axes.set_ylabel("Shapley value (nats per token)")
+        axes.set_ylabel(f"Shapley value\n({UNITS[payoff]})")
     axes.axhline(0, color="0.3", linewidth=0.8)
     axes.set_title(f"What each layer contributes\n{shapley['method']}", fontsize=9)
     return _save(figure, path)

@@ -59,9 +59,7 @@ def render(rows: list[ResultRow], form: str, title: str | None = None, command: 
     data = frame(rows)
     if form == "csv":
         return data.to_csv(index=False)
-    drop = [
-        c for c, same in (("seed", 0), ("pattern", UNSTRUCTURED), ("status", "finished")) if (data[c] == same).all()
-    ]
+    drop = [c for c, same in (("seed", 0), ("pattern", UNSTRUCTURED), ("status", "finished")) if (data[c] == same).all()]
     shown = _with_change(data).drop(columns=[*drop, "seconds", "key"]).astype(object)
     for column in shown.columns:
         shown[column] = [_cell(column, value) for value in shown[column]]
@@ -83,9 +81,7 @@ def _with_change(data: pd.DataFrame) -> pd.DataFrame:
         uniform = data[data["allocator"] == "uniform"].drop_duplicates(same).set_index(same)[column]
         base = [uniform.get(tuple(line), float("nan")) for line in data[same].itertuples(index=False)]
         change = pd.Series([100 * (v / b - 1) for v, b in zip(data[column], base, strict=True)], index=data.index)
-        out.insert(
-            out.columns.get_loc(column) + 1, f"{column} vs uniform", change.where(data["allocator"] != "uniform")
-        )
+        out.insert(list(out.columns).index(column) + 1, f"{column} vs uniform", change.where(data["allocator"] != "uniform"))
     return out
 
 
@@ -106,9 +102,7 @@ def _terminal(shown: pd.DataFrame) -> str:
 
     table = Table(box=box.SIMPLE_HEAD)
     for column in shown.columns:
-        table.add_column(
-            column, justify="left" if column in ("model", "pruner", "allocator", "pattern", "status") else "right"
-        )
+        table.add_column(column, justify="left" if column in ("model", "pruner", "allocator", "pattern", "status") else "right")
     for line in shown.itertuples(index=False):
         table.add_row(*line)
     console = Console(file=StringIO(), width=200)

@@ -43,9 +43,7 @@ class WandbTracker:
         from importlib.util import find_spec
 
         if find_spec("wandb") is None:
-            raise ValueError(
-                "tracker=wandb: wandb is not installed; pip install 'svnup[wandb]', or choose tracker=none"
-            )
+            raise ValueError("tracker=wandb: wandb is not installed; pip install 'svnup[wandb]', or choose tracker=none")
 
     def start(self, folder: Path, config_key: str, config: dict[str, Any], name: str, fresh: bool) -> Any:
         """Begin the run of a run folder. Its id is made once and kept there: an interrupted job goes on in the same run; a
@@ -79,9 +77,7 @@ class WandbTracker:
         if row.shapley:
             errors = row.shapley["stderr"] or [None] * len(row.shapley["values"])
             values = list(enumerate(row.shapley["values"]))
-            table = wandb.Table(
-                ["layer", "shapley", "stderr"], [[i, v, e] for (i, v), e in zip(values, errors, strict=True)]
-            )
+            table = wandb.Table(["layer", "shapley", "stderr"], [[i, v, e] for (i, v), e in zip(values, errors, strict=True)])
             record["layers/shapley"] = table
             record["charts/shapley"] = wandb.plot.bar(table, "layer", "shapley", title="Shapley value per layer")
             scalars = ("v_empty", "v_full", "efficiency_gap", "n_evaluations", "n_block_forwards", "seconds")

@@ -35,9 +35,7 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
     if pattern == UNSTRUCTURED:
         return None
     if pattern.isdigit():
-        raise ValueError(
-            f"pattern={pattern}: unquoted N:M in yaml is a number in base 60; write it as '2:4', in quotes"
-        )
+        raise ValueError(f"pattern={pattern}: unquoted N:M in yaml is a number in base 60; write it as '2:4', in quotes")
     match = re.fullmatch(r"(\d+):(\d+)", pattern)
     if not match or not 0 < int(match[1]) < int(match[2]):
         raise ValueError(f"pattern={pattern}: choose 'unstructured' or N:M with 0 < N < M, such as '2:4' or '4:8'")
@@ -97,9 +95,7 @@ class ShapleyValues(BlockScores):
         if self.stderr is not None:
             object.__setattr__(self, "stderr", _vector(self.stderr, f"standard errors of {self.method}"))
         if not (math.isfinite(self.v_empty) and math.isfinite(self.v_full)):
-            raise ValueError(
-                f"payoffs of the empty and the full coalition must be finite: {self.v_empty}, {self.v_full}"
-            )
+            raise ValueError(f"payoffs of the empty and the full coalition must be finite: {self.v_empty}, {self.v_full}")
 
     @property
     def efficiency_gap(self) -> float:

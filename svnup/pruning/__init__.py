@@ -87,9 +87,7 @@ class Inputs:
 
 
 @torch.inference_mode()
-def prune_model(
-    lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor
-) -> PruneReport:
+def prune_model(lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor) -> PruneReport:
     """Prune a model in place, block after block, to the profile; statistics come from the already pruned blocks before.
 
     `tokens` is the calibration text, int64 (n_seq, seq_len), unused where the pruner needs no inputs. Raises ValueError with

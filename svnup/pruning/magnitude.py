@@ -33,7 +33,5 @@ class Magnitude:
         if sparsity == 0:
             return weight
         scores = weight.abs()
-        mask = (
-            lowest_of_groups(scores, *group) if group else lowest(scores.reshape(1, -1), sparsity).reshape(scores.shape)
-        )
+        mask = lowest_of_groups(scores, *group) if group else lowest(scores.reshape(1, -1), sparsity).reshape(scores.shape)
         return weight.masked_fill(mask, 0)

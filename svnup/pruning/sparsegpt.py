@@ -44,9 +44,7 @@ class SparseGPT:
         if self.damp <= 0:
             raise ValueError(f"damp={self.damp}: choose a positive fraction of the mean diagonal, such as 0.01")
         if self.block_size < 1 or (group and self.block_size % group[1]):
-            raise ValueError(
-                f"block_size={self.block_size}: choose a positive multiple of the M of pattern={self.pattern}"
-            )
+            raise ValueError(f"block_size={self.block_size}: choose a positive multiple of the M of pattern={self.pattern}")
 
     def new_stats(self, weight: Tensor) -> Hessian:
         return Hessian(torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float32, device=weight.device))

@@ -88,11 +88,9 @@ class Ledger:
         seconds = time.perf_counter() - self._start
         full = (len(self._asked), self._forwards)
         after = self._work()
-        new = (
-            full
-            if after is None or self._before is None
-            else tuple(a - b for a, b in zip(after, self._before, strict=True))
-        )
+        new = full
+        if after is not None and self._before is not None:
+            new = (after[0] - self._before[0], after[1] - self._before[1])
         cost = Cost(*full, *new, seconds)
         return ShapleyValues(values, method, cost=cost, stderr=stderr, v_empty=v_empty, v_full=float(v_full))
 

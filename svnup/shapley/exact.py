@@ -22,8 +22,8 @@ class Exact:
             n, w = n_players, 5
             windows = (n - w + 2) * 2 ** (w - 1)
             raise ValueError(
-                f"exact needs 2^{n} = {2**n:.2g} evaluations for {n} blocks (at most {MAX_PLAYERS} blocks): choose "
-                f"shapley=sliding_window (w={w}: {windows} evaluations) or shapley=permutation (its budget, at least {4 * n - 2})"
+                f"shapley=exact: needs 2^{n} = {2**n:.2g} evaluations for {n} blocks (at most {MAX_PLAYERS} blocks): choose "
+                f"shapley=sliding_window (w={w}: {windows} evaluations) or shapley=permutation (a budget from {4 * n - 2})"
             )
 
     def plan(self, n_players: int) -> Bools:

@@ -33,9 +33,7 @@ class SlidingWindow:
         if not 1 <= self.window <= n_players:
             raise ValueError(f"window={self.window}: the game has {n_players} players; choose 1 to {n_players}")
         if not 1 <= self.stride <= self.window:
-            raise ValueError(
-                f"stride={self.stride}: choose 1 to window={self.window}, so that windows cover every block"
-            )
+            raise ValueError(f"stride={self.stride}: choose 1 to window={self.window}, so that windows cover every block")
 
     def _starts(self, n: int) -> Ints:
         last = n - self.window
