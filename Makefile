@@ -44,8 +44,8 @@ tables: $(READY)  ## remake the committed tables under results/tables
 	$(BIN)/svnup-results table results/demo --format markdown --output results/tables/smoke.md \
 		--title 'Smoke experiment' --command 'make tables'
 
-benchmarks: $(READY)  ## cost of Shapley values against the straightforward way (about 40 minutes)
-	$(OFFLINE) $(BIN)/python experiments/benchmarks/shapley_cost.py
+benchmarks: $(READY)  ## cost of Shapley values against the straightforward way (about 25 minutes)
+	$(OFFLINE) $(BIN)/python experiments/benchmarks/shapley_cost.py --output results/benchmarks/shapley_cost.md
 
 clean:  ## remove the environment and everything that runs wrote (not the committed tables)
 	rm -rf $(VENV) results/demo results/runs results/cache results/sweeps *.egg-info build

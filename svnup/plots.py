@@ -61,7 +61,7 @@ def _profile(profile: dict[str, Any], path: Path) -> Path:
     axes.set_ylim(0, 100)
     axes.set_ylabel("sparsity (% zeros)")
     axes.set_title("Pruning budget per layer", fontsize=9)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="upper right", fontsize=8)
     return _save(figure, path)
 
 

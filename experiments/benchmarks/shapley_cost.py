@@ -1,0 +1,171 @@
+"""What Shapley values cost: svnup against the straightforward way, side by side in one run.
+
+The straightforward way evaluates every coalition by one whole forward of the model with absent blocks as identity, each window
+on its own; the de-duplicated way evaluates each distinct coalition once. Same batch, dtype, threads and micro-batches for all.
+Prints evaluations, block-forwards, the median wall time of the repeats and its ratio to svnup's, and svnup's wall time over
+its floor (block-forwards x time of one block + evaluations x time of one head pass, measured in the same run).
+
+    python experiments/benchmarks/shapley_cost.py [--repeats 5] [--output results/benchmarks/shapley_cost.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from svnup.data import Docs
+from svnup.game import LayerGame
+from svnup.language_model import LanguageModel
+from svnup.model import BUILT_IN_FOLDER
+from svnup.results import provenance
+from svnup.shapley import Estimator, block_forwards
+from svnup.shapley.exact import Exact
+from svnup.shapley.sliding_window import SlidingWindow
+from svnup.types import Bools, Floats
+
+BATCH = 8  # sequences of 256 tokens: svnup's own micro-batch on a CPU
+
+
+@contextmanager
+def identity_blocks(lm: LanguageModel, present: Bools) -> Iterator[None]:
+    """The absent blocks hand on what they are given."""
+    absent = [block for block, here in zip(lm.blocks, present, strict=True) if not here]
+    saved = [block.forward for block in absent]
+    try:
+        for block in absent:
+            block.forward = lambda hidden, *args, **kwargs: hidden
+        yield
+    finally:
+        for block, forward in zip(absent, saved, strict=True):
+            block.forward = forward
+
+
+class Straightforward:
+    """The layer game by whole forwards, in the order asked, nothing shared and nothing remembered."""
+
+    def __init__(self, lm: LanguageModel, tokens: torch.Tensor) -> None:
+        self.lm, self.tokens, self.n_players = lm, tokens, lm.n_blocks
+
+    @torch.inference_mode()
+    def __call__(self, coalitions: Bools) -> Floats:
+        return np.array([self._value(row) for row in coalitions])
+
+    def _value(self, present: Bools) -> float:
+        losses = []
+        with identity_blocks(self.lm, present):
+            for batch in self.tokens.split(BATCH):
+                logits = self.lm.model(batch, use_cache=False).logits[:, :-1].float()
+                loss = cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+                losses.append(loss.view(len(batch), -1).double().mean(1))
+        return -float(torch.cat(losses).mean())
+
+
+class Deduplicated(Straightforward):
+    """The same, each distinct coalition once."""
+
+    def __call__(self, coalitions: Bools) -> Floats:
+        rows, back = np.unique(coalitions, axis=0, return_inverse=True)
+        return super().__call__(rows)[back.reshape(-1)]
+
+
+def timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def unit_times(lm: LanguageModel, tokens: torch.Tensor, repeats: int) -> tuple[float, float]:
+    """Seconds of one block-forward and of one head pass on the whole payoff batch, the mean over blocks of medians."""
+    batches = list(lm.micro_batches(tokens))
+    block = [
+        statistics.median(timed(lambda i=i: [lm.run_block(i, b.hidden, b) for b in batches]) for _ in range(repeats))
+        for i in range(lm.n_blocks)
+    ]
+    head = statistics.median(timed(lambda: [lm.token_nll(b.hidden, b) for b in batches]) for _ in range(3 * repeats))
+    return statistics.mean(block), head
+
+
+def compare(lm: LanguageModel, name: str, estimator: Estimator, n_seq: int, repeats: int, deduplicated: bool) -> list[str]:
+    tokens = torch.as_tensor(Docs(n_seq=n_seq, seq_len=256, role="payoff").tokens(lm.tokenizer))
+    plan = estimator.plan(lm.n_blocks)
+    asked = np.concatenate(_recorded(estimator, lm.n_blocks))
+    ways: dict[str, tuple[Callable[[], object], int, int]] = {
+        "svnup": (lambda: LayerGame(lm, tokens), len(plan), block_forwards(plan)),
+        "straightforward": (lambda: Straightforward(lm, tokens), len(asked), int(asked.sum())),
+    }
+    if deduplicated:
+        ways["de-duplicated"] = (lambda: Deduplicated(lm, tokens), len(plan), int(plan.sum()))
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    values, floors = {}, []
+    for _ in range(repeats):  # the ways take turns, so that the machine's moods hit all of them
+        for way, (make, _evaluations, _forwards) in ways.items():
+            game = make()
+            seconds[way].append(timed(lambda way=way, game=game: values.__setitem__(way, estimator.estimate(game).values)))
+        block, head = unit_times(lm, tokens, 3)
+        floors.append(ways["svnup"][2] * block + ways["svnup"][1] * head)
+    ours = statistics.median(seconds["svnup"])
+    lines = []
+    for way, (_make, evaluations, forwards) in ways.items():
+        taken = statistics.median(seconds[way])
+        worst = float(np.abs(values[way] - values["svnup"]).max())
+        floor = f"{ours / statistics.median(floors):.2f}" if way == "svnup" else "-"
+        lines.append(
+            f"| {name} | {way} | {evaluations} | {forwards} | {taken:.1f} | {taken / ours:.2f} | {floor} | {worst:.1e} |"
+        )
+    return lines
+
+
+def _recorded(estimator: Estimator, n: int) -> list[Bools]:
+    """The coalitions as the estimator asks for them, repetitions included."""
+    asked: list[Bools] = []
+
+    class Recorder:
+        n_players, v_empty = n, 0.0
+
+        def __call__(self, coalitions: Bools) -> Floats:
+            asked.append(coalitions)
+            return np.zeros(len(coalitions))
+
+    estimator.estimate(Recorder())
+    return asked
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--exact-n-seq", type=int, default=2, help="payoff sequences of the exact comparison")
+    parser.add_argument("--window-n-seq", type=int, default=16, help="payoff sequences of the window comparison")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    lm = LanguageModel.load(str(BUILT_IN_FOLDER), dtype="float32", device="cpu")
+    hardware = provenance([], [], 0)["hardware"]
+    lines = [
+        "# Cost of Shapley values on the built-in model, 12 blocks",
+        "",
+        f"Made by `make benchmarks`: median of {options.repeats}, ways taking turns. {hardware['cpu']}, "
+        f"{hardware['cores']} cores, {hardware['threads']} threads, torch {torch.__version__}, float32. Payoff: sequences of "
+        f"256 tokens, {options.exact_n_seq} for exact, {options.window_n_seq} for the window.",
+        "",
+        "| values | way | evaluations | block-forwards | seconds | times svnup | over floor | largest difference |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += compare(lm, "sliding window w=5", SlidingWindow(5), options.window_n_seq, options.repeats, deduplicated=True)
+    lines += compare(lm, "exact", Exact(), options.exact_n_seq, options.repeats, deduplicated=False)
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
