@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -74,14 +75,20 @@ def _run(cfg: Any, overrides: list[str], texts: dict[TokenSource, TokenSource]) 
         _print_plan(job)
         return
     folder = RunFolder.of(job.results_dir, job.key)
+    sharded = job.scorer is not None and job.scorer.shard is not None
     earlier, prints = folder.read(), job.fingerprints()
     changed = earlier is not None and earlier.fingerprints != prints
-    if earlier is not None and earlier.status == "finished" and not job.force and not changed:
+    if earlier is not None and earlier.status == "finished" and not (job.force or changed or sharded):
         _say(f"already finished, not run again (force=true redoes it): {folder.path}")
         _print_result(earlier)
         return
     job.check_texts()
     job.check_shapes()
+    if sharded:
+        from svnup import pipeline
+
+        _say(f"shard done: {pipeline.run_shard(job)} new coalitions in {job.cache_dir}")
+        return
     if changed:
         _say(f"the inputs of {folder.path} have changed since it was made: it runs again")
 
@@ -137,11 +144,14 @@ def _print_plan(job: config.Job) -> None:
     _say(f"plan of {job.name} (nothing is run, nothing written); its folder would be runs/{job.key}")
     for name, value in job.check_shapes().items():
         _say(f"  {name:30} {value:>16,}")
+    if job.scorer is not None:
+        _say(f"  {'shapley seconds, about':30} {job.scorer_seconds():>16,.0f}")
 
 
 def _print_result(row: ResultRow) -> None:
     if row.shapley is not None and row.profile is not None:
-        values, sparsity = row.shapley["values"], row.profile["sparsity"]
+        sparsity = row.profile["sparsity"]
+        values = np.reshape(row.shapley["values"], (len(sparsity), -1)).sum(axis=1)  # attention and MLP may be apart
         _say(f"  {'layer':>5}  {'Shapley value':>13}  {'sparsity':>8}  kept")
         for index, (value, share) in enumerate(zip(values, sparsity, strict=True)):
             _say(f"  {index:>5}  {value:>13.4f}  {share:>8.3f}  {'█' * round(40 * (1 - share))}")

@@ -109,7 +109,7 @@ class Job:
 
     def sources(self) -> dict[str, TokenSource]:
         """Every text that the job reads, by the key under which it was configured."""
-        sources = {"dataset": self.dataset} if self.pruner.needs_inputs else {}
+        sources = {"dataset": self.dataset} if self._calibrates else {}
         if self.scorer is not None:
             sources["shapley.game.data"] = self.scorer.game.data
         return sources | {f"evaluation.datasets.{i}": s for i, s in enumerate(self.evaluation.sources())}
@@ -122,9 +122,24 @@ class Job:
             prints["allocator.path"] = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
         return prints
 
+    def scorer_seconds(self) -> float:
+        """Time that the scores will take, measured on one block of the model's shape with random weights."""
+        assert self.scorer is not None
+        probe = self.model.one_block()
+        return self.scorer.seconds(probe, self.scorer.plan(self.model.n_blocks()))
+
+    @property
+    def game_prunes(self) -> bool:
+        return self.scorer is not None and self.scorer.game.absence == "prune"
+
+    @property
+    def _calibrates(self) -> bool:
+        stand_in = self.scorer.game.pruner if self.scorer is not None else None
+        return self.pruner.needs_inputs or (stand_in is not None and stand_in.needs_inputs)
+
     def tokens(self) -> Ints:
         """The calibration tokens; none where the pruner reads none."""
-        if not self.pruner.needs_inputs:
+        if not self._calibrates:
             return np.zeros((0, self.dataset.seq_len), dtype=np.int64)
         return self.dataset.tokens(self.model.tokenizer)
 
@@ -156,13 +171,15 @@ class Job:
         width, dtype = lm.model.config.get_text_config().hidden_size, self.config["model"].get("dtype", "auto")
         size = 4 if dtype == "float32" else 2
         weights = sum(p.numel() for p in lm.model.parameters()) * size
-        n_calibration = (self.dataset.n_seq or 0) * self.dataset.seq_len if self.pruner.needs_inputs else 0
+        n_calibration = (self.dataset.n_seq or 0) * self.dataset.seq_len if self._calibrates else 0
         plan = {"blocks": lm.n_blocks, "prunable weights": int(lm.block_params.sum()), "bytes of weights": weights}
         plan["bytes of calibration states"] = n_calibration * width * size
         if self.scorer is not None:
             data, cost = self.scorer.game.data, self.scorer.plan(lm.n_blocks)
             plan |= {f"shapley {k.replace('_', ' ')}": v for k, v in cost.items()}
             plan["bytes of shapley states"] = cost["peak_states"] * (data.n_seq or 0) * data.seq_len * width * size
+            if self.game_prunes:
+                plan["bytes of pruned stand-ins"] = int(lm.block_params.sum()) * size
         return plan
 
 
@@ -229,6 +246,8 @@ def build(cfg: Any, known: dict[TokenSource, TokenSource] | None = None) -> Job:
 def config_key(config: dict[str, Any]) -> str:
     """Hash of a resolved configuration without what cannot change a number, and of the version of the numbers."""
     kept = {k: v for k, v in config.items() if k not in NOT_IN_KEY}
+    if kept.get("scorer"):
+        kept["scorer"] = {k: v for k, v in kept["scorer"].items() if k != "shard"}
     kept["model"] = {k: v for k, v in config["model"].items() if k not in NOT_IN_MODEL_KEY}
     text = json.dumps([NUMBERS_VERSION, kept], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -320,10 +339,14 @@ def _type_complaint(value: Any, hint: Any) -> str | None:
 
 
 def _scorer(node: dict[str, Any], known: dict[TokenSource, TokenSource]) -> ShapleyScorer:
-    estimator = {k: v for k, v in node.items() if k != "game"}
-    game: GameOptions = construct(node["game"], "shapley.game")
+    estimator = {k: v for k, v in node.items() if k not in ("game", "shard")}
+    options = dict(node["game"])
+    if options.get("absence") != "prune":  # whose pruner is not used then, and need not be imported
+        options["pruner"] = None
+    game: GameOptions = construct(options, "shapley.game")
     game = replace(game, data=known.setdefault(game.data, game.data))
-    return ShapleyScorer(construct(estimator, "shapley"), game)
+    with _blame("shapley"):
+        return ShapleyScorer(construct(estimator, "shapley"), game, node.get("shard"))
 
 
 def _evaluation(node: dict[str, Any], known: dict[TokenSource, TokenSource]) -> Any:

@@ -16,36 +16,53 @@ from typing import IO, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svnup import NUMBERS_VERSION
-from svnup.language_model import LanguageModel, MicroBatch
+from svnup.language_model import LanguageModel, MicroBatch, Part
 from svnup.progress import stage
 from svnup.shapley import branch_points
 from svnup.types import Bools, Floats, Ints
 
 logger = logging.getLogger(__name__)
 
-Payoff = Literal["neg_nll", "neg_ppl", "recip_ppl"]
+Payoff = Literal["neg_nll", "neg_ppl", "recip_ppl", "kl", "accuracy"]
 Cap = Literal["none", "chance"]
+Players = Literal["block", "sublayer"]
+Weights = dict[str, Tensor]
+
+CHOICES = 4
+
+
+@dataclass(frozen=True)
+class Player:
+    """A block, or the attention or MLP of one, and what stands in for it when it is absent: None skips it."""
+
+    block: int
+    part: Part
+    absent: Weights | None
 
 
 class LayerGame:
-    """Payoffs of coalitions of blocks, an absent block being skipped: bool (m, n_players) to float64 (m,).
+    """Payoffs of coalitions of blocks: bool (m, n_players) to float64 (m,).
 
     `tokens` (n_seq, seq_len) is the payoff text. Payoffs, with NLL the mean over sequences of the mean over their next
-    tokens in nats: `neg_nll` = -NLL, `neg_ppl` = -exp(NLL), `recip_ppl` = exp(NLL of all blocks - NLL). `cap=chance` takes
-    the NLL to be at most ln V. Coalitions are walked depth first over shared prefixes, each evaluated once ever: values go
-    to an append-only memo under `cache_dir` (None: in memory only) as they come.
+    tokens in nats: `neg_nll` = -NLL, `neg_ppl` = -exp(NLL), `recip_ppl` = exp(NLL of all players - NLL), `kl` = -KL(predictions
+    of all players, of the coalition) per token, `accuracy` = how often the true end of a sequence (its last quarter) is
+    likelier than the ends of the next three. `cap=chance` lets no payoff be worse than guessing.
 
-    `n_evaluations` and `n_block_forwards` count the work done by this object; `v_empty`, the payoff of nobody, is a
-    reference that costs one head pass and no block-forward, and is not counted. `key` changes with whatever changes a value.
-    Raises ValueError where a loss is not finite.
+    An absent player is skipped (identity), or with `pruned` (per block, pruned weights by parameter name) computes with these
+    instead of its own; both versions stay in memory and nothing is copied. `players=sublayer`: attention and MLP apart, 2n
+    players in the order in which they act.
 
-    Source: arXiv 2505.01731 (blocks as players of a cooperative game); the payoffs are our choices.
+    Coalitions are walked depth first over shared prefixes, each evaluated once ever: values go to an append-only memo under
+    `cache_dir` (None: in memory only) as they come. Hidden states of prefixes take at most `state_bytes`, beyond which they
+    are computed again. `n_evaluations` and `n_block_forwards` (or sublayer-forwards) count the work done by this object;
+    `v_empty`, the payoff of nobody, is a reference and is not counted. `key` changes with whatever changes a value. Raises
+    ValueError where a loss is not finite.
+
+    Source: arXiv 2505.01731 (blocks as players of a cooperative game); payoffs, caps and the pruned game are our choices.
     """
-
-    absent_costs = False
 
     def __init__(
         self,
@@ -54,25 +71,35 @@ class LayerGame:
         *,
         payoff: Payoff = "neg_nll",
         cap: Cap = "none",
+        players: Players = "block",
+        pruned: list[Weights] | None = None,
         cache_dir: str | Path | None = None,
+        state_bytes: int | None = None,
     ) -> None:
         self.lm, self.tokens = lm, torch.as_tensor(tokens)
         self.payoff, self.cap = payoff, cap
-        self.n_players = lm.n_blocks
+        self.absent_costs = pruned is not None
+        self._players = _make_players(lm, players, pruned)
+        self.n_players = len(self._players)
         self.n_evaluations = self.n_block_forwards = 0
+        self._state_bytes = state_bytes
+        if payoff == "accuracy" and len(self.tokens) < CHOICES:
+            raise ValueError(
+                f"payoff=accuracy: needs at least {CHOICES} sequences, not {len(self.tokens)}; add more payoff text"
+            )
         identity = {
             "weights": lm.fingerprint(),
+            "pruned": _digest(pruned) if pruned is not None else None,
             "tokens": hashlib.sha256(self.tokens.numpy().astype(np.int64).tobytes()).hexdigest(),
             "shape": list(self.tokens.shape),
             "payoff": payoff,
             "cap": cap,
-            "absence": "skip",
-            "players": "block",
+            "players": players,
             "numbers": NUMBERS_VERSION,
         }
         self.key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-        kind = f"{lm.device.type}/{lm.dtype}"
-        self._memo = Memo(Path(cache_dir) / "games" / self.key if cache_dir is not None else None, kind)
+        self._kind = f"{lm.device.type}/{lm.dtype}"
+        self._memo = Memo(Path(cache_dir) / "games" / self.key if cache_dir is not None else None, self._kind)
 
     def __call__(self, coalitions: Bools) -> Floats:
         rows = np.asarray(coalitions)
@@ -86,7 +113,7 @@ class LayerGame:
 
     @property
     def v_empty(self) -> float:
-        """The payoff of the coalition of no block."""
+        """The payoff of the coalition of no player."""
         nobody = np.zeros((1, self.n_players), dtype=bool)
         if _name(nobody[0]) not in self._memo.values:
             self._walk(nobody)
@@ -100,79 +127,237 @@ class LayerGame:
     @torch.inference_mode()
     def _walk(self, coalitions: Bools) -> int:
         """Evaluate distinct coalitions (in lexicographic order) depth first; returns the number of block-forwards."""
-        steps = WalkPlan.of(coalitions)
+        steps = WalkPlan.of(coalitions, self.absent_costs, self._max_states())
         forwards = 0
         stack: dict[int, list[Tensor]] = {0: [batch.hidden for batch in self._batches]}
         with stage("coalitions", steps.n_evaluations, "coalitions") as advance:
-            for row, start, kept in zip(coalitions, steps.starts, steps.kept, strict=True):
+            for row, start, kept in zip(coalitions, steps.resume, steps.kept, strict=True):
                 states = stack[start]
                 stack = {depth: s for depth, s in stack.items() if kept >> depth & 1}
-                for block in range(start, self.n_players):
-                    if row[block]:
-                        states = [self.lm.run_block(block, h, b) for h, b in zip(states, self._batches, strict=True)]
+                for index in range(start, self.n_players):
+                    player = self._players[index]
+                    if row[index] or player.absent is not None:
+                        states = self._step(player, states, present=bool(row[index]))
                         forwards += 1
-                    if kept >> (block + 1) & 1:
-                        stack[block + 1] = states
-                self._memo.add(_name(row), self._value(self._nll(states, _name(row))))
+                    if kept >> (index + 1) & 1:
+                        stack[index + 1] = states
+                self._memo.add(_name(row), self._payoff_of(states, _name(row)))
                 advance(1)
         return forwards
+
+    def _step(self, player: Player, states: list[Tensor], present: bool) -> list[Tensor]:
+        weights = None if present else player.absent
+        return [
+            self.lm.run_block(player.block, hidden, batch, part=player.part, weights=weights)
+            for hidden, batch in zip(states, self._batches, strict=True)
+        ]
+
+    def _max_states(self) -> int:
+        """How many hidden states of the payoff batch may be held at a time, at least the first and the last."""
+        per_state = sum(b.hidden.numel() * b.hidden.element_size() for b in self._batches)
+        budget = self._state_bytes
+        if budget is None:  # what is dropped is computed again by the same operations, so this moves no number
+            budget = torch.cuda.mem_get_info(self.lm.device)[0] // 2 if self.lm.device.type == "cuda" else 2**33
+        return max(2, budget // per_state)
 
     @cached_property
     def _batches(self) -> list[MicroBatch]:
         with torch.inference_mode():
-            return list(self.lm.micro_batches(self.tokens))
+            tokens = _with_choices(self.tokens) if self.payoff == "accuracy" else self.tokens
+            return list(self.lm.micro_batches(tokens))
 
-    def _nll(self, states: list[Tensor], name: str) -> float:
-        losses = [self.lm.token_nll(h, b).double().mean(1) for h, b in zip(states, self._batches, strict=True)]
-        nll = float(torch.cat(losses).mean())
-        if not math.isfinite(nll):
-            raise ValueError(
-                f"stage coalitions: the loss of coalition {name} is {nll}; a wider dtype (model.dtype=float32 or bfloat16) "
-                "may help, or the model is broken"
-            )
-        return nll
+    # -- payoffs
 
-    def _value(self, nll: float) -> float:
+    def _payoff_of(self, states: list[Tensor], name: str) -> float:
+        if self.payoff == "kl":
+            pairs = zip(states, self._states_of_all, self._batches, strict=True)
+            kl = self._mean([self.lm.token_kl(h, r, b) for h, r, b in pairs], name)
+            return -min(kl, self._chance_nll) if self.cap == "chance" else -kl
+        if self.payoff == "accuracy":
+            accuracy = self._accuracy(states, name)
+            return max(accuracy, 1 / CHOICES) if self.cap == "chance" else accuracy
+        nll = self._mean([self.lm.token_nll(h, b) for h, b in zip(states, self._batches, strict=True)], name)
+        return self._of_nll(nll)
+
+    def _of_nll(self, nll: float) -> float:
         if self.cap == "chance":
-            nll = min(nll, math.log(self.lm.vocab_size))
+            nll = min(nll, self._chance_nll)
         if self.payoff == "neg_nll":
             return -nll
         return -math.exp(nll) if self.payoff == "neg_ppl" else math.exp(self._nll_of_all - nll)
 
+    def _mean(self, losses: list[Tensor], name: str) -> float:
+        mean = float(torch.cat([loss.double().mean(1) for loss in losses]).mean())
+        if not math.isfinite(mean):
+            raise ValueError(
+                f"stage coalitions: the loss of coalition {name} is {mean}; a wider dtype (model.dtype=float32 or bfloat16) "
+                "may help, or the model is broken"
+            )
+        return mean
+
+    def _accuracy(self, states: list[Tensor], name: str) -> float:
+        """Rows come as CHOICES endings of each sequence, the true one first."""
+        losses = [self.lm.token_nll(h, b) for h, b in zip(states, self._batches, strict=True)]
+        self._mean(losses, name)
+        ending = self.tokens.shape[1] // 4
+        scores = torch.cat(losses)[:, -ending:].double().sum(1).view(-1, CHOICES)
+        return float((scores[:, 0] < scores[:, 1:].min(1).values).double().mean())
+
+    @cached_property
+    def _chance_nll(self) -> float:
+        return math.log(self.lm.vocab_size)
+
+    @cached_property
+    def _states_of_all(self) -> list[Tensor]:
+        """Hidden states after all players, outside the counts: the reference of kl and recip_ppl."""
+        with torch.inference_mode():
+            states = [batch.hidden for batch in self._batches]
+            for player in self._players:
+                states = self._step(player, states, present=True)
+            return states
+
     @cached_property
     def _nll_of_all(self) -> float:
         with torch.inference_mode():
-            return float(self.lm.nll(self.tokens).mean())
+            losses = [self.lm.token_nll(h, b) for h, b in zip(self._states_of_all, self._batches, strict=True)]
+            return self._mean(losses, "of all players")
+
+    # -- gates
+
+    def gate_gradient(self, gate: float) -> Floats:
+        """Derivative (n_players,) of the payoff by a gate on each block's residual update, h + g (block(h) - h), where all
+        gates are `gate`. One forward and one backward pass; activations are recomputed block by block.
+
+        Raises ValueError for payoffs that are no smooth function of the loss, sublayers and the pruned game.
+        """
+        if self.payoff not in ("neg_nll", "neg_ppl", "recip_ppl") or self.cap != "none":
+            raise ValueError(
+                f"payoff={self.payoff}, cap={self.cap}: gates need payoff=neg_nll, neg_ppl or recip_ppl and cap=none"
+            )
+        if self.absent_costs or self._players[0].part != "block":
+            raise ValueError("gates are defined for absence=skip and players=block; choose these, or another estimator")
+        total, n_sequences, nll = np.zeros(self.n_players), len(self.tokens), 0.0
+        with torch.no_grad():
+            batches = list(self.lm.micro_batches(self.tokens))
+        for batch in batches:
+            loss, gradient = self._gate_gradient(batch, gate)
+            total += gradient * len(batch.tokens) / n_sequences
+            nll += loss * len(batch.tokens) / n_sequences
+        if not (math.isfinite(nll) and np.isfinite(total).all()):
+            raise ValueError(
+                f"stage gates: the loss at gate {gate:g} is {nll} or its gradient not finite; try model.dtype=float32"
+            )
+        outer = {"neg_nll": -1.0, "neg_ppl": -math.exp(nll)}.get(self.payoff)
+        return total * (-math.exp(self._nll_of_all - nll) if outer is None else outer)
+
+    def _gate_gradient(self, batch: MicroBatch, gate: float) -> tuple[float, Floats]:
+        states = [batch.hidden]
+        with torch.no_grad():
+            for index in range(self.n_players):
+                update = self.lm.run_block(index, states[-1], batch) - states[-1]
+                states.append(states[-1] + gate * update)
+        with torch.enable_grad():
+            last = states.pop().detach().requires_grad_()
+            loss = self.lm.token_nll(last, batch).double().mean()
+            (slope,) = torch.autograd.grad(loss, last)
+        gradient = np.zeros(self.n_players)
+        for index in reversed(range(self.n_players)):
+            with torch.enable_grad():
+                hidden = states.pop().detach().requires_grad_()
+                update = self.lm.run_block(index, hidden, batch) - hidden
+                gradient[index] = float((slope.double() * update.detach().double()).sum())
+                (slope,) = torch.autograd.grad(hidden + gate * update, hidden, slope)
+        return float(loss.detach()), gradient
+
+
+def _make_players(lm: LanguageModel, players: Players, pruned: list[Weights] | None) -> list[Player]:
+    def absent(index: int, modules: dict[str, nn.Module] | None) -> Weights | None:
+        if pruned is None or modules is None:
+            return pruned[index] if pruned is not None else None
+        return {name: w for name, w in pruned[index].items() if name.partition(".")[0] in modules}
+
+    if players == "block":
+        return [Player(i, "block", absent(i, None)) for i in range(lm.n_blocks)]
+    made = []
+    for index in range(lm.n_blocks):
+        parts = lm.sublayers(index)
+        made += [
+            Player(index, "attention", absent(index, parts["attention"])),
+            Player(index, "mlp", absent(index, parts["mlp"])),
+        ]
+    _check_sequential(lm)
+    return made
+
+
+@torch.inference_mode()
+def _check_sequential(lm: LanguageModel) -> None:
+    """Attention then MLP must be the whole block, which it is not where the two run side by side."""
+    probe = torch.arange(16, device=lm.device).remainder(lm.vocab_size)[None]
+    (batch,) = lm.micro_batches(probe)
+    hidden = batch.hidden
+    for index in range(lm.n_blocks):
+        whole = lm.run_block(index, hidden, batch)
+        halves = lm.run_block(index, lm.run_block(index, hidden, batch, part="attention"), batch, part="mlp")
+        if not torch.allclose(whole.float(), halves.float(), rtol=1e-2, atol=1e-2 * float(whole.abs().max())):
+            raise ValueError(f"players=sublayer: block {index} does not run attention, then MLP; use players=block")
+        hidden = whole
+
+
+def _with_choices(tokens: Tensor) -> Tensor:
+    """Each sequence with its own ending (last quarter), then with those of the next ones: (n, s) to (CHOICES n, s)."""
+    ending = tokens.shape[1] // 4
+    variants = [torch.cat([tokens[:, :-ending], tokens.roll(-shift, 0)[:, -ending:]], 1) for shift in range(CHOICES)]
+    return torch.stack(variants, 1).reshape(-1, tokens.shape[1])
+
+
+def _digest(pruned: list[Weights]) -> str:
+    total = hashlib.sha256()
+    for weights in pruned:
+        for name, tensor in sorted(weights.items()):
+            total.update(name.encode())
+            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 @dataclass(frozen=True)
 class WalkPlan:
     """A depth-first walk over distinct coalitions in lexicographic order, and what it costs.
 
-    `starts` is the depth at which each coalition leaves the one before; bit d of `kept` says that the hidden states at depth
-    d are still needed after that coalition; `peak_states` is the largest number of different hidden states held at a time.
+    `resume` is the depth from which each coalition is computed, where it leaves the one before unless those states had to be
+    dropped; bit d of `kept` says that the hidden states at depth d stay after that coalition; `peak_states` is the largest
+    number of different hidden states held at a time.
     """
 
-    starts: list[int]
+    resume: list[int]
     kept: list[int]
     n_evaluations: int
     n_block_forwards: int
     peak_states: int
 
     @classmethod
-    def of(cls, coalitions: Bools) -> WalkPlan:
-        starts = branch_points(coalitions)
+    def of(cls, coalitions: Bools, absent_costs: bool = False, max_states: int | None = None) -> WalkPlan:
+        starts = branch_points(coalitions).tolist()
         kept = [0] * len(coalitions)
         for i in range(len(coalitions) - 2, -1, -1):
-            branch = int(starts[i + 1])
-            kept[i] = kept[i + 1] & ((1 << branch) - 1) | 1 << branch
-        fresh = (np.arange(coalitions.shape[1]) >= starts[:, None]) & coalitions
-        peak = max((_n_states(row, mask) for row, mask in zip(coalitions, kept, strict=True)), default=0)
-        return cls(starts.tolist(), kept, len(coalitions), int(fresh.sum()), peak + 1)
+            kept[i] = kept[i + 1] & ((1 << starts[i + 1]) - 1) | 1 << starts[i + 1]
+        costs = np.ones_like(coalitions) if absent_costs else coalitions
+        peak, held, resume, forwards = 0, 1, [], 0
+        for i, start in enumerate(starts):
+            depth = max(d for d in range(start + 1) if held >> d & 1)
+            resume.append(depth)
+            forwards += int(costs[i, depth:].sum())
+            # Depth 0 is the embedding, which is always at hand. What was dropped earlier only comes back if passed again.
+            kept[i] = (kept[i] & (held | ~((1 << depth + 1) - 1))) | 1
+            while max_states is not None and _n_states(costs[i], kept[i]) > max_states - 1 and kept[i] > 1:
+                lowest = (kept[i] & ~1) & -(kept[i] & ~1)
+                kept[i] &= ~lowest
+            held = kept[i]
+            peak = max(peak, _n_states(costs[i], held))
+        return cls(resume, kept, len(coalitions), forwards, peak + 1)
 
 
 def _n_states(row: Bools, kept: int) -> int:
-    """Different hidden states among the kept depths of a coalition: an absent block hands on the same one."""
+    """Different hidden states among the kept depths of a coalition: a skipped block hands on the same one."""
     depths: Ints = np.concatenate([[0], np.cumsum(row)])
     return len({int(depths[d]) for d in range(len(depths)) if kept >> d & 1})
 

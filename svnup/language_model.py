@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging as transformers_logging
@@ -26,6 +27,7 @@ from svnup.types import Floats, Ints
 # Fixed, not derived from free memory: the sizes of matrix products decide the last bits of a number.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 HEAD_TOKENS = 1024
+Part = Literal["block", "attention", "mlp"]
 
 
 @dataclass
@@ -186,11 +188,48 @@ class LanguageModel:
         for chunk in rows.split(max(1, size // rows.shape[1])):
             yield self._enter(chunk.to(self.device))
 
-    def run_block(self, index: int, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        """One block-forward: hidden states (b, s, d) to hidden states (b, s, d)."""
+    def run_block(
+        self, index: int, hidden: Tensor, batch: MicroBatch, *, part: Part = "block", weights: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """One block-forward: hidden states (b, s, d) to hidden states (b, s, d).
+
+        `part` runs the attention or the MLP alone, the other contributing nothing; `weights` are used in place of the
+        block's own parameters of these names, without a copy.
+        """
         args, kwargs = batch.calls[index]
-        out = self.blocks[index](hidden, *args, **kwargs)
+        block = self.blocks[index]
+        silent = (
+            {} if part == "block" else self._silence(index, "mlp" if part == "attention" else "attention", hidden.shape[-1])
+        )
+        with self._replaced(silent):
+            out = functional_call(block, weights, (hidden, *args), kwargs) if weights else block(hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    def sublayers(self, index: int) -> dict[str, dict[str, nn.Module]]:
+        """The modules of a block that make up its `attention` and its `mlp`, by name.
+
+        Raises ValueError where they cannot be told apart.
+        """
+        heavy = {n: m for n, m in self.blocks[index].named_children() if any(p.dim() > 1 for p in m.parameters())}
+        attention = {n: m for n, m in heavy.items() if "attn" in n or "attention" in n}
+        mlp = {n: m for n, m in heavy.items() if n not in attention}
+        if len(attention) != 1 or not mlp:
+            raise ValueError(
+                f"players=sublayer: block {index} has no attention and MLP apart ({list(heavy)}); use players=block"
+            )
+        return {"attention": attention, "mlp": mlp}
+
+    def _silence(self, index: int, part: str, width: int) -> dict[nn.Module, Callable[..., Any]]:
+        """Forwards for the modules of a sublayer that cost nothing and add nothing to the residual stream."""
+        *inner, last = self.sublayers(index)[part].values()
+
+        def nothing(*args: Any, **kwargs: Any) -> Any:
+            x = args[0] if args else kwargs["hidden_states"]
+            zeros = x.new_zeros(*x.shape[:-1], width)
+            length = self._tuple_lengths[last]
+            return (zeros, *[None] * (length - 1)) if length else zeros
+
+        return {m: lambda x, *args, **kwargs: x for m in inner} | {last: nothing}
 
     def token_nll(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
         """Negative log-likelihood in nats of each next token, (b, s) hidden after the last block to float32 (b, s - 1).
@@ -203,6 +242,15 @@ class LanguageModel:
             for start, logits in self._logits_in_chunks(hidden, batch)
         ]
         return torch.cat(losses).view(len(batch.tokens), -1)
+
+    def token_kl(self, hidden: Tensor, reference: Tensor, batch: MicroBatch) -> Tensor:
+        """KL divergence in nats from the predictions at `reference` to those at `hidden`, (b, s) to float32 (b, s - 1)."""
+        pairs = zip(self._logits_in_chunks(reference, batch), self._logits_in_chunks(hidden, batch), strict=True)
+        chunks = [
+            nn.functional.kl_div(b.log_softmax(-1), a.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+            for (_, a), (_, b) in pairs
+        ]
+        return torch.cat(chunks).view(len(batch.tokens), -1)
 
     @torch.inference_mode()
     def nll(self, tokens: np.ndarray | Tensor) -> Floats:
@@ -234,7 +282,7 @@ class LanguageModel:
 
     def _enter(self, tokens: Tensor) -> MicroBatch:
         """Let the model prepare its blocks' arguments: every block records them and passes its input on."""
-        _ = self._returns_tuple  # asks the real blocks, so before they are replaced
+        _ = self._tuple_lengths  # asks the real blocks, so before they are replaced
         entered: list[Tensor] = []
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -268,29 +316,29 @@ class LanguageModel:
         for start in range(0, len(states), HEAD_TOKENS):
             out = BaseModelOutputWithPast(last_hidden_state=states[None, start : start + HEAD_TOKENS])
             with self._replaced({self.decoder: lambda *args, out=out, **kwargs: out}):
-                yield start, self.model(input_ids=stub, use_cache=False).logits[0].float()
+                logits = self.model(input_ids=stub, use_cache=False).logits[0].float()
+            yield start, logits
 
     def _as_block_output(self, index: int, hidden: Tensor) -> Any:
         """Hidden states in the form in which this model's blocks return them: a tensor, or a tuple that starts with it."""
-        return (hidden,) if self._returns_tuple[index] else hidden
+        return (hidden,) if self._tuple_lengths[self.blocks[index]] else hidden
 
     @cached_property
-    def _returns_tuple(self) -> list[bool]:
-        kinds = [False] * self.n_blocks
+    def _tuple_lengths(self) -> dict[nn.Module, int]:
+        """Length of the tuple that each block and each of its modules returns, 0 for a plain tensor."""
+        lengths: dict[nn.Module, int] = {}
 
-        def note(index: int) -> Callable[..., None]:
-            def hook(block: nn.Module, args: Any, out: Any) -> None:
-                kinds[index] = isinstance(out, tuple)
+        def note(module: nn.Module, args: Any, out: Any) -> None:
+            lengths[module] = len(out) if isinstance(out, tuple) else 0
 
-            return hook
-
-        hooks = [block.register_forward_hook(note(i)) for i, block in enumerate(self.blocks)]
+        modules = [m for block in self.blocks for m in (block, *block.children())]
+        hooks = [module.register_forward_hook(note) for module in modules]
         try:
             self.decoder(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
-        return kinds
+        return lengths
 
     @staticmethod
     @contextlib.contextmanager

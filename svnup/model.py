@@ -19,6 +19,15 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 DepthKeys = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
+def one_block_of(config: Any) -> Any:
+    """The same transformers config with a single block."""
+    text = config.get_text_config()
+    text.num_hidden_layers = 1
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    return config
+
+
 def _check_device_name(device: str) -> None:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise ValueError(f"device={device}: choose auto, cpu, mps, cuda or cuda:<number>")
@@ -149,6 +158,14 @@ class Pretrained:
         config = read_config(self._source, revision=self.revision, trust_remote_code=self.trust_remote_code)
         return LanguageModel.skeleton(config, self.blocks_path)
 
+    def one_block(self) -> LanguageModel:
+        """One block of this shape with random weights, to time."""
+        from svnup.language_model import LanguageModel, read_config
+
+        config = read_config(self._source, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        dtype = self.dtype if self.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
+        return LanguageModel.random(one_block_of(config), None, seed=0, dtype=dtype, device=self.device)
+
     def load(self) -> LanguageModel:
         from svnup.language_model import LanguageModel
 
@@ -250,6 +267,11 @@ class Random:
         from svnup.language_model import LanguageModel
 
         return LanguageModel.skeleton(self._config())
+
+    def one_block(self) -> LanguageModel:
+        from svnup.language_model import LanguageModel
+
+        return LanguageModel.random(one_block_of(self._config()), None, seed=0, dtype=self.dtype, device=self.device)
 
     def load(self) -> LanguageModel:
         from svnup.language_model import LanguageModel

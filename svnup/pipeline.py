@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from svnup.evaluation import check_dense
-from svnup.pruning import prune_model
-from svnup.types import ResultRow, ShapleyValues
+from svnup.pruning import prune_model, pruned_weights
+from svnup.types import ResultRow, ShapleyValues, SparsityProfile
 
 if TYPE_CHECKING:
     from svnup.config import Job
+    from svnup.game import Weights
+    from svnup.language_model import LanguageModel
+    from svnup.pruning import Pruner
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +34,7 @@ def run(job: Job, folder: Path, provenance: dict[str, Any]) -> ResultRow:
     check_dense(dense, job.model.dense_ppl, job.protocol_gate, job.model.name)
     logger.info("dense: %s", ", ".join(f"{k} {m.value:.4g}" for k, m in dense.items()) or "not evaluated")
 
-    scores = job.scorer.score(lm, tokens, job.cache_dir) if job.scorer is not None else None
+    scores = job.scorer.score(lm, tokens, job.cache_dir, pruned_by(job, lm)) if job.scorer is not None else None
     if scores is not None:
         cost = scores.cost
         logger.info(
@@ -39,7 +45,8 @@ def run(job: Job, folder: Path, provenance: dict[str, Any]) -> ResultRow:
             cost.seconds,
         )
 
-    profile = job.allocator.allocate(scores, lm.block_params, job.sparsity, job.pattern)
+    per_block = scores.per_block(lm.n_blocks) if scores is not None else None
+    profile = job.allocator.allocate(per_block, lm.block_params, job.sparsity, job.pattern)
     report = prune_model(lm, profile, job.pruner, tokens)
     logger.info("pruned: %.2f %% zeros in %.1f s", 100 * report.sparsity, report.seconds["total"])
 
@@ -62,3 +69,18 @@ def run(job: Job, folder: Path, provenance: dict[str, Any]) -> ResultRow:
         pruning=report.to_dict(),
         seconds=time.perf_counter() - start,
     )
+
+
+def run_shard(job: Job) -> int:
+    """Evaluate one shard of the job's coalitions into the cache, for a job without a shard to use; returns how many are new."""
+    assert job.scorer is not None
+    lm = job.model.load()
+    game = job.scorer.play(lm, pruned_by(job, lm), job.cache_dir)
+    game(job.scorer.part(lm.n_blocks))
+    return game.n_evaluations
+
+
+def pruned_by(job: Job, lm: LanguageModel) -> Callable[[Pruner], list[Weights]]:
+    """How the game gets its stand-ins for absent blocks: a uniform pass at the job's sparsity over its calibration text."""
+    uniform = SparsityProfile(np.full(lm.n_blocks, job.sparsity), lm.block_params, job.sparsity, job.pattern)
+    return lambda pruner: pruned_weights(lm, uniform, pruner, job.tokens())

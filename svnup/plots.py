@@ -7,7 +7,13 @@ from typing import Any
 
 from svnup.types import ResultRow
 
-UNITS = {"neg_nll": "nats per token", "neg_ppl": "perplexity", "recip_ppl": "share of the dense 1 / perplexity"}
+UNITS = {
+    "neg_nll": "nats per token",
+    "neg_ppl": "perplexity",
+    "recip_ppl": "share of the dense 1 / perplexity",
+    "kl": "nats per token of KL divergence",
+    "accuracy": "share of right answers",
+}
 
 
 def figures(row: ResultRow, folder: Path) -> dict[str, Path]:

@@ -3,61 +3,127 @@
 from __future__ import annotations
 
 import logging
+import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from svnup.data import TokenSource
-from svnup.shapley import Estimator, block_forwards
-from svnup.types import Ints, ShapleyValues
+from svnup.shapley import Estimator
+from svnup.types import Bools, Ints, ShapleyValues
 
 if TYPE_CHECKING:
+    from svnup.game import LayerGame, Weights
     from svnup.language_model import LanguageModel
+    from svnup.pruning import Pruner
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GameOptions:
-    """The layer game of a job: its payoff text, and the options of `svnup.game.LayerGame`."""
+    """The layer game of a job: its payoff text, and the options of `svnup.game.LayerGame`.
+
+    `absence=prune`: an absent block is that block pruned uniformly at the job's sparsity by `pruner`.
+    """
 
     data: TokenSource
-    payoff: Literal["neg_nll", "neg_ppl", "recip_ppl"] = "neg_nll"
+    payoff: Literal["neg_nll", "neg_ppl", "recip_ppl", "kl", "accuracy"] = "neg_nll"
     cap: Literal["none", "chance"] = "none"
+    absence: Literal["skip", "prune"] = "skip"
+    players: Literal["block", "sublayer"] = "block"
+    pruner: Any = None  # a svnup.pruning.Pruner, which cannot be named here without importing torch
+
+    def n_players(self, n_blocks: int) -> int:
+        return n_blocks if self.players == "block" else 2 * n_blocks
 
 
 @dataclass(frozen=True)
 class ShapleyScorer:
-    """Shapley values of the blocks by an estimator on a layer game."""
+    """Shapley values of the blocks by an estimator on a layer game; `shard` k/n evaluates only that part of its coalitions."""
 
     estimator: Estimator
     game: GameOptions
+    shard: str | None = None
 
-    def sources(self) -> dict[str, TokenSource]:
-        return {"payoff": self.game.data}
+    def __post_init__(self) -> None:
+        match = re.fullmatch(r"(\d+)/(\d+)", self.shard or "0/1")
+        if not match or not int(match[1]) < int(match[2]):
+            raise ValueError(f"shard={self.shard}: choose k/n with 0 <= k < n, such as 0/4, or null")
 
     def check(self, n_blocks: int) -> None:
-        self.estimator.check(n_blocks)
+        self.estimator.check(self.game.n_players(n_blocks))
 
-    def plan(self, n_blocks: int) -> dict[str, Any]:
-        """Evaluations and block-forwards that the values cost when nothing is known yet."""
+    def part(self, n_blocks: int) -> Bools:
+        """The coalitions of the shard: neighbours in lexicographic order, so that they share prefixes."""
+        coalitions = self.estimator.plan(self.game.n_players(n_blocks))
+        k, n = map(int, (self.shard or "0/1").split("/"))
+        return np.array_split(coalitions, n)[k]
+
+    def plan(self, n_blocks: int) -> dict[str, int]:
+        """What the values (or the shard) cost when nothing is known yet, and how many hidden states are held for it."""
         from svnup.game import WalkPlan
 
-        coalitions = self.estimator.plan(n_blocks)
-        walk = WalkPlan.of(coalitions)
-        assert walk.n_block_forwards == block_forwards(coalitions)
-        return {
-            "evaluations": walk.n_evaluations,
-            "block_forwards": walk.n_block_forwards,
-            "peak_states": walk.peak_states,
-        }
+        walk = WalkPlan.of(self.part(n_blocks), absent_costs=self.game.absence == "prune")
+        counts = {"evaluations": walk.n_evaluations, "block_forwards": walk.n_block_forwards, "peak_states": walk.peak_states}
+        return counts | {"backward_passes": getattr(self.estimator, "nodes", 0)}
 
-    def score(self, lm: LanguageModel, tokens: Ints, cache_dir: str | None) -> ShapleyValues:
-        """Play the game; `tokens`, the calibration text, is not used. Values that the cache knows are not computed again."""
+    def seconds(self, probe: LanguageModel, plan: dict[str, int]) -> float:
+        """Time that a plan will take, from one block-forward and one head pass of a one-block model of the same shape."""
+        import torch
+
+        data = self.game.data
+        n_seq = data.n_seq or 1
+        with torch.inference_mode():
+            rows = torch.zeros(n_seq, data.seq_len, dtype=torch.int64)
+            batch = next(probe.micro_batches(rows))
+            hidden = probe.run_block(0, batch.hidden, batch)
+            share = n_seq / len(batch.tokens)
+            block, head = (
+                share * _time(lambda: probe.run_block(0, batch.hidden, batch)),
+                share * _time(lambda: probe.token_nll(hidden, batch)),
+            )
+        parts = 2 if self.game.players == "sublayer" else 1
+        return plan["block_forwards"] * block / parts + plan["evaluations"] * head
+
+    def play(self, lm: LanguageModel, pruned: Callable[[Pruner], list[Weights]], cache_dir: str | None) -> LayerGame:
+        """The game itself; `pruned` makes the stand-ins of absent blocks with a pruner."""
         from svnup.game import LayerGame
 
-        payoff_tokens = self.game.data.tokens(lm.tokenizer)
-        game = LayerGame(lm, payoff_tokens, payoff=self.game.payoff, cap=self.game.cap, cache_dir=cache_dir)
+        options = self.game
+        return LayerGame(
+            lm,
+            options.data.tokens(lm.tokenizer),
+            payoff=options.payoff,
+            cap=options.cap,
+            players=options.players,
+            pruned=pruned(options.pruner) if options.absence == "prune" and options.pruner is not None else None,
+            cache_dir=cache_dir,
+        )
+
+    def score(
+        self, lm: LanguageModel, tokens: Ints, cache_dir: str | None, pruned: Callable[[Pruner], list[Weights]]
+    ) -> ShapleyValues:
+        """Estimate the values; `tokens`, the calibration text, is not used. What the cache knows is not computed again."""
+        game = self.play(lm, pruned, cache_dir)
         values = self.estimator.estimate(game)
         if len(game.kinds) > 1:
             logger.warning("the Shapley values mix coalition values from several kinds of device: %s", game.kinds)
-        return values
+        return values.on(game.kinds)
+
+
+def _time(work: Callable[[], Any]) -> float:
+    """Seconds of a call, the least of three."""
+    import torch
+
+    taken = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return min(taken)

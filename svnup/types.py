@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -46,7 +46,8 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
 class Cost:
     """What a method's scores cost: its full cost whatever was already known, and what this run had to add.
 
-    Units: evaluations are LM-head passes over the payoff batch, block-forwards are passes of one block over it.
+    Units: evaluations are LM-head passes over the payoff batch, block-forwards are passes of one block (or sublayer, where
+    these are the players) over it, backward passes go through the whole model and recompute its forward.
     """
 
     n_evaluations: int = 0
@@ -54,6 +55,7 @@ class Cost:
     n_new_evaluations: int = 0
     n_new_block_forwards: int = 0
     seconds: float = 0.0
+    n_backward_passes: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ class BlockScores:
         if self.higher_is not in ("denser", "sparser"):
             raise ValueError(f"higher_is={self.higher_is!r}: choose 'denser' or 'sparser'")
 
+    def per_block(self, n_blocks: int) -> Self:
+        """The same scores summed over the players of each block, where attention and MLP are players apart."""
+        return self if len(self.values) == n_blocks else replace(self, values=self.values.reshape(n_blocks, -1).sum(axis=1))
+
     def to_dict(self) -> dict[str, Any]:
         """As nested JSON values: the fields of `cost` stand beside the others."""
         out = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items() if k != "cost"}
@@ -84,11 +90,14 @@ class ShapleyValues(BlockScores):
     """Shapley values of the blocks: `values` (n,) in units of the payoff, `stderr` (n,) where the method has one.
 
     `efficiency_gap` = sum of values - (v_full - v_empty): about 0 for exact values and permutations, reported for windows.
+    `stopped` says why an estimator that converges stopped, `kinds` on which kinds of device coalitions were evaluated.
     """
 
     stderr: Floats | None = None
     v_empty: float = 0.0
     v_full: float = 0.0
+    stopped: str | None = None
+    kinds: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,6 +105,9 @@ class ShapleyValues(BlockScores):
             object.__setattr__(self, "stderr", _vector(self.stderr, f"standard errors of {self.method}"))
         if not (math.isfinite(self.v_empty) and math.isfinite(self.v_full)):
             raise ValueError(f"payoffs of the empty and the full coalition must be finite: {self.v_empty}, {self.v_full}")
+
+    def on(self, kinds: list[str]) -> Self:
+        return replace(self, kinds=tuple(kinds))
 
     @property
     def efficiency_gap(self) -> float:

@@ -116,6 +116,28 @@ def prune_model(lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tok
     return PruneReport(tuple(reports), seconds, peak_memory(lm.device))
 
 
+@contextmanager
+def temporarily_pruned(
+    lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor
+) -> Iterator[PruneReport]:
+    """The model pruned while the block runs; afterwards it has the weights that it had before."""
+    linears = [m for index in range(lm.n_blocks) for m in lm.linears(index).values()]
+    dense = [m.weight.detach().clone() for m in linears]
+    try:
+        yield prune_model(lm, profile, pruner, tokens)
+    finally:
+        for m, weight in zip(linears, dense, strict=True):
+            m.weight.data = weight
+
+
+def pruned_weights(
+    lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor
+) -> list[dict[str, Tensor]]:
+    """What pruning would make of each block: its new weights by parameter name. The model itself is left as it was."""
+    with temporarily_pruned(lm, profile, pruner, tokens):
+        return [{f"{n}.weight": m.weight.data for n, m in lm.linears(i).items()} for i in range(lm.n_blocks)]
+
+
 def _visits(lm: LanguageModel) -> Iterator[Visit]:
     return (Visit(lm, index, []) for index in range(lm.n_blocks))
 

@@ -80,7 +80,15 @@ class Ledger:
         self._asked = union
         return payoffs
 
-    def report(self, method: str, values: Floats, v_full: float, stderr: Floats | None = None) -> ShapleyValues:
+    def report(
+        self,
+        method: str,
+        values: Floats,
+        v_full: float,
+        stderr: Floats | None = None,
+        stopped: str | None = None,
+        n_backward: int = 0,
+    ) -> ShapleyValues:
         """Values with their cost; the payoff of nobody is asked last and is a reference, not part of a method's cost."""
         nobody = np.zeros((1, self.n_players), dtype=bool)
         v_empty = getattr(self.game, "v_empty", None)
@@ -91,8 +99,8 @@ class Ledger:
         new = full
         if after is not None and self._before is not None:
             new = (after[0] - self._before[0], after[1] - self._before[1])
-        cost = Cost(*full, *new, seconds)
-        return ShapleyValues(values, method, cost=cost, stderr=stderr, v_empty=v_empty, v_full=float(v_full))
+        cost = Cost(*full, *new, seconds, n_backward)
+        return ShapleyValues(values, method, cost=cost, stderr=stderr, v_empty=v_empty, v_full=float(v_full), stopped=stopped)
 
 
 def exact_values(payoffs: Floats) -> Floats:

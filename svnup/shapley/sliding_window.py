@@ -54,14 +54,9 @@ class SlidingWindow:
         n = game.n_players
         self.check(n)
         ledger = Ledger(game)
-        everybody = np.ones((1, n), dtype=bool)
-        coalitions = self._coalitions(n).reshape(-1, n)
-        if self.context == "present":
-            payoffs = ledger(coalitions)
-            v_full = payoffs[2**self.window - 1]
-        else:  # the full coalition is in no window then: a reference, like the empty one
-            payoffs = ledger(coalitions)
-            v_full = game(everybody)[0]
+        payoffs = ledger(self._coalitions(n).reshape(-1, n))
+        # With absent context the full coalition is in no window: a reference then, as the empty one is otherwise.
+        v_full = payoffs[2**self.window - 1] if self.context == "present" else game(np.ones((1, n), dtype=bool))[0]
         local = np.array([exact_values(v) for v in payoffs.reshape(-1, 2**self.window)])
         return ledger.report(describe(self), self._aggregate(local, n), v_full)
 

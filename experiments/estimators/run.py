@@ -1,0 +1,176 @@
+"""Every estimator at several budgets against the exact values of the same game, on the built-in model.
+
+Writes results/tables/estimators.md and docs/figures/estimators.png. Coalition values go to the cache as they come, so a killed run
+goes on where it was. Errors are root mean squares over the blocks, divided by the standard deviation of the exact values over
+the blocks; random estimators run with ten seeds (mean and standard deviation). Block 0 is worth ten times the others, so the
+errors without it are printed too. Seconds are block-forwards x time of one block + evaluations x time of one head pass, both
+measured in this run (values themselves are looked up in the exact table), and measured directly for gates.
+
+    python experiments/estimators/run.py [--cache results/cache] [--n-seq 16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from svnup.allocation import Uniform
+from svnup.data import Docs
+from svnup.game import LayerGame
+from svnup.language_model import LanguageModel
+from svnup.model import BUILT_IN_FOLDER
+from svnup.pruning import pruned_weights
+from svnup.pruning.wanda import Wanda
+from svnup.results import provenance
+from svnup.shapley.exact import Exact
+from svnup.shapley.gates import Gates
+from svnup.shapley.kernel import Kernel
+from svnup.shapley.permutation import Permutation
+from svnup.shapley.sliding_window import SlidingWindow
+from svnup.shapley.stopping import kendall_tau
+from svnup.types import Floats, ShapleyValues
+
+SEEDS = range(10)
+BUDGETS = (50, 144, 400, 1200)
+
+
+def estimators(skip: bool) -> dict[str, list[Any]]:
+    """By the name of a line of the table: one estimator, or one for each seed."""
+    lines: dict[str, list[Any]] = {f"sliding window w={w}": [SlidingWindow(w)] for w in (1, 2, 3, 5, 7, 9)}
+    lines["sliding window w=5, centred"] = [SlidingWindow(5, aggregation="centred")]
+    lines["sliding window w=5, stride 3"] = [SlidingWindow(5, stride=3)]
+    lines["sliding window w=5, context absent"] = [SlidingWindow(5, context="absent")]
+    if skip:
+        lines |= {f"gates, {nodes} nodes": [Gates(nodes)] for nodes in (2, 4, 8)}
+    for budget in BUDGETS:
+        lines[f"permutation, budget {budget}"] = [Permutation(budget, seed) for seed in SEEDS]
+        lines[f"kernel, budget {budget}"] = [Kernel(budget, seed) for seed in SEEDS]
+        lines[f"leverage, budget {budget}"] = [Kernel(budget, seed, sampling="leverage") for seed in SEEDS]
+    lines["permutation, budget 400, not antithetic"] = [Permutation(400, seed, antithetic=False) for seed in SEEDS]
+    lines["permutation, budget 1200, truncated 1 %"] = [Permutation(1200, seed, truncation=0.01) for seed in SEEDS]
+    return lines
+
+
+def spearman(x: Floats, y: Floats) -> float:
+    ranks = [np.argsort(np.argsort(v)) for v in (x, y)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def unit_times(lm: LanguageModel, tokens: torch.Tensor) -> tuple[float, float]:
+    with torch.inference_mode():
+        batches = list(lm.micro_batches(tokens))
+
+        def median(work: Any) -> float:
+            taken = []
+            for _ in range(9):
+                start = time.perf_counter()
+                work()
+                taken.append(time.perf_counter() - start)
+            return statistics.median(taken)
+
+        block = median(lambda: [lm.run_block(5, b.hidden, b) for b in batches])
+        return block, median(lambda: [lm.token_nll(b.hidden, b) for b in batches])
+
+
+def line(name: str, exact: ShapleyValues, found: list[ShapleyValues], seconds: list[float]) -> tuple[str, float, float]:
+    error = [rms(v.values - exact.values) / exact.values.std() for v in found]
+    rest = [rms((v.values - exact.values)[1:]) / exact.values[1:].std() for v in found]
+    rho = [spearman(v.values, exact.values) for v in found]
+    tau = [kendall_tau(v.values, exact.values) for v in found]
+    cost = found[0].cost
+
+    def show(values: list[float]) -> str:
+        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.3f}{spread}"
+
+    evaluations = np.mean([v.cost.n_evaluations for v in found])
+    forwards = np.mean([v.cost.n_block_forwards for v in found])
+    counts = f"{evaluations:.0f} | {forwards:.0f}" if not cost.n_backward_passes else f"{cost.n_backward_passes} backward | -"
+    text = f"| {name} | {counts} | {np.mean(seconds):.1f} | {show(error)} | {show(rest)} | {show(rho)} | {show(tau)} |"
+    return text, float(np.mean(seconds)), float(np.mean(error))
+
+
+def rms(x: Floats) -> float:
+    return float(np.sqrt(np.mean(x**2)))
+
+
+def study(title: str, game: LayerGame, units: tuple[float, float]) -> tuple[list[str], dict[str, list[tuple[float, float]]]]:
+    exact = Exact().estimate(game)
+    print(f"{title}: exact values {np.round(exact.values, 4).tolist()}", flush=True)
+    text = [f"## {title}", "", f"Exact values: {', '.join(f'{v:.4f}' for v in exact.values)}.", ""]
+    text.append(
+        "| estimator | evaluations | block-forwards | seconds | error / spread | the same without block 0 | Spearman | Kendall |"
+    )
+    text.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    points: dict[str, list[tuple[float, float]]] = {}
+
+    def add(name: str, found: list[ShapleyValues]) -> None:
+        seconds = [
+            v.cost.seconds if v.cost.n_backward_passes else v.cost.n_block_forwards * units[0] + v.cost.n_evaluations * units[1]
+            for v in found
+        ]
+        row, cost, error = line(name, exact, found, seconds)
+        text.append(row)
+        points.setdefault(name.split(",")[0].split(" w=")[0], []).append((cost, max(error, 1e-4)))
+
+    add("exact", [exact])
+    for name, several in estimators(skip=not game.absent_costs and game.cap == "none").items():
+        add(name, [estimator.estimate(game) for estimator in several])
+    return [*text, ""], points
+
+
+def draw(points: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(points), 3.8), layout="constrained")
+    for axes, (title, kinds) in zip(figure.subplots(1, len(points), sharey=True), points.items(), strict=True):
+        for marker, (kind, dots) in zip("os^Dv*", kinds.items(), strict=False):
+            axes.plot(*zip(*sorted(dots), strict=True), marker=marker, linestyle=":" if len(dots) > 1 else "", label=kind)
+        axes.set(xscale="log", yscale="log", xlabel="seconds on two CPU cores", title=title)
+        axes.title.set_fontsize(9)
+        axes.grid(color="0.9")
+    figure.axes[0].set_ylabel("error / spread of the exact values")
+    figure.axes[-1].legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", default="results/cache")
+    parser.add_argument("--n-seq", type=int, default=16)
+    options = parser.parse_args()
+    lm = LanguageModel.load(str(BUILT_IN_FOLDER), dtype="float32", device="cpu")
+    tokens = torch.as_tensor(Docs(n_seq=options.n_seq, seq_len=256, role="payoff").tokens(lm.tokenizer))
+    uniform = Uniform().allocate(None, lm.block_params, 0.7)
+    pruned = pruned_weights(lm, uniform, Wanda(), Docs(n_seq=128, seq_len=256).tokens(lm.tokenizer))
+    games = {
+        "skip, -NLL": LayerGame(lm, tokens, cache_dir=options.cache),
+        "skip, -NLL capped at chance": LayerGame(lm, tokens, cap="chance", cache_dir=options.cache),
+        "prune (Wanda, 70 %), -NLL": LayerGame(lm, tokens, pruned=pruned, cache_dir=options.cache),
+    }
+    units, text, points = unit_times(lm, tokens), [], {}
+    for title, game in games.items():
+        lines, points[title] = study(title, game, units)
+        text += lines
+    hardware = provenance([], [], 0)["hardware"]
+    head = [
+        "# Estimators against exact Shapley values, built-in model",
+        "",
+        f"Made by `make study NAME=estimators`. {hardware['cpu']}, {hardware['cores']} cores, torch {torch.__version__}, float32; payoff "
+        f"text: {options.n_seq} sequences of 256 tokens. {len(SEEDS)} seeds for the random estimators, mean ± standard deviation.",
+        "",
+    ]
+    Path("results/tables").mkdir(parents=True, exist_ok=True)
+    Path("results/tables/estimators.md").write_text("\n".join([*head, *text]).rstrip() + "\n", encoding="utf-8")
+    draw(points, Path("docs/figures/estimators.png"))
+
+
+if __name__ == "__main__":
+    main()
