@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format tables benchmarks clean
+.PHONY: help install demo test test-all lint format tables study benchmarks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -43,6 +43,10 @@ tables: $(READY)  ## remake the committed tables under results/tables
 	$(OFFLINE) $(BIN)/svnup -m experiment=smoke results_dir=results/demo cache_dir=results/cache
 	$(BIN)/svnup-results table results/demo --format markdown --output results/tables/smoke.md \
 		--title 'Smoke experiment' --command 'make tables'
+
+study: $(READY)  ## make study NAME=estimators|games: remake a study's table and figure
+	@test -f experiments/$(NAME)/run.py || { echo "NAME=$(NAME): choose estimators or games" >&2; exit 2; }
+	$(OFFLINE) $(BIN)/python experiments/$(NAME)/run.py
 
 benchmarks: $(READY)  ## cost of Shapley values against the straightforward way (about 25 minutes)
 	$(OFFLINE) $(BIN)/python experiments/benchmarks/shapley_cost.py --output results/benchmarks/shapley_cost.md

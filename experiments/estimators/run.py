@@ -1,8 +1,8 @@
 """Every estimator at several budgets against the exact values of the same game, on the built-in model.
 
-Writes results/tables/estimators.md and docs/figures/estimators.png. Coalition values go to the cache as they come, so a killed run
-goes on where it was. Errors are root mean squares over the blocks, divided by the standard deviation of the exact values over
-the blocks; random estimators run with ten seeds (mean and standard deviation). Block 0 is worth ten times the others, so the
+Writes results/tables/estimators.md and docs/figures/estimators.png. Coalition values go to the cache as they come, so a killed
+run goes on where it was. Errors are root mean squares over the blocks, divided by the standard deviation of the exact values
+over the blocks; random estimators run with ten seeds (mean and standard deviation). Block 0 is worth ten times the others, so the
 errors without it are printed too. Seconds are block-forwards x time of one block + evaluations x time of one head pass, both
 measured in this run (values themselves are looked up in the exact table), and measured directly for gates.
 
@@ -12,6 +12,7 @@ measured in this run (values themselves are looked up in the exact table), and m
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from pathlib import Path
@@ -34,10 +35,26 @@ from svnup.shapley.kernel import Kernel
 from svnup.shapley.permutation import Permutation
 from svnup.shapley.sliding_window import SlidingWindow
 from svnup.shapley.stopping import kendall_tau
-from svnup.types import Floats, ShapleyValues
+from svnup.types import Bools, Floats, ShapleyValues
 
 SEEDS = range(10)
 BUDGETS = (50, 144, 400, 1200)
+
+
+class Capped:
+    """The game with the loss capped at ln V, from the values of the uncapped one."""
+
+    absent_costs, cap = False, "chance"
+
+    def __init__(self, base: LayerGame) -> None:
+        self.base, self.n_players, self.worst = base, base.n_players, -math.log(base.lm.vocab_size)
+
+    def __call__(self, coalitions: Bools) -> Floats:
+        return np.maximum(self.base(coalitions), self.worst)
+
+    @property
+    def v_empty(self) -> float:
+        return max(self.base.v_empty, self.worst)
 
 
 def estimators(skip: bool) -> dict[str, list[Any]]:
@@ -92,7 +109,7 @@ def line(name: str, exact: ShapleyValues, found: list[ShapleyValues], seconds: l
     evaluations = np.mean([v.cost.n_evaluations for v in found])
     forwards = np.mean([v.cost.n_block_forwards for v in found])
     counts = f"{evaluations:.0f} | {forwards:.0f}" if not cost.n_backward_passes else f"{cost.n_backward_passes} backward | -"
-    text = f"| {name} | {counts} | {np.mean(seconds):.1f} | {show(error)} | {show(rest)} | {show(rho)} | {show(tau)} |"
+    text = f"| {name} | {counts} | {np.mean(seconds):.1f} | " + " | ".join(map(show, (error, rest, rho, tau))) + " |"
     return text, float(np.mean(seconds)), float(np.mean(error))
 
 
@@ -100,12 +117,12 @@ def rms(x: Floats) -> float:
     return float(np.sqrt(np.mean(x**2)))
 
 
-def study(title: str, game: LayerGame, units: tuple[float, float]) -> tuple[list[str], dict[str, list[tuple[float, float]]]]:
+def study(title: str, game: Any, units: tuple[float, float]) -> tuple[list[str], dict[str, list[tuple[float, float]]]]:
     exact = Exact().estimate(game)
     print(f"{title}: exact values {np.round(exact.values, 4).tolist()}", flush=True)
     text = [f"## {title}", "", f"Exact values: {', '.join(f'{v:.4f}' for v in exact.values)}.", ""]
     text.append(
-        "| estimator | evaluations | block-forwards | seconds | error / spread | the same without block 0 | Spearman | Kendall |"
+        "| estimator | evaluations | block-forwards | seconds | error / spread | without block 0 | Spearman | Kendall |"
     )
     text.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
     points: dict[str, list[tuple[float, float]]] = {}
@@ -150,9 +167,9 @@ def main() -> None:
     tokens = torch.as_tensor(Docs(n_seq=options.n_seq, seq_len=256, role="payoff").tokens(lm.tokenizer))
     uniform = Uniform().allocate(None, lm.block_params, 0.7)
     pruned = pruned_weights(lm, uniform, Wanda(), Docs(n_seq=128, seq_len=256).tokens(lm.tokenizer))
-    games = {
+    games: dict[str, Any] = {
         "skip, -NLL": LayerGame(lm, tokens, cache_dir=options.cache),
-        "skip, -NLL capped at chance": LayerGame(lm, tokens, cap="chance", cache_dir=options.cache),
+        "skip, -NLL capped at chance": Capped(LayerGame(lm, tokens, cache_dir=options.cache)),
         "prune (Wanda, 70 %), -NLL": LayerGame(lm, tokens, pruned=pruned, cache_dir=options.cache),
     }
     units, text, points = unit_times(lm, tokens), [], {}
@@ -163,8 +180,9 @@ def main() -> None:
     head = [
         "# Estimators against exact Shapley values, built-in model",
         "",
-        f"Made by `make study NAME=estimators`. {hardware['cpu']}, {hardware['cores']} cores, torch {torch.__version__}, float32; payoff "
-        f"text: {options.n_seq} sequences of 256 tokens. {len(SEEDS)} seeds for the random estimators, mean ± standard deviation.",
+        f"Made by `make study NAME=estimators`. {hardware['cpu']}, {hardware['threads']} threads, torch {torch.__version__}, "
+        f"float32; payoff text: {options.n_seq} sequences of 256 tokens. {len(SEEDS)} seeds for the random estimators, mean ± "
+        "standard deviation.",
         "",
     ]
     Path("results/tables").mkdir(parents=True, exist_ok=True)

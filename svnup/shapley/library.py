@@ -42,7 +42,7 @@ class Shapiq:
             raise ValueError(f"budget={self.budget}: choose at least {2 * n_players}, twice the number of players")
 
     def plan(self, n_players: int) -> Bools:
-        """Recorded on a game of zeros: shapiq's samplers do not look at payoffs to choose coalitions."""
+        """Recorded on a game of zeros; a sampler that looks at payoffs will ask for others."""
         asked: list[Bools] = []
 
         def zeros(coalitions: Bools) -> Any:

@@ -1,0 +1,67 @@
+"""One thread, no network, and the models that tests share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from svnup.model import BUILT_IN, Pretrained, Random
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "svnup", deadline=None, derandomize=True, max_examples=40, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("svnup")
+
+
+def make_random_model(n_blocks=4, *, model_type="llama", seed=0, louder=6.0, dtype="float32"):
+    """A small random model; `louder` scales the matrices of its blocks, so that each block makes a difference to the loss."""
+    heads = {"num_key_value_heads": 2} if model_type == "llama" else {}
+    lm = Random(
+        model_type=model_type,
+        num_hidden_layers=n_blocks,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        seed=seed,
+        dtype=dtype,
+        device="cpu",
+        **heads,
+    ).load()
+    with torch.no_grad():
+        for index in range(n_blocks):
+            for linear in lm.linears(index).values():
+                linear.weight.mul_(louder)
+    return lm
+
+
+@pytest.fixture(scope="session")
+def random_model():
+    """Makes small random models in memory, for tests that change them."""
+    return make_random_model
+
+
+@pytest.fixture(scope="session")
+def lm():
+    """A small random Llama of 4 blocks, shared: never change its weights."""
+    return make_random_model()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The built-in trained model of 12 blocks, shared: never change its weights."""
+    return Pretrained(pretrained_model_name_or_path=BUILT_IN, dtype="float32", device="cpu").load()
+
+
+@pytest.fixture(scope="session")
+def tokens():
+    """Random token ids, int64 (3, 24)."""
+    return np.random.default_rng(7).integers(5, 2048, size=(3, 24))

@@ -1,0 +1,129 @@
+"""DESIGN section 6, rules 1 to 4: who may import whom. Read from the source, not from what happens to be installed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "svnup"
+MODULES = {path.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(path.read_text("utf-8")) for path in ROOT.rglob("*.py")}
+
+# package -> modules that may import it at all (a folder stands for all that is in it)
+ONLY_IN = {
+    "hydra": {"__main__", "config"},
+    "omegaconf": {"__main__", "config"},
+    "transformers": {"language_model", "data"},
+    "wandb": {"tracking"},
+    "lm_eval": {"evaluation"},
+    "pandas": {"results", "tables"},
+    "matplotlib": {"plots"},
+    "datasets": {"data"},
+    "shapiq": {"shapley/library"},
+}
+LAZY = {"wandb", "lm_eval", "matplotlib", "datasets", "shapiq"}
+PURE = {"types", "allocation"} | {name for name in MODULES if name.startswith("shapley/")}  # numpy, and nothing else of weight
+LIGHT = [f"svnup.{name}" for name in ("config", "types", "allocation", "shapley", "scoring", "evaluation", "results")]
+HEAVY = ["torch", "transformers", "datasets", "wandb", "matplotlib"]
+
+
+def imported(node):
+    """Full dotted names that an import statement brings in."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "absolute imports only"
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
+
+
+def imports(tree):
+    return {name for node in ast.walk(tree) for name in imported(node)}
+
+
+def imports_when_loaded(tree):
+    """Imports outside functions and outside `if TYPE_CHECKING`."""
+    found, todo = set(), list(tree.body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            todo += node.orelse
+            continue
+        found.update(imported(node))
+        todo += ast.iter_child_nodes(node)
+    return found
+
+
+def packages(names):
+    return {name.partition(".")[0] for name in names}
+
+
+def of_svnup(names):
+    return {".".join(name.split(".")[1:2]) for name in names if name.startswith("svnup.")}
+
+
+def test_the_modules_are_all_here():
+    assert {"types", "game", "language_model", "allocation", "pruning/__init__", "shapley/__init__", "pipeline"} <= set(MODULES)
+    assert "numpy" in packages(imports(MODULES["types"]))
+    assert "language_model" in of_svnup(imports(MODULES["game"]))
+    assert "torch" in packages(imports_when_loaded(MODULES["game"]))
+
+
+@pytest.mark.parametrize("name", sorted(PURE))
+def test_rule_1_numbers_without_torch(name):
+    allowed = set(sys.stdlib_module_names) | {"numpy", "svnup"} | ({"shapiq"} if name == "shapley/library" else set())
+    assert packages(imports(MODULES[name])) <= allowed
+    rooms = {"types": set(), "allocation": {"types"}}.get(name, {"types", "shapley"})
+    assert of_svnup(imports(MODULES[name])) <= rooms
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith("pruning/")))
+def test_rule_2_pruning_sees_a_profile_and_nothing_of_its_origin(name):
+    origins = {"scoring", "shapley", "allocation", "game", "evaluation", "pipeline", "config"}
+    assert not of_svnup(imports(MODULES[name])) & origins
+
+
+def test_rule_3_evaluation_does_not_know_pruning():
+    assert not of_svnup(imports(MODULES["evaluation"])) & {"pruning"}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_rule_4_each_large_library_has_one_door(name):
+    used = packages(imports(MODULES[name])) & set(ONLY_IN)
+    assert {package for package in used if name not in ONLY_IN[package]} == set()
+    assert packages(imports_when_loaded(MODULES[name])) & LAZY == set()
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_errors_are_raised_and_logged_not_printed_or_swallowed(name):
+    tree = MODULES[name]
+    mains = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and (name, f.name) == ("results", "main")]
+    allowed = {id(node) for main in mains for node in ast.walk(main)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            assert id(node) in allowed, f"{name}:{node.lineno} prints"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{name}:{node.lineno} is a bare except"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_nobody_asks_a_config_for_what_may_not_be_there(name):
+    for node in ast.walk(MODULES[name]):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+            assert "cfg" not in ast.unparse(node.func.value), f"{name}:{node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if name != "pipeline"))
+def test_only_the_pipeline_is_imported_by_the_program_alone(name):
+    assert "pipeline" not in of_svnup(imports(MODULES[name])) or name == "__main__"
+
+
+def test_checking_a_job_needs_no_torch():
+    code = f"import sys, {', '.join(LIGHT)}; print(*sorted(set({HEAVY} + ['numpy']) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["numpy"]  # numpy, to see that the names are right

@@ -1,0 +1,607 @@
+"""Whole jobs as users start them: through the command, in a process of its own where that matters, else through its main()."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from svnup.__main__ import main
+from svnup.data import Docs
+
+SHAPE = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "seq_len": 32}
+JOB = [
+    "model=random",
+    *(f"model.{k}={v}" for k, v in SHAPE.items()),
+    "dataset.n_seq=4",
+    "evaluation.n_seq=4",
+    "shapley.window=2",
+    "shapley.game.data.n_seq=2",
+]
+HERE = ["results_dir=results", "cache_dir=cache"]
+N_EVALUATIONS, N_FORWARDS = 6, 7  # (n - w + 2) 2^(w-1) and 2^(w-1) - 1 + 2^(w-2) (n - w + 1)(n - w + 2), n = 3, w = 2
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+_read, _known = Docs.read, {}
+
+
+def read_once(source: Docs, tokenizer: Any) -> Any:
+    """The built-in text takes a second to tokenize; the jobs in this process share it."""
+    key = (source, tokenizer.name_or_path)
+    if key not in _known:
+        _known[key] = _read(source, tokenizer)
+    return _known[key]
+
+
+@pytest.fixture(autouse=True)
+def _own_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(Docs, "read", read_once)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+
+
+@contextlib.contextmanager
+def as_it_was() -> Iterator[None]:
+    """main() changes the environment, the arguments and the logger of its process, which is this one."""
+    logger, env, argv = logging.getLogger("svnup"), os.environ.get("HYDRA_FULL_ERROR"), sys.argv
+    before = logger.handlers[:], logger.propagate, logger.level
+    try:
+        yield
+    finally:
+        logger.handlers[:], logger.propagate = before[0], before[1]
+        logger.setLevel(before[2])
+        sys.argv = argv
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        if env is not None:
+            os.environ["HYDRA_FULL_ERROR"] = env
+
+
+def command(*args: str) -> Done:
+    """The command's main() in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with as_it_was(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        sys.argv = ["svnup", *args]
+        code = main()
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def start(*args: str, cwd: Path, module: bool = True) -> subprocess.Popen[str]:
+    """The command in a process of its own: `python -m svnup`, or the console script beside this interpreter."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env.pop("HYDRA_FULL_ERROR", None)
+    program = [sys.executable, "-m", "svnup"] if module else [str(Path(sys.executable).with_name("svnup"))]
+    return subprocess.Popen(
+        [*program, *args], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+
+
+def process(*args: str, cwd: Path, module: bool = True) -> Done:
+    running = start(*args, cwd=cwd, module=module)
+    out, err = running.communicate(timeout=300)
+    return Done(running.returncode, out, err)
+
+
+def rows(results: str | Path = "results") -> list[dict[str, Any]]:
+    return [json.loads(p.read_text()) for p in sorted(Path(results).glob("runs/*/result.json"))]
+
+
+def only_row(results: str | Path = "results") -> dict[str, Any]:
+    (row,) = rows(results)
+    return row
+
+
+def run_folder(results: str | Path = "results") -> Path:
+    (folder,) = Path(results).glob("runs/*")
+    return folder
+
+
+def memo_lines(cache: Path) -> list[dict[str, Any]]:
+    """Whole lines of every memo file."""
+    lines = [line for p in cache.glob("games/*/*.jsonl") for line in p.read_text().splitlines(keepends=True)]
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+# -- one job, and the same again
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory) -> tuple[Path, Done, bytes, Done]:
+    """The job run by `python -m svnup`, then again by the console script: folder, first, the first's result.json, second."""
+    folder = tmp_path_factory.mktemp("twice")
+    first = process(*JOB, *HERE, cwd=folder)
+    assert first.code == 0, first.err
+    raw = (run_folder(folder / "results") / "result.json").read_bytes()
+    return folder, first, raw, process(*JOB, *HERE, cwd=folder, module=False)
+
+
+@pytest.fixture
+def finished(twice, tmp_path) -> dict[str, Any]:
+    """A copy of that job's results and cache in the working directory; its result."""
+    shutil.copytree(twice[0], tmp_path, dirs_exist_ok=True)
+    return json.loads(twice[2])
+
+
+def test_result_json_holds_everything(twice):
+    folder, _, raw, _ = twice
+    row = json.loads(raw)
+    run = run_folder(folder / "results")
+    assert (row["schema_version"], row["status"], row["error"]) == (1, "finished", None)
+    assert row["config_key"] == run.name
+    assert (row["config"]["sparsity"], row["config"]["model"]["hidden_size"]) == (0.7, 32)
+    for metrics in (row["metrics"], row["dense"]):
+        assert set(metrics) == {"docs/ppl"}
+        assert 1000 < metrics["docs/ppl"]["value"] < 5000  # random weights: about the vocabulary of 2,048
+        protocol = metrics["docs/ppl"]["protocol"]
+        assert (protocol["dataset"], protocol["role"]) == ("docs", "test")
+        assert (protocol["seq_len"], protocol["n_windows"], protocol["n_tokens"]) == (32, 4, 128)
+        assert len(protocol["text"]) == 64
+    assert row["metrics"]["docs/ppl"]["value"] != row["dense"]["docs/ppl"]["value"]
+    assert (row["sparsity"]["target"], row["sparsity"]["pattern"]) == (0.7, "unstructured")
+    assert 0.7 - 21 / 30720 <= row["sparsity"]["actual"] <= 0.7  # at most one weight less in each of 21 matrices
+    profile = row["profile"]
+    assert np.average(profile["sparsity"], weights=profile["params"]) == pytest.approx(0.7, abs=1e-9)
+    assert profile["params"] == [4 * 32 * 32 + 3 * 32 * 64] * 3
+    assert profile["actual"] == pytest.approx(profile["sparsity"], abs=1e-3)
+    shapley = row["shapley"]
+    assert len(shapley["values"]) == 3
+    assert shapley["stderr"] is None
+    gap = sum(shapley["values"]) - (shapley["v_full"] - shapley["v_empty"])
+    assert shapley["efficiency_gap"] == pytest.approx(gap, abs=1e-12)
+    assert (shapley["n_evaluations"], shapley["n_block_forwards"]) == (N_EVALUATIONS, N_FORWARDS)
+    assert shapley["n_new_evaluations"] == N_EVALUATIONS
+    assert shapley["seconds"] > 0
+    order = np.argsort(shapley["values"])
+    assert (np.diff(np.array(profile["sparsity"])[order]) <= 1e-12).all(), "a block that is worth more keeps more"
+    pruning = row["pruning"]
+    assert len(pruning["per_linear"]) == 21
+    assert {p["block"] for p in pruning["per_linear"]} == {0, 1, 2}
+    zeros = sum(p["n_zeros"] for p in pruning["per_linear"])
+    assert row["sparsity"]["actual"] == zeros / sum(p["size"] for p in pruning["per_linear"])
+    assert pruning["seconds"]["total"] > 0
+    assert pruning["peak_memory_bytes"] > 10**6
+    made = row["provenance"]
+    assert {"git", "dirty", "versions", "hardware", "overrides", "command", "seed"} <= set(made)
+    assert made["overrides"] == [*JOB, *HERE]
+    assert made["command"] == " ".join(["svnup", *JOB, *HERE])
+    assert made["seed"] == 0
+    assert {"python", "svnup", "torch", "transformers"} <= set(made["versions"])
+    assert made["hardware"]["cores"] >= 1
+
+
+def test_files_of_a_run_folder(twice):
+    folder, _, raw, _ = twice
+    row, run = json.loads(raw), run_folder(folder / "results")
+    assert {p.name for p in run.iterdir()} == {
+        "result.json",
+        "shapley.json",
+        "profile.json",
+        "config.yaml",
+        "svnup.log",
+        "figures",
+    }
+    assert json.loads((run / "shapley.json").read_text()) == row["shapley"]
+    assert json.loads((run / "profile.json").read_text()) == row["profile"]
+    assert "pruned: docs/ppl" in (run / "svnup.log").read_text()
+    for name in ("shapley.png", "profile.png"):
+        data = (run / "figures" / name).read_bytes()
+        assert data.startswith(b"\x89PNG\r\n\x1a\n")
+        assert len(data) > 5000
+    assert {p.name for p in folder.iterdir()} == {"results", "cache"}
+    assert {p.name for p in (folder / "results").iterdir()} == {"runs"}
+
+
+def test_what_the_command_prints(twice):
+    _, first, raw, _ = twice
+    row = json.loads(raw)
+    ppl, dense = (row[k]["docs/ppl"]["value"] for k in ("metrics", "dense"))
+    assert f"docs/ppl {ppl:.2f}  (dense {dense:.2f})" in first.out
+    for value, share in zip(row["shapley"]["values"], row["profile"]["sparsity"], strict=True):
+        assert f"{value:.4f}     {share:.3f}" in first.out
+    assert row["config_key"] in first.out
+    assert "\r" not in first.err, "no progress display in a log"
+    assert "\x1b" not in first.out + first.err
+    assert "Traceback" not in first.err
+
+
+def test_a_finished_job_is_not_run_again(twice):
+    folder, first, raw, second = twice
+    assert second.code == 0
+    assert "already finished" in second.out
+    assert "force=true" in second.out
+    assert "already finished" not in first.out
+    metric = f"docs/ppl {json.loads(raw)['metrics']['docs/ppl']['value']:.2f}"
+    assert metric in second.out
+    assert (run_folder(folder / "results") / "result.json").read_bytes() == raw
+    assert len(memo_lines(folder / "cache")) == N_EVALUATIONS + 1  # and the payoff of nobody
+
+
+def test_force_redoes_it_from_the_memo(finished):
+    before = (run_folder() / "result.json").stat().st_mtime_ns
+    done = command(*JOB, *HERE, "force=true")
+    assert done.code == 0, done.err
+    assert "already finished" not in done.out
+    row = only_row()
+    assert (run_folder() / "result.json").stat().st_mtime_ns > before
+    assert (row["metrics"], row["dense"], row["profile"]) == (finished["metrics"], finished["dense"], finished["profile"])
+    assert row["shapley"]["values"] == finished["shapley"]["values"]
+    assert (row["shapley"]["n_evaluations"], row["shapley"]["n_block_forwards"]) == (N_EVALUATIONS, N_FORWARDS)
+    assert (row["shapley"]["n_new_evaluations"], row["shapley"]["n_new_block_forwards"]) == (0, 0)
+    assert len(memo_lines(Path("cache"))) == N_EVALUATIONS + 1
+
+
+def test_without_the_run_folder_the_memo_still_has_the_values(finished):
+    shutil.rmtree("results")
+    assert command(*JOB, *HERE).code == 0
+    row = only_row()
+    assert row["shapley"]["values"] == finished["shapley"]["values"]
+    assert row["shapley"]["n_new_evaluations"] == 0
+    assert row["metrics"] == finished["metrics"]
+
+
+def test_without_a_cache_the_numbers_are_the_same_again(finished):
+    shutil.rmtree("results")
+    shutil.rmtree("cache")
+    assert command(*JOB, *HERE).code == 0
+    row = only_row()
+    assert row["shapley"]["n_new_evaluations"] == N_EVALUATIONS
+    assert row["shapley"]["values"] == finished["shapley"]["values"]
+    assert row["metrics"] == finished["metrics"]
+
+
+def test_a_torn_result_is_no_result(finished):
+    path = run_folder() / "result.json"
+    path.write_text(path.read_text()[:200])
+    done = command(*JOB, *HERE)
+    assert done.code == 0
+    assert "already finished" not in done.out
+    assert only_row()["metrics"] == finished["metrics"]
+
+
+def test_the_stored_config_repeats_the_job(finished, tmp_path):
+    """config.yaml of a run is a whole configuration: started from it, the job finds itself finished."""
+    (tmp_path / "again").mkdir()
+    shutil.copy(run_folder() / "config.yaml", tmp_path / "again" / "stored.yaml")
+    done = command(f"--config-path={tmp_path / 'again'}", "--config-name=stored")
+    assert done.code == 0, done.err
+    assert "already finished" in done.out
+    assert finished["config_key"] in done.out
+
+
+# -- inputs that change
+
+
+def text(n: int, word: str) -> str:
+    return " ".join(f"{word} number {i} returns the sum of its values." for i in range(n))
+
+
+def test_a_changed_text_file_runs_again_and_says_so(tmp_path):
+    args = [*JOB, *HERE, "allocator=uniform", "dataset=text_file", "dataset.path=mine.txt"]
+    (tmp_path / "mine.txt").write_text(text(60, "Function"))
+    assert command(*args).code == 0
+    first = only_row()
+    assert "already finished" in command(*args).out
+    (tmp_path / "mine.txt").write_text(text(60, "Parameter"))
+    done = command(*args)
+    assert done.code == 0
+    assert "changed" in done.out
+    assert "already finished" not in done.out
+    second = only_row()
+    assert second["config_key"] == first["config_key"]
+    assert second["fingerprints"]["dataset"] != first["fingerprints"]["dataset"]
+    assert second["metrics"] != first["metrics"]
+    assert "already finished" in command(*args).out
+
+
+def test_a_changed_profile_file_runs_again(tmp_path):
+    def write(sparsity: list[float]) -> None:
+        (tmp_path / "p.json").write_text(json.dumps({"sparsity": sparsity, "params": [10240] * 3, "target": 0.7}))
+
+    args = [*JOB, *HERE, "allocator=from_file", "allocator.path=p.json"]
+    write([0.6, 0.7, 0.8])
+    assert command(*args).code == 0
+    first = only_row()
+    assert first["profile"]["sparsity"] == [0.6, 0.7, 0.8]
+    assert first["shapley"] is None
+    write([0.8, 0.7, 0.6])
+    done = command(*args)
+    assert "changed" in done.out
+    assert only_row()["profile"]["sparsity"] == [0.8, 0.7, 0.6]
+
+
+# -- other jobs
+
+
+def test_a_profile_from_a_file_gives_the_metrics_of_the_run_that_wrote_it(finished):
+    shutil.copy(run_folder() / "profile.json", "mine.json")
+    args = ["results_dir=other", "cache_dir=cache", "allocator=from_file", "allocator.path=mine.json"]
+    assert command(*JOB, *args).code == 0
+    row = only_row("other")
+    assert row["metrics"] == finished["metrics"]
+    assert row["sparsity"] == finished["sparsity"]
+    assert row["profile"] == finished["profile"]
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
+    done = command("dry_run=true", *HERE)
+    assert done.code == 0, done.err
+    plan = {line.rsplit(maxsplit=1)[0].strip(): line.rsplit(maxsplit=1)[1] for line in done.out.splitlines()[1:]}
+    assert plan["shapley evaluations"] == "144"
+    assert plan["shapley block forwards"] == "591"
+    assert plan["blocks"] == "12"
+    assert any("bytes" in name for name in plan)
+    done = command("dry_run=true", "shapley=exact", *HERE)
+    assert "4,096" in done.out
+    assert "4,095" in done.out
+    assert command("dry_run=true", "shapley=permutation", "shapley.budget=90", *HERE).code == 0
+    assert command("dry_run=true", "allocator=uniform", *HERE).code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_evaluation():
+    assert command(*[a for a in JOB if not a.startswith("evaluation")], *HERE, "evaluation=none", "allocator=uniform").code == 0
+    row = only_row()
+    assert (row["metrics"], row["dense"]) == ({}, {})
+    assert row["sparsity"]["actual"] == pytest.approx(0.7, abs=1e-3)
+    assert not (run_folder() / "figures").exists()
+
+
+@pytest.mark.parametrize("estimator", [["shapley=exact"], ["shapley=permutation", "shapley.budget=14"]])
+def test_other_estimators(estimator):
+    job = [a for a in JOB if not a.startswith("shapley.window")]
+    assert command(*job, *HERE, *estimator).code == 0
+    shapley = only_row()["shapley"]
+    assert shapley["efficiency_gap"] == pytest.approx(0, abs=1e-9)
+    assert (shapley["stderr"] is None) == (estimator == ["shapley=exact"])
+    assert shapley["n_evaluations"] <= (8 if estimator == ["shapley=exact"] else 14)
+
+
+def test_results_and_cache_default_to_results_and_the_user_s_cache(tmp_path):
+    assert command(*JOB).code == 0
+    assert len(rows(tmp_path / "results")) == 1
+    assert len(memo_lines(tmp_path / "xdg" / "svnup")) == N_EVALUATIONS + 1
+
+
+# -- sweeps
+
+
+def test_a_sweep_finishes_every_job_and_plays_the_game_once():
+    done = command("-m", *JOB, *HERE, "allocator=uniform,shapley", "pruner=wanda,sparsegpt,magnitude,none")
+    assert done.code == 0, done.err
+    found = {
+        (r["config"]["allocator"]["_target_"].rsplit(".")[-1], r["config"]["pruner"]["_target_"].rsplit(".")[-1]): r
+        for r in rows()
+    }
+    pruners = ("Wanda", "SparseGPT", "Magnitude", "Nothing")
+    assert set(found) == {(a, p) for a in ("Uniform", "ScoreBudget") for p in pruners}
+    assert {r["status"] for r in found.values()} == {"finished"}
+    played = [found["ScoreBudget", p]["shapley"] for p in pruners]
+    assert sorted(s["n_new_evaluations"] for s in played) == [0, 0, 0, N_EVALUATIONS]
+    assert {s["n_evaluations"] for s in played} == {N_EVALUATIONS}
+    assert len({tuple(s["values"]) for s in played}) == 1
+    assert len(memo_lines(Path("cache"))) == N_EVALUATIONS + 1
+    assert len(list(Path("cache/dense").iterdir())) == 1
+    dense = {r["dense"]["docs/ppl"]["value"] for r in found.values()}
+    assert len(dense) == 1
+    for (allocator, pruner), row in found.items():
+        kept = pruner == "Nothing"
+        assert row["sparsity"]["actual"] == (0 if kept else pytest.approx(0.7, abs=1e-3))
+        assert (row["metrics"]["docs/ppl"]["value"] in dense) == kept
+        assert (row["shapley"] is None) == (allocator == "Uniform")
+    assert len({r["metrics"]["docs/ppl"]["value"] for r in found.values()}) == 7
+
+
+def test_a_failing_job_does_not_stop_a_sweep(tmp_path):
+    """One whose configuration is wrong, and one whose text is too short; each is told in its line."""
+    (tmp_path / "good.txt").write_text(text(60, "Function"))
+    (tmp_path / "short.txt").write_text("too short")
+    args = ["allocator=uniform", "dataset=text_file", "dataset.path=short.txt,good.txt", "sparsity=0.5,1.5,0.6"]
+    done = command("-m", *JOB, *HERE, *args)
+    assert done.code == 1
+    assert {(r["config"]["dataset"]["path"], r["config"]["sparsity"]) for r in rows()} == {("good.txt", 0.5), ("good.txt", 0.6)}
+    told = [line for line in done.err.splitlines() if line.startswith("svnup: ")]
+    assert sum(line.startswith("svnup: sparsity=1.5: ") for line in told) == 2
+    assert sum("dataset.n_seq=4" in line for line in told) == 2
+    assert len(told) == 4
+    assert "Traceback" not in done.err
+    again = command("-m", *JOB, *HERE, *args)
+    assert again.code == 1
+    assert again.out.count("already finished") == 2
+
+
+def test_a_crash_is_recorded_and_does_not_stop_a_sweep(monkeypatch):
+    from svnup import pipeline
+
+    run = pipeline.run
+
+    def crash(job: Any, *args: Any) -> Any:
+        if job.sparsity == 0.5:
+            raise RuntimeError("the machine is on fire")
+        return run(job, *args)
+
+    monkeypatch.setattr(pipeline, "run", crash)
+    with pytest.raises(RuntimeError, match="on fire"):  # a bug keeps its traceback, and the process ends with 1
+        command("-m", *JOB, *HERE, "allocator=uniform", "sparsity=0.5,0.6")
+    status = {r["config"]["sparsity"]: (r["status"], r["error"]) for r in rows()}
+    assert status == {0.5: ("failed", "RuntimeError: the machine is on fire"), 0.6: ("finished", None)}
+    monkeypatch.setattr(pipeline, "run", run)
+    done = command(*JOB, *HERE, "allocator=uniform", "sparsity=0.5")
+    assert done.code == 0
+    assert "already finished" not in done.out, "a failed run is run again"
+    assert {r["status"] for r in rows()} == {"finished"}
+
+
+# -- saved models
+
+SAVE_BUG = "__main__._run copies profile.json before it is written, and RunFolder._write cannot write below a subfolder"
+
+
+@pytest.mark.xfail(strict=True, reason=SAVE_BUG)
+@pytest.mark.parametrize(
+    ("family", "pruner"), [("llama", "wanda"), ("llama", "sparsegpt"), ("opt", "wanda"), ("opt", "magnitude")]
+)
+def test_a_saved_model_is_the_pruned_model(family, pruner):
+    """Reloaded by transformers alone it gives the logits of the pruned model, and evaluated as a model the same perplexity."""
+    import svnup.pruning.magnitude
+    import svnup.pruning.sparsegpt
+    import svnup.pruning.wanda
+    from svnup.model import Random
+    from svnup.pruning import prune_model
+    from svnup.types import SparsityProfile
+
+    scale = "allocator.scale=clip"  # values of random weights may all be negative, which the log scale refuses
+    done = command(*JOB, *HERE, f"model.model_type={family}", f"pruner={pruner}", scale, "save_model=true")
+    assert done.code == 0, done.err
+    row, run = only_row(), run_folder()
+    assert json.loads((run / "model" / "profile.json").read_text()) == row["profile"]
+    assert not list(run.rglob("*.bin"))
+
+    shape = {k: v for k, v in SHAPE.items() if k != "seq_len"}
+    lm = Random(model_type=family, device="cpu", **shape).load()
+    source = Docs(n_seq=4, seq_len=32, seed=0, role="calibration")
+    make = {
+        "wanda": svnup.pruning.wanda.Wanda,
+        "sparsegpt": svnup.pruning.sparsegpt.SparseGPT,
+        "magnitude": svnup.pruning.magnitude.Magnitude,
+    }[pruner]
+    ids = torch.arange(5, 69).view(2, 32)
+    with torch.inference_mode():
+        dense = lm.model(ids).logits
+        prune_model(lm, SparsityProfile.from_dict(row["profile"]), make(), source.tokens(lm.tokenizer))
+        pruned = lm.model(ids).logits
+        saved = AutoModelForCausalLM.from_pretrained(run / "model").eval()(ids).logits
+    assert torch.equal(saved, pruned)
+    assert not torch.allclose(saved, dense)
+
+    args = ["model=tiny", f"model.pretrained_model_name_or_path={run}/model", "model.seq_len=32", "evaluation.n_seq=4"]
+    done = command(*args, "pruner=none", "allocator=uniform", "results_dir=again", "cache_dir=cache")
+    assert done.code == 0, done.err
+    again = only_row("again")
+    assert again["metrics"]["docs/ppl"]["value"] == row["metrics"]["docs/ppl"]["value"]
+    assert again["sparsity"]["actual"] == row["sparsity"]["actual"]
+
+
+@pytest.mark.xfail(strict=True, reason=SAVE_BUG)
+def test_every_group_of_a_saved_n_m_model_has_exactly_n_zeros():
+    done = command(
+        "-m", *JOB, *HERE, "pattern='2:4','4:8'", "sparsity=0.5", "allocator=uniform", "pruner=magnitude,wanda,sparsegpt",
+        "save_model=true",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    seen = set()
+    for row in rows():
+        model = AutoModelForCausalLM.from_pretrained(Path("results/runs") / row["config_key"] / "model")
+        linears = {k: w for k, w in model.named_parameters() if ".layers." in k and w.ndim == 2}
+        assert len(linears) == 21
+        n, m = map(int, row["config"]["pattern"].split(":"))
+        for name, weight in linears.items():
+            zeros = (weight.view(weight.shape[0], -1, m) == 0).sum(-1)
+            assert (zeros == n).all(), name
+        assert row["sparsity"] == {"target": 0.5, "actual": 0.5, "pattern": f"{n}:{m}"}
+        assert (model.get_input_embeddings().weight != 0).all()
+        seen.add((row["config"]["pruner"]["_target_"], m))
+    assert len(seen) == 6
+
+
+@pytest.mark.xfail(strict=True, reason="__main__._run: a finished job is skipped although save_model=true asks for a model it lacks")
+def test_asking_a_finished_job_for_its_model_writes_it_or_says_that_it_does_not(finished):
+    done = command(*JOB, *HERE, "save_model=true")
+    assert (run_folder() / "model" / "config.json").is_file() or "save_model" in done.out + done.err
+
+
+# -- what only a process of its own can show
+
+
+def test_a_killed_job_goes_on_where_it_was(tmp_path):
+    """SIGKILL in the middle of the coalitions, and a line torn by it: the values are those of a run that was left alone."""
+    job = [a for a in JOB if "layers" not in a and "window" not in a]
+    job += ["model.num_hidden_layers=9", "shapley=exact"]
+    running = start(*job, *HERE, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 120
+        while len(memo_lines(tmp_path / "cache")) < 40 and running.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        running.send_signal(signal.SIGKILL)
+        running.communicate()
+    assert running.returncode == -signal.SIGKILL, "it finished before it was killed"
+    known = len(memo_lines(tmp_path / "cache"))
+    assert 40 <= known < 512
+    assert only_row()["status"] == "running"
+    (memo,) = (tmp_path / "cache").glob("games/*/*.jsonl")
+    with memo.open("a") as file:
+        file.write('{"coalition": "11111')
+
+    done = command(*job, *HERE)
+    assert done.code == 0, done.err
+    assert "1 damaged line" in done.err
+    resumed = only_row()
+    assert resumed["status"] == "finished"
+    assert resumed["shapley"]["n_new_evaluations"] == 512 - known
+    assert resumed["shapley"]["n_evaluations"] == 512
+
+    assert command(*job, "results_dir=other", "cache_dir=fresh").code == 0
+    alone = only_row("other")
+    assert alone["shapley"]["n_new_evaluations"] == 512
+    assert alone["shapley"]["n_block_forwards"] == 511
+    assert resumed["shapley"]["values"] == alone["shapley"]["values"]
+    assert resumed["metrics"] == alone["metrics"]
+
+
+class Help(NamedTuple):
+    done: subprocess.CompletedProcess[str]
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def help_of_the_command(tmp_path_factory) -> Help:
+    """`svnup --help` with a last line that names the heavy modules it imported, and the processor time it took."""
+    code = (
+        "import sys\nfrom svnup.__main__ import main\nsys.argv = ['svnup', '--help']\n"
+        "try:\n    main()\nfinally:\n"
+        "    heavy = ('torch', 'transformers', 'datasets', 'wandb', 'matplotlib', 'pandas')\n"
+        "    print('HEAVY', [m for m in heavy if m in sys.modules])\n"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    folder = tmp_path_factory.mktemp("help")
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert list(folder.iterdir()) == []
+    return Help(done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+
+def test_help_is_quick_and_light(help_of_the_command):
+    """Names every group, and imports nothing heavy: that is what keeps it under 3 seconds."""
+    shown = help_of_the_command.done.stdout
+    assert "HEAVY []" in shown
+    assert help_of_the_command.seconds < 3
+    for group in ("allocator", "dataset", "evaluation", "experiment", "model", "pruner", "shapley", "tracker"):
+        assert f"\n{group}: " in shown
+    assert "sparsity=0.7" in shown
+
+
+@pytest.mark.xfail(strict=True, reason="conf/config.yaml: $APP_CONFIG_GROUPS also lists _hub and _game, which are no options")
+def test_help_lists_only_options(help_of_the_command):
+    assert "_game" not in help_of_the_command.done.stdout
+    assert "_hub" not in help_of_the_command.done.stdout

@@ -1,0 +1,179 @@
+"""Values that flow between the rooms are checked on construction."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from svnup.types import (
+    SCHEMA_VERSION,
+    BlockScores,
+    Cost,
+    LinearReport,
+    Metric,
+    Metrics,
+    PruneReport,
+    ResultRow,
+    ShapleyValues,
+    SparsityProfile,
+    parse_pattern,
+)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "group"), [("unstructured", None), ("2:4", (2, 4)), ("4:8", (4, 8)), ("1:2", (1, 2)), ("10:16", (10, 16))]
+)
+def test_patterns_that_exist(pattern, group):
+    assert parse_pattern(pattern) == group
+
+
+@pytest.mark.parametrize("pattern", ["4:4", "5:4", "0:4", "2:4:8", "two:four", "", "-1:4", "2:", "2:4 "])
+def test_patterns_that_do_not(pattern):
+    with pytest.raises(ValueError, match=r"pattern=.*unstructured.*N:M"):
+        parse_pattern(pattern)
+
+
+def test_the_pattern_that_yaml_turned_into_a_number_is_explained():
+    with pytest.raises(ValueError, match=r"pattern=124.*in quotes"):
+        parse_pattern("124")
+
+
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf], [[1.0, 2.0]], 3.0])
+def test_scores_are_finite_vectors(values):
+    with pytest.raises(ValueError, match="finite"):
+        BlockScores(values, "x")
+
+
+def test_scores_are_float64_copies_that_cannot_be_changed():
+    given = np.array([1, 2, 3])
+    scores = BlockScores(given, "x")
+    given[0] = 9
+    assert scores.values.tolist() == [1.0, 2.0, 3.0]
+    assert scores.values.dtype == np.float64
+    with pytest.raises(ValueError, match="read-only"):
+        scores.values[0] = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        scores.method = "y"
+
+
+def test_scores_have_one_of_two_directions():
+    assert BlockScores([1.0], "x").higher_is == "denser"
+    with pytest.raises(ValueError, match=r"higher_is='better'.*denser.*sparser"):
+        BlockScores([1.0], "x", higher_is="better")
+
+
+def test_efficiency_gap_is_the_sum_less_what_there_was_to_divide():
+    values = ShapleyValues([1.0, 2.5, -0.5], "x", v_empty=-4.0, v_full=-0.75)
+    assert values.efficiency_gap == pytest.approx(3.0 - 3.25, abs=1e-15)
+
+
+@pytest.mark.parametrize("wrong", [{"v_empty": math.nan}, {"v_full": math.inf}, {"stderr": [0.1, math.nan]}])
+def test_shapley_values_are_finite_throughout(wrong):
+    with pytest.raises(ValueError, match="finite"):
+        ShapleyValues([1.0, 2.0], "x", **wrong)
+
+
+def test_shapley_values_as_json():
+    cost = Cost(8, 7, 3, 2, 0.5)
+    data = json.loads(json.dumps(ShapleyValues([1.0, 2.0], "m", cost=cost, stderr=[0.1, 0.2], v_full=3.5).to_dict()))
+    expected = {
+        "values": [1.0, 2.0],
+        "method": "m",
+        "higher_is": "denser",
+        "stderr": [0.1, 0.2],
+        "v_empty": 0.0,
+        "v_full": 3.5,
+        "efficiency_gap": -0.5,
+        "n_evaluations": 8,
+        "n_block_forwards": 7,
+        "n_new_evaluations": 3,
+        "n_new_block_forwards": 2,
+        "seconds": 0.5,
+    }
+    assert expected.items() <= data.items()
+    assert ShapleyValues([1.0], "m").to_dict()["stderr"] is None
+
+
+def test_a_profile_has_the_weighted_mean_that_it_claims():
+    profile = SparsityProfile([0.2, 0.6], [100, 300], 0.5)  # (20 + 180) / 400
+    assert profile.mean == pytest.approx(0.5, abs=1e-15)
+    assert not profile.sparsity.flags.writeable
+    assert not profile.params.flags.writeable
+    with pytest.raises(ValueError, match=r"mean sparsity is 0\.5.*target 0\.4"):
+        SparsityProfile([0.2, 0.6], [100, 300], 0.4)  # the unweighted mean
+    with pytest.raises(ValueError, match="mean sparsity"):
+        SparsityProfile([0.2, 0.6], [100, 300], 0.500002)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "params", "pattern", "message"),
+    [
+        ([-0.1, 0.9], [1, 1], "unstructured", r"\[0, 1\]"),
+        ([1.1, -0.3], [1, 1], "unstructured", r"\[0, 1\]"),
+        ([0.4, 0.4], [1, 1, 1], "unstructured", "positive params"),
+        ([0.4, 0.4], [1, 0], "unstructured", "positive params"),
+        ([0.4, math.nan], [1, 1], "unstructured", "finite"),
+        ([0.4, 0.4], [1, 1], "4:2", "pattern=4:2"),
+    ],
+)
+def test_profiles_that_make_no_sense(sparsity, params, pattern, message):
+    with pytest.raises(ValueError, match=message):
+        SparsityProfile(sparsity, params, 0.4, pattern)
+
+
+@pytest.mark.xfail(strict=True, reason="types.py SparsityProfile: abs(mean - nan) > 1e-6 is False, so a nan target passes")
+def test_a_profile_without_a_target_is_refused():
+    with pytest.raises(ValueError, match="target"):
+        SparsityProfile([0.4, 0.4], [1, 1], math.nan)
+
+
+@pytest.mark.xfail(strict=True, reason="types.py ShapleyValues: DESIGN 3 says stderr (n,), its length is not checked")
+def test_there_is_one_standard_error_per_value():
+    with pytest.raises(ValueError, match="standard errors"):
+        ShapleyValues([1.0, 2.0], "x", stderr=[0.1])
+
+
+def test_profiles_survive_json():
+    profile = SparsityProfile([0.25, 0.75], [4, 4], 0.5, "2:4")
+    again = SparsityProfile.from_dict(json.loads(json.dumps(profile.to_dict())))
+    assert again.sparsity.tolist() == [0.25, 0.75]
+    assert again.params.tolist() == [4, 4]
+    assert (again.target, again.pattern) == (0.5, "2:4")
+
+
+def test_prune_report_counts_weights_not_linears():
+    linears = (
+        LinearReport(0, "a", 10, 100, 0.1, 0.0),
+        LinearReport(1, "a", 60, 100, 0.2, 0.0),
+        LinearReport(1, "b", 0, 200, None, 0.0),
+    )
+    report = PruneReport(linears, {"total": 1.0}, 5)
+    assert report.sparsity == 70 / 400
+    assert report.block_sparsity(2).tolist() == [0.1, 0.2]
+    assert [row["sparsity"] for row in report.to_dict()["per_linear"]] == [0.1, 0.6, 0.0]
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_metrics_are_finite_or_say_why_not():
+    with pytest.raises(ValueError, match="finite"):
+        Metric(math.inf, {"seq_len": 8})
+    metrics = Metrics({"docs/ppl": Metric(12.5, {"seq_len": 8}), "c4/ppl": Metric(math.nan, {}, "no text")})
+    text = json.dumps(metrics.to_dict(), allow_nan=False)
+    again = Metrics.from_dict(json.loads(text))
+    assert again["docs/ppl"] == Metric(12.5, {"seq_len": 8})
+    assert math.isnan(again["c4/ppl"].value)
+    assert again["c4/ppl"].reason == "no text"
+
+
+def test_result_rows_survive_json_and_carry_their_version():
+    row = ResultRow("finished", "k", {"a": {"b": [1, None]}}, {}, {"weights": "w"}, metrics={"docs/ppl": {"value": 1.5}})
+    assert ResultRow.from_json(row.to_json()) == row
+    assert json.loads(row.to_json())["schema_version"] == SCHEMA_VERSION
+    with pytest.raises(ValueError, match=rf"schema_version=99.*{SCHEMA_VERSION}"):
+        ResultRow.from_json(json.dumps(json.loads(row.to_json()) | {"schema_version": 99}))
+    with pytest.raises(ValueError, match="JSON compliant"):
+        ResultRow("finished", "k", {}, {}, {}, seconds=math.nan).to_json()

@@ -1,0 +1,376 @@
+"""Every mistake ends with exit code 2 and one line on stderr that names the key, what was given and the way out; nothing is written."""
+
+import gzip
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from svnup.__main__ import main
+
+SMALL = [
+    "model=random",
+    "model.num_hidden_layers=3",
+    "model.hidden_size=32",
+    "model.intermediate_size=64",
+    "model.num_attention_heads=2",
+    "model.seq_len=32",
+    "dataset.n_seq=4",
+    "evaluation.n_seq=4",
+    "shapley.game.data.n_seq=2",
+]
+SMALL_W2 = [*SMALL, "shapley.window=2"]
+
+
+@pytest.fixture(autouse=True)
+def _own_place(tmp_path, monkeypatch):
+    """An empty working directory, no network, and the logger and environment as they were."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    logger = logging.getLogger("svnup")
+    before = (logger.handlers[:], logger.propagate, logger.level)
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[1]
+    logger.setLevel(before[2])
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+def refused(capsys, monkeypatch, *args: str) -> str:
+    """Run the command in this process; assert that it is refused as promised, and return the last line on stderr."""
+    before = tree(Path.cwd())
+    monkeypatch.setattr(sys, "argv", ["svnup", *args])
+    capsys.readouterr()
+    code = main()
+    out, err = capsys.readouterr()
+    assert code == 2, err
+    assert "Traceback" not in out + err
+    last = err.rstrip("\n").splitlines()[-1]
+    assert last.startswith("svnup: ")
+    assert tree(Path.cwd()) == before, "something was written"
+    return last
+
+
+# (arguments, what the line must say: the key with the value, and the way out)
+CONFIG_ALONE = {
+    "unknown key": (["sparsty=0.5"], ["sparsty=0.5", "did you mean sparsity?"]),
+    "unknown nested key": (["shapley.windw=3"], ["shapley.windw=3", "did you mean shapley.window?"]),
+    "unknown key added with plus": (["+sparsty=0.5"], ["sparsty=0.5", "did you mean sparsity?"]),
+    "unknown key, nothing near": (["xyzzy=1"], ["xyzzy=1", "svnup --cfg job shows all"]),
+    "unknown group": (["modl=tiny"], ["modl=tiny", "did you mean model?"]),
+    "unknown model": (["model=tinny"], ["model=tinny", "choose among", "llama_7b", "did you mean tiny?"]),
+    "unknown pruner": (["pruner=wand"], ["pruner=wand", "magnitude, none, sparsegpt, wanda", "did you mean wanda?"]),
+    "unknown experiment": (["experiment=smok"], ["experiment=smok", "did you mean smoke?"]),
+    "unknown data set": (["dataset=wikitext"], ["dataset=wikitext", "did you mean wikitext2?"]),
+    "unknown evaluation data set": (["evaluation.datasets=[doc]"], ["evaluation.datasets=doc", "did you mean docs?"]),
+    "evaluation data sets not a list": (["evaluation.datasets=docs"], ["evaluation.datasets=docs", "[docs]"]),
+    "no evaluation data set": (["evaluation.datasets=[]"], ["evaluation.datasets=[]", "evaluation=none"]),
+    "sparsity in percent": (["sparsity=70"], ["sparsity=70", "[0, 1)", "did you mean sparsity=0.7?"]),
+    "sparsity 1": (["sparsity=1"], ["sparsity=1", "[0, 1)"]),
+    "sparsity negative": (["sparsity=-0.1"], ["sparsity=-0.1", "[0, 1)"]),
+    "sparsity nan": (["sparsity=nan"], ["sparsity=nan", "[0, 1)"]),
+    "sparsity not a number": (["sparsity=much"], ["sparsity=much", "right type"]),
+    "lower bound above": (["allocator.lower=0.8"], ["allocator.lower=0.8", "sparsity=0.7", "widen the bounds"]),
+    "upper bound below": (["allocator.upper=0.6"], ["upper=0.6", "sparsity=0.7", "widen the bounds"]),
+    "bounds crossed": (["allocator.lower=0.9", "allocator.upper=0.1"], ["allocator.lower=0.9", "lower <= upper"]),
+    "lam out of range": (["allocator.lam=2"], ["allocator.lam=2", "0 to 1"]),
+    "lam not a number": (["allocator.lam=big"], ["allocator.lam=big", "must be a number"]),
+    "scale typo": (["allocator.scale=lgo"], ["allocator.scale=lgo", "clip, rank, log, raw"]),
+    "window larger than the model": (["shapley.window=4"], ["shapley.window=4", "3", "choose 1 to 3"]),
+    "window zero": (["shapley.window=0"], ["shapley.window=0", "choose 1 to 3"]),
+    "stride larger than the window": (["shapley.stride=3"], ["shapley.stride=3", "window=2"]),
+    "payoff typo": (["shapley.game.payoff=nll"], ["shapley.game.payoff=nll", "did you mean neg_nll?"]),
+    "fixed N:M, another sparsity": (["allocator=uniform", "pattern='2:4'"], ["pattern=2:4", "add sparsity=0.5"]),
+    "fixed N:M, not uniform": (["pattern='2:4'", "sparsity=0.5"], ["pattern=2:4", "add allocator=uniform"]),
+    "N:M beyond the width": (
+        ["pattern='2:4'", "sparsity=0.5", "allocator=uniform", "model.intermediate_size=66"],
+        ["pattern=2:4", "66", "pattern=unstructured"],
+    ),
+    "pattern unquoted in yaml": (["pattern=124"], ["pattern=124", "'2:4'", "quotes"]),
+    "pattern upside down": (["pattern='4:2'"], ["pattern=4:2", "0 < N < M"]),
+    "pattern typo": (["pattern=unstructred"], ["pattern=unstructred", "'unstructured' or N:M"]),
+    "dtype typo": (["model.dtype=flaot32"], ["model.dtype=flaot32", "did you mean float32?"]),
+    "device typo": (["model.device=gpu"], ["model.device=gpu", "choose auto, cpu"]),
+    "device missing": (["model.device=cuda:99"], ["model.device=cuda:99", "choose auto or cpu"]),
+    "heads do not divide": (["model.hidden_size=33"], ["model.hidden_size=33", "multiple of num_attention_heads=2"]),
+    "vocabulary too small": (["model.vocab_size=100"], ["model.vocab_size=100", "2048 or more"]),
+    "no layers": (["model.num_hidden_layers=0"], ["model.num_hidden_layers=0", "at least 1"]),
+    "layers not a number": (["model.num_hidden_layers=few"], ["model.num_hidden_layers=few", "whole number"]),
+    "no windows": (["dataset.n_seq=0"], ["dataset.n_seq=0", "at least one"]),
+    "windows not a number": (["dataset.n_seq=many"], ["dataset.n_seq=many", "whole number"]),
+    "windows of one token": (["dataset.seq_len=1"], ["dataset.seq_len=1", "at least 2"]),
+    "windows beyond the positions": (["dataset.seq_len=4096"], ["dataset.seq_len=4096", "2048 positions", "at most"]),
+    "evaluation beyond the positions": (["evaluation.seq_len=4096"], ["seq_len=4096", "2048 positions"]),
+    "role typo": (["evaluation.role=tst"], ["role=tst", "did you mean test?"]),
+    "seed not whole": (["seed=1.5"], ["seed=1.5", "right type"]),
+    "gate typo": (["protocol_gate=of"], ["protocol_gate=of", "error, warn or off"]),
+    "force not a truth value": (["force=maybe"], ["force=maybe", "right type"]),
+    "wandb mode typo": (["tracker=wandb", "tracker.mode=of"], ["tracker.mode=of", "offline"]),
+    "text file without a path": (["dataset=text_file"], ["dataset.path", "add dataset.path="]),
+    "text file missing": (["dataset=text_file", "dataset.path=nope.txt"], ["dataset.path=nope.txt", "no such file", "my_text.txt"]),
+    "payoff text missing": (
+        ["dataset@shapley.game.data=text_file", "+shapley.game.data.path=nope.txt"],
+        ["shapley.game.data.path=nope.txt", "no such file"],
+    ),
+    "evaluation text missing": (
+        ["evaluation.datasets=[{text_file: {path: nope.txt}}]"],
+        ["evaluation.datasets.0.path=nope.txt", "no such file"],
+    ),
+    "profile not given": (["allocator=from_file"], ["allocator.path", "add allocator.path="]),
+    "profile missing": (
+        ["allocator=from_file", "allocator.path=nope.json"],
+        ["allocator.path=nope.json", "profile.json of a run"],
+    ),
+    "target that does not exist": (
+        ["pruner._target_=svnup.pruning.wanda.Wnada"],
+        ["pruner._target_=svnup.pruning.wanda.Wnada", "check the spelling"],
+    ),
+    "override syntax": (["dataset.n_seq=[1"], ["dataset.n_seq=[1", "quotes"]),
+}
+
+
+@pytest.mark.parametrize("case", CONFIG_ALONE)
+def test_config_mistakes(case, capsys, monkeypatch):
+    args, said = CONFIG_ALONE[case]
+    line = refused(capsys, monkeypatch, *SMALL_W2, "results_dir=results", "cache_dir=cache", *args)
+    assert [s for s in said if s not in line] == [], line
+
+
+def test_an_unknown_option_in_a_sweep_stops_it_before_its_first_job(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["svnup", "-m", *SMALL_W2, "results_dir=r", "cache_dir=c", "pruner=magnitude,wand"])
+    assert main() == 2
+    last = capsys.readouterr().err.rstrip("\n").splitlines()[-1]
+    assert last.startswith("svnup: pruner=wand: choose among magnitude, none, sparsegpt, wanda")
+    assert {t for t in tree(Path.cwd()) if not t.startswith("r/sweeps")} == {"r"}  # Hydra's own record of the sweep, no run
+
+
+def test_exact_with_too_many_blocks_names_the_alternatives_with_their_cost(capsys, monkeypatch):
+    line = refused(capsys, monkeypatch, *SMALL, "shapley=exact", "model.num_hidden_layers=32")
+    assert "shapley=exact" in line
+    assert "32 blocks" in line
+    assert f"{2**32:.2g}" in line
+    assert "shapley=sliding_window" in line
+    assert "464" in line  # (n - w + 2) 2^(w - 1) for n = 32, w = 5
+    assert "shapley=permutation" in line
+    assert "126" in line  # 4 n - 2
+
+
+def test_permutation_budget(capsys, monkeypatch):
+    line = refused(capsys, monkeypatch, *SMALL, "shapley=permutation")
+    assert "shapley.budget" in line
+    line = refused(capsys, monkeypatch, *SMALL, "shapley=permutation", "shapley.budget=9")
+    assert "shapley.budget=9" in line
+    assert "least budget is 10" in line  # 4 n - 2 for n = 3
+
+
+def bad_texts(folder: Path) -> dict[str, tuple[str, list[str]]]:
+    (folder / "empty.txt").write_text("")
+    (folder / "blank.txt").write_text(" \n\n ")
+    (folder / "short.txt").write_text("Return the sum of the values.\n" * 4)
+    (folder / "latin.txt").write_bytes("Größe ".encode("latin-1") * 500)
+    (folder / "fake.txt.gz").write_bytes(b"this is no gzip file at all")
+    (folder / "torn.txt.gz").write_bytes(gzip.compress(b"some words of text " * 500)[:-12])
+    (folder / "folder.txt").mkdir()
+    return {
+        "empty.txt": ("empty.txt", ["dataset.path=empty.txt", "empty", "name a file"]),
+        "blank.txt": ("blank.txt", ["dataset.path=blank.txt", "no text", "name a file"]),
+        "short.txt": ("short.txt", ["dataset.n_seq=4", "text_file", "windows of seq_len=32", "ask for fewer"]),
+        "latin.txt": ("latin.txt", ["dataset.path=latin.txt", "UTF-8", "convert"]),
+        "fake.txt.gz": ("fake.txt.gz", ["dataset.path=fake.txt.gz"]),
+        "torn.txt.gz": ("torn.txt.gz", ["dataset.path=torn.txt.gz"]),
+        "folder.txt": ("folder.txt", ["dataset.path=folder.txt", "name a text file"]),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["empty.txt", "blank.txt", "short.txt", "latin.txt", "fake.txt.gz", "torn.txt.gz", "folder.txt"]
+)
+def test_bad_text_files(name, capsys, monkeypatch, tmp_path):
+    path, said = bad_texts(tmp_path)[name]
+    line = refused(capsys, monkeypatch, *SMALL_W2, "dataset=text_file", f"dataset.path={path}")
+    assert [s for s in said if s not in line] == [], line
+
+
+def test_more_windows_than_the_built_in_text_has(capsys, monkeypatch):
+    line = refused(capsys, monkeypatch, *SMALL_W2, "dataset.n_seq=1000000")
+    assert "dataset.n_seq=1000000" in line
+    assert "calibration text of docs" in line
+    assert "ask for fewer" in line
+
+
+def local(path: str) -> list[str]:
+    return ["model=tiny", f"model.pretrained_model_name_or_path={path}", "evaluation.n_seq=4", "dataset.n_seq=4"]
+
+
+def test_model_paths(capsys, monkeypatch, tmp_path):
+    key = "model.pretrained_model_name_or_path"
+    line = refused(capsys, monkeypatch, *local("./nowhere"))
+    assert f"{key}=./nowhere" in line
+    assert "no such folder" in line
+    assert "hub name" in line
+    (tmp_path / "bare").mkdir()
+    line = refused(capsys, monkeypatch, *local("./bare"))
+    assert f"{key}=./bare" in line
+    assert "config.json" in line
+    assert "save_pretrained" in line
+    (tmp_path / "bare" / "config.json").write_text("{not json")
+    line = refused(capsys, monkeypatch, *local("./bare"))
+    assert f"{key}=./bare" in line
+    assert "not JSON" in line
+    (tmp_path / "bare" / "config.json").write_text('{"model_type": "llama"}')
+    line = refused(capsys, monkeypatch, *local("./bare"))
+    assert f"{key}=./bare" in line
+    assert "number of layers" in line
+    (tmp_path / "file").write_text("a file, not a folder")
+    line = refused(capsys, monkeypatch, *local("./file"))
+    assert f"{key}=./file" in line
+
+
+def test_a_checkpoint_without_a_tokenizer(capsys, monkeypatch, tmp_path):
+    shape = {"num_hidden_layers": 5, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text(json.dumps({"model_type": "llama", **shape}))
+    line = refused(capsys, monkeypatch, *local("./bare"))
+    assert "bare" in line
+    assert "tokenizer" in line
+
+
+def write_profile(path: Path, sparsity: list[float], target: float) -> None:
+    path.write_text(json.dumps({"sparsity": sparsity, "params": [10240] * len(sparsity), "target": target}))
+
+
+def test_profile_files(capsys, monkeypatch, tmp_path):
+    def given(name: str) -> str:
+        return refused(capsys, monkeypatch, *SMALL_W2, "allocator=from_file", f"allocator.path={name}")
+
+    write_profile(tmp_path / "four.json", [0.6, 0.7, 0.7, 0.8], 0.7)
+    line = given("four.json")
+    assert "allocator.path=four.json" in line
+    assert "4 blocks" in line
+    assert "has 3" in line
+    write_profile(tmp_path / "half.json", [0.4, 0.5, 0.6], 0.5)
+    line = given("half.json")
+    assert "allocator.path=half.json" in line
+    assert "sparsity=0.7" in line
+    assert "add sparsity=0.5" in line
+    (tmp_path / "lacking.json").write_text('{"sparsity": [0.7, 0.7, 0.7]}')
+    line = given("lacking.json")
+    assert "allocator.path=lacking.json" in line
+    assert "params" in line
+    (tmp_path / "torn.json").write_text('{"sparsity": [0.7, 0.')
+    assert "allocator.path=torn.json" in given("torn.json")
+    (tmp_path / "list.json").write_text("[0.7, 0.7, 0.7]")
+    assert "allocator.path=list.json" in given("list.json")
+    write_profile(tmp_path / "wild.json", [1.4, 0.0, 0.7], 0.7)
+    assert "allocator.path=wild.json" in given("wild.json")
+
+
+def test_a_profile_with_other_params_than_the_model_does_not_fit(capsys, monkeypatch, tmp_path):
+    """Mean 0.7 by its own params (7 : 1 : 2), not by the equal ones of the model: seen on the shapes, before weights load."""
+    data = {"sparsity": [0.75, 0.55, 0.6], "params": [7000, 1000, 2000], "target": 0.7}
+    (tmp_path / "other.json").write_text(json.dumps(data))
+    line = refused(capsys, monkeypatch, *SMALL_W2, "allocator=from_file", "allocator.path=other.json")
+    assert "allocator.path=other.json" in line
+    assert "does not fit" in line
+
+
+def test_fixed_pattern_with_a_profile_that_is_not_uniform(capsys, monkeypatch, tmp_path):
+    write_profile(tmp_path / "half.json", [0.4, 0.5, 0.6], 0.5)
+    args = ["allocator=from_file", "allocator.path=half.json", "sparsity=0.5", "pattern='2:4'"]
+    line = refused(capsys, monkeypatch, *SMALL_W2, *args)
+    assert "pattern=2:4" in line
+    assert "allocator=uniform" in line
+
+
+def process(*args: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    full = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | env
+    full.pop("HYDRA_FULL_ERROR", None)
+    command = [sys.executable, "-m", "svnup", *args]
+    return subprocess.run(command, cwd=cwd, env=full, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["shapley.window=13"], ["shapley.window=13", "12", "choose 1 to 12"]),
+        (["sparsty=0.5"], ["sparsty=0.5", "did you mean sparsity?"]),
+        (["model=llama_7b"], ["model.pretrained_model_name_or_path=huggyllama/llama-7b", "hub", "local copy"]),
+    ],
+)
+def test_the_real_command(args, said, tmp_path):
+    done = process(*args, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    last = done.stderr.rstrip("\n").splitlines()[-1]
+    assert last.startswith("svnup: ")
+    assert [s for s in said if s not in last] == [], last
+    assert tree(tmp_path) == set()
+
+
+def test_config_mistakes_are_found_without_importing_torch(tmp_path):
+    """What makes the answer quick: nothing heavy is imported where the configuration alone shows the mistake."""
+    (tmp_path / "home").mkdir()
+    code = (
+        "import sys; from svnup.__main__ import main; sys.argv = ['svnup', 'shapley.window=13']; code = main();"
+        "print(code, [m for m in ('torch', 'transformers', 'datasets', 'wandb', 'matplotlib') if m in sys.modules])"
+    )
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "2 []\n", done.stderr
+
+
+def test_a_nan_loss_names_the_stage_and_is_no_number(capsys, monkeypatch, tmp_path):
+    """Only running shows it: the run folder records the failure, and no metric."""
+    import torch
+
+    from svnup.model import Random
+
+    lm = Random(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=2).load()
+    with torch.no_grad():
+        lm.blocks[1].mlp.down_proj.weight[0, 0] = float("nan")
+    lm.save(tmp_path / "broken")
+    args = [*local("./broken"), "model.seq_len=32", "allocator=uniform", "pruner=none", "results_dir=r", "cache_dir=c"]
+    monkeypatch.setattr(sys, "argv", ["svnup", *args])
+    assert main() == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    last = err.rstrip("\n").splitlines()[-1]
+    assert re.match(r"svnup: stage evaluation: the loss is nan", last)
+    (result,) = (tmp_path / "r" / "runs").glob("*/result.json")
+    row = json.loads(result.read_text())
+    assert row["status"] == "failed"
+    assert "stage evaluation" in row["error"]
+    assert row["metrics"] == {}
+
+
+@pytest.mark.xfail(strict=True, reason="data.py: a negative seed reaches numpy, whose message names neither key nor way out")
+def test_negative_seed(capsys, monkeypatch):
+    assert "seed=-1" in refused(capsys, monkeypatch, *SMALL_W2, "seed=-1")
+
+
+@pytest.mark.xfail(strict=True, reason="config.explain: Hydra's message for a null group option is passed on; it names no key")
+def test_group_set_to_null(capsys, monkeypatch):
+    assert "pruner" in refused(capsys, monkeypatch, *SMALL_W2, "pruner=null")
+
+
+@pytest.mark.xfail(strict=True, reason="config.explain: 'is not Optional' and 'Cannot convert' are passed on without a way out")
+@pytest.mark.parametrize(("given", "said"), [("results_dir=null", "results_dir"), ("cache_dir=[1]", "cache_dir=[1]")])
+def test_wrong_type_of_a_folder(given, said, capsys, monkeypatch):
+    line = refused(capsys, monkeypatch, *SMALL_W2, given)
+    assert line.startswith(f"svnup: {said}")
+    assert "object_type" not in line
+
+
+@pytest.mark.xfail(strict=True, reason="model.Random does not check num_attention_heads (ZeroDivisionError) or key-value heads")
+@pytest.mark.parametrize("given", ["model.num_attention_heads=0", "model.num_key_value_heads=3"])
+def test_impossible_heads(given, capsys, monkeypatch):
+    assert given in refused(capsys, monkeypatch, *SMALL_W2, given, "results_dir=r", "cache_dir=c")
