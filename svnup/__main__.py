@@ -78,7 +78,8 @@ def _run(cfg: Any, overrides: list[str], texts: dict[TokenSource, TokenSource]) 
     sharded = job.scorer is not None and job.scorer.shard is not None
     earlier, prints = folder.read(), job.fingerprints()
     changed = earlier is not None and earlier.fingerprints != prints
-    if earlier is not None and earlier.status == "finished" and not (job.force or changed or sharded):
+    unsaved = job.save_model and not (folder.path / "model" / "config.json").is_file()
+    if earlier is not None and earlier.status == "finished" and not (job.force or changed or sharded or unsaved):
         _say(f"already finished, not run again (force=true redoes it): {folder.path}")
         _print_result(earlier)
         return
@@ -99,22 +100,15 @@ def _run(cfg: Any, overrides: list[str], texts: dict[TokenSource, TokenSource]) 
     folder.write(blank)
     folder.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     handler = _log_to(folder.path / "svnup.log")
-    fresh = job.force or changed
-    tracked = job.tracker.start(folder.path, job.key, job.config, job.name, fresh)
-    failed = True
     try:
-        row = pipeline.run(job, folder.path, made_by)
-        figures = plots.figures(row, folder.path / "figures")
-        if job.save_model:
-            folder.write_text("model/profile.json", (folder.path / "profile.json").read_text())
-        job.tracker.log(tracked, row, figures)
-        folder.write(row)
-        failed = False
+        with job.tracker.run(folder.path, job.key, job.config, job.name, fresh=job.force or changed) as log:
+            row = pipeline.run(job, folder.path, made_by)
+            folder.write(row)
+            log(row, plots.figures(row, folder.path / "figures"))
     except Exception as error:
         folder.write(replace(blank, status="failed", error=f"{type(error).__name__}: {error}"))
         raise
     finally:
-        job.tracker.finish(tracked, failed)
         logger.removeHandler(handler)
         handler.close()
     _say(f"{folder.path}  ({row.seconds:.0f} s)")

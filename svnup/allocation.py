@@ -78,7 +78,9 @@ class ScoreBudget:
     ) -> SparsityProfile:
         if scores is None:
             raise ValueError("this allocator needs scores, and none were computed")
-        z = rescale(scores.values if scores.higher_is == "denser" else -scores.values, self.scale)
+        z = rescale(scores.values, self.scale)
+        if scores.higher_is == "sparser":
+            z = 1 - z
         wish = 1 - (2 * self.lam * (z - np.average(z, weights=params)) + 1 - sparsity)
         return SparsityProfile(project(wish, params, sparsity, *self.bounds(sparsity)), params, sparsity, pattern)
 

@@ -72,8 +72,15 @@ class Schema:
 
 
 def register() -> None:
-    """Make the schema known to Hydra."""
+    """Make the schema, and what the help text lists, known to Hydra."""
     ConfigStore.instance().store(name="schema", node=Schema)
+    OmegaConf.register_new_resolver("svnup_groups", _groups, replace=True)
+
+
+def _groups() -> str:
+    """The groups and their options, a line each, without the files that options share."""
+    folders = [p for p in sorted(CONF.iterdir()) if p.is_dir() and p.name not in ("hydra", "local")]
+    return "\n".join(f"{p.name}: {', '.join(sorted(f.stem for f in p.glob('[!_]*.yaml')))}" for p in folders)
 
 
 @dataclass(frozen=True)
@@ -194,16 +201,16 @@ def build(cfg: Any, known: dict[TokenSource, TokenSource] | None = None) -> Job:
     _refuse_unknown(config)
     _check_scalars(config)
     _refuse_missing(config)
-    scorer_node = config["allocator"].pop("scorer", None)
-    key = config_key(config | {"scorer": scorer_node})
+    scorer_node = config["allocator"].get("scorer")
+    key = config_key(config)
     model = construct(config["model"], "model")
     dataset = construct(config["dataset"], "dataset")
     dataset = known.setdefault(dataset, dataset)
     scorer = _scorer(scorer_node, known) if scorer_node else None
-    allocator = construct(config["allocator"], "allocator")
+    allocator = construct({k: v for k, v in config["allocator"].items() if k != "scorer"}, "allocator")
     evaluation = _evaluation(config["evaluation"], known)
     tracker = construct(config["tracker"], "tracker")
-    with _blame("tracker"):
+    with _blame("tracker", ("tracker",)):
         tracker.check()
     texts = {"dataset": dataset} | {f"evaluation.datasets.{i}": s for i, s in enumerate(evaluation.sources())}
     if scorer is not None:
@@ -246,8 +253,9 @@ def build(cfg: Any, known: dict[TokenSource, TokenSource] | None = None) -> Job:
 def config_key(config: dict[str, Any]) -> str:
     """Hash of a resolved configuration without what cannot change a number, and of the version of the numbers."""
     kept = {k: v for k, v in config.items() if k not in NOT_IN_KEY}
-    if kept.get("scorer"):
-        kept["scorer"] = {k: v for k, v in kept["scorer"].items() if k != "shard"}
+    scorer = kept["allocator"].get("scorer")
+    if scorer:
+        kept["allocator"] = kept["allocator"] | {"scorer": {k: v for k, v in scorer.items() if k != "shard"}}
     kept["model"] = {k: v for k, v in config["model"].items() if k not in NOT_IN_MODEL_KEY}
     text = json.dumps([NUMBERS_VERSION, kept], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -357,6 +365,10 @@ def _evaluation(node: dict[str, Any], known: dict[TokenSource, TokenSource]) -> 
         raise ValueError(f"evaluation.datasets={node['datasets']}: must be a list, such as [docs] or [wikitext2,c4]")
     sources = []
     for i, entry in enumerate(node["datasets"]):
+        if isinstance(entry, dict) and len(entry) != 1:
+            raise ValueError(
+                f"evaluation.datasets.{i}={entry}: one data set an entry, such as [docs,{{text_file: {{path: x.txt}}}}]"
+            )
         name, options = next(iter(entry.items())) if isinstance(entry, dict) else (entry, {})
         file = CONF / "dataset" / f"{name}.yaml"
         if not file.is_file():
@@ -449,6 +461,14 @@ def explain(error: Exception, overrides: list[str]) -> str:
     value = re.search(r"Value '([^']*)' (.*?) full_key: (\S+)", text)
     if value:
         return f"{value[3]}={value[1]}: {value[2]}; give a value of the right type"
+    kind = re.search(r"(field '\w+' is not Optional|Cannot convert '\w+' to \w+).*? full_key: (\S+)", text)
+    if kind:
+        given = next((o for o in overrides if o.lstrip("+~").startswith(f"{kind[2]}=")), kind[2])
+        return f"{given}: {kind[1].replace(f'field {kind[2]!r}', 'it')}; give a plain value"
+    if "Config group override must be a string" in text:
+        given = next((o for o in overrides if o.endswith("=null")), "a group")
+        options = sorted(p.stem for p in (CONF / given.partition("=")[0]).glob("[!_]*.yaml"))
+        return f"{given}: a group needs an option; choose among {', '.join(options)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: not in Hydra's syntax ({error.__cause__ or text}); put quotes around the value"
     if isinstance(error, ConfigCompositionException) and error.__cause__ is not None and not overrides:

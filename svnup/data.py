@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ class TokenSource(ABC):
             raise ValueError(f"n_seq={self.n_seq}: ask for at least one sequence (null: all there are)")
         if self.seq_len < 2:
             raise ValueError(f"seq_len={self.seq_len}: a sequence needs at least 2 tokens to have something to predict")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: choose 0 or more")
 
     def tokens(self, tokenizer: Any) -> Ints:
         """int64 tokens (n_seq, seq_len), read once per tokenizer; raises ValueError where text is missing or too short."""
@@ -93,7 +96,7 @@ class TextFile(TokenSource):
         raw = Path(self.path).expanduser().read_bytes()
         try:
             text = (gzip.decompress(raw) if self.path.endswith(".gz") else raw).decode("utf-8")
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"path={self.path}: not UTF-8 text ({error}); convert the file") from None
         if not text.strip():
             raise ValueError(f"path={self.path}: the file has no text; name a file with text")
@@ -111,7 +114,7 @@ class WikiText2(TokenSource):
     from_hub = True
 
     def fingerprint(self) -> str:
-        return f"{self.path}@{self.revision or 'main'}"
+        return _hub_fingerprint(self.path, self.revision)
 
     def read(self, tokenizer: Any) -> Ints:
         split = {"test": "test", "selection": "validation"}.get(self.role, "train")
@@ -132,7 +135,7 @@ class C4(TokenSource):
     from_hub = True
 
     def fingerprint(self) -> str:
-        return f"{self.path}@{self.revision or 'main'}"
+        return _hub_fingerprint(self.path, self.revision)
 
     def read(self, tokenizer: Any) -> Ints:
         if self.role == "test":
@@ -144,6 +147,17 @@ class C4(TokenSource):
 
     def _documents(self, file: str) -> Any:
         return _load(self.path, data_files={"part": file}, split="part", revision=self.revision)
+
+
+def _hub_fingerprint(path: str, revision: str | None) -> str:
+    """The name and revision of a data set of the hub; the content where a folder of that name is read instead."""
+    if not Path(path).is_dir():
+        return f"{path}@{revision or 'main'}"
+    total = hashlib.sha256()
+    for file in sorted(p for p in Path(path).rglob("*") if p.is_file()):
+        with file.open("rb") as data:
+            total.update(str(file.relative_to(path)).encode() + hashlib.file_digest(data, "sha256").digest())
+    return total.hexdigest()
 
 
 def _random_crops(documents: Any, tokenizer: Any, source: TokenSource) -> Ints:

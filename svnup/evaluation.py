@@ -62,6 +62,9 @@ class Perplexity:
     def __post_init__(self) -> None:
         if not self.datasets:
             raise ValueError("datasets=[]: name at least one data set, or choose evaluation=none")
+        names = [source.name for source in self.datasets]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"datasets={names}: two numbers would be called {twice}/ppl; evaluate them in two runs")
 
     def sources(self) -> list[TokenSource]:
         return self.datasets

@@ -188,7 +188,7 @@ class LayerGame:
 
     def _mean(self, losses: list[Tensor], name: str) -> float:
         mean = float(torch.cat([loss.double().mean(1) for loss in losses]).mean())
-        if not math.isfinite(mean):
+        if not math.isfinite(mean) or (self.payoff == "neg_ppl" and mean > 700):  # exp would overflow
             raise ValueError(
                 f"stage coalitions: the loss of coalition {name} is {mean}; a wider dtype (model.dtype=float32 or bfloat16) "
                 "may help, or the model is broken"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import logging as transformers_logging
 
 from svnup.progress import stage
@@ -157,7 +157,7 @@ class LanguageModel:
     def fingerprint(self) -> str:
         """SHA-256 over the architecture and every weight as they are now, dtype included."""
         config = self.model.config.to_dict()
-        for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+        for key in ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"):
             config.pop(key, None)
         config["attn_implementation"] = getattr(self.model.config, "_attn_implementation", None)
 
@@ -314,7 +314,7 @@ class LanguageModel:
         states = normed[:, :-1].reshape(-1, normed.shape[-1])
         stub = batch.tokens[:1, :1]
         for start in range(0, len(states), HEAD_TOKENS):
-            out = BaseModelOutputWithPast(last_hidden_state=states[None, start : start + HEAD_TOKENS])
+            out = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None, start : start + HEAD_TOKENS])
             with self._replaced({self.decoder: lambda *args, out=out, **kwargs: out}):
                 logits = self.model(input_ids=stub, use_cache=False).logits[0].float()
             yield start, logits

@@ -204,6 +204,11 @@ class Random:
 
     def __post_init__(self) -> None:
         _check_device_name(self.device)
+        heads = self.num_key_value_heads
+        if self.num_attention_heads < 1:
+            raise ValueError(f"num_attention_heads={self.num_attention_heads}: choose at least 1")
+        if heads is not None and (heads < 1 or self.num_attention_heads % heads):
+            raise ValueError(f"num_key_value_heads={heads}: must divide num_attention_heads={self.num_attention_heads}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size}: must be a multiple of num_attention_heads={self.num_attention_heads}"

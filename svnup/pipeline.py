@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -54,6 +55,7 @@ def run(job: Job, folder: Path, provenance: dict[str, Any]) -> ResultRow:
     logger.info("pruned: %s", ", ".join(f"{k} {m.value:.4g}" for k, m in metrics.items()) or "not evaluated")
     if job.save_model:
         lm.save(folder / "model")
+        (folder / "model" / "profile.json").write_text(json.dumps(profile.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     return ResultRow(
         status="finished",

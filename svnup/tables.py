@@ -30,8 +30,11 @@ def frame(rows: list[ResultRow]) -> pd.DataFrame:
                 f"{column} dense": row.dense[name]["value"] if name in row.dense else None,
             }
         lines.append(line | {"seconds": round(row.seconds, 1), "key": row.config_key})
-    order = [c for c in IDENTITY if c != "key"]
-    return pd.DataFrame(lines).sort_values(order, kind="stable").reset_index(drop=True)
+    data = pd.DataFrame(lines)
+    short = data["model"].str.rstrip("/").str.rpartition("/")[2]
+    ambiguous = data["model"].groupby(short).transform("nunique") > 1  # saved models are all called model
+    data["model"] = data["model"].where(ambiguous, short)
+    return data.sort_values(IDENTITY, kind="stable").reset_index(drop=True)
 
 
 def describe(row: ResultRow) -> dict[str, Any]:
@@ -40,12 +43,12 @@ def describe(row: ResultRow) -> dict[str, Any]:
     model = config["model"].get("pretrained_model_name_or_path") or f"random {config['model'].get('model_type')}"
     target = {k: config[k]["_target_"].rpartition(".")[2].lower() for k in ("pruner", "allocator", "shapley")}
     allocator = target["allocator"]
-    if row.shapley is not None or config["allocator"].get("scorer"):
-        options = config["allocator"]
+    options = config["allocator"]
+    if options.get("scorer"):
         window = f" w={config['shapley']['window']}" if "window" in config["shapley"] else ""
         allocator = f"shapley ({target['shapley']}{window}, {options['scale']}, lam={options['lam']:g})"
     return {
-        "model": model.rstrip("/").rpartition("/")[2],
+        "model": model,
         "pruner": target["pruner"],
         "allocator": allocator,
         "sparsity": config["sparsity"],
@@ -78,7 +81,7 @@ def _with_change(data: pd.DataFrame) -> pd.DataFrame:
     out = data.copy()
     same = ["model", "pruner", "sparsity", "pattern", "seed"]
     for column in [c for c in data.columns if "/" in c and not c.endswith("dense")]:
-        uniform = data[data["allocator"] == "uniform"].drop_duplicates(same).set_index(same)[column]
+        uniform = data[(data["allocator"] == "uniform") & data[column].notna()].drop_duplicates(same).set_index(same)[column]
         base = [uniform.get(tuple(line), float("nan")) for line in data[same].itertuples(index=False)]
         change = pd.Series([100 * (v / b - 1) for v, b in zip(data[column], base, strict=True)], index=data.index)
         out.insert(list(out.columns).index(column) + 1, f"{column} vs uniform", change.where(data["allocator"] != "uniform"))

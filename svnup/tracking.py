@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from svnup.types import ResultRow
+
+Log = Callable[[ResultRow, dict[str, Path]], None]
 
 
 @dataclass(frozen=True)
@@ -17,12 +21,9 @@ class NoTracker:
 
     def check(self) -> None: ...
 
-    def start(self, folder: Path, config_key: str, config: dict[str, Any], name: str, fresh: bool) -> Any:
-        return None
-
-    def log(self, run: Any, row: ResultRow, figures: dict[str, Path]) -> None: ...
-
-    def finish(self, run: Any, failed: bool) -> None: ...
+    @contextmanager
+    def run(self, folder: Path, config_key: str, config: dict[str, Any], name: str, fresh: bool) -> Iterator[Log]:
+        yield lambda row, figures: None
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,19 @@ class WandbTracker:
         if find_spec("wandb") is None:
             raise ValueError("tracker=wandb: wandb is not installed; pip install 'svnup[wandb]', or choose tracker=none")
 
-    def start(self, folder: Path, config_key: str, config: dict[str, Any], name: str, fresh: bool) -> Any:
-        """Begin the run of a run folder. Its id is made once and kept there: an interrupted job goes on in the same run; a
-        `fresh` execution (force, or changed inputs) gets its own, and so do two users of one project."""
+    @contextmanager
+    def run(self, folder: Path, config_key: str, config: dict[str, Any], name: str, fresh: bool) -> Iterator[Log]:
+        """The W&B run of a run folder; yields what logs its result. It is finished in any case, with the state of the job.
+
+        Its id is made once and kept in the folder: an interrupted job goes on in the same run; a `fresh` execution (force, or
+        changed inputs) gets its own, and so do two users of one project.
+        """
         import wandb
 
         path = folder / "wandb_id.json"
         if fresh or not path.is_file():
             path.write_text(json.dumps({"id": uuid.uuid4().hex[:12]}), encoding="utf-8")
-        return wandb.init(
+        run = wandb.init(
             id=json.loads(path.read_text(encoding="utf-8"))["id"],
             resume="allow",
             dir=str(folder),
@@ -67,8 +72,14 @@ class WandbTracker:
             config={"config_key": config_key, **config},
             settings=wandb.Settings(silent=True),
         )
+        failed = True
+        try:
+            yield lambda row, figures: self._log(run, row, figures)
+            failed = False
+        finally:
+            run.finish(exit_code=int(failed))
 
-    def log(self, run: Any, row: ResultRow, figures: dict[str, Path]) -> None:
+    def _log(self, run: Any, row: ResultRow, figures: dict[str, Path]) -> None:
         import wandb
 
         record: dict[str, Any] = {name: metric["value"] for name, metric in row.metrics.items()}
@@ -92,6 +103,3 @@ class WandbTracker:
             run.log_artifact(artifact)
         record |= {f"figures/{name}": wandb.Image(str(path)) for name, path in figures.items()}
         run.log(record)
-
-    def finish(self, run: Any, failed: bool) -> None:
-        run.finish(exit_code=int(failed))

@@ -32,6 +32,7 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
 
     Raises ValueError for anything else; unquoted 2:4 in yaml arrives as the number 124 and is explained.
     """
+    pattern = str(pattern)  # yaml and JSON may hold a number
     if pattern == UNSTRUCTURED:
         return None
     if pattern.isdigit():
@@ -75,9 +76,11 @@ class BlockScores:
         if self.higher_is not in ("denser", "sparser"):
             raise ValueError(f"higher_is={self.higher_is!r}: choose 'denser' or 'sparser'")
 
-    def per_block(self, n_blocks: int) -> Self:
+    def per_block(self, n_blocks: int) -> BlockScores:
         """The same scores summed over the players of each block, where attention and MLP are players apart."""
-        return self if len(self.values) == n_blocks else replace(self, values=self.values.reshape(n_blocks, -1).sum(axis=1))
+        if len(self.values) == n_blocks:
+            return self
+        return BlockScores(self.values.reshape(n_blocks, -1).sum(axis=1), self.method, self.higher_is, self.cost)
 
     def to_dict(self) -> dict[str, Any]:
         """As nested JSON values: the fields of `cost` stand beside the others."""
@@ -103,6 +106,8 @@ class ShapleyValues(BlockScores):
         super().__post_init__()
         if self.stderr is not None:
             object.__setattr__(self, "stderr", _vector(self.stderr, f"standard errors of {self.method}"))
+            if len(self.stderr) != len(self.values):
+                raise ValueError(f"{len(self.stderr)} standard errors for {len(self.values)} values of {self.method}")
         if not (math.isfinite(self.v_empty) and math.isfinite(self.v_full)):
             raise ValueError(f"payoffs of the empty and the full coalition must be finite: {self.v_empty}, {self.v_full}")
 
@@ -139,7 +144,7 @@ class SparsityProfile:
             raise ValueError(f"a profile of {len(self.sparsity)} blocks needs as many positive params, not {params}")
         if (self.sparsity < 0).any() or (self.sparsity > 1).any():
             raise ValueError(f"sparsities must lie in [0, 1]: {self.sparsity}")
-        if abs(self.mean - self.target) > 1e-6:
+        if not abs(self.mean - self.target) <= 1e-6:
             raise ValueError(f"the profile's mean sparsity is {self.mean:.8f}, its target {self.target:.8f}")
 
     @property

@@ -362,11 +362,6 @@ def test_broken_models_are_named_with_the_stage_and_the_coalition(random_model, 
     assert all(math.isfinite(json.loads(line)["value"]) for line in lines_of(tmp_path)[1])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=OverflowError,
-    reason="game.py: payoff=neg_ppl is math.exp(nll): OverflowError from nll = 710 on, not a ValueError with the stage",
-)
 def test_perplexities_beyond_all_bounds_are_named_with_the_stage(random_model, tokens):
     lm = random_model()
     with torch.no_grad():

@@ -82,19 +82,7 @@ def walked_nll(lm, tokens, batch_tokens=None):
     return torch.cat(out).double().numpy()
 
 
-BROKEN = {
-    "gpt2": "language_model.py _logits_in_chunks: GPT2LMHeadModel reads cross_attentions of what its decoder returns, and "
-    "BaseModelOutputWithPast has none; BaseModelOutputWithPastAndCrossAttentions would do for every family here"
-}
-
-
-def all_families():
-    for family in FAMILIES:
-        reason = BROKEN.get(family)
-        yield pytest.param(family, marks=pytest.mark.xfail(strict=True, raises=AttributeError, reason=reason) if reason else ())
-
-
-@pytest.mark.parametrize("family", list(all_families()))
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_walking_is_the_models_own_forward(family, text):
     lm = load(family)
     expected = own_nll(lm, text)
@@ -290,12 +278,6 @@ def test_fingerprints_see_every_weight_and_its_dtype():
     assert lm.fingerprint() not in seen
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="language_model.py fingerprint: save_pretrained writes `architectures` into the config, which is hashed, so a "
-    "random model has another fingerprint (and game key) after save() and on reload, with the same weights",
-)
 def test_fingerprints_survive_saving_and_reloading(random_model, tmp_path):
     lm = random_model(2)
     before = lm.fingerprint()

@@ -358,14 +358,7 @@ class Counting(Recorder):
         Exact(),
         SlidingWindow(3),
         Permutation(60),
-        pytest.param(
-            SlidingWindow(3, "absent"),
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="sliding_window.py estimate: with absent context the full coalition is asked within what the Ledger "
-                "counts as new, so n_new_evaluations = n_evaluations + 1 (and n more new block-forwards) on a fresh game",
-            ),
-        ),
+        SlidingWindow(3, "absent"),
     ],
     ids=str,
 )
@@ -511,11 +504,6 @@ def test_standard_errors_shrink_with_the_root_of_the_budget_and_cover(antithetic
 
 
 @pytest.mark.parametrize("budget", [2, 3, 4, 5])
-@pytest.mark.xfail(
-    strict=True,
-    reason="permutation.py check: with one player every budget from 2 passes, but 0 or 1 samples follow (IndexError, nan)",
-    raises=(IndexError, ValueError, AssertionError),
-)
 def test_one_player_takes_all_or_the_budget_is_refused(budget):
     game, estimator = Additive([2.5], constant=1.0), Permutation(budget)
     try:

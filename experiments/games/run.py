@@ -2,8 +2,9 @@
 
 Screens all combinations at 70 % with Wanda on the selection text (lam 0.15), then runs the best five, the plain setting (skip,
 -NLL, window of 5, log scale) and uniform with Wanda and SparseGPT at 50 to 80 % and three calibration seeds, still on the
-selection text; last, the test text is read once, for uniform, the plain setting and the winner. Writes results/tables/games.md and
-docs/figures/games.png. Coalition values and losses are kept in the cache as they come: a killed run goes on where it was.
+selection text; last, the test text is read once, for uniform, the plain setting and the winner. Writes
+results/tables/games.md and docs/figures/games.png. Coalition values and losses are kept in the cache as they come: a killed run
+goes on where it was.
 
     python experiments/games/run.py [--cache results/cache]
 """
@@ -93,7 +94,7 @@ class Bench:
         self.cache = Path(cache)
         self.lm = LanguageModel.load(str(BUILT_IN_FOLDER), dtype="float32", device="cpu")
         self.payoff_tokens = torch.as_tensor(self.text("payoff", 16))
-        self.selection = self.text("selection", 64)
+        self.selection = self.text("selection", 48)
         self.weights = self.lm.fingerprint()
         self.path = self.cache / "games_study.jsonl"
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
@@ -125,7 +126,7 @@ class Bench:
             stand_ins = None
             if absence == "prune":
                 uniform = Uniform().allocate(None, self.lm.block_params, sparsity)
-                stand_ins = pruned_weights(self.lm, uniform, PRUNERS[pruner], self.text("calibration", 64, seed))
+                stand_ins = pruned_weights(self.lm, uniform, PRUNERS[pruner], self.text("calibration", 32, seed))
             self.games[key] = LayerGame(
                 self.lm, self.payoff_tokens, payoff=payoff, players=players, pruned=stand_ins, cache_dir=self.cache
             )  # type: ignore[arg-type]
@@ -167,7 +168,7 @@ class Bench:
         """NLL on the selection text (or perplexity on the test text) of the model pruned to a profile."""
 
         def compute() -> float:
-            with temporarily_pruned(self.lm, profile, PRUNERS[pruner], self.text("calibration", 64, seed)):
+            with temporarily_pruned(self.lm, profile, PRUNERS[pruner], self.text("calibration", 32, seed)):
                 if role == "test":
                     return perplexity(self.lm, self.text("test", None))
                 return float(self.lm.nll(self.selection).mean())
@@ -217,9 +218,11 @@ def report(bench: Bench, screened: list[Any], losses: dict[Any, list[float]], ch
         "# Games, payoffs, estimators and scales: which budget prunes best",
         "",
         f"Made by `make study NAME=games`. {hardware['cpu']}, {hardware['cores']} cores, torch {torch.__version__}, float32. "
-        "Built-in model, lam 0.15, 64 x 256 calibration tokens, payoff text of 16 x 256 tokens, selection text of 64 x 256.",
+        "Built-in model, lam 0.15, 32 x 256 calibration tokens, payoff text of 16 x 256 tokens, selection text of 48 x 256.",
         "",
-        f"## Screen: perplexity on the selection text, Wanda, 70 %, seed 0: {better} of {len(screened) - 1} settings beat uniform",
+        "## Screen: perplexity on the selection text, Wanda, 70 %, seed 0",
+        "",
+        f"{better} of {len(screened) - 1} settings beat uniform.",
         "",
         "| rank | absence, players, payoff, estimator; scale | perplexity | vs uniform |",
         "| --- | --- | --- | --- |",

@@ -25,12 +25,12 @@ class SparseGPT:
     """Prune column by column and let the kept weights to the right make up for each error.
 
     H = X^T X + damp * mean(diag) I; the mask of a block of `block_size` columns takes the smallest W^2 / diag(U)^2 with U the
-    upper Cholesky factor of H^-1 (of a group of M columns for N:M, on the weights as they are by then). Dead inputs are set
-    to zero. Where the factorisation fails, damping grows tenfold, at most 4 times, then ValueError gives the range of the
+    upper Cholesky factor of H^-1 (of a group of M columns for N:M, on the weights as they are by then). Weights of dead inputs
+    go first. Where the factorisation fails, damping grows tenfold, at most 4 times, then ValueError gives the range of the
     diagonal. All in float32.
 
     Source: Frantar and Alistarh 2023 (arXiv 2301.00774), algorithm 1; exact zero counts where the released code prunes
-    one weight more per block of columns.
+    one weight more per block of columns, and zeroes all weights of dead inputs even beyond the budget.
     """
 
     pattern: str = "unstructured"
@@ -60,14 +60,14 @@ class SparseGPT:
         h = stats.xtx / max(1, stats.n_tokens)
         dead = h.diagonal() == 0
         h.diagonal()[dead] = 1
-        w = weight.float().masked_fill(dead, 0)
+        w = weight.to(torch.float32, copy=True)
         u = self._factor(h)
         rows, columns = w.shape
         group = parse_pattern(self.pattern)
         for start in range(0, columns, self.block_size):
             end = min(start + self.block_size, columns)
             block, factor = w[:, start:end].clone(), u[start:end, start:end]
-            scale = factor.diagonal()
+            scale = factor.diagonal().masked_fill(dead[start:end], torch.inf)  # what a dead input reads goes first
             if group is None:
                 count = n_zeros(sparsity, rows * end) - n_zeros(sparsity, rows * start)
                 mask = torch.zeros(block.numel(), dtype=torch.bool, device=w.device)

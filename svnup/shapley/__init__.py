@@ -84,15 +84,13 @@ class Ledger:
         self,
         method: str,
         values: Floats,
-        v_full: float,
+        v_full: float | None = None,
         stderr: Floats | None = None,
         stopped: str | None = None,
         n_backward: int = 0,
     ) -> ShapleyValues:
-        """Values with their cost; the payoff of nobody is asked last and is a reference, not part of a method's cost."""
-        nobody = np.zeros((1, self.n_players), dtype=bool)
-        v_empty = getattr(self.game, "v_empty", None)
-        v_empty = float(self.game(nobody)[0]) if v_empty is None else float(v_empty)
+        """Values with their cost. What the method did not ask of nobody and of all is asked last, as a reference that is no
+        part of its cost."""
         seconds = time.perf_counter() - self._start
         full = (len(self._asked), self._forwards)
         after = self._work()
@@ -100,7 +98,14 @@ class Ledger:
         if after is not None and self._before is not None:
             new = (after[0] - self._before[0], after[1] - self._before[1])
         cost = Cost(*full, *new, seconds, n_backward)
-        return ShapleyValues(values, method, cost=cost, stderr=stderr, v_empty=v_empty, v_full=float(v_full), stopped=stopped)
+        v_empty = getattr(self.game, "v_empty", None)
+        if v_empty is None:
+            v_empty = self.game(np.zeros((1, self.n_players), dtype=bool))[0]
+        if v_full is None:
+            v_full = self.game(np.ones((1, self.n_players), dtype=bool))[0]
+        return ShapleyValues(
+            values, method, cost=cost, stderr=stderr, v_empty=float(v_empty), v_full=float(v_full), stopped=stopped
+        )
 
 
 def exact_values(payoffs: Floats) -> Floats:

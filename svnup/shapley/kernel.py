@@ -34,6 +34,8 @@ class Kernel:
 
     def __post_init__(self) -> None:
         check_stop(self.stop)
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: choose 0 or more")
 
     def check(self, n_players: int) -> None:
         least = 2 + 2 * max(GROUPS, 2 * n_players)

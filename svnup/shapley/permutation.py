@@ -35,11 +35,13 @@ class Permutation:
 
     def __post_init__(self) -> None:
         check_stop(self.stop)
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: choose 0 or more")
         if self.truncation is not None and not 0 < self.truncation < 1:
             raise ValueError(f"truncation={self.truncation}: a fraction of v(all) - v(nobody) in (0, 1), such as 0.01, or null")
 
     def check(self, n_players: int) -> None:
-        least = 2 + 2 * self._orders_per_sample * (n_players - 1)
+        least = 2 + 2 * self._orders_per_sample * max(1, n_players - 1)
         if self.budget < least:
             raise ValueError(
                 f"budget={self.budget}: a standard error needs two samples of {self._orders_per_sample} orders of "

@@ -55,8 +55,7 @@ class SlidingWindow:
         self.check(n)
         ledger = Ledger(game)
         payoffs = ledger(self._coalitions(n).reshape(-1, n))
-        # With absent context the full coalition is in no window: a reference then, as the empty one is otherwise.
-        v_full = payoffs[2**self.window - 1] if self.context == "present" else game(np.ones((1, n), dtype=bool))[0]
+        v_full = payoffs[2**self.window - 1] if self.context == "present" else None  # in no window with absent context
         local = np.array([exact_values(v) for v in payoffs.reshape(-1, 2**self.window)])
         return ledger.report(describe(self), self._aggregate(local, n), v_full)
 

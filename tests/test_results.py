@@ -1,0 +1,362 @@
+"""What a run leaves behind, and the tables made of it."""
+
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svnup import results
+from svnup.results import RunFolder, load, main, provenance
+from svnup.tables import FORMATS, frame, render
+from svnup.types import ResultRow
+
+HARDWARE = {"cpu": "Abacus 9000", "cores": 2, "gpus": [], "threads": 1}
+
+
+def metric(value: float, name: str = "docs", seq_len: int = 256, n_windows: int = 300) -> dict[str, Any]:
+    protocol = {"dataset": name, "role": "test", "seq_len": seq_len, "n_windows": n_windows, "tokens_sha256": "abc"}
+    return {"value": value, "protocol": protocol}
+
+
+def row(
+    key: str,
+    ppl: float | None,
+    *,
+    allocator: str = "Uniform",
+    pruner: str = "wanda.Wanda",
+    sparsity: float = 0.7,
+    model: str = "svnup/tiny",
+    status: str = "finished",
+    seed: int = 0,
+    pattern: str = "unstructured",
+    **protocol: Any,
+) -> ResultRow:
+    shapley = {"values": [1.0, 2.0], "stderr": None, "method": "SlidingWindow"} if allocator == "ScoreBudget" else None
+    scorer = {"_target_": "svnup.shapley.sliding_window.SlidingWindow", "window": 5}
+    options = {"scale": "log", "lam": 0.15, "scorer": scorer} if allocator == "ScoreBudget" else {}
+    config = {
+        "model": {"_target_": "svnup.model.Pretrained", "pretrained_model_name_or_path": model},
+        "pruner": {"_target_": f"svnup.pruning.{pruner}"},
+        "allocator": {"_target_": f"svnup.allocation.{allocator}", **options},
+        "shapley": {"_target_": "svnup.shapley.sliding_window.SlidingWindow", "window": 5},
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "seed": seed,
+    }
+    made = {"hardware": HARDWARE, "versions": {"svnup": "0.1.0", "torch": "2.13.0"}, "command": "svnup", "overrides": []}
+    done = {} if ppl is None else {"docs/ppl": metric(ppl, **protocol)}
+    return ResultRow(
+        status,  # type: ignore[arg-type]
+        key,
+        config,
+        made,
+        {"weights": "w"},
+        metrics=done,
+        dense={} if ppl is None else {"docs/ppl": metric(12.5, **protocol)},
+        sparsity=None if ppl is None else {"target": sparsity, "actual": sparsity - 1e-4, "pattern": "unstructured"},
+        profile=None if ppl is None else {"sparsity": [0.6, 0.8], "params": [10, 10], "target": 0.7},
+        shapley=shapley if ppl is not None else None,
+        error="ValueError: no luck" if status == "failed" else None,
+        seconds=1.25,
+    )
+
+
+UNIFORM, SHAPLEY = row("a1", 40.0), row("b2", 30.0, allocator="ScoreBudget")
+
+
+def cells(markdown: str) -> list[dict[str, str]]:
+    """The lines of the Markdown table by column."""
+    lines = [[c.strip() for c in line.strip("|\n ").split("|")] for line in markdown.splitlines() if line.startswith("|")]
+    head, rule, *body = lines
+    assert set("".join(rule)) <= set("-: ")
+    assert all(len(line) == len(head) for line in body)
+    return [dict(zip(head, line, strict=True)) for line in body]
+
+
+# -- one run
+
+
+def test_a_run_is_read_as_it_was_written(tmp_path):
+    folder = RunFolder.of(tmp_path, "b2")
+    assert folder.read() is None
+    assert list(tmp_path.iterdir()) == [], "to look is not to write"
+    folder.write(SHAPLEY)
+    assert folder.path == tmp_path / "runs" / "b2"
+    assert folder.read() == SHAPLEY
+    assert json.loads((folder.path / "profile.json").read_text()) == SHAPLEY.profile
+    assert json.loads((folder.path / "shapley.json").read_text()) == SHAPLEY.shapley
+    folder.write_text("config.yaml", "a: 1\n")
+    assert (folder.path / "config.yaml").read_text() == "a: 1\n"
+    assert {p.name for p in folder.path.iterdir()} == {"result.json", "profile.json", "shapley.json", "config.yaml"}
+
+
+def test_a_run_without_values_or_profile_has_no_files_of_them(tmp_path):
+    folder = RunFolder.of(tmp_path, "c3")
+    folder.write(row("c3", None, status="failed"))
+    assert [p.name for p in folder.path.iterdir()] == ["result.json"]
+    assert folder.read().error == "ValueError: no luck"
+
+
+def test_a_write_that_breaks_off_leaves_the_old_result(tmp_path, monkeypatch):
+    folder = RunFolder.of(tmp_path, "a1")
+    folder.write(UNIFORM)
+    before = (folder.path / "result.json").read_bytes()
+    write = Path.write_text
+
+    def half(self: Path, text: str, **options: Any) -> int:
+        write(self, text[: len(text) // 2], **options)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="no space"):
+        folder.write(row("a1", 99.0))
+    monkeypatch.undo()
+    assert (folder.path / "result.json").read_bytes() == before
+    assert folder.read() == UNIFORM
+    assert load(tmp_path) == [UNIFORM]
+
+
+def test_nan_never_gets_into_a_result(tmp_path):
+    folder = RunFolder.of(tmp_path, "a1")
+    with pytest.raises(ValueError, match="JSON"):
+        folder.write(row("a1", float("nan")))
+    assert folder.read() is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        '{"schema_version": 1, "status": "fini',
+        "[]",
+        "null",
+        json.dumps({"schema_version": 1, "status": "finished"}),
+        json.dumps(json.loads(UNIFORM.to_json()) | {"schema_version": 0}),
+        json.dumps(json.loads(UNIFORM.to_json()) | {"schema_version": 2}),
+        json.dumps(json.loads(UNIFORM.to_json()) | {"a_field_of_the_future": 1}),
+    ],
+)
+def test_what_this_version_cannot_read_is_no_result(content, tmp_path):
+    folder = RunFolder.of(tmp_path, "a1")
+    folder.path.mkdir(parents=True)
+    (folder.path / "result.json").write_text(content)
+    RunFolder.of(tmp_path, "b2").write(SHAPLEY)
+    assert folder.read() is None
+    assert load(tmp_path) == [SHAPLEY]
+
+
+def test_bytes_that_are_no_text_are_no_result(tmp_path):
+    folder = RunFolder.of(tmp_path, "a1")
+    folder.path.mkdir(parents=True)
+    (folder.path / "result.json").write_bytes(b"\xff\xfe\x00")
+    assert folder.read() is None
+
+
+def test_load_finds_every_run_below_a_folder(tmp_path):
+    for name, one in (("x", UNIFORM), ("y/z", SHAPLEY)):
+        RunFolder.of(tmp_path / name, one.config_key).write(one)
+    assert load(tmp_path) == [UNIFORM, SHAPLEY]
+    assert load(tmp_path / "y") == [SHAPLEY]
+    assert load(tmp_path / "nothing") == []
+
+
+def test_provenance():
+    made = provenance(["svnup", "seed=3"], ["seed=3"], 3)
+    assert (made["command"], made["overrides"], made["seed"]) == ("svnup seed=3", ["seed=3"], 3)
+    assert made["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert {"svnup", "torch", "transformers", "numpy", "hydra-core"} <= set(made["versions"])
+    assert made["hardware"]["cores"] == len(os.sched_getaffinity(0))
+    assert made["hardware"]["cpu"]
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(results.__file__).parent, capture_output=True, text=True, check=False
+    )
+    assert made["git"] == (head.stdout.strip() or None)
+    assert json.loads(json.dumps(made)) == made
+
+
+def test_provenance_outside_a_checkout(tmp_path, monkeypatch):
+    """Installed below another project's checkout, svnup does not take that project's commit for its own."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "lib" / "svnup" / "results.py"))
+    (tmp_path / "lib" / "svnup").mkdir(parents=True)
+    (tmp_path / "lib" / "svnup" / "types.py").write_text("")
+    made = provenance([], [], 0)
+    assert (made["git"], made["dirty"]) == (None, None)
+
+
+# -- tables
+
+
+def test_change_against_uniform():
+    table = cells(render([SHAPLEY, UNIFORM], "markdown"))
+    assert [line["allocator"] for line in table] == ["shapley (slidingwindow w=5, log, lam=0.15)", "uniform"]
+    assert [line["docs/ppl"] for line in table] == ["30.00", "40.00"]
+    assert [line["docs/ppl vs uniform"] for line in table] == ["-25.0 %", "-"]
+    assert [line["docs/ppl dense"] for line in table] == ["12.50", "12.50"]
+    assert [line["actual"] for line in table] == ["0.6999", "0.6999"]
+
+
+def test_change_only_against_the_same_setting():
+    """Uniform runs of another pruner, sparsity, model or seed are no base."""
+    others = [
+        row("u1", 50.0, pruner="sparsegpt.SparseGPT"),
+        row("u2", 20.0, sparsity=0.6),
+        row("u3", 60.0, model="other/model"),
+        row("u4", 70.0, seed=1),
+    ]
+
+    def change(*rows: ResultRow) -> str:
+        (line,) = [x for x in cells(render(list(rows), "markdown")) if x["allocator"].startswith("shapley")]
+        return line["docs/ppl vs uniform"]
+
+    assert change(SHAPLEY, *others) == "-"
+    assert change(SHAPLEY, *others, UNIFORM) == "-25.0 %"
+    worse = row("b3", 44.0, allocator="ScoreBudget")
+    assert change(worse, *others, UNIFORM) == "+10.0 %"
+    wide = row("b4", 45.0, allocator="ScoreBudget", pruner="sparsegpt.SparseGPT")
+    assert change(wide, *others, UNIFORM) == "-10.0 %"
+
+
+def test_a_failed_uniform_run_does_not_hide_a_finished_one():
+    table = cells(render([row("a0", None, status="failed"), UNIFORM, SHAPLEY], "markdown"))
+    (line,) = [x for x in table if x["allocator"].startswith("shapley")]
+    assert line["docs/ppl vs uniform"] == "-25.0 %"
+
+
+def test_saved_models_of_different_runs_are_different_models():
+    uniform = row("a0", 80.0, model="results/runs/0123456789ab/model")
+    shapley = row("b0", 30.0, model="results/runs/ba9876543210/model", allocator="ScoreBudget")
+    (line,) = [x for x in cells(render([uniform, shapley], "markdown")) if x["allocator"].startswith("shapley")]
+    assert line["docs/ppl vs uniform"] == "-"
+
+
+def test_other_protocols_never_share_a_column():
+    """Another seq_len, window count or text is another number, however alike the name."""
+    rows = [UNIFORM, SHAPLEY, row("s1", 25.0, allocator="ScoreBudget", seq_len=128), row("s2", 35.0, n_windows=4)]
+    data = frame(rows)
+    columns = [c for c in data.columns if re.fullmatch(r"docs/ppl( \[\w+\])?", c)]
+    assert len(columns) == 3
+    assert "docs/ppl" not in columns, "each is marked where there are several"
+    assert (data[columns].notna().sum(axis=1) == 1).all(), "each run has its number in one of them"
+    assert sorted(data[columns].notna().sum()) == [1, 1, 2]
+    by_key = data.set_index("key")
+    (shared,) = [c for c in columns if by_key[c].notna().sum() == 2]
+    assert set(by_key[shared].dropna()) == {40.0, 30.0}
+    table = cells(render(rows, "markdown"))
+    changes = [v for line in table for k, v in line.items() if k.endswith("vs uniform") and v != "-"]
+    assert changes == ["-25.0 %"], "no change is computed across protocols"
+
+
+def test_failed_runs_are_visible():
+    rows = [UNIFORM, row("f1", None, status="failed", pruner="sparsegpt.SparseGPT")]
+    table = cells(render(rows, "markdown"))
+    assert {(line["pruner"], line["status"], line["docs/ppl"]) for line in table} == {
+        ("wanda", "finished", "40.00"),
+        ("sparsegpt", "failed", "-"),
+    }
+    assert "status" not in cells(render([UNIFORM], "markdown"))[0], "where all are finished that goes without saying"
+    only = cells(render([row("f1", None, status="failed")], "markdown"))
+    assert only[0]["status"] == "failed"
+
+
+def test_a_failed_shapley_run_is_called_one():
+    (line,) = cells(render([row("f1", None, status="failed", allocator="ScoreBudget")], "markdown"))
+    assert line["allocator"].startswith("shapley")
+
+
+def test_columns_that_say_the_same_are_left_out_except_in_csv():
+    assert not {"seed", "pattern", "status"} & set(cells(render([UNIFORM, SHAPLEY], "markdown"))[0])
+    table = cells(render([UNIFORM, row("s", 41.0, seed=1), row("n", 55.0, sparsity=0.5, pattern="2:4")], "markdown"))
+    assert {line["seed"] for line in table} == {"0", "1"}
+    assert {line["pattern"] for line in table} == {"unstructured", "2:4"}
+
+
+def test_csv_is_for_machines():
+    lines = list(csv.DictReader(io.StringIO(render([SHAPLEY, UNIFORM], "csv"))))
+    assert len(lines) == 2
+    assert {line["key"]: float(line["docs/ppl"]) for line in lines} == {"a1": 40.0, "b2": 30.0}
+    assert {"model", "pruner", "allocator", "sparsity", "pattern", "seed", "status", "actual", "seconds"} <= set(lines[0])
+    assert {float(line["actual"]) for line in lines} == {0.6999}
+
+
+def test_latex():
+    text = render([SHAPLEY, UNIFORM], "latex")
+    assert text.lstrip().startswith(r"\begin{tabular}")
+    assert r"\end{tabular}" in text
+    assert "30.00" in text
+    assert r"-25.0 \%" in text
+    assert not re.search(r"(?<!\\)%", text), "an unescaped % hides the rest of its line"
+    assert text.count(r"\\") == 3
+
+
+def test_terminal():
+    text = render([SHAPLEY, UNIFORM], "terminal")
+    assert "\x1b" not in text
+    head, body = text.splitlines()[0], [line for line in text.splitlines() if "wanda" in line]
+    assert "docs/ppl vs uniform" in head
+    assert len(body) == 2
+    assert re.search(r"30\.00 +-25\.0 % +12\.50", body[0])
+    assert max(map(len, text.splitlines())) <= 200
+
+
+def test_markdown_says_where_the_numbers_come_from():
+    text = render([SHAPLEY, UNIFORM], "markdown", title="Smoke", command="make tables")
+    assert text.startswith("# Smoke\n")
+    for part in ("`make tables`", "Abacus 9000, 2 cores", "svnup 0.1.0", "torch 2.13.0", "300 windows of 256 tokens"):
+        assert part in text, part
+
+
+# -- the command
+
+
+@pytest.fixture
+def some_results(tmp_path) -> Path:
+    for one in (UNIFORM, SHAPLEY):
+        RunFolder.of(tmp_path / "results", one.config_key).write(one)
+    return tmp_path / "results"
+
+
+def test_every_format_through_the_command(some_results, capsys):
+    shown = {}
+    for form in FORMATS:
+        assert main(["table", str(some_results), "--format", form]) == 0
+        shown[form] = capsys.readouterr().out
+        assert "30.0" in shown[form]
+        assert "40.0" in shown[form]
+    assert set(shown) == {"terminal", "markdown", "csv", "latex"}
+    assert len(set(shown.values())) == 4
+    assert main(["table", str(some_results)]) == 0
+    assert capsys.readouterr().out == shown["terminal"]
+
+
+def test_a_table_goes_into_a_file(some_results, tmp_path, capsys):
+    out = tmp_path / "new" / "table.md"
+    args = ["--format", "markdown", "--output", str(out), "--title", "T", "--command", "make it"]
+    assert main(["table", str(some_results), *args]) == 0
+    assert capsys.readouterr().out == ""
+    assert out.read_text() == render([UNIFORM, SHAPLEY], "markdown", title="T", command="make it")
+
+
+def test_an_empty_folder(tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / "missing"):
+        assert main(["table", str(folder)]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith(f"svnup-results: {folder}: ")
+        assert "run svnup first" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_console_script(tmp_path):
+    program = Path(sys.executable).with_name("svnup-results")
+    done = subprocess.run([program, "table", str(tmp_path)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("svnup-results: ")
+    assert "Traceback" not in done.stderr
