@@ -160,7 +160,7 @@ def rescale(scores: Floats, scale: Scale) -> Floats:
         x = ((x[:, None] > x).sum(1) + (x[:, None] >= x).sum(1)).astype(np.float64)
     elif scale == "log":
         if x.max() <= 0:
-            raise ValueError(f"scale=log: no score is positive ({x}); choose scale=clip, rank or raw")
+            raise ValueError(f"allocator.scale=log: no score is positive ({x}); choose clip, rank or raw")
         x = np.log(np.maximum(x, 1e-4 * x.max()))
     spread = np.ptp(x)
     return (x - x.min()) / spread if spread > 0 else np.zeros_like(x)

@@ -206,7 +206,12 @@ def build(cfg: Any, known: dict[TokenSource, TokenSource] | None = None) -> Job:
     model = construct(config["model"], "model")
     dataset = construct(config["dataset"], "dataset")
     dataset = known.setdefault(dataset, dataset)
-    scorer = _scorer(scorer_node, known) if scorer_node else None
+    if scorer_node:
+        scorer = _scorer(scorer_node, known)
+    else:  # a misspelt key is one where the group is not used, too
+        scorer = None
+        used = {k: v for k, v in config["shapley"].items() if k not in ("game", "shard") and v != "???"}
+        _arguments(used, "shapley")
     allocator = construct({k: v for k, v in config["allocator"].items() if k != "scorer"}, "allocator")
     evaluation = _evaluation(config["evaluation"], known)
     tracker = construct(config["tracker"], "tracker")
@@ -292,6 +297,17 @@ def default_cache_dir() -> Path:
 
 def construct(node: dict[str, Any], key: str) -> Any:
     """Build the object that a `_target_` node describes, nested nodes first; every argument is checked by name and type."""
+    cls, arguments = _arguments(node, key)
+    parameters = inspect.signature(cls).parameters
+    lacking = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]
+    if lacking:
+        raise ValueError(f"{key}.{lacking[0]}: {node['_target_']} needs it; add {key}.{lacking[0]}=...")
+    with _blame(key):
+        return cls(**arguments)
+
+
+def _arguments(node: dict[str, Any], key: str) -> tuple[Any, dict[str, Any]]:
+    """The class of a node and its checked arguments, nested nodes built."""
     target = node.get("_target_")
     if target is None:
         raise ValueError(f"{key}: has no _target_; choose an option of the group: {key}=...")
@@ -312,11 +328,7 @@ def construct(node: dict[str, Any], key: str) -> Any:
         elif name in hints and (complaint := _type_complaint(value, hints[name])):
             raise ValueError(f"{key}.{name}={value}: {complaint}")
         arguments[name] = value
-    lacking = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]
-    if lacking:
-        raise ValueError(f"{key}.{lacking[0]}: {target} needs it; add {key}.{lacking[0]}=...")
-    with _blame(key):
-        return cls(**arguments)
+    return cls, arguments
 
 
 def _type_complaint(value: Any, hint: Any) -> str | None:

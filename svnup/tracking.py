@@ -61,7 +61,7 @@ class WandbTracker:
         run = wandb.init(
             id=json.loads(path.read_text(encoding="utf-8"))["id"],
             resume="allow",
-            dir=str(folder),
+            dir=str(folder.resolve()),  # wandb's service outlives a run and would take a relative one as of its first
             project=self.project,
             entity=self.entity,
             group=self.group,

@@ -123,6 +123,17 @@ def test_a_write_that_breaks_off_leaves_the_old_result(tmp_path, monkeypatch):
     assert load(tmp_path) == [UNIFORM]
 
 
+def test_a_result_is_replaced_whole(tmp_path):
+    """Who opened the old file goes on reading it: the new one is another file under its name."""
+    folder = RunFolder.of(tmp_path, "a1")
+    folder.write(UNIFORM)
+    (tmp_path / "old.json").hardlink_to(folder.path / "result.json")
+    folder.write(row("a1", 99.0))
+    assert ResultRow.from_json((tmp_path / "old.json").read_text()) == UNIFORM
+    assert folder.read() == row("a1", 99.0)
+    assert {p.name for p in folder.path.iterdir()} == {"result.json", "profile.json"}, "no temporary file is left"
+
+
 def test_nan_never_gets_into_a_result(tmp_path):
     folder = RunFolder.of(tmp_path, "a1")
     with pytest.raises(ValueError, match="JSON"):

@@ -21,10 +21,13 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from svnup.allocation import Uniform
 from svnup.data import Docs
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
 from svnup.model import BUILT_IN_FOLDER
+from svnup.pruning import pruned_weights
+from svnup.pruning.magnitude import Magnitude
 from svnup.results import provenance
 from svnup.shapley import Estimator, block_forwards
 from svnup.shapley.exact import Exact
@@ -124,6 +127,36 @@ def compare(lm: LanguageModel, name: str, estimator: Estimator, n_seq: int, repe
     return lines
 
 
+def pruned_game(lm: LanguageModel, n_seq: int, repeats: int) -> list[str]:
+    """The game in which absent means pruned: the count, and wall time over its floor."""
+    tokens = torch.as_tensor(Docs(n_seq=n_seq, seq_len=256, role="payoff").tokens(lm.tokenizer))
+    uniform = Uniform().allocate(None, lm.block_params, 0.7)
+    stand_ins = pruned_weights(lm, uniform, Magnitude(), tokens)
+    ratios = []
+    for _ in range(repeats):
+        game = LayerGame(lm, tokens, pruned=stand_ins)
+        seconds = timed(lambda game=game: SlidingWindow(5).estimate(game))
+        block, head = unit_times(lm, tokens, 3)
+        ratios.append(seconds / (game.n_block_forwards * block + game.n_evaluations * head))
+    return [
+        f"Absent means pruned, sliding window w=5: {game.n_evaluations} evaluations, {game.n_block_forwards} block-forwards, "
+        f"{statistics.median(ratios):.2f} times the floor."
+    ]
+
+
+def gates(lm: LanguageModel, n_seq: int, repeats: int) -> list[str]:
+    """Aumann-Shapley on gates, in forward passes of the whole model with its head."""
+    tokens = torch.as_tensor(Docs(n_seq=n_seq, seq_len=256, role="payoff").tokens(lm.tokenizer))
+    game = LayerGame(lm, tokens)
+    ratios = []
+    for _ in range(repeats):
+        forward = timed(lambda: lm.nll(tokens))
+        ratios.append(timed(lambda: [game.gate_gradient(0.5) for _ in range(8)]) / forward)
+    return [
+        f"Gates with 8 nodes: {statistics.median(ratios):.1f} full forward passes (the same work for any number of blocks)."
+    ]
+
+
 def _recorded(estimator: Estimator, n: int) -> list[Bools]:
     """The coalitions as the estimator asks for them, repetitions included."""
     asked: list[Bools] = []
@@ -160,6 +193,12 @@ def main() -> None:
     ]
     lines += compare(lm, "sliding window w=5", SlidingWindow(5), options.window_n_seq, options.repeats, deduplicated=True)
     lines += compare(lm, "exact", Exact(), options.exact_n_seq, options.repeats, deduplicated=False)
+    lines += [
+        "",
+        *pruned_game(lm, options.window_n_seq, options.repeats),
+        "",
+        *gates(lm, options.window_n_seq, options.repeats),
+    ]
     text = "\n".join(lines) + "\n"
     print(text)
     if options.output is not None:
