@@ -600,3 +600,47 @@ def test_help_is_quick_and_light(help_of_the_command):
 def test_help_lists_only_options(help_of_the_command):
     assert "_game" not in help_of_the_command.done.stdout
     assert "_hub" not in help_of_the_command.done.stdout
+
+
+# -- several processes on one game
+
+
+def test_shards_fill_the_cache_and_the_job_evaluates_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = [a for a in JOB if "window" not in a] + ["shapley=exact", "allocator.scale=rank"]
+    assert command("-m", *job, *HERE, "shapley.shard=0/3,1/3,2/3").code == 0
+    assert not (tmp_path / "results" / "runs").exists(), "a shard is no result"
+    assert len({line["coalition"] for line in memo_lines(tmp_path / "cache")}) == len(memo_lines(tmp_path / "cache")) == 8
+    assert command(*job, *HERE).code == 0
+    merged = json.loads((run_folder() / "result.json").read_text())["shapley"]
+    assert (merged["n_evaluations"], merged["n_new_evaluations"]) == (8, 0)
+    assert command(*job, "results_dir=alone", "cache_dir=fresh").code == 0
+    alone = json.loads((run_folder("alone") / "result.json").read_text())["shapley"]
+    assert merged["values"] == alone["values"]
+    assert alone["n_new_evaluations"] == 8
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["shapley=gates"],
+        ["shapley=kernel", "shapley.budget=40", "shapley.stop={stderr: 1000}"],
+        ["shapley=leave_one_out"],
+        ["shapley.window=2", "shapley.game.absence=prune"],
+        ["shapley.window=2", "shapley.game.absence=prune", "+pruner@shapley.game.pruner=magnitude"],
+        ["shapley.window=2", "shapley.game.players=sublayer", "shapley.game.payoff=kl"],
+        ["shapley.window=2", "shapley.game.payoff=accuracy", "shapley.game.cap=chance", "shapley.game.data.n_seq=4"],
+    ],
+    ids=" ".join,
+)
+def test_estimators_and_games_through_the_command(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = [a for a in JOB if "window" not in a]
+    done = command(*job, *HERE, *given, "allocator.scale=rank")
+    assert done.code == 0, done.err
+    row = json.loads((run_folder() / "result.json").read_text())
+    assert len(row["shapley"]["values"]) == (6 if "players=sublayer" in " ".join(given) else 3)
+    assert len(row["profile"]["sparsity"]) == 3
+    assert row["sparsity"]["actual"] == pytest.approx(0.7, abs=2e-3)
+    assert row["shapley"]["kinds"] == ["cpu/float32"]
+    assert ("standard error" in (row["shapley"]["stopped"] or "")) == any("stop" in g for g in given)

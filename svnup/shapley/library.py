@@ -27,7 +27,9 @@ class Shapiq:
         try:
             from shapiq import approximator
         except ImportError:
-            raise ValueError("approximator: shapiq is not installed; pip install 'svnup[shapiq]'") from None
+            raise ValueError(
+                f"approximator={self.approximator}: shapiq is not installed; pip install 'svnup[shapiq]'"
+            ) from None
         found = getattr(approximator, self.approximator, None)
         if not inspect.isclass(found):
             names = [name for name, value in vars(approximator).items() if inspect.isclass(value)]
