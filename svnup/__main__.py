@@ -19,7 +19,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup import config
-from svnup.data import TokenSource
 from svnup.results import RunFolder, provenance
 from svnup.types import ResultRow
 
@@ -32,7 +31,7 @@ def main() -> int:
     config.register()
     overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
     codes: list[int] = []  # Hydra drops what a task returns
-    texts: dict[TokenSource, TokenSource] = {}  # the jobs of a sweep read the same texts
+    texts: config.Texts = {}  # the jobs of a sweep read the same texts
 
     def task(cfg: Any) -> None:
         codes.append(_job(cfg, texts))
@@ -51,24 +50,26 @@ class JobFailed(Exception):
     """A job of a sweep failed, which it has already told; the other jobs have run."""
 
 
-def _job(cfg: Any, texts: dict[TokenSource, TokenSource]) -> int:
+def _job(cfg: Any, texts: config.Texts) -> int:
     """One job of a sweep, or the only one; a user's mistake is told at once, since a sweep goes on."""
     hydra_cfg = HydraConfig.get()
     try:
         _run(cfg, list(hydra_cfg.overrides.task), texts)
+        return 0
     except ValueError as error:
-        _tell(str(error))
-        if hydra_cfg.mode == RunMode.MULTIRUN:
-            raise JobFailed(str(error)) from None
-        return 2
-    return 0
+        message = str(error)
+    # Outside the except block: Hydra keeps what is raised until the sweep ends, and a traceback would keep the model with it.
+    _tell(message)
+    if hydra_cfg.mode == RunMode.MULTIRUN:
+        raise JobFailed(message)
+    return 2
 
 
 def _tell(message: str) -> None:
     sys.stderr.write(f"svnup: {' '.join(message.split())}\n")
 
 
-def _run(cfg: Any, overrides: list[str], texts: dict[TokenSource, TokenSource]) -> None:
+def _run(cfg: Any, overrides: list[str], texts: config.Texts) -> None:
     job = config.build(cfg, texts)
     if job.dry_run:
         job.check_texts()
@@ -100,13 +101,15 @@ def _run(cfg: Any, overrides: list[str], texts: dict[TokenSource, TokenSource]) 
     folder.write(blank)
     folder.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     handler = _log_to(folder.path / "svnup.log")
+    row = None
     try:
         with job.tracker.run(folder.path, job.key, job.config, job.name, fresh=job.force or changed) as log:
-            row = pipeline.run(job, folder.path, made_by)
+            row = pipeline.run(job, folder.path, blank)
             folder.write(row)
             log(row, plots.figures(row, folder.path / "figures"))
     except Exception as error:
-        folder.write(replace(blank, status="failed", error=f"{type(error).__name__}: {error}"))
+        if row is None:  # a result stands, whatever becomes of its figures or of W&B
+            folder.write(replace(blank, status="failed", error=f"{type(error).__name__}: {error}"))
         raise
     finally:
         logger.removeHandler(handler)

@@ -67,7 +67,7 @@ class ScoreBudget:
     def bounds(self, sparsity: float) -> tuple[float, float]:
         lower = max(0.0, sparsity - 0.3) if self.lower is None else self.lower
         upper = min(0.95, sparsity + 0.2) if self.upper is None else self.upper
-        return lower, max(upper, sparsity) if self.upper is None else upper
+        return lower, upper
 
     def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
         check_pattern(sparsity, pattern, self.uniform_only)

@@ -35,16 +35,16 @@ from svnup.evaluation import NoEvaluation, Perplexity
 from svnup.model import Pretrained, Random
 from svnup.scoring import GameOptions, ShapleyScorer
 from svnup.tracking import NoTracker, WandbTracker
-from svnup.types import Ints, parse_pattern
+from svnup.types import NOT_IN_KEY, Ints, parse_pattern
 
 if TYPE_CHECKING:
     from svnup.pruning import Pruner
 
 Gate = Literal["error", "warn", "off"]
+Texts = dict[tuple[TokenSource, str], TokenSource]
 
-# What cannot change a number stays out of the key of a configuration.
-NOT_IN_KEY = ("results_dir", "cache_dir", "force", "dry_run", "save_model", "tracker", "protocol_gate", "shapley")
-NOT_IN_MODEL_KEY = ("device", "device_map")
+# What cannot change a number stays out of the key of a configuration (NOT_IN_KEY at the top).
+NOT_IN_MODEL_KEY = ("device", "device_map", "trust_remote_code", "test_text", "dense_ppl")
 
 CONF = next(p for p in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if p.is_dir())
 
@@ -69,6 +69,11 @@ class Schema:
     force: bool = False
     dry_run: bool = False
     save_model: bool = False
+
+
+def _shared(source: TokenSource, known: Texts) -> TokenSource:
+    """The same source of an earlier job, if its text is still the same, for the tokens that it has already read."""
+    return known.setdefault((source, "" if source.from_hub else source.fingerprint()), source)
 
 
 def register() -> None:
@@ -133,7 +138,7 @@ class Job:
         """Time that the scores will take, measured on one block of the model's shape with random weights."""
         assert self.scorer is not None
         probe = self.model.one_block()
-        return self.scorer.seconds(probe, self.scorer.plan(self.model.n_blocks()))
+        return self.scorer.seconds(probe, self.model.n_blocks())
 
     @property
     def game_prunes(self) -> bool:
@@ -176,9 +181,13 @@ class Job:
             with _blame("allocator"):
                 self.allocator.allocate(None, lm.block_params, self.sparsity, self.pattern)
         width, dtype = lm.model.config.get_text_config().hidden_size, self.config["model"].get("dtype", "auto")
-        size = 4 if dtype == "float32" else 2
+        size = 4 if "float32" in (dtype, str(lm.model.config.dtype).removeprefix("torch.") if dtype == "auto" else "") else 2
         weights = sum(p.numel() for p in lm.model.parameters()) * size
         n_calibration = (self.dataset.n_seq or 0) * self.dataset.seq_len if self._calibrates else 0
+        if self.scorer is not None and self.scorer.game.players == "sublayer":
+            with _blame("shapley.game"):
+                for index in range(lm.n_blocks):
+                    lm.sublayers(index)
         plan = {"blocks": lm.n_blocks, "prunable weights": int(lm.block_params.sum()), "bytes of weights": weights}
         plan["bytes of calibration states"] = n_calibration * width * size
         if self.scorer is not None:
@@ -190,7 +199,7 @@ class Job:
         return plan
 
 
-def build(cfg: Any, known: dict[TokenSource, TokenSource] | None = None) -> Job:
+def build(cfg: Any, known: Texts | None = None) -> Job:
     """Build and check a job from a composed configuration; raises ValueError with the key, the value and the way out.
 
     `known` holds the token sources of earlier jobs of this process: one that is asked for again need not tokenize again.
@@ -205,7 +214,7 @@ def build(cfg: Any, known: dict[TokenSource, TokenSource] | None = None) -> Job:
     key = config_key(config)
     model = construct(config["model"], "model")
     dataset = construct(config["dataset"], "dataset")
-    dataset = known.setdefault(dataset, dataset)
+    dataset = _shared(dataset, known)
     if scorer_node:
         scorer = _scorer(scorer_node, known)
     else:  # a misspelt key is one where the group is not used, too
@@ -232,11 +241,19 @@ def build(cfg: Any, known: dict[TokenSource, TokenSource] | None = None) -> Job:
     if scorer is not None:
         with _blame("shapley", ("shapley",)):
             scorer.check(n_blocks)
+    _refuse_mixed_roles(texts)
     for name, source in texts.items():
         if source.seq_len > (model.max_positions() or source.seq_len):
             longest = model.max_positions()
             raise ValueError(f"{name}.seq_len={source.seq_len}: the model has {longest} positions; choose at most that")
     pruner = construct(config["pruner"], "pruner")  # the first that imports torch
+    if scorer is not None and scorer.game.absence == "prune":
+        stand_in = scorer.game.pruner
+        if stand_in is None or not stand_in.prunes or config["sparsity"] == 0:
+            raise ValueError(
+                f"shapley.game.absence=prune: absent blocks would not be pruned (pruner {stand_in}, "
+                f"sparsity={config['sparsity']:g}); choose another pruner: +pruner@shapley.game.pruner=wanda, or absence=skip"
+            )
     with _blame("model"):
         model.check_device()
     scalars = {k: config[k] for k in Schema.__annotations__ if not isinstance(config[k], dict)}
@@ -358,18 +375,18 @@ def _type_complaint(value: Any, hint: Any) -> str | None:
     return None
 
 
-def _scorer(node: dict[str, Any], known: dict[TokenSource, TokenSource]) -> ShapleyScorer:
+def _scorer(node: dict[str, Any], known: Texts) -> ShapleyScorer:
     estimator = {k: v for k, v in node.items() if k not in ("game", "shard")}
     options = dict(node["game"])
     if options.get("absence") != "prune":  # whose pruner is not used then, and need not be imported
         options["pruner"] = None
     game: GameOptions = construct(options, "shapley.game")
-    game = replace(game, data=known.setdefault(game.data, game.data))
+    game = replace(game, data=_shared(game.data, known))
     with _blame("shapley"):
         return ShapleyScorer(construct(estimator, "shapley"), game, node.get("shard"))
 
 
-def _evaluation(node: dict[str, Any], known: dict[TokenSource, TokenSource]) -> Any:
+def _evaluation(node: dict[str, Any], known: Texts) -> Any:
     """Data sets are named as in conf/dataset; each is built for the role, seq_len and n_seq of the evaluation."""
     if "datasets" not in node:
         return construct(node, "evaluation")
@@ -391,8 +408,21 @@ def _evaluation(node: dict[str, Any], known: dict[TokenSource, TokenSource]) -> 
         merged = plain | fixed | (options or {})
         _refuse_missing(merged, f"evaluation.datasets.{i}.{name}.")
         source = construct(merged, f"evaluation.datasets.{i}")
-        sources.append(known.setdefault(source, source))
+        sources.append(_shared(source, known))
     return construct(node | {"datasets": sources}, "evaluation")
+
+
+def _refuse_mixed_roles(texts: dict[str, TokenSource]) -> None:
+    """One text in two roles; sources of the hub divide theirs by role themselves."""
+    seen: dict[str, tuple[str, str]] = {}
+    for name, source in texts.items():
+        if source.from_hub:
+            continue
+        other, role = seen.setdefault(source.fingerprint(), (name, source.role))
+        if role != source.role:
+            raise ValueError(
+                f"{name}: the {source.role} text is also the {role} text of {other}; give another file to each role"
+            )
 
 
 def _does_not_divide(pattern: str, what: str) -> str:

@@ -43,6 +43,14 @@ class Player:
     absent: Weights | None
 
 
+@dataclass(frozen=True)
+class StandIns:
+    """What absent blocks compute with: per block, weights by parameter name; `name` identifies them in the game's key."""
+
+    weights: list[Weights]
+    name: str
+
+
 class LayerGame:
     """Payoffs of coalitions of blocks: bool (m, n_players) to float64 (m,).
 
@@ -72,14 +80,16 @@ class LayerGame:
         payoff: Payoff = "neg_nll",
         cap: Cap = "none",
         players: Players = "block",
-        pruned: list[Weights] | None = None,
+        pruned: list[Weights] | StandIns | None = None,
         cache_dir: str | Path | None = None,
         state_bytes: int | None = None,
     ) -> None:
         self.lm, self.tokens = lm, torch.as_tensor(tokens)
         self.payoff, self.cap = payoff, cap
+        if pruned is not None and not isinstance(pruned, StandIns):
+            pruned = StandIns(pruned, _digest(pruned))
         self.absent_costs = pruned is not None
-        self._players = _make_players(lm, players, pruned)
+        self._players = _make_players(lm, players, pruned.weights if pruned is not None else None)
         self.n_players = len(self._players)
         self.n_evaluations = self.n_block_forwards = 0
         self._state_bytes = state_bytes
@@ -89,7 +99,7 @@ class LayerGame:
             )
         identity = {
             "weights": lm.fingerprint(),
-            "pruned": _digest(pruned) if pruned is not None else None,
+            "pruned": pruned.name if pruned is not None else None,
             "tokens": hashlib.sha256(self.tokens.numpy().astype(np.int64).tobytes()).hexdigest(),
             "shape": list(self.tokens.shape),
             "payoff": payoff,
@@ -98,8 +108,9 @@ class LayerGame:
             "numbers": NUMBERS_VERSION,
         }
         self.key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-        self._kind = f"{lm.device.type}/{lm.dtype}"
-        self._memo = Memo(Path(cache_dir) / "games" / self.key if cache_dir is not None else None, self._kind)
+        self._kinds: set[str] = set()
+        folder = Path(cache_dir) / "games" / self.key if cache_dir is not None else None
+        self._memo = Memo(folder, f"{lm.device.type}/{lm.dtype}")
 
     def __call__(self, coalitions: Bools) -> Floats:
         rows = np.asarray(coalitions)
@@ -109,7 +120,9 @@ class LayerGame:
         if missing:
             self.n_evaluations += len(missing)
             self.n_block_forwards += self._walk(np.array(missing))
-        return np.array([self._memo.values[_name(row)] for row in rows])
+        names = [_name(row) for row in rows]
+        self._kinds |= {self._memo.kinds[name] for name in names}
+        return np.array([self._memo.values[name] for name in names])
 
     @property
     def v_empty(self) -> float:
@@ -121,8 +134,8 @@ class LayerGame:
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds of device and dtype whose values this game has used, such as cpu/float32."""
-        return sorted(self._memo.kinds)
+        """The kinds of device and dtype of the values that were asked for, such as cpu/float32."""
+        return sorted(self._kinds)
 
     @torch.inference_mode()
     def _walk(self, coalitions: Bools) -> int:
@@ -256,10 +269,15 @@ class LayerGame:
             for index in range(self.n_players):
                 update = self.lm.run_block(index, states[-1], batch) - states[-1]
                 states.append(states[-1] + gate * update)
-        with torch.enable_grad():
-            last = states.pop().detach().requires_grad_()
-            loss = self.lm.token_nll(last, batch).double().mean()
-            (slope,) = torch.autograd.grad(loss, last)
+        # The sum of the losses, not their mean, whose slopes would vanish in float16; a sequence at a time through the head.
+        last, losses, slopes = states.pop(), [], []
+        for tokens, hidden in zip(batch.tokens.split(1), last.split(1), strict=True):
+            with torch.enable_grad():
+                hidden = hidden.detach().requires_grad_()
+                loss = self.lm.token_nll(hidden, MicroBatch(tokens, hidden, [])).sum()
+                slopes += torch.autograd.grad(loss, hidden)
+            losses.append(loss.detach().double())
+        slope, n_targets = torch.cat(slopes), batch.tokens[:, 1:].numel()
         gradient = np.zeros(self.n_players)
         for index in reversed(range(self.n_players)):
             with torch.enable_grad():
@@ -267,7 +285,7 @@ class LayerGame:
                 update = self.lm.run_block(index, hidden, batch) - hidden
                 gradient[index] = float((slope.double() * update.detach().double()).sum())
                 (slope,) = torch.autograd.grad(hidden + gate * update, hidden, slope)
-        return float(loss.detach()), gradient
+        return float(torch.stack(losses).sum()) / n_targets, gradient / n_targets
 
 
 def _make_players(lm: LanguageModel, players: Players, pruned: list[Weights] | None) -> list[Player]:
@@ -375,31 +393,21 @@ class Memo:
     def __init__(self, folder: Path | None, kind: str) -> None:
         self.folder, self.kind = folder, kind
         self.values: dict[str, float] = {}
-        self.kinds: set[str] = set()
+        self.kinds: dict[str, str] = {}  # of each value
         self._file: IO[str] | None = None
         dropped = 0
-        others: dict[str, tuple[float, str]] = {}
         for path in sorted(folder.glob("*.jsonl")) if folder is not None and folder.is_dir() else []:
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 entry = _parse(line)
                 if entry is None:
                     dropped += 1
-                elif entry[2] == kind:
-                    self.values.setdefault(entry[0], entry[1])
-                else:
-                    others.setdefault(entry[0], entry[1:])
-        if self.values:
-            self.kinds.add(kind)
-        for name, (value, other) in others.items():
-            if name not in self.values:
-                self.values[name] = value
-                self.kinds.add(other)
+                elif entry[0] not in self.values or (entry[2] == kind != self.kinds[entry[0]]):  # its own kind first
+                    self.values[entry[0]], self.kinds[entry[0]] = entry[1:]
         if dropped:
             logger.warning("%d damaged lines in %s were dropped; their coalitions are evaluated again", dropped, folder)
 
     def add(self, name: str, value: float) -> None:
-        self.values[name] = value
-        self.kinds.add(self.kind)
+        self.values[name], self.kinds[name] = value, self.kind
         if self.folder is None:
             return
         if self._file is None:

@@ -111,6 +111,10 @@ class LanguageModel:
             tokenizer = read_tokenizer(pretrained_model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
         if device_map is None:
             model.to(pick_device(device))
+        elif any(p.is_meta for p in model.parameters()):
+            raise ValueError(
+                f"model.device_map={device_map}: the model does not fit the GPUs at hand; use more, or a smaller one"
+            )
         return cls(model, tokenizer, blocks_path)
 
     @classmethod

@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 BUILT_IN = "svnup/tiny"
 BUILT_IN_FOLDER = Path(__file__).parent / "assets" / "tiny"
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DepthKeys = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
@@ -29,8 +31,8 @@ def one_block_of(config: Any) -> Any:
 
 
 def _check_device_name(device: str) -> None:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        raise ValueError(f"device={device}: choose auto, cpu, mps, cuda or cuda:<number>")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ValueError(f"device={device}: choose auto, cpu, cuda or cuda:<number>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,14 @@ class Pretrained:
 
     def __post_init__(self) -> None:
         _check_device_name(self.device)
+        if self.device_map is None:
+            return
+        if self.device_map not in DEVICE_MAPS:
+            raise ValueError(f"device_map={self.device_map}: choose {', '.join(DEVICE_MAPS)}, or null for one device")
+        if find_spec("accelerate") is None:
+            raise ValueError(
+                f"device_map={self.device_map}: needs accelerate; pip install 'svnup[device-map]', or device_map=null"
+            )
 
     @property
     def name(self) -> str:

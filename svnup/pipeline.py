@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from svnup.evaluation import check_dense
+from svnup.game import StandIns
 from svnup.pruning import prune_model, pruned_weights
 from svnup.types import ResultRow, ShapleyValues, SparsityProfile
 
 if TYPE_CHECKING:
     from svnup.config import Job
-    from svnup.game import Weights
     from svnup.language_model import LanguageModel
     from svnup.pruning import Pruner
 
 logger = logging.getLogger(__name__)
 
 
-def run(job: Job, folder: Path, provenance: dict[str, Any]) -> ResultRow:
-    """Run a checked job: measure the blocks, divide the budget, prune, evaluate. `folder` takes the model, if it is saved."""
+def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
+    """Run a checked job: measure the blocks, divide the budget, prune, evaluate.
+
+    `folder` takes the model, if it is saved; `blank` is the row of the job as it started, which the result completes.
+    """
     start = time.perf_counter()
     lm = job.model.load()
     tokens = job.tokens()
@@ -35,7 +40,7 @@ def run(job: Job, folder: Path, provenance: dict[str, Any]) -> ResultRow:
     check_dense(dense, job.model.dense_ppl, job.protocol_gate, job.model.name)
     logger.info("dense: %s", ", ".join(f"{k} {m.value:.4g}" for k, m in dense.items()) or "not evaluated")
 
-    scores = job.scorer.score(lm, tokens, job.cache_dir, pruned_by(job, lm)) if job.scorer is not None else None
+    scores = job.scorer.score(lm, job.cache_dir, stand_ins(job, lm)) if job.scorer is not None else None
     if scores is not None:
         cost = scores.cost
         logger.info(
@@ -57,12 +62,9 @@ def run(job: Job, folder: Path, provenance: dict[str, Any]) -> ResultRow:
         lm.save(folder / "model")
         (folder / "model" / "profile.json").write_text(json.dumps(profile.to_dict(), indent=1) + "\n", encoding="utf-8")
 
-    return ResultRow(
+    return replace(
+        blank,
         status="finished",
-        config_key=job.key,
-        config=job.config,
-        provenance=provenance,
-        fingerprints=job.fingerprints(),
         metrics=metrics.to_dict(),
         dense=dense.to_dict(),
         sparsity={"target": job.sparsity, "actual": report.sparsity, "pattern": job.pattern},
@@ -77,12 +79,21 @@ def run_shard(job: Job) -> int:
     """Evaluate one shard of the job's coalitions into the cache, for a job without a shard to use; returns how many are new."""
     assert job.scorer is not None
     lm = job.model.load()
-    game = job.scorer.play(lm, pruned_by(job, lm), job.cache_dir)
+    game = job.scorer.play(lm, stand_ins(job, lm), job.cache_dir)
     game(job.scorer.part(lm.n_blocks))
     return game.n_evaluations
 
 
-def pruned_by(job: Job, lm: LanguageModel) -> Callable[[Pruner], list[Weights]]:
-    """How the game gets its stand-ins for absent blocks: a uniform pass at the job's sparsity over its calibration text."""
-    uniform = SparsityProfile(np.full(lm.n_blocks, job.sparsity), lm.block_params, job.sparsity, job.pattern)
-    return lambda pruner: pruned_weights(lm, uniform, pruner, job.tokens())
+def stand_ins(job: Job, lm: LanguageModel) -> Callable[[Pruner], StandIns]:
+    """How the game gets what stands in for absent blocks: a uniform pass at the job's sparsity over its calibration text.
+
+    They are named by what makes them and not by their bits, which differ between machines: so these can share a game.
+    """
+
+    def make(pruner: Pruner) -> StandIns:
+        tokens = job.tokens()
+        uniform = SparsityProfile(np.full(lm.n_blocks, job.sparsity), lm.block_params, job.sparsity, job.pattern)
+        name = f"{pruner!r} {job.sparsity!r} {job.pattern} {hashlib.sha256(tokens.tobytes()).hexdigest()}"
+        return StandIns(pruned_weights(lm, uniform, pruner, tokens), name)
+
+    return make

@@ -20,7 +20,8 @@ def figures(row: ResultRow, folder: Path) -> dict[str, Path]:
     """Draw what a run has (`shapley.png`, `profile.png`) into a folder; returns the paths by name."""
     drawn = {}
     if row.shapley and row.profile:
-        drawn["shapley"] = _shapley(row.shapley, row.config["shapley"]["game"]["payoff"], folder / "shapley.png")
+        n_blocks, payoff = len(row.profile["sparsity"]), row.config["shapley"]["game"]["payoff"]
+        drawn["shapley"] = _shapley(row.shapley, n_blocks, payoff, folder / "shapley.png")
         drawn["profile"] = _profile(row.profile, folder / "profile.png")
     return drawn
 
@@ -41,10 +42,22 @@ def _axes(n: int) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _shapley(shapley: dict[str, Any], payoff: str, path: Path) -> Path:
-    values = shapley["values"]
-    figure, axes = _axes(len(values))
-    axes.bar(range(len(values)), values, yerr=shapley["stderr"], color="#3b6ea5", capsize=3, error_kw={"elinewidth": 1})
+def _shapley(shapley: dict[str, Any], n_blocks: int, payoff: str, path: Path) -> Path:
+    values, parts = shapley["values"], len(shapley["values"]) // n_blocks
+    figure, axes = _axes(n_blocks)
+    for part in range(parts):  # a block, or its attention and its MLP side by side
+        axes.bar(
+            [block + (part - (parts - 1) / 2) * 0.8 / parts for block in range(n_blocks)],
+            values[part::parts],
+            width=0.8 / parts,
+            yerr=shapley["stderr"][part::parts] if shapley["stderr"] else None,
+            color=("#3b6ea5", "#9dbbd8")[part],
+            label=("attention", "MLP")[part],
+            capsize=3,
+            error_kw={"elinewidth": 1},
+        )
+    if parts > 1:
+        axes.legend(fontsize=8)
     positive = [v for v in values if v > 0]
     if positive and max(positive) > 8 * sorted(values)[len(values) // 2] > 0:
         # The first block is often worth tens of the others, which a linear axis would flatten.

@@ -13,10 +13,10 @@ import numpy as np
 
 from svnup.data import TokenSource
 from svnup.shapley import Estimator
-from svnup.types import Bools, Ints, ShapleyValues
+from svnup.types import Bools, ShapleyValues
 
 if TYPE_CHECKING:
-    from svnup.game import LayerGame, Weights
+    from svnup.game import LayerGame, StandIns
     from svnup.language_model import LanguageModel
     from svnup.pruning import Pruner
 
@@ -37,6 +37,23 @@ class GameOptions:
     players: Literal["block", "sublayer"] = "block"
     pruner: Any = None  # a svnup.pruning.Pruner, which cannot be named here without importing torch
 
+    def __post_init__(self) -> None:
+        if self.payoff == "accuracy" and (self.data.n_seq or 4) < 4:
+            raise ValueError(f"data.n_seq={self.data.n_seq}: payoff=accuracy needs at least 4 sequences")
+
+    def check_gates(self) -> None:
+        """Raise ValueError where the payoff is no smooth function of gates on blocks."""
+        for key, fitting in (
+            ("payoff", ("neg_nll", "neg_ppl", "recip_ppl")),
+            ("cap", ("none",)),
+            ("absence", ("skip",)),
+            ("players", ("block",)),
+        ):
+            if getattr(self, key) not in fitting:
+                raise ValueError(
+                    f"game.{key}={getattr(self, key)}: gates need {' or '.join(fitting)}; or choose another estimator"
+                )
+
     def n_players(self, n_blocks: int) -> int:
         return n_blocks if self.players == "block" else 2 * n_blocks
 
@@ -54,7 +71,16 @@ class ShapleyScorer:
         if not match or not int(match[1]) < int(match[2]):
             raise ValueError(f"shard={self.shard}: choose k/n with 0 <= k < n, such as 0/4, or null")
 
+    @property
+    def _gated(self) -> bool:
+        return getattr(self.estimator, "gated", False)
+
     def check(self, n_blocks: int) -> None:
+        """Raise ValueError where estimator, game and number of blocks do not go together."""
+        if self._gated:
+            self.game.check_gates()
+        if self._gated and self.shard is not None:
+            raise ValueError(f"shard={self.shard}: gates evaluate no list of coalitions that could be shared; use shard=null")
         self.estimator.check(self.game.n_players(n_blocks))
 
     def part(self, n_blocks: int) -> Bools:
@@ -69,14 +95,14 @@ class ShapleyScorer:
 
         walk = WalkPlan.of(self.part(n_blocks), absent_costs=self.game.absence == "prune")
         counts = {"evaluations": walk.n_evaluations, "block_forwards": walk.n_block_forwards, "peak_states": walk.peak_states}
-        return counts | {"backward_passes": getattr(self.estimator, "nodes", 0)}
+        return counts | ({"backward_passes": self.estimator.nodes} if self._gated else {})  # type: ignore[attr-defined]
 
-    def seconds(self, probe: LanguageModel, plan: dict[str, int]) -> float:
-        """Time that a plan will take, from one block-forward and one head pass of a one-block model of the same shape."""
+    def seconds(self, probe: LanguageModel, n_blocks: int) -> float:
+        """Time that the plan will take, from one block-forward and one head pass of a one-block model of the same shape."""
         import torch
 
-        data = self.game.data
-        n_seq = data.n_seq or 1
+        plan, data = self.plan(n_blocks), self.game.data
+        n_seq = (data.n_seq or 1) * (4 if self.game.payoff == "accuracy" else 1)
         with torch.inference_mode():
             rows = torch.zeros(n_seq, data.seq_len, dtype=torch.int64)
             batch = next(probe.micro_batches(rows))
@@ -87,10 +113,12 @@ class ShapleyScorer:
                 share * _time(lambda: probe.token_nll(hidden, batch)),
             )
         parts = 2 if self.game.players == "sublayer" else 1
-        return plan["block_forwards"] * block / parts + plan["evaluations"] * head
+        forward_equivalents = 4 * plan.get("backward_passes", 0)  # forward, recomputation, and twice that for the backward
+        whole = n_blocks * block + head
+        return plan["block_forwards"] * block / parts + plan["evaluations"] * head + forward_equivalents * whole
 
-    def play(self, lm: LanguageModel, pruned: Callable[[Pruner], list[Weights]], cache_dir: str | None) -> LayerGame:
-        """The game itself; `pruned` makes the stand-ins of absent blocks with a pruner."""
+    def play(self, lm: LanguageModel, stand_ins: Callable[[Pruner], StandIns], cache_dir: str | None) -> LayerGame:
+        """The game itself; `stand_ins` makes what stands in for absent blocks with a pruner."""
         from svnup.game import LayerGame
 
         options = self.game
@@ -100,15 +128,13 @@ class ShapleyScorer:
             payoff=options.payoff,
             cap=options.cap,
             players=options.players,
-            pruned=pruned(options.pruner) if options.absence == "prune" and options.pruner is not None else None,
+            pruned=stand_ins(options.pruner) if options.absence == "prune" else None,
             cache_dir=cache_dir,
         )
 
-    def score(
-        self, lm: LanguageModel, tokens: Ints, cache_dir: str | None, pruned: Callable[[Pruner], list[Weights]]
-    ) -> ShapleyValues:
-        """Estimate the values; `tokens`, the calibration text, is not used. What the cache knows is not computed again."""
-        game = self.play(lm, pruned, cache_dir)
+    def score(self, lm: LanguageModel, cache_dir: str | None, stand_ins: Callable[[Pruner], StandIns]) -> ShapleyValues:
+        """Estimate the values. What the cache knows is not computed again."""
+        game = self.play(lm, stand_ins, cache_dir)
         values = self.estimator.estimate(game)
         if len(game.kinds) > 1:
             logger.warning("the Shapley values mix coalition values from several kinds of device: %s", game.kinds)

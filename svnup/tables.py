@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from svnup.types import UNSTRUCTURED, ResultRow
+from svnup.types import NOT_IN_KEY, UNSTRUCTURED, ResultRow
 
 FORMATS = ("terminal", "markdown", "csv", "latex")
 IDENTITY = ["model", "pruner", "allocator", "sparsity", "pattern", "seed"]
@@ -20,7 +20,7 @@ def frame(rows: list[ResultRow]) -> pd.DataFrame:
     names = _metric_columns(rows)
     lines = []
     for row in rows:
-        line: dict[str, Any] = describe(row) | {"status": row.status}
+        line: dict[str, Any] = describe(row) | {"status": row.status, "setting": _setting(row)}
         if row.sparsity is not None:
             line |= {"actual": row.sparsity["actual"]}
         for name, metric in row.metrics.items():
@@ -45,8 +45,7 @@ def describe(row: ResultRow) -> dict[str, Any]:
     allocator = target["allocator"]
     options = config["allocator"]
     if options.get("scorer"):
-        window = f" w={config['shapley']['window']}" if "window" in config["shapley"] else ""
-        allocator = f"shapley ({target['shapley']}{window}, {options['scale']}, lam={options['lam']:g})"
+        allocator = f"shapley ({_method(options['scorer'])}, {options['scale']}, lam={options['lam']:g})"
     return {
         "model": model,
         "pruner": target["pruner"],
@@ -57,13 +56,32 @@ def describe(row: ResultRow) -> dict[str, Any]:
     }
 
 
+def _method(scorer: dict[str, Any]) -> str:
+    """Estimator and game in a few words: what is not said is as by default."""
+    words = [scorer["_target_"].rpartition(".")[2].lower()]
+    words += [f"w={scorer['window']}"] if "window" in scorer else []
+    words += [f"{k}={scorer[k]}" for k in ("budget", "nodes", "sampling", "approximator") if k in scorer]
+    words += [
+        f"{k}={scorer[k]}" for k, usual in (("context", "present"), ("aggregation", "mean")) if scorer.get(k, usual) != usual
+    ]
+    game = scorer.get("game", {})
+    usual_game = {"payoff": "neg_nll", "cap": "none", "absence": "skip", "players": "block"}
+    return " ".join(words + [f"{k}={game[k]}" for k, usual in usual_game.items() if game.get(k, usual) != usual])
+
+
+def _setting(row: ResultRow) -> str:
+    """What a run has in common with its uniform counterpart: all of its configuration that can move a number but the budget."""
+    config = {k: v for k, v in row.config.items() if k not in (*NOT_IN_KEY, "allocator")}
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
 def render(rows: list[ResultRow], form: str, title: str | None = None, command: str | None = None) -> str:
     """The table of some runs as text; columns that say the same in every line and no more are left out except in CSV."""
     data = frame(rows)
     if form == "csv":
-        return data.to_csv(index=False)
+        return data.drop(columns="setting").to_csv(index=False)
     drop = [c for c, same in (("seed", 0), ("pattern", UNSTRUCTURED), ("status", "finished")) if (data[c] == same).all()]
-    shown = _with_change(data).drop(columns=[*drop, "seconds", "key"]).astype(object)
+    shown = _with_change(data).drop(columns=[*drop, "setting", "seconds", "key"]).astype(object)
     for column in shown.columns:
         shown[column] = [_cell(column, value) for value in shown[column]]
     if form == "latex":
@@ -77,12 +95,15 @@ def render(rows: list[ResultRow], form: str, title: str | None = None, command: 
 
 
 def _with_change(data: pd.DataFrame) -> pd.DataFrame:
-    """Beside each metric its change against the uniform budget of the same model, pruner, sparsity, pattern and seed."""
+    """Beside each metric its change against the uniform budget under the same setting, allocator apart."""
     out = data.copy()
-    same = ["model", "pruner", "sparsity", "pattern", "seed"]
     for column in [c for c in data.columns if "/" in c and not c.endswith("dense")]:
-        uniform = data[(data["allocator"] == "uniform") & data[column].notna()].drop_duplicates(same).set_index(same)[column]
-        base = [uniform.get(tuple(line), float("nan")) for line in data[same].itertuples(index=False)]
+        uniform = (
+            data[(data["allocator"] == "uniform") & data[column].notna()]
+            .drop_duplicates("setting")
+            .set_index("setting")[column]
+        )
+        base = [uniform.get(setting, float("nan")) for setting in data["setting"]]
         change = pd.Series([100 * (v / b - 1) for v, b in zip(data[column], base, strict=True)], index=data.index)
         out.insert(list(out.columns).index(column) + 1, f"{column} vs uniform", change.where(data["allocator"] != "uniform"))
     return out

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from svnup.types import ResultRow
+from svnup.types import ResultRow, player_names
 
 Log = Callable[[ResultRow, dict[str, Path]], None]
 
@@ -87,8 +87,13 @@ class WandbTracker:
         record |= {f"sparsity/{key}": row.sparsity[key] for key in ("target", "actual")} if row.sparsity else {}
         if row.shapley:
             errors = row.shapley["stderr"] or [None] * len(row.shapley["values"])
-            values = list(enumerate(row.shapley["values"]))
-            table = wandb.Table(["layer", "shapley", "stderr"], [[i, v, e] for (i, v), e in zip(values, errors, strict=True)])
+            values, n_blocks = (
+                row.shapley["values"],
+                len(row.profile["sparsity"]) if row.profile else len(row.shapley["values"]),
+            )
+            names = list(range(n_blocks)) if len(values) == n_blocks else player_names(n_blocks)
+            lines = [[n, v, e] for n, v, e in zip(names, values, errors, strict=True)]
+            table = wandb.Table(["layer", "shapley", "stderr"], lines)
             record["layers/shapley"] = table
             record["charts/shapley"] = wandb.plot.bar(table, "layer", "shapley", title="Shapley value per layer")
             scalars = ("v_empty", "v_full", "efficiency_gap", "n_evaluations", "n_block_forwards", "seconds")

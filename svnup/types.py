@@ -18,6 +18,9 @@ Bools = NDArray[np.bool_]
 SCHEMA_VERSION = 1
 UNSTRUCTURED = "unstructured"
 
+# Top of a configuration that cannot change a number (`shapley` counts where an allocator names it as its scorer).
+NOT_IN_KEY = ("results_dir", "cache_dir", "force", "dry_run", "save_model", "tracker", "protocol_gate", "shapley")
+
 
 def _vector(values: Any, name: str) -> Floats:
     vector = np.array(values, dtype=np.float64)
@@ -41,6 +44,11 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
     if not match or not 0 < int(match[1]) < int(match[2]):
         raise ValueError(f"pattern={pattern}: choose 'unstructured' or N:M with 0 < N < M, such as '2:4' or '4:8'")
     return int(match[1]), int(match[2])
+
+
+def player_names(n_blocks: int) -> list[str]:
+    """Names of the players of a sublayer game, in their order."""
+    return [f"{block} {part}" for block in range(n_blocks) for part in ("attention", "mlp")]
 
 
 @dataclass(frozen=True)

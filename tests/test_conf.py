@@ -290,7 +290,9 @@ def test_key_of_a_pretrained_model_ignores_where_it_runs():
     def tiny(*overrides: str) -> str:
         return config.build(composed(*overrides)).key
 
-    assert tiny() == tiny("model.device=cpu") == tiny("model.device_map=auto")
+    assert tiny() == tiny("model.device=cpu")
+    with pytest.raises(ValueError, match=r"^model\.device_map=everywhere: choose auto"):
+        tiny("model.device_map=everywhere")
     assert len({tiny(), tiny("model.dtype=bfloat16"), tiny("model.attn_implementation=eager")}) == 3
 
 

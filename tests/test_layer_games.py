@@ -227,7 +227,7 @@ def test_shards_are_merged(lm: LanguageModel, tmp_path: Path) -> None:
 
 def test_values_from_another_kind_of_device_are_used_and_named(lm: LanguageModel, tmp_path: Path) -> None:
     first = LayerGame(lm, TOKENS, cache_dir=tmp_path)
-    first._kind = first._memo.kind = "cuda/float16"
+    first._memo.kind = "cuda/float16"
     first(all_coalitions(4)[:8])
     second = LayerGame(lm, TOKENS, cache_dir=tmp_path)
     second(all_coalitions(4))

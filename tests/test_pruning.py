@@ -194,9 +194,12 @@ def surgeon(weight, x, sparsity, pattern="unstructured", block_size=128, damp=0.
     rows, columns = w.shape
     h = x.T @ x / len(x)
     dead = np.diag(h) == 0
+    damping = (
+        damp * np.diag(h).mean()
+    )  # dead inputs count as 0: as with the paper's sums over tokens, beside which 1 is nothing
     h[dead, dead] = 1
     w[:, dead] = 0
-    h += damp * np.diag(h).mean() * np.eye(columns)
+    h += damping * np.eye(columns)
     gone = np.zeros(w.shape, dtype=bool)
     group = parse_pattern(pattern)
     inverse = np.linalg.inv(h)

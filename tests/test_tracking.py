@@ -331,8 +331,8 @@ def test_a_failed_job_finishes_its_run_too(tmp_path):
     assert runs[0.6].step["docs/ppl"] > 0
 
 
-def test_a_failing_tracker_is_recorded_in_the_run(tmp_path):
-    """W&B may refuse to log; the job's state must not stay 'running'."""
+def test_a_failing_tracker_does_not_take_the_result_with_it(tmp_path):
+    """W&B may refuse to log; what was measured stands all the same."""
     with a_place(tmp_path) as patch:
         import wandb
 
@@ -344,7 +344,8 @@ def test_a_failing_tracker_is_recorded_in_the_run(tmp_path):
             command(*JOB, "tracker=wandb", "allocator=uniform")
         (result,) = (tmp_path / "results").glob("runs/*/result.json")
         row = json.loads(result.read_text())
-        assert (row["status"], row["error"]) == ("failed", "RuntimeError: no disk left")
+        assert (row["status"], row["error"]) == ("finished", None)
+        assert row["metrics"]["docs/ppl"]["value"] > 1
         (run,) = logged(tmp_path / "results")
         assert run.exit_code == 1
 

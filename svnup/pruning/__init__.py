@@ -97,7 +97,8 @@ def prune_model(lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tok
     if len(profile.sparsity) != lm.n_blocks:
         raise ValueError(f"a profile of {len(profile.sparsity)} blocks cannot prune {lm.n_blocks} blocks")
     if lm.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(lm.device)
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
     clock = {"inputs": 0.0, "prune": 0.0}
     start = time.perf_counter()
     reports: list[LinearReport] = []
@@ -168,7 +169,7 @@ def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, spars
 def peak_memory(device: torch.device) -> int:
     """Peak bytes: allocated on a CUDA device since its counter was reset, else the resident set of this process so far."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -176,4 +177,6 @@ def peak_memory(device: torch.device) -> int:
 def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # or the work would be booked on the stage that waits for it
     clock[name] += time.perf_counter() - start

@@ -59,9 +59,10 @@ class SparseGPT:
             return weight
         h = stats.xtx / max(1, stats.n_tokens)
         dead = h.diagonal() == 0
-        h.diagonal()[dead] = 1
+        damping = self.damp * (h.diagonal().mean() if not dead.all() else 1.0)
+        h.diagonal()[dead] = 1  # not before the mean: in which unit inputs are measured must not matter
         w = weight.to(torch.float32, copy=True)
-        u = self._factor(h)
+        u = self._factor(h, damping)
         rows, columns = w.shape
         group = parse_pattern(self.pattern)
         for start in range(0, columns, self.block_size):
@@ -86,10 +87,9 @@ class SparseGPT:
             w[:, end:] -= errors @ u[start:end, end:]
         return w.to(weight.dtype)
 
-    def _factor(self, h: Tensor) -> Tensor:
+    def _factor(self, h: Tensor, damping: Tensor | float) -> Tensor:
         """The upper Cholesky factor of the inverse of the damped H."""
         diagonal = h.diagonal().clone()
-        damping = self.damp * diagonal.mean()
         for _ in range(5):
             h.diagonal().copy_(diagonal + damping)
             lower, failed = torch.linalg.cholesky_ex(h)

@@ -9,6 +9,8 @@ import numpy as np
 
 from svnup.types import Bools, Cost, Floats, ShapleyValues
 
+MAX_PLAYERS = 20  # whose coalitions are enumerated
+
 
 class Game(Protocol):
     """A cooperative game: payoffs of coalitions, bool (m, n_players) to float64 (m,).
@@ -43,7 +45,8 @@ def all_coalitions(n: int) -> Bools:
 
 def branch_points(ordered: Bools) -> np.ndarray:
     """For distinct rows in lexicographic order: the index at which each row departs from the one before (0 for the first)."""
-    return np.concatenate([[0], np.argmax(ordered[1:] != ordered[:-1], axis=1)]).astype(np.int64)
+    departs = np.argmax(ordered[1:] != ordered[:-1], axis=1)
+    return np.concatenate([np.zeros(min(1, len(ordered))), departs]).astype(np.int64)
 
 
 def block_forwards(coalitions: Bools, absent_costs: bool = False) -> int:

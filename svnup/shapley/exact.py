@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from svnup.shapley import Game, Ledger, all_coalitions, describe, exact_values
+from svnup.shapley import MAX_PLAYERS, Game, Ledger, all_coalitions, describe, exact_values
 from svnup.types import Bools, ShapleyValues
-
-MAX_PLAYERS = 20
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class Gates:
     """
 
     nodes: int = 8
+    gated: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.nodes < 1:

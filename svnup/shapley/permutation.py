@@ -20,8 +20,8 @@ class Permutation:
     An order costs n - 1 evaluations besides the empty and the full coalition. With `antithetic` each order is followed by
     its reverse, and the pair counts as one independent sample of the standard error. With `truncation` t, an order is left
     once a coalition's payoff is within t * |v(all) - v(nobody)| of that of all: the players after it count as 0, which
-    saves evaluations and biases the values. `stop` ends early, judged after each tenth of the samples: {stderr: x} or
-    {rank_tau: x}.
+    saves evaluations, biases the values, and shares fewer prefixes, since orders then grow step by step. `stop` ends early,
+    judged after each tenth of the samples: {stderr: x} or {rank_tau: x}.
 
     Source: Castro, Gomez, Tejada 2009; antithetic pairs: Mitchell et al. 2022 (arXiv 2104.12199); truncation: Ghorbani
     and Zou 2019 (arXiv 1904.02868).

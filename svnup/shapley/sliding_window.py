@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from svnup.shapley import Game, Ledger, all_coalitions, describe, exact_values
+from svnup.shapley import MAX_PLAYERS, Game, Ledger, all_coalitions, describe, exact_values
 from svnup.types import Bools, Ints, ShapleyValues
 
 
@@ -32,6 +32,8 @@ class SlidingWindow:
     def check(self, n_players: int) -> None:
         if not 1 <= self.window <= n_players:
             raise ValueError(f"window={self.window}: the game has {n_players} players; choose 1 to {n_players}")
+        if self.window > MAX_PLAYERS:
+            raise ValueError(f"window={self.window}: takes 2^{self.window} evaluations a window; choose at most {MAX_PLAYERS}")
         if not 1 <= self.stride <= self.window:
             raise ValueError(f"stride={self.stride}: choose 1 to window={self.window}, so that windows cover every block")
 
