@@ -66,7 +66,8 @@ class LayerGame:
     Coalitions are walked depth first over shared prefixes, each evaluated once ever: values go to an append-only memo under
     `cache_dir` (None: in memory only) as they come. Hidden states of prefixes take at most `state_bytes`, beyond which they
     are computed again. `n_evaluations` and `n_block_forwards` (or sublayer-forwards) count the work done by this object;
-    `v_empty`, the payoff of nobody, is a reference and is not counted. `key` changes with whatever changes a value. Raises
+    `v_empty`, the payoff of nobody, is a reference and is not counted, nor is the one forward pass of all players that kl and
+    recip_ppl compare with. `key` changes with whatever changes a value. Raises
     ValueError where a loss is not finite.
 
     Source: arXiv 2505.01731 (blocks as players of a cooperative game); payoffs, caps and the pruned game are our choices.

@@ -27,11 +27,12 @@ logger = logging.getLogger(__name__)
 class GameOptions:
     """The layer game of a job: its payoff text, and the options of `svnup.game.LayerGame`.
 
+    The default payoff is the one that led to the best budgets on selection text (docs/choosing.md).
     `absence=prune`: an absent block is that block pruned uniformly at the job's sparsity by `pruner`.
     """
 
     data: TokenSource
-    payoff: Literal["neg_nll", "neg_ppl", "recip_ppl", "kl", "accuracy"] = "neg_nll"
+    payoff: Literal["neg_nll", "neg_ppl", "recip_ppl", "kl", "accuracy"] = "recip_ppl"
     cap: Literal["none", "chance"] = "none"
     absence: Literal["skip", "prune"] = "skip"
     players: Literal["block", "sublayer"] = "block"

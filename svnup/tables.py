@@ -65,7 +65,7 @@ def _method(scorer: dict[str, Any]) -> str:
         f"{k}={scorer[k]}" for k, usual in (("context", "present"), ("aggregation", "mean")) if scorer.get(k, usual) != usual
     ]
     game = scorer.get("game", {})
-    usual_game = {"payoff": "neg_nll", "cap": "none", "absence": "skip", "players": "block"}
+    usual_game = {"payoff": "recip_ppl", "cap": "none", "absence": "skip", "players": "block"}
     return " ".join(words + [f"{k}={game[k]}" for k, usual in usual_game.items() if game.get(k, usual) != usual])
 
 
