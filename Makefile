@@ -25,10 +25,10 @@ demo: $(READY)  ## Shapley values, budgets and perplexities of the built-in mode
 	$(BIN)/svnup-results table results/demo
 
 test: $(READY)  ## the test suite, without its slow part
-	$(OFFLINE) $(BIN)/pytest -n 2 -m 'not slow and not gpu'
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow and not gpu'
 
 test-all: $(READY)  ## the slow part of the test suite
-	$(OFFLINE) $(BIN)/pytest -n 2 -m 'slow and not gpu'
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'slow and not gpu'
 
 lint: $(READY)  ## ruff, ruff format, mypy
 	$(BIN)/ruff check .
