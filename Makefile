@@ -48,7 +48,7 @@ study: $(READY)  ## make study NAME=estimators|games: remake a study's table and
 	@test -f experiments/$(NAME)/run.py || { echo "NAME=$(NAME): choose estimators or games" >&2; exit 2; }
 	$(OFFLINE) $(BIN)/python experiments/$(NAME)/run.py
 
-benchmarks: $(READY)  ## cost of Shapley values against the straightforward way (about 25 minutes)
+benchmarks: $(READY)  ## cost of Shapley values against the straightforward way (about 12 minutes)
 	$(OFFLINE) $(BIN)/python experiments/benchmarks/shapley_cost.py --output results/benchmarks/shapley_cost.md
 
 clean:  ## remove the environment and everything that runs wrote (not the committed tables)

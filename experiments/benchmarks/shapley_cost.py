@@ -175,8 +175,8 @@ def _recorded(estimator: Estimator, n: int) -> list[Bools]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--exact-n-seq", type=int, default=2, help="payoff sequences of the exact comparison")
-    parser.add_argument("--window-n-seq", type=int, default=16, help="payoff sequences of the window comparison")
+    parser.add_argument("--exact-n-seq", type=int, default=1, help="payoff sequences of the exact comparison")
+    parser.add_argument("--window-n-seq", type=int, default=8, help="payoff sequences of the window comparison")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     lm = LanguageModel.load(str(BUILT_IN_FOLDER), dtype="float32", device="cpu")

@@ -39,6 +39,8 @@ from svnup.types import Bools, Floats, ShapleyValues
 
 SEEDS = range(10)
 BUDGETS = (50, 144, 400, 1200)
+VARIANTS = ("centred", "stride", "absent", "not antithetic", "truncated")  # in the table, not in the figure
+MARKERS = {"exact": "o", "sliding window": "s", "gates": "*", "permutation": "^", "kernel": "D", "leverage": "v"}
 
 
 class Capped:
@@ -134,7 +136,8 @@ def study(title: str, game: Any, units: tuple[float, float]) -> tuple[list[str],
         ]
         row, cost, error = line(name, exact, found, seconds)
         text.append(row)
-        points.setdefault(name.split(",")[0].split(" w=")[0], []).append((cost, max(error, 1e-4)))
+        if not any(variant in name for variant in VARIANTS):
+            points.setdefault(name.split(",")[0].split(" w=")[0], []).append((cost, max(error, 1e-4)))
 
     add("exact", [exact])
     for name, several in estimators(skip=not game.absent_costs and game.cap == "none").items():
@@ -147,13 +150,14 @@ def draw(points: dict[str, dict[str, list[tuple[float, float]]]], path: Path) ->
 
     figure = Figure(figsize=(4.2 * len(points), 3.8), layout="constrained")
     for axes, (title, kinds) in zip(figure.subplots(1, len(points), sharey=True), points.items(), strict=True):
-        for marker, (kind, dots) in zip("os^Dv*", kinds.items(), strict=False):
-            axes.plot(*zip(*sorted(dots), strict=True), marker=marker, linestyle=":" if len(dots) > 1 else "", label=kind)
+        for colour, (kind, marker) in enumerate(MARKERS.items()):
+            if dots := sorted(kinds.get(kind, [])):
+                axes.plot(*zip(*dots, strict=True), marker=marker, linestyle=":", color=f"C{colour}", label=kind)
         axes.set(xscale="log", yscale="log", xlabel="seconds on two CPU cores", title=title)
         axes.title.set_fontsize(9)
         axes.grid(color="0.9")
     figure.axes[0].set_ylabel("error / spread of the exact values")
-    figure.axes[-1].legend(fontsize=8)
+    figure.axes[0].legend(fontsize=8, loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
