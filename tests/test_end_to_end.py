@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from cli import Done, read_once
 from transformers import AutoModelForCausalLM
 
 from svnup.__main__ import main
@@ -34,23 +35,6 @@ JOB = [
 ]
 HERE = ["results_dir=results", "cache_dir=cache"]
 N_EVALUATIONS, N_FORWARDS = 6, 7  # (n - w + 2) 2^(w-1) and 2^(w-1) - 1 + 2^(w-2) (n - w + 1)(n - w + 2), n = 3, w = 2
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-_read, _known = Docs.read, {}
-
-
-def read_once(source: Docs, tokenizer: Any) -> Any:
-    """The built-in text takes a second to tokenize; the jobs in this process share it."""
-    key = (source, tokenizer.name_or_path)
-    if key not in _known:
-        _known[key] = _read(source, tokenizer)
-    return _known[key]
 
 
 @pytest.fixture(autouse=True)

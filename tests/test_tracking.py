@@ -13,35 +13,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from cli import SMALL_W2, Done, read_once
 
 from svnup.__main__ import main
 from svnup.data import Docs
 
-JOB = [
-    "model=random",
-    "model.num_hidden_layers=3",
-    "model.hidden_size=32",
-    "model.intermediate_size=64",
-    "model.num_attention_heads=2",
-    "model.seq_len=32",
-    "dataset.n_seq=4",
-    "evaluation.n_seq=4",
-    "shapley.window=2",
-    "shapley.game.data.n_seq=2",
-]
-
-_read, _known = Docs.read, {}
-
-
-def read_once(source: Docs, tokenizer: Any) -> Any:
-    """The built-in text takes a second to tokenize; the jobs in this process share it."""
-    key = (source, tokenizer.name_or_path)
-    if key not in _known:
-        _known[key] = _read(source, tokenizer)
-    return _known[key]
+JOB = SMALL_W2
 
 
 @contextlib.contextmanager
@@ -67,12 +47,6 @@ def a_place(folder: Path) -> Iterator[pytest.MonkeyPatch]:
 
 def here(results: str = "results") -> list[str]:
     return [f"results_dir={Path.cwd() / results}", f"cache_dir={Path.cwd() / 'cache'}"]
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 def command(*args: str) -> Done:

@@ -10,21 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli import SMALL, SMALL_W2
 
 from svnup.__main__ import main
-
-SMALL = [
-    "model=random",
-    "model.num_hidden_layers=3",
-    "model.hidden_size=32",
-    "model.intermediate_size=64",
-    "model.num_attention_heads=2",
-    "model.seq_len=32",
-    "dataset.n_seq=4",
-    "evaluation.n_seq=4",
-    "shapley.game.data.n_seq=2",
-]
-SMALL_W2 = [*SMALL, "shapley.window=2"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,36 @@
+"""The command line in tests: a small job, and the built-in text read once for all jobs of a process."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from svnup.data import Docs
+
+SMALL = [
+    "model=random",
+    "model.num_hidden_layers=3",
+    "model.hidden_size=32",
+    "model.intermediate_size=64",
+    "model.num_attention_heads=2",
+    "model.seq_len=32",
+    "dataset.n_seq=4",
+    "evaluation.n_seq=4",
+    "shapley.game.data.n_seq=2",
+]
+SMALL_W2 = [*SMALL, "shapley.window=2"]
+
+_read, _known = Docs.read, {}
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def read_once(source: Docs, tokenizer: Any) -> Any:
+    """The built-in text takes a second to tokenize; the jobs in this process share it."""
+    key = (source, tokenizer.name_or_path)
+    if key not in _known:
+        _known[key] = _read(source, tokenizer)
+    return _known[key]
