@@ -35,16 +35,13 @@ from svnup.evaluation import NoEvaluation, Perplexity
 from svnup.model import Pretrained, Random
 from svnup.scoring import GameOptions, ShapleyScorer
 from svnup.tracking import NoTracker, WandbTracker
-from svnup.types import NOT_IN_KEY, Ints, parse_pattern
+from svnup.types import Ints, moving_numbers, parse_pattern
 
 if TYPE_CHECKING:
     from svnup.pruning import Pruner
 
 Gate = Literal["error", "warn", "off"]
 Texts = dict[tuple[TokenSource, str], TokenSource]
-
-# What cannot change a number stays out of the key of a configuration (NOT_IN_KEY at the top).
-NOT_IN_MODEL_KEY = ("device", "device_map", "trust_remote_code", "test_text", "dense_ppl")
 
 CONF = next(p for p in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if p.is_dir())
 
@@ -121,10 +118,7 @@ class Job:
 
     def sources(self) -> dict[str, TokenSource]:
         """Every text that the job reads, by the key under which it was configured."""
-        sources = {"dataset": self.dataset} if self._calibrates else {}
-        if self.scorer is not None:
-            sources["shapley.game.data"] = self.scorer.game.data
-        return sources | {f"evaluation.datasets.{i}": s for i, s in enumerate(self.evaluation.sources())}
+        return _texts(self.dataset if self._calibrates else None, self.scorer, self.evaluation)
 
     def fingerprints(self) -> dict[str, str]:
         """What the inputs are by content, without loading them: a finished job with other inputs runs again."""
@@ -199,6 +193,15 @@ class Job:
         return plan
 
 
+def _texts(
+    dataset: TokenSource | None, scorer: ShapleyScorer | None, evaluation: Perplexity | NoEvaluation
+) -> dict[str, TokenSource]:
+    texts = {"dataset": dataset} if dataset is not None else {}
+    if scorer is not None:
+        texts["shapley.game.data"] = scorer.game.data
+    return texts | {f"evaluation.datasets.{i}": s for i, s in enumerate(evaluation.sources())}
+
+
 def build(cfg: Any, known: Texts | None = None) -> Job:
     """Build and check a job from a composed configuration; raises ValueError with the key, the value and the way out.
 
@@ -226,9 +229,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     tracker = construct(config["tracker"], "tracker")
     with _blame("tracker", ("tracker",)):
         tracker.check()
-    texts = {"dataset": dataset} | {f"evaluation.datasets.{i}": s for i, s in enumerate(evaluation.sources())}
-    if scorer is not None:
-        texts["shapley.game.data"] = scorer.game.data
+    texts = _texts(dataset, scorer, evaluation)
     if model.from_hub or any(source.from_hub for source in texts.values()):
         _go_offline_if_unreachable()
     with _blame("model"):
@@ -274,11 +275,10 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
 
 def config_key(config: dict[str, Any]) -> str:
     """Hash of a resolved configuration without what cannot change a number, and of the version of the numbers."""
-    kept = {k: v for k, v in config.items() if k not in NOT_IN_KEY}
+    kept = moving_numbers(config)
     scorer = kept["allocator"].get("scorer")
     if scorer:
         kept["allocator"] = kept["allocator"] | {"scorer": {k: v for k, v in scorer.items() if k != "shard"}}
-    kept["model"] = {k: v for k, v in config["model"].items() if k not in NOT_IN_MODEL_KEY}
     text = json.dumps([NUMBERS_VERSION, kept], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

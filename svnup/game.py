@@ -22,7 +22,7 @@ from svnup import NUMBERS_VERSION
 from svnup.language_model import LanguageModel, MicroBatch, Part
 from svnup.progress import stage
 from svnup.shapley import branch_points
-from svnup.types import Bools, Floats, Ints
+from svnup.types import CHOICES, Bools, Floats, Ints
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,6 @@ Payoff = Literal["neg_nll", "neg_ppl", "recip_ppl", "kl", "accuracy"]
 Cap = Literal["none", "chance"]
 Players = Literal["block", "sublayer"]
 Weights = dict[str, Tensor]
-
-CHOICES = 4
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,7 @@ class LayerGame:
     `cache_dir` (None: in memory only) as they come. Hidden states of prefixes take at most `state_bytes`, beyond which they
     are computed again. `n_evaluations` and `n_block_forwards` (or sublayer-forwards) count the work done by this object;
     `v_empty`, the payoff of nobody, is a reference and is not counted, nor is the one forward pass of all players that kl and
-    recip_ppl compare with. `key` changes with whatever changes a value. Raises
-    ValueError where a loss is not finite.
+    recip_ppl compare with. `key` changes with whatever changes a value. Raises ValueError where a loss is not finite.
 
     Source: arXiv 2505.01731 (blocks as players of a cooperative game); payoffs, caps and the pruned game are our choices.
     """

@@ -18,7 +18,7 @@ BUILT_IN = "svnup/tiny"
 BUILT_IN_FOLDER = Path(__file__).parent / "assets" / "tiny"
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-DepthKeys = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def one_block_of(config: Any) -> Any:
@@ -123,7 +123,7 @@ class Pretrained:
 
     def n_blocks(self) -> int:
         """Number of blocks by config.json; raises ValueError where the model or that number cannot be found."""
-        depth = next((self._config[key] for key in DepthKeys if key in self._config), None)
+        depth = next((self._config[key] for key in DEPTH_KEYS if key in self._config), None)
         if depth is None:
             raise ValueError(
                 f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: config.json names no number of layers"

@@ -11,12 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from svnup.allocation import Uniform
 from svnup.evaluation import check_dense
 from svnup.game import StandIns
 from svnup.pruning import prune_model, pruned_weights
-from svnup.types import ResultRow, ShapleyValues, SparsityProfile
+from svnup.types import ResultRow, ShapleyValues
 
 if TYPE_CHECKING:
     from svnup.config import Job
@@ -92,7 +91,7 @@ def stand_ins(job: Job, lm: LanguageModel) -> Callable[[Pruner], StandIns]:
 
     def make(pruner: Pruner) -> StandIns:
         tokens = job.tokens()
-        uniform = SparsityProfile(np.full(lm.n_blocks, job.sparsity), lm.block_params, job.sparsity, job.pattern)
+        uniform = Uniform().allocate(None, lm.block_params, job.sparsity, job.pattern)
         name = f"{pruner!r} {job.sparsity!r} {job.pattern} {hashlib.sha256(tokens.tobytes()).hexdigest()}"
         return StandIns(pruned_weights(lm, uniform, pruner, tokens), name)
 

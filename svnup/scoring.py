@@ -13,7 +13,7 @@ import numpy as np
 
 from svnup.data import TokenSource
 from svnup.shapley import Estimator
-from svnup.types import Bools, ShapleyValues
+from svnup.types import CHOICES, Bools, ShapleyValues
 
 if TYPE_CHECKING:
     from svnup.game import LayerGame, StandIns
@@ -39,8 +39,8 @@ class GameOptions:
     pruner: Any = None  # a svnup.pruning.Pruner, which cannot be named here without importing torch
 
     def __post_init__(self) -> None:
-        if self.payoff == "accuracy" and (self.data.n_seq or 4) < 4:
-            raise ValueError(f"data.n_seq={self.data.n_seq}: payoff=accuracy needs at least 4 sequences")
+        if self.payoff == "accuracy" and (self.data.n_seq or CHOICES) < CHOICES:
+            raise ValueError(f"data.n_seq={self.data.n_seq}: payoff=accuracy needs at least {CHOICES} sequences")
 
     def check_gates(self) -> None:
         """Raise ValueError where the payoff is no smooth function of gates on blocks."""
@@ -103,7 +103,7 @@ class ShapleyScorer:
         import torch
 
         plan, data = self.plan(n_blocks), self.game.data
-        n_seq = (data.n_seq or 1) * (4 if self.game.payoff == "accuracy" else 1)
+        n_seq = (data.n_seq or 1) * (CHOICES if self.game.payoff == "accuracy" else 1)
         with torch.inference_mode():
             rows = torch.zeros(n_seq, data.seq_len, dtype=torch.int64)
             batch = next(probe.micro_batches(rows))

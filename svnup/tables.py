@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from svnup.types import NOT_IN_KEY, UNSTRUCTURED, ResultRow
+from svnup.types import UNSTRUCTURED, ResultRow, moving_numbers
 
 FORMATS = ("terminal", "markdown", "csv", "latex")
 IDENTITY = ["model", "pruner", "allocator", "sparsity", "pattern", "seed"]
@@ -71,7 +71,7 @@ def _method(scorer: dict[str, Any]) -> str:
 
 def _setting(row: ResultRow) -> str:
     """What a run has in common with its uniform counterpart: all of its configuration that can move a number but the budget."""
-    config = {k: v for k, v in row.config.items() if k not in (*NOT_IN_KEY, "allocator")}
+    config = {k: v for k, v in moving_numbers(row.config).items() if k != "allocator"}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 

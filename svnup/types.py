@@ -20,6 +20,15 @@ UNSTRUCTURED = "unstructured"
 
 # Top of a configuration that cannot change a number (`shapley` counts where an allocator names it as its scorer).
 NOT_IN_KEY = ("results_dir", "cache_dir", "force", "dry_run", "save_model", "tracker", "protocol_gate", "shapley")
+NOT_IN_MODEL_KEY = ("device", "device_map", "trust_remote_code", "test_text", "dense_ppl")
+
+CHOICES = 4  # endings that the accuracy payoff of a game tells apart
+
+
+def moving_numbers(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a resolved configuration can change a number."""
+    kept = {k: v for k, v in config.items() if k not in NOT_IN_KEY}
+    return kept | {"model": {k: v for k, v in config["model"].items() if k not in NOT_IN_MODEL_KEY}}
 
 
 def _vector(values: Any, name: str) -> Floats:

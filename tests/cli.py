@@ -6,12 +6,15 @@ from typing import Any, NamedTuple
 
 from svnup.data import Docs
 
-SMALL = [
+RANDOM = [
     "model=random",
     "model.num_hidden_layers=3",
     "model.hidden_size=32",
     "model.intermediate_size=64",
     "model.num_attention_heads=2",
+]
+SMALL = [
+    *RANDOM,
     "model.seq_len=32",
     "dataset.n_seq=4",
     "evaluation.n_seq=4",

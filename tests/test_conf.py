@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli import RANDOM
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -31,14 +32,7 @@ HUB = {
     "qwen2_5_7b": "Qwen/Qwen2.5-7B",
 }
 ON_TINY = ["model=tiny", "dataset=docs", "dataset@shapley.game.data=docs", "evaluation.datasets=[docs]"]
-SMALL = [
-    "model=random",
-    "model.num_hidden_layers=3",
-    "model.hidden_size=32",
-    "model.intermediate_size=64",
-    "model.num_attention_heads=2",
-    "shapley.window=2",
-]
+SMALL = [*RANDOM, "shapley.window=2"]
 
 
 @pytest.fixture(scope="module", autouse=True)
