@@ -4,7 +4,7 @@ OUT_DIR becomes a model folder in the hub's format. Run the same command again a
 from OUT_DIR/checkpoint.pt and ends, on the same machine and number of threads, in the same bits as without it.
 
 Recipe: byte-level BPE vocabulary of 2,048, tied embeddings; AdamW (0.9, 0.95), weight decay 0.1, gradient clip 1;
-learning rate 2e-3 with 100 warm-up steps and a cosine to 5 %; batches of 16 x 256 tokens; bfloat16 autocast.
+learning rate 2e-3 with 100 warm-up steps and a cosine to 5 %; batches of 16 x 256 tokens; bfloat16 autocast (or float32).
 """
 
 import argparse
@@ -79,16 +79,16 @@ def batch_of(tokens: torch.Tensor, seed: int, step: int) -> torch.Tensor:
     return torch.stack([tokens[i : i + LENGTH] for i in starts])
 
 
-def loss_of(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+def loss_of(model: torch.nn.Module, x: torch.Tensor, precision: str) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
         return model(x, labels=x).loss
 
 
 @torch.no_grad()
-def validate(model: torch.nn.Module, tokens: torch.Tensor) -> float:
+def validate(model: torch.nn.Module, tokens: torch.Tensor, precision: str) -> float:
     model.eval()
     batches = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH).split(BATCH)[:VALIDATION_BATCHES]
-    losses = [loss_of(model, x).item() for x in batches]
+    losses = [loss_of(model, x, precision).item() for x in batches]
     model.train()
     return sum(losses) / len(losses)
 
@@ -131,6 +131,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3493)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model-type", choices=["llama", "opt"], default="llama")
+    parser.add_argument(  # bfloat16 is many times slower than float32 on a CPU without instructions for it
+        "--precision", choices=["bfloat16", "float32"], default="bfloat16"
+    )
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--heads", type=int, default=6)
@@ -154,7 +157,7 @@ def main() -> int:
     logging.disable_progress_bar()
     args.out.mkdir(parents=True, exist_ok=True)
     texts = {split: (args.text / f"{split}.txt").read_bytes() for split in ("train", "validation")}
-    settings = {name: getattr(args, name) for name in ("steps", "seed", "model_type", "blocks", "width", "heads")}
+    settings = {name: getattr(args, name) for name in ("steps", "seed", "model_type", "precision", "blocks", "width", "heads")}
     settings["text"] = hashlib.sha256(texts["train"]).hexdigest()
 
     checkpoint, state = args.out / "checkpoint.pt", None
@@ -190,7 +193,7 @@ def main() -> int:
         for step in range(done + 1, args.steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step - 1, args.steps)
-            loss = loss_of(model, batch_of(train, args.seed, step))
+            loss = loss_of(model, batch_of(train, args.seed, step), args.precision)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -201,10 +204,10 @@ def main() -> int:
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 save_checkpoint(checkpoint, state)
             if validated := step % args.validate_every == 0:
-                report.validation = f"{validate(model, validation):.3f}"
+                report.validation = f"{validate(model, validation, args.precision):.3f}"
             report(step, loss.item(), line=validated or last or step % args.report_every == 0)
 
-    print(f"validation loss {validate(model, validation):.4f}; model in {args.out}")
+    print(f"validation loss {validate(model, validation, args.precision):.4f}; model in {args.out}")
     publish(model.half().save_pretrained, args.out)
     return 0
 

@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svnup.pruning.masks import lowest, lowest_of_groups
-from svnup.types import parse_pattern
+from svnup.pruning.masks import smallest
 
 
 @dataclass
@@ -40,6 +39,4 @@ class Wanda:
         if sparsity == 0:
             return weight
         scores = weight.float().abs() * stats.squares.sqrt()
-        group = parse_pattern(self.pattern)
-        mask = lowest_of_groups(scores, *group) if group else lowest(scores, sparsity)
-        return weight.masked_fill(mask, 0)
+        return weight.masked_fill(smallest(scores, sparsity, self.pattern), 0)
