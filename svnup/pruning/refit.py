@@ -64,10 +64,10 @@ class Refit:
 
 def check_base(base: Pruner, pattern: str) -> None:
     """Raises ValueError where a pruner cannot make the masks of another one."""
-    if not base.prunes:
-        raise ValueError(f"base={type(base).__name__}: prunes nothing; choose another")
+    if not getattr(base, "prunes", False):
+        raise ValueError(f"base={base}: is no pruner that prunes; choose one as in +pruner@pruner.base=sparsegpt")
     if base.pattern != pattern:
-        raise ValueError(f"base.pattern={base.pattern}: differs from pattern={pattern}; give both the same")
+        raise ValueError(f"pattern={pattern}: differs from base.pattern={base.pattern}; give both the same")
 
 
 def least_squares(weight: Tensor, gone: Tensor, h: Tensor) -> Tensor:
