@@ -36,7 +36,7 @@ from svnup.model import Pretrained, Random
 from svnup.scoring import GameOptions, ShapleyScorer
 from svnup.splitting import Split
 from svnup.tracking import NoTracker, WandbTracker
-from svnup.types import Ints, moving_numbers, parse_pattern
+from svnup.types import Ints, method_name, moving_numbers, parse_pattern
 
 if TYPE_CHECKING:
     from svnup.language_model import LanguageModel
@@ -124,7 +124,7 @@ class Job:
     def name(self) -> str:
         """Readable, for people: model, pruner, allocator, sparsity."""
         pattern = "" if self.pattern == "unstructured" else f" {self.pattern}"
-        method = {k: str(self.config[k]["_target_"]).rpartition(".")[2].lower() for k in ("pruner", "allocator")}
+        method = {k: method_name(self.config[k]) for k in ("pruner", "allocator")}
         allocator = "shapley" if self.scorer is not None else method["allocator"]
         return f"{self.model.name} {method['pruner']} {allocator} {self.sparsity:g}{pattern}"
 

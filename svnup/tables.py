@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from svnup.types import UNSTRUCTURED, ResultRow, moving_numbers
+from svnup.types import UNSTRUCTURED, ResultRow, method_name, moving_numbers
 
 FORMATS = ("terminal", "markdown", "csv", "latex")
 IDENTITY = ["model", "pruner", "allocator", "sparsity", "pattern", "seed"]
@@ -41,7 +41,7 @@ def describe(row: ResultRow) -> dict[str, Any]:
     """The names by which people know a run."""
     config = row.config
     model = config["model"].get("pretrained_model_name_or_path") or f"random {config['model'].get('model_type')}"
-    target = {k: config[k]["_target_"].rpartition(".")[2].lower() for k in ("pruner", "allocator", "shapley")}
+    target = {k: method_name(config[k]) for k in ("pruner", "allocator", "shapley")}
     allocator = target["allocator"]
     options = config["allocator"]
     if options.get("scorer"):

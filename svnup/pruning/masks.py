@@ -30,11 +30,21 @@ def zeros_per_group(sparsity: float, n_groups: int, group: int, device: torch.de
 
 def smallest(scores: Tensor, sparsity: float, pattern: str, per: Literal["row", "matrix"] = "row") -> Tensor:
     """True at the weights that go, bool (d_out, d_in): the smallest scores of each row, of the whole matrix, or, where the
-    pattern says so, of every M consecutive inputs of a row."""
+    pattern says so, of every M consecutive inputs of a row. Raises ValueError where a score is nan or infinite."""
+    if not scores.isfinite().all():
+        raise ValueError("nan or infinity in the weights, or in the statistics of their inputs")
     group = steps_of(pattern, sparsity)
     if group is not None:
         return lowest_of_groups(scores, *group)
     return lowest(scores if per == "row" else scores.reshape(1, -1), sparsity).reshape(scores.shape)
+
+
+def zeroed(pruned: Tensor, sparsity: float, pattern: str) -> Tensor:
+    """The mask behind a pruned matrix, bool (d_out, d_in): as many of its zeros as the rounding rule asks for.
+
+    Weights may be zero though they were kept; which of them count as pruned makes no difference to the matrix.
+    """
+    return smallest(pruned.abs(), sparsity, pattern, "matrix")
 
 
 def lowest(scores: Tensor, sparsity: float) -> Tensor:

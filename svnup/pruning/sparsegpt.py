@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +19,51 @@ class Hessian:
 
     xtx: Tensor
     n_tokens: int = 0
+
+    @classmethod
+    def empty(cls, weight: Tensor) -> Self:
+        return cls(torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float32, device=weight.device))
+
+    def add(self, x: Tensor) -> None:
+        x = x.float()
+        self.xtx.addmm_(x.T, x)
+        self.n_tokens += len(x)
+
+    def damped(self, damp: float, factor: Callable[[Tensor], Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+        """H = X^T X / n_tokens + damp * mean(diag) I (d_in, d_in), its factor, and which inputs are dead, bool (d_in,).
+
+        Of a dead input, which was zero in every token, the diagonal is 1. Where `factor` fails, which it tells by None, damping
+        grows tenfold, at most 4 times, then ValueError gives the range of the diagonal.
+        """
+        h = self.xtx / max(1, self.n_tokens)
+        dead = h.diagonal() == 0
+        damping = damp * (h.diagonal().mean() if not dead.all() else 1.0)
+        h.diagonal()[dead] = 1  # not before the mean: in which unit inputs are measured must not matter
+        diagonal = h.diagonal().clone()
+        for _ in range(5):
+            h.diagonal().copy_(diagonal + damping)
+            if (factored := factor(h)) is not None:
+                return h, factored, dead
+            damping = damping * 10
+        raise ValueError(
+            f"the Hessian cannot be factorised even with damping {damp * 1e4:g} of its mean diagonal; its diagonal goes "
+            f"from {diagonal.min():.3g} to {diagonal.max():.3g}"
+        )
+
+
+def cholesky(h: Tensor) -> Tensor | None:
+    """The lower Cholesky factor."""
+    lower, failed = torch.linalg.cholesky_ex(h)
+    return None if failed or not lower.isfinite().all() else lower
+
+
+def cholesky_of_inverse(h: Tensor) -> Tensor | None:
+    """The upper Cholesky factor of the inverse."""
+    lower, failed = torch.linalg.cholesky_ex(h)
+    if failed:
+        return None
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return None if failed or not upper.isfinite().all() else upper
 
 
 @dataclass(frozen=True)
@@ -47,22 +93,16 @@ class SparseGPT:
             raise ValueError(f"block_size={self.block_size}: choose a positive multiple of the M of pattern={self.pattern}")
 
     def new_stats(self, weight: Tensor) -> Hessian:
-        return Hessian(torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float32, device=weight.device))
+        return Hessian.empty(weight)
 
     def observe(self, stats: Hessian, x: Tensor) -> None:
-        x = x.float()
-        stats.xtx.addmm_(x.T, x)
-        stats.n_tokens += len(x)
+        stats.add(x)
 
     def prune(self, weight: Tensor, stats: Hessian, sparsity: float) -> Tensor:
         if sparsity == 0:
             return weight
-        h = stats.xtx / max(1, stats.n_tokens)
-        dead = h.diagonal() == 0
-        damping = self.damp * (h.diagonal().mean() if not dead.all() else 1.0)
-        h.diagonal()[dead] = 1  # not before the mean: in which unit inputs are measured must not matter
+        _, u, dead = stats.damped(self.damp, cholesky_of_inverse)
         w = weight.to(torch.float32, copy=True)
-        u = self._factor(h, damping)
         rows, columns = w.shape
         group = steps_of(self.pattern, sparsity)
         for start in range(0, columns, self.block_size):
@@ -86,19 +126,3 @@ class SparseGPT:
             w[:, start:end] = block.masked_fill(mask, 0)
             w[:, end:] -= errors @ u[start:end, end:]
         return w.to(weight.dtype)
-
-    def _factor(self, h: Tensor, damping: Tensor | float) -> Tensor:
-        """The upper Cholesky factor of the inverse of the damped H."""
-        diagonal = h.diagonal().clone()
-        for _ in range(5):
-            h.diagonal().copy_(diagonal + damping)
-            lower, failed = torch.linalg.cholesky_ex(h)
-            if not failed:
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-                if not failed and upper.isfinite().all():
-                    return upper
-            damping = damping * 10
-        raise ValueError(
-            f"the Hessian cannot be factorised even with damping {self.damp * 1e4:g} of its mean diagonal; its diagonal goes "
-            f"from {diagonal.min():.3g} to {diagonal.max():.3g}"
-        )
