@@ -13,6 +13,7 @@ import torch
 
 from svnup.pruning.column_block import settle_by_torch
 from svnup.pruning.masks import lowest_in_columns
+from svnup.pruning.sparsegpt import SparseGPT
 
 CASES = [  # rows, columns, group
     (16, 128, None),
@@ -70,6 +71,18 @@ def test_torch_settles_as_the_plain_loop_does(case):
     np.testing.assert_allclose(new, expected, atol=1e-4)
     np.testing.assert_allclose(errors, expected_errors, atol=1e-4 * max(1, np.abs(expected_errors).max()))
     np.testing.assert_array_equal(errors.numpy() != 0, expected_errors != 0)
+
+
+@pytest.mark.parametrize("n", [0, 3, 8])
+def test_sparsegpt_with_a_budget_of_each_block_in_whole_steps(n):
+    g = torch.Generator().manual_seed(n)
+    weight, x = torch.randn(5, 40, generator=g), torch.randn(90, 40, generator=g)
+    pruner = SparseGPT("mixed:8", block_size=16)
+    stats = pruner.new_stats(weight)
+    pruner.observe(stats, x)
+    pruned = pruner.prune(weight, stats, n / 8)
+    assert ((pruned == 0).reshape(5, 5, 8).sum(-1) == n).all()
+    assert pruned.is_contiguous()
 
 
 def test_triton_settles_as_torch_does():

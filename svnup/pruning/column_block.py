@@ -61,4 +61,4 @@ def settle_by_torch(
             if j > start:
                 w[j].addmv_(errors[start:j].T, lower[j, start:j], alpha=-1)
             torch.mul(w[j], share_j, out=errors[j])
-    return w.masked_fill_(gone, 0).T, errors.T
+    return torch.where(gone, 0, w).T, errors.T

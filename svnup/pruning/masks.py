@@ -103,9 +103,9 @@ def lowest_in_columns(scores: Tensor, n: int) -> Tensor:
 
     By comparing all pairs of rows, for small m: 20 times faster than sorting where m is 4.
     """
-    rank = torch.arange(len(scores), dtype=torch.int16, device=scores.device)[:, None].repeat(1, scores.shape[1])
+    rank = torch.zeros(scores.shape, dtype=torch.int16, device=scores.device)  # how many go before
     for i in range(len(scores) - 1):
-        ahead = (scores[i + 1 :] < scores[i]).to(torch.int16)  # who comes later and yet goes before i
-        rank[i] += ahead.sum(0, dtype=torch.int16)
-        rank[i + 1 :] -= ahead
+        first = scores[i + 1 :] < scores[i]  # who comes later and yet goes before i
+        rank[i] += first.sum(0, dtype=torch.int16)
+        rank[i + 1 :] += ~first
     return rank < n

@@ -119,7 +119,7 @@ class SparseGPT:
     def settled(self, weight: Tensor, u: Tensor, dead: Tensor, sparsity: float) -> Tensor:
         """The pruned matrix, given the upper Cholesky factor `u` (d_in, d_in) of H^-1 and which inputs are `dead`, (d_in,)."""
         group = steps_of(self.pattern, sparsity)
-        w = weight.to(torch.float32, copy=True)
+        w = weight.float().T.clone(memory_format=torch.contiguous_format).T  # a column's weights side by side in memory
         rows, columns = w.shape
         for start in range(0, columns, self.block_size):
             end = min(start + self.block_size, columns)
@@ -131,4 +131,4 @@ class SparseGPT:
                 mask = lowest_counts(scores, torch.tensor([count])).reshape(block.shape)
             block[:], errors = settle(block, factor, mask, group, scale)
             w[:, end:].addmm_(errors, u[start:end, end:], alpha=-1)
-        return w.to(weight.dtype)
+        return w.to(weight.dtype).contiguous()
