@@ -44,8 +44,8 @@ tables: $(READY)  ## remake the committed tables under results/tables
 	$(BIN)/svnup-results table results/demo --format markdown --output results/tables/smoke.md \
 		--title 'Smoke experiment' --command 'make tables'
 
-study: $(READY)  ## make study NAME=estimators|games: remake a study's table and figure
-	@test -f experiments/$(NAME)/run.py || { echo "NAME=$(NAME): choose estimators or games" >&2; exit 2; }
+study: $(READY)  ## make study NAME=estimators|games|pruners: remake a study's table and figure
+	@test -f experiments/$(NAME)/run.py || { echo "NAME=$(NAME): choose estimators, games or pruners" >&2; exit 2; }
 	$(OFFLINE) $(BIN)/python experiments/$(NAME)/run.py
 
 benchmarks: $(READY)  ## cost of Shapley values and of pruning against the straightforward ways (about 20 minutes)
