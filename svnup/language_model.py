@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -149,9 +149,12 @@ class LanguageModel:
         source = pretrained_model_name_or_path
         remote: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         if offload == "disk" or is_bitmask(source):
-            config = config_with(read_config(source, **remote), dtype, attn_implementation)
-            checkpoint = Checkpoint(_local_folder(source, revision))
+            config, checkpoint = read_config(source, **remote), Checkpoint(_local_folder(source, revision))
+            config.dtype = config.dtype or checkpoint.dtype()
+            config = config_with(config, dtype, attn_implementation)
             lm = cls._assembled(checkpoint, config, pick_device(device), blocks_path, offload, scratch)
+            if (checkpoint.folder / "generation_config.json").is_file():
+                lm.model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
             lm.tokenizer = tokenizer or read_tokenizer(source, **remote)
             return lm
         options: dict[str, Any] = {"device_map": device_map, "attn_implementation": attn_implementation}
