@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -339,23 +340,16 @@ class LanguageModel:
         return int(name[len(self.blocks_path) + 1 :].partition(".")[0]) if inside else None
 
     def parts(self) -> Iterator[Tensors]:
-        """Every stored tensor by its name in the state dict: all but the blocks, then block by block; tied ones once."""
-        tied = set(self.model.all_tied_weights_keys or {})
-        rest: Tensors = {}
-        part: Tensors = {}
-        current = None
-        for name, tensor in self._state():
-            index = self._block_of(name)
-            if index != current and part:
-                yield part
-                part = {}
-            current = index
-            if index is not None:
-                part[name] = tensor
-            elif name not in tied:
-                rest[name] = tensor
-        if part:
+        """Every stored tensor by its name in the state dict: block by block, each until the next, then the rest; tied ones once."""
+        tied, rest = set(self.model.all_tied_weights_keys or {}), {}
+        for index, names in groupby(self.model.state_dict(), key=self._block_of):
+            if index is None:
+                rest |= {name: attrgetter(name)(self.model) for name in names if name not in tied}
+                continue
+            self.bring(index)
+            part = {name: attrgetter(name)(self.model) for name in names}
             yield part
+            part.clear()  # whoever still holds it: there is room for one block
         yield rest
 
     def pruned_names(self) -> list[str]:
