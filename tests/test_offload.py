@@ -115,8 +115,8 @@ def test_a_model_pruned_from_disk_has_the_weights_of_one_pruned_in_memory(family
         assert np.array_equal(disk.nll(TEXT), plain.nll(TEXT))
     for form in ("dense", "bitmask"):
         disk.save(tmp_path / form, form)
-        for offload in ("none", "disk"):
-            assert load(tmp_path / form, offload).fingerprint() == expected
+        for where in ("none", "disk"):
+            assert load(tmp_path / form, where).fingerprint() == expected
     assert load(saved(family)).fingerprint() == before, "the checkpoint itself is never written"
 
 
