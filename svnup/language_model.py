@@ -340,7 +340,10 @@ class LanguageModel:
         return int(name[len(self.blocks_path) + 1 :].partition(".")[0]) if inside else None
 
     def parts(self) -> Iterator[Tensors]:
-        """Every stored tensor by its name in the state dict: block by block, each until the next, then the others; tied once."""
+        """Every stored tensor by its name in the state dict: block by block, each valid until the next, then the rest.
+
+        Tied tensors come once.
+        """
         tied, rest = set(self.model.all_tied_weights_keys or {}), {}
         for index, names in groupby(self.model.state_dict(), key=self._block_of):
             if index is None:
