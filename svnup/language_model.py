@@ -150,6 +150,8 @@ class LanguageModel:
         source = pretrained_model_name_or_path
         remote: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         if offload == "disk" or is_bitmask(source):
+            if device_map is not None:
+                raise ValueError(f"model.device_map={device_map}: {source} is read for one device; use device_map=null")
             config, checkpoint = read_config(source, **remote), Checkpoint(_local_folder(source, revision))
             config.dtype = config.dtype or checkpoint.dtype()
             config = config_with(config, dtype, attn_implementation)
@@ -344,7 +346,8 @@ class LanguageModel:
 
         Tied tensors come once.
         """
-        tied, rest = set(self.model.all_tied_weights_keys or {}), {}
+        tied = set(self.model.all_tied_weights_keys or {})
+        rest: Tensors = {}
         for index, names in groupby(self.model.state_dict(), key=self._block_of):
             if index is None:
                 rest |= {name: attrgetter(name)(self.model) for name in names if name not in tied}

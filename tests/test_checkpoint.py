@@ -126,6 +126,8 @@ def test_an_expanded_checkpoint_has_the_logits_of_the_pruned_model(random_model,
     assert again.fingerprint() == lm.fingerprint()
     assert again.tokenizer("some text")["input_ids"] == lm.tokenizer("some text")["input_ids"]
     assert LanguageModel.load(str(tmp_path / "small"), device="cpu", dtype="bfloat16").dtype == "bfloat16"
+    with pytest.raises(ValueError, match=r"model\.device_map=auto: .*device_map=null"):
+        LanguageModel.load(str(tmp_path / "small"), device_map="auto")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

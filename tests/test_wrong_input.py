@@ -264,6 +264,12 @@ def test_offload_of_checkpoints(capsys, monkeypatch, tmp_path):
         line = refused(capsys, monkeypatch, *local("svnup/tiny"), f"offload={offload}", "model.device_map=auto")
         assert "model.device_map=auto" in line
         assert f"device_map=null with offload={offload}" in line
+    (tmp_path / "bits").mkdir()
+    (tmp_path / "bits" / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 5}')
+    (tmp_path / "bits" / "svnup_bitmask.json").write_text("{}")
+    line = refused(capsys, monkeypatch, *local("./bits"), "model.device_map=auto")
+    assert "model.device_map=auto" in line
+    assert "svnup-expand" in line
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 5}')
     (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"pickled")
