@@ -152,3 +152,38 @@ def test_masks_of_a_model_on_disk_are_those_of_one_in_memory(random_model, tmp_p
     assert plain.keys() == disk.keys()
     assert all(torch.equal(plain[n], disk[n]) for n in plain)
     assert json.loads(Path(tmp_path / "m" / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+@pytest.mark.parametrize("then", ["the same", "force", "other weights", "in memory"])
+def test_an_interrupted_job_on_disk_goes_on_unless_something_changed(then, random_model, tmp_path, monkeypatch):
+    from svnup.pruning.wanda import Wanda
+
+    for seed in (0, 1):
+        random_model(3, seed=seed).save(tmp_path / f"seed{seed}")
+    (tmp_path / "seed0").rename(tmp_path / "source")
+    job = [*(a for a in PRETRAINED if "pruner" not in a), "model.pretrained_model_name_or_path=source", "dataset.n_seq=4"]
+    prune, calls = Wanda.prune, []
+
+    def fails(self, weight, stats, sparsity):
+        calls.append(sparsity)
+        if len(calls) == 7 + 3:
+            raise RuntimeError("power cut")
+        return prune(self, weight, stats, sparsity)
+
+    monkeypatch.setattr(Wanda, "prune", fails)
+    with pytest.raises(RuntimeError, match="power cut"):
+        command(*job, "offload=disk", "results_dir=results")
+    assert (only_row()["status"], only_row()["metrics"]) == ("failed", {})
+    assert [p.name for p in sorted((run_folder() / "offload").glob("block-*"))] == ["block-00000.safetensors"]
+    if then == "other weights":
+        (tmp_path / "source").rename(tmp_path / "before")
+        (tmp_path / "seed1").rename(tmp_path / "source")
+    calls[:] = [0.0] * 100  # past the power cut
+    more = {"the same": ["offload=disk"], "force": ["offload=disk", "force=true"], "in memory": []}.get(then, ["offload=disk"])
+    done = command(*job, *more, "results_dir=results")
+    assert done.code == 0, done.err
+    assert len(calls) - 100 == (14 if then == "the same" else 21)
+    assert not (run_folder() / "offload").exists()
+    assert command(*job, "results_dir=alone").code == 0
+    for key in ("metrics", "dense", "sparsity", "profile", "config_key"):
+        assert only_row()[key] == only_row("alone")[key], key
