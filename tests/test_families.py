@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -148,6 +149,11 @@ def _own_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    logger = logging.getLogger("svnup")  # main() gives it handlers
+    before = (logger.handlers[:], logger.propagate, logger.level)
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[1]
+    logger.setLevel(before[2])
 
 
 JOB = [
@@ -165,8 +171,15 @@ def command(monkeypatch, capsys, *args):
     return code, capsys.readouterr()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
-@pytest.mark.parametrize("offload", ["none", "disk"])
+@pytest.mark.parametrize(
+    ("family", "offload"),
+    [
+        ("gpt2", "none"),
+        ("gemma3", "disk"),
+        pytest.param("gpt2", "disk", marks=pytest.mark.slow),
+        pytest.param("gemma3", "none", marks=pytest.mark.slow),
+    ],
+)
 def test_a_family_through_the_command(family, offload, tmp_path, monkeypatch, capsys):
     make(family, read_tokenizer(str(BUILT_IN_FOLDER)), **VOCABULARY).save(tmp_path / "source")
     code, said = command(monkeypatch, capsys, *JOB, "pruner=sparsegpt", "save_model=true", f"offload={offload}")

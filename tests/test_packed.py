@@ -154,7 +154,9 @@ def test_masks_of_a_model_on_disk_are_those_of_one_in_memory(random_model, tmp_p
     assert json.loads(Path(tmp_path / "m" / "config.json").read_text())["num_hidden_layers"] == 2
 
 
-@pytest.mark.parametrize("then", ["the same", "force", "other weights", "in memory"])
+@pytest.mark.parametrize(
+    "then", ["the same", "other weights", *(pytest.param(n, marks=pytest.mark.slow) for n in ("force", "in memory"))]
+)
 def test_an_interrupted_job_on_disk_goes_on_unless_something_changed(then, random_model, tmp_path, monkeypatch):
     from svnup.pruning.wanda import Wanda
 
