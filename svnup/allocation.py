@@ -125,6 +125,8 @@ class FromFile:
         profile = self._read()
         try:
             if profile.pattern != pattern or profile.params.tolist() != params.tolist():
+                if profile.linears is not None:
+                    raise ValueError(f"it divides blocks of {profile.params.tolist()} weights among their linears")
                 budget = profile.sparsity if profile.requested is None else profile.requested
                 return in_steps(budget, params, sparsity, pattern)
             return profile

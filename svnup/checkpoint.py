@@ -36,12 +36,11 @@ class Checkpoint:
         self._shapes: dict[str, list[int]] = {}  # of the matrices that are packed
         single, index = self.folder / "model.safetensors", self.folder / INDEX
         if is_bitmask(self.folder):
-            data = _read_json(self.folder / BITMASK)
-            if data.get("version") != BITMASK_VERSION:
-                raise ValueError(f"{self.folder}: bitmask version {data.get('version')}; this svnup reads {BITMASK_VERSION}")
-            self._files, self._shapes = data["files"], data["shapes"]
+            version, self._files, self._shapes = _read_json(self.folder / BITMASK, "version", "files", "shapes")
+            if version != BITMASK_VERSION:
+                raise ValueError(f"{self.folder}: bitmask version {version}; this svnup reads {BITMASK_VERSION}")
         elif index.is_file():
-            self._files = _read_json(index)["weight_map"]
+            (self._files,) = _read_json(index, "weight_map")
         elif single.is_file():
             with _opened(single) as file:
                 self._files = dict.fromkeys(file.keys(), single.name)
@@ -72,12 +71,23 @@ class Checkpoint:
         for file_name, wanted in groups.items():
             with _opened(self.folder / file_name) as file:
                 for name in wanted:
-                    out[name] = self._unpacked(file, name) if name in self._shapes else file.get_tensor(name).clone()
+                    out[name] = self._unpacked(file, name) if name in self._shapes else self._stored(file, name).clone()
         return out
 
+    def dtype(self) -> torch.dtype | None:
+        """Of the first tensor of floating point, as `from_pretrained` takes it where the configuration names none."""
+        tensors = (self.read([name])[name] for name in self.names())
+        return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+
+    def _stored(self, file: Any, name: str) -> Tensor:
+        try:
+            return file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.folder}: cannot be read ({error}); copy the checkpoint again") from None
+
     def _unpacked(self, file: Any, name: str) -> Tensor:
-        values, shape = file.get_tensor(f"{name}.values"), self._shapes[name]
-        keep = unpack(file.get_tensor(f"{name}.bits"), shape)
+        values, shape = self._stored(file, f"{name}.values"), self._shapes[name]
+        keep = unpack(self._stored(file, f"{name}.bits"), shape)
         if int(keep.sum()) != len(values):
             raise ValueError(f"{self.folder}: {name} is damaged: {int(keep.sum())} bits for {len(values)} values")
         return torch.zeros(shape, dtype=values.dtype).masked_scatter_(keep, values)
@@ -188,11 +198,15 @@ def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, *keys: str) -> list[Any]:
+    """The values of these keys."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return [data[key] for key in keys]
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); copy the checkpoint again") from None
+    except (KeyError, TypeError):
+        raise ValueError(f"{path}: lacks one of {', '.join(keys)}; copy the checkpoint again") from None
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -21,7 +22,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -149,9 +150,14 @@ class LanguageModel:
         source = pretrained_model_name_or_path
         remote: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         if offload == "disk" or is_bitmask(source):
-            config = config_with(read_config(source, **remote), dtype, attn_implementation)
-            checkpoint = Checkpoint(_local_folder(source, revision))
+            if device_map is not None:
+                raise ValueError(f"model.device_map={device_map}: {source} is read for one device; use device_map=null")
+            config, checkpoint = read_config(source, **remote), Checkpoint(_local_folder(source, revision))
+            config.dtype = config.dtype or checkpoint.dtype()
+            config = config_with(config, dtype, attn_implementation)
             lm = cls._assembled(checkpoint, config, pick_device(device), blocks_path, offload, scratch)
+            if (checkpoint.folder / "generation_config.json").is_file():
+                lm.model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
             lm.tokenizer = tokenizer or read_tokenizer(source, **remote)
             return lm
         options: dict[str, Any] = {"device_map": device_map, "attn_implementation": attn_implementation}
@@ -338,23 +344,20 @@ class LanguageModel:
         return int(name[len(self.blocks_path) + 1 :].partition(".")[0]) if inside else None
 
     def parts(self) -> Iterator[Tensors]:
-        """Every stored tensor by its name in the state dict: all but the blocks, then block by block; tied ones once."""
+        """Every stored tensor by its name in the state dict: block by block, each valid until the next, then the rest.
+
+        Tied tensors come once.
+        """
         tied = set(self.model.all_tied_weights_keys or {})
         rest: Tensors = {}
-        part: Tensors = {}
-        current = None
-        for name, tensor in self._state():
-            index = self._block_of(name)
-            if index != current and part:
-                yield part
-                part = {}
-            current = index
-            if index is not None:
-                part[name] = tensor
-            elif name not in tied:
-                rest[name] = tensor
-        if part:
+        for index, names in groupby(self.model.state_dict(), key=self._block_of):
+            if index is None:
+                rest |= {name: attrgetter(name)(self.model) for name in names if name not in tied}
+                continue
+            self.bring(index)
+            part = {name: attrgetter(name)(self.model) for name in names}
             yield part
+            part.clear()  # whoever still holds it: there is room for one block
         yield rest
 
     def pruned_names(self) -> list[str]:

@@ -143,6 +143,14 @@ class Pretrained:
             raise ValueError(
                 f"device_map={self.device_map}: spreads the model itself; use device_map=null with offload={offload}"
             )
+        if self.device_map is not None and self._is_local:
+            from svnup.checkpoint import is_bitmask
+
+            if is_bitmask(self._source):
+                raise ValueError(
+                    f"device_map={self.device_map}: a bitmask checkpoint is read for one device; use device_map=null, or "
+                    "make a dense one with svnup-expand"
+                )
         if offload == "disk" and self._is_local:
             from svnup.checkpoint import Checkpoint
 

@@ -83,6 +83,7 @@ class DiskShelf:
 
     def bring(self, index: int) -> None:
         if index != self._here:
+            self._leave()  # before the next one is read: there is room for one
             self._put(index, read_tensors(self._path(index))[0] if index in self._changed else self._read(index))
 
     def settle(self, index: int, key: str, note: str) -> None:
@@ -104,20 +105,29 @@ class DiskShelf:
     def _path(self, index: int) -> Path:
         return self._scratch / f"block-{index:05d}.safetensors"
 
-    def _put(self, index: int, weights: Tensors) -> None:
+    def _leave(self) -> None:
         if self._here is not None:
             empty(self._blocks[self._here])
         self._here = None
+
+    def _put(self, index: int, weights: Tensors) -> None:
+        self._leave()
         fill(self._blocks[index], weights, self._device)
         self._here = index
 
 
 def fill(module: nn.Module, weights: Tensors, device: torch.device) -> None:
-    """Give a module's empty parameters their values, in the dtype that they have, on a device."""
+    """Give a module's empty parameters their values, in the dtype that they have, on a device.
+
+    Raises ValueError where a value has another shape.
+    """
     for name, value in weights.items():
         owner, leaf = _owner(module, name)
-        dtype = owner._parameters[leaf].dtype  # type: ignore[union-attr]
-        owner._parameters[leaf] = nn.Parameter(value.to(device, dtype), requires_grad=False)
+        empty = owner._parameters[leaf]
+        assert empty is not None
+        if value.shape != empty.shape:
+            raise ValueError(f"{name} has shape {list(value.shape)} in the checkpoint, and {list(empty.shape)} in the model")
+        owner._parameters[leaf] = nn.Parameter(value.to(device, empty.dtype), requires_grad=False)
 
 
 def empty(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from svnup.allocation import FromFile, ScoreBudget, Uniform, check_pattern, project, rescale
+from svnup.allocation import FromFile, ScoreBudget, Uniform, check_pattern, in_steps, project, rescale, split_block
 from svnup.types import BlockScores, SparsityProfile
 
 SCALES = ("clip", "rank", "log", "raw")
@@ -309,3 +309,136 @@ def test_a_profile_that_does_not_fit_the_blocks_of_this_model(write):
         FromFile(write(GOOD)).allocate(None, np.array([10, 30]), 0.5)
     with pytest.raises(ValueError, match="3"):
         FromFile(write(GOOD)).allocate(None, np.array([10, 10, 10]), 0.5)
+
+
+# -- steps
+
+
+@st.composite
+def step_budgets(draw):
+    """(budget, params, target, M, whether all blocks are of one size)"""
+    m, n = draw(st.sampled_from([2, 4, 8, 16])), draw(st.integers(1, 12))
+    equal = draw(st.booleans())
+    size = st.integers(1, 50)
+    params = np.full(n, 24) if equal else np.array(draw(st.lists(size, min_size=n, max_size=n)))
+    target = draw(st.floats(0.01, (m - 1) / m))
+    wish = np.array(draw(st.lists(st.floats(0, 1), min_size=n, max_size=n)))
+    upper = draw(st.floats(target, 1))
+    return project(wish, params, target, 0.0, upper), params, target, m, equal
+
+
+@given(step_budgets())
+def test_steps_are_as_near_to_the_target_as_single_steps_allow(case):
+    budget, params, target, m, equal = case
+    profile = in_steps(budget, params, target, f"mixed:{m}")
+    steps = np.round(profile.sparsity * m)
+    np.testing.assert_allclose(profile.sparsity * m, steps, atol=1e-9)
+    assert steps.min() >= 0
+    assert steps.max() <= m - 1, "at least a weight of every group is kept"
+    np.testing.assert_array_equal(profile.requested, budget)
+    excess = params @ (steps - target * m)
+    for index in range(len(steps)):
+        for step in (-1, 1):
+            if 0 <= steps[index] + step <= m - 1:
+                assert abs(excess + step * params[index]) >= abs(excess) - 1e-6
+    if equal:
+        assert abs(profile.mean - target) <= 0.5 / m / len(steps) + 1e-9
+    again = SparsityProfile.from_dict(json.loads(json.dumps(profile.to_dict())))
+    assert again.to_dict() == profile.to_dict()
+
+
+@given(step_budgets())
+def test_steps_move_no_block_further_than_they_must(case):
+    """Among blocks of one size, each has the nearest step, or all that moved on did so towards the target."""
+    budget, params, target, m, equal = case
+    assume(equal)
+    steps = np.round(in_steps(budget, params, target, f"mixed:{m}").sparsity * m)
+    nearest = np.clip(np.floor(budget * m + 0.5), 0, m - 1)
+    moved = steps - nearest
+    excess = params @ (nearest - target * m)
+    assert (moved * np.sign(excess) <= 0).all()
+
+
+def test_steps_by_hand():
+    one = np.ones(4, dtype=int)
+    profile = in_steps(np.array([0.50, 0.70, 0.72, 0.88]), one, 0.7, "mixed:8")
+    # eighths wanted: 4, 5.6, 5.76, 7.04; nearest 4, 6, 6, 7 = 23 where 22.4 are asked for: 22 is nearer, and 5.6 was moved most
+    assert (profile.sparsity * 8).tolist() == [4, 5, 6, 7]
+    profile = in_steps(
+        np.array([0.8, 0.8, 0.8, 0.8]), one, 0.8, "mixed:8"
+    )  # 6.4 each: 24 where 25.6 are asked for, so two more
+    assert (profile.sparsity * 8).tolist() == [6, 6, 7, 7], "among equals the first keeps more"
+    profile = in_steps(np.full(4, 0.7), one, 0.7, "mixed:8")  # 5.6 each, 24 where 22.4: two less, or one (0.6 over, 0.4 under)
+    assert (profile.sparsity * 8).tolist() == [5, 5, 6, 6]
+
+
+def test_other_patterns_have_no_steps_to_take():
+    budget = np.array([0.45, 0.55])
+    for pattern in ("unstructured", "2:4"):
+        profile = in_steps(budget, np.array([1, 1]), 0.5, pattern)
+        assert profile.sparsity.tolist() == [0.45, 0.55]
+        assert profile.requested is None
+
+
+def test_every_allocator_takes_steps(write):
+    params = np.array([10, 10, 20])
+    profiles = [
+        Uniform().allocate(None, params, 0.7, "mixed:8"),
+        ScoreBudget(lam=0.2).allocate(BlockScores([1.0, 2.0, 3.0], "m"), params, 0.7, "mixed:8"),
+        FromFile(write(SparsityProfile([0.8, 0.6, 0.7], params, 0.7).to_dict())).allocate(None, params, 0.7, "mixed:8"),
+    ]
+    for profile in profiles:
+        assert profile.pattern == "mixed:8"
+        assert np.average(profile.requested, weights=params) == pytest.approx(0.7, abs=1e-9)
+    path = write(profiles[1].to_dict())
+    FromFile(path).check(3, 0.7, "mixed:8")
+    assert FromFile(path).allocate(None, params, 0.7, "mixed:8").to_dict() == profiles[1].to_dict()
+    free = FromFile(path).allocate(None, params, 0.7)
+    assert free.pattern == "unstructured"
+    assert free.sparsity.tolist() == profiles[1].requested.tolist(), "without steps what was requested"
+
+
+def test_mixed_patterns_leave_a_weight_in_every_group():
+    for sparsity in (0.875, 0.2, 0.0):
+        Uniform().check(4, sparsity, "mixed:8")
+    with pytest.raises(ValueError, match=r"pattern=mixed:8: .*sparsity=0\.9; choose at most 0\.875"):
+        Uniform().check(4, 0.9, "mixed:8")
+
+
+def test_profiles_of_linears_from_files(write):
+    linears = [{"a": {"sparsity": 0.3, "size": 5}, "b": {"sparsity": 0.5, "size": 5}}, {"a": {"sparsity": 0.6, "size": 10}}]
+    path = write(GOOD | {"linears": linears})
+    profile = FromFile(path).allocate(None, np.array([10, 10]), 0.5)
+    assert profile.of(0, "b") == 0.5
+    with pytest.raises(ValueError, match=r"does not fit.*among their linears"):
+        FromFile(path).allocate(None, np.array([70, 70]), 0.5)  # dropping what it says of linears would be another profile
+    half = [{"a": {"sparsity": 0.5, "size": 10}}] * 2
+    with pytest.raises(ValueError, match=r"pattern=2:4: .*pattern=unstructured"):
+        FromFile(write(GOOD | {"sparsity": [0.5, 0.5], "linears": half})).check(2, 0.5, "2:4")
+
+
+# -- inside a block
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1e3), st.integers(1, 10**6)), min_size=1, max_size=9),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.sampled_from(SCALES),
+)
+def test_a_block_is_divided_exactly_and_scores_decide_the_order(cases, sparsity, lam, scale):
+    scores, sizes = np.array([c[0] for c in cases]), np.array([c[1] for c in cases])
+    assume(scale != "log" or scores.max() > 0 or np.ptp(scores) == 0)
+    shares = split_block(scores, sizes, sparsity, lam, scale)
+    assert np.average(shares, weights=sizes) == pytest.approx(sparsity, abs=1e-9)
+    assert shares.min() >= max(0.0, sparsity - 0.3)
+    assert shares.max() <= max(sparsity, min(0.95, sparsity + 0.2))
+    order = np.argsort(scores)
+    assert (np.diff(shares[order]) <= 1e-9).all(), "a higher score keeps more"
+    if lam == 0 or np.ptp(scores) == 0:
+        np.testing.assert_allclose(shares, sparsity, atol=1e-9)
+
+
+def test_a_block_divided_by_hand():
+    # z = 0, 1; mean (3 * 0 + 1 * 1) / 4; wish = 0.6 - 0.2 (z - 1/4)
+    np.testing.assert_allclose(split_block(np.array([5.0, 9.0]), np.array([3, 1]), 0.6, 0.1, "raw"), [0.65, 0.45], atol=1e-12)

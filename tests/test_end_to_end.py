@@ -504,6 +504,75 @@ def test_every_group_of_a_saved_n_m_model_has_exactly_n_zeros():
     assert len(seen) == 6
 
 
+def test_every_group_of_a_mixed_model_has_the_n_of_its_block():
+    args = ["pattern='mixed:8'", "allocator=uniform,shapley", "pruner=wanda,sparsegpt", "allocator.scale=rank"]
+    for allocator in ("uniform", "shapley"):
+        args[1] = f"allocator={allocator}"
+        done = command("-m", *JOB, *HERE, *(args if allocator == "shapley" else args[:3]), "save_model=true")
+        assert done.code == 0, done.err
+    found = rows()
+    assert len(found) == 4
+    for row in found:
+        model = AutoModelForCausalLM.from_pretrained(Path("results/runs") / row["config_key"] / "model")
+        profile, uniform = row["profile"], row["shapley"] is None
+        steps = [round(8 * s) for s in profile["sparsity"]]
+        assert [8 * s for s in profile["sparsity"]] == steps
+        assert profile["pattern"] == "mixed:8"
+        assert np.mean(profile["requested"]) == pytest.approx(0.7, abs=1e-9)
+        assert abs(np.mean(profile["sparsity"]) - 0.7) <= 0.5 / 8 / 3 + 1e-9
+        assert profile["actual"] == profile["sparsity"]
+        assert (np.ptp(profile["requested"]) < 1e-9) == uniform
+        assert row["sparsity"] == {"target": 0.7, "actual": pytest.approx(sum(steps) / 24), "pattern": "mixed:8"}
+        if not uniform:
+            assert len(set(steps)) > 1
+        for index, n in enumerate(steps):
+            linears = {k: w for k, w in model.model.layers[index].named_parameters() if w.ndim == 2}
+            assert len(linears) == 7
+            assert all(((w.view(w.shape[0], -1, 8) == 0).sum(-1) == n).all() for w in linears.values())
+    shutil.copy(run_folder_of(found, "ScoreBudget") / "profile.json", "mine.json")
+    done = command(
+        *JOB, "pattern='mixed:8'", "allocator=from_file", "allocator.path=mine.json", "results_dir=other", "cache_dir=cache"
+    )
+    assert done.code == 0, done.err
+    (like,) = [r for r in found if r["shapley"] is not None and "Wanda" in r["config"]["pruner"]["_target_"]]
+    assert only_row("other")["metrics"] == like["metrics"]
+    assert only_row("other")["profile"] == like["profile"]
+
+
+def run_folder_of(found: list[dict[str, Any]], allocator: str) -> Path:
+    row = next(r for r in found if r["config"]["allocator"]["_target_"].endswith(allocator))
+    return Path("results/runs") / row["config_key"]
+
+
+@pytest.mark.parametrize("split", ["error", "outliers"])
+def test_a_block_divided_among_its_linears_and_its_profile_fed_back(split):
+    # a larger amplitude, so that linears of random weights differ, and a threshold that they reach
+    more = ["split.lam=0.1", *(["split.threshold=2"] if split == "outliers" else [])]
+    done = command(*JOB, *HERE, "allocator.scale=rank", f"split={split}", *more)
+    assert done.code == 0, done.err
+    row = only_row()
+    profile = row["profile"]
+    for index, shares in enumerate(profile["linears"]):
+        assert len(shares) == 7
+        spread = [s["sparsity"] for s in shares.values()]
+        assert np.ptp(spread) > 0.01
+        mean = np.average(spread, weights=[s["size"] for s in shares.values()])
+        assert mean == pytest.approx(profile["sparsity"][index], abs=1e-9)
+    for p in row["pruning"]["per_linear"]:
+        asked = profile["linears"][p["block"]][p["name"]]["sparsity"]
+        assert p["n_zeros"] == int(asked * p["size"] + 1e-6)
+    shutil.copy(run_folder() / "profile.json", "mine.json")
+    assert command(*JOB, "results_dir=other", "cache_dir=cache", "allocator=from_file", "allocator.path=mine.json").code == 0
+    assert only_row("other")["metrics"] == row["metrics"]
+    assert only_row("other")["profile"] == profile
+    done = command(*JOB, "results_dir=plain", "cache_dir=cache", "allocator.scale=rank")
+    assert done.code == 0
+    plain = only_row("plain")
+    assert plain["profile"]["sparsity"] == profile["sparsity"]
+    assert plain["metrics"] != row["metrics"]
+    assert "linears" not in plain["profile"]
+
+
 def test_asking_a_finished_job_for_its_model_writes_it_or_says_that_it_does_not(finished):
     done = command(*JOB, *HERE, "save_model=true")
     assert (run_folder() / "model" / "config.json").is_file() or "save_model" in done.out + done.err

@@ -19,8 +19,10 @@ from svnup.types import (
     PruneReport,
     ResultRow,
     ShapleyValues,
+    Share,
     SparsityProfile,
     parse_pattern,
+    steps_of,
 )
 
 
@@ -175,3 +177,84 @@ def test_result_rows_survive_json_and_carry_their_version():
         ResultRow.from_json(json.dumps(json.loads(row.to_json()) | {"schema_version": 99}))
     with pytest.raises(ValueError, match="JSON compliant"):
         ResultRow("finished", "k", {}, {}, {}, seconds=math.nan).to_json()
+
+
+# -- steps, and linears
+
+
+@pytest.mark.parametrize(("pattern", "group"), [("mixed:8", (None, 8)), ("mixed:2", (None, 2)), ("mixed:16", (None, 16))])
+def test_mixed_patterns(pattern, group):
+    assert parse_pattern(pattern) == group
+
+
+@pytest.mark.parametrize("pattern", ["mixed:1", "mixed:0", "mixed:", "mixed", "mixed:2:4", "mixed:08", "2:mixed", "mixed:-8"])
+def test_mixed_patterns_that_do_not_exist(pattern):
+    with pytest.raises(ValueError, match=r"pattern=.*unstructured.*N:M.*mixed:8"):
+        parse_pattern(pattern)
+
+
+def test_the_steps_of_a_pattern():
+    assert steps_of("unstructured", 0.5) is None
+    assert steps_of("2:4", 0.5) == (2, 4)
+    assert [steps_of("mixed:8", n / 8) for n in range(9)] == [(n, 8) for n in range(9)]
+
+
+def test_a_mixed_profile_is_in_steps_and_keeps_what_was_requested():
+    profile = SparsityProfile([0.5, 0.75], [10, 10], 0.62, "mixed:8", requested=[0.51, 0.73])
+    assert profile.requested.tolist() == [0.51, 0.73]
+    assert not profile.requested.flags.writeable
+    again = SparsityProfile.from_dict(json.loads(json.dumps(profile.to_dict())))
+    assert again.to_dict() == profile.to_dict()
+    assert again.requested.tolist() == [0.51, 0.73]
+    assert "requested" not in SparsityProfile([0.5], [1], 0.5).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "requested", "message"),
+    [
+        ([0.5, 0.75], None, "steps of 1/8"),
+        ([0.5, 0.74], [0.5, 0.74], "steps of 1/8"),
+        ([0.5, 0.75], [0.5, 0.62], "mean sparsity"),
+        ([0.5, 0.5], [0.62, 0.62], "mean sparsity"),  # by 0.12, and a step of one of two equal blocks is 0.0625
+        ([0.5, 0.75], [0.62], "1 requested sparsities for 2"),
+        ([0.5, 0.75], [0.62, math.nan], "finite"),
+    ],
+)
+def test_mixed_profiles_that_make_no_sense(sparsity, requested, message):
+    with pytest.raises(ValueError, match=message):
+        SparsityProfile(sparsity, [10, 10], 0.62, "mixed:8", requested=requested)
+
+
+LINEARS = ({"a": Share(0.25, 20), "b": Share(0.75, 20)}, {"a": Share(0.6, 30), "b": Share(0.6, 10)})
+
+
+def test_linears_have_sparsities_of_their_own():
+    profile = SparsityProfile([0.5, 0.6], [40, 40], 0.55, linears=LINEARS)
+    assert [profile.of(0, "a"), profile.of(0, "b"), profile.of(1, "b")] == [0.25, 0.75, 0.6]
+    assert SparsityProfile([0.5, 0.6], [40, 40], 0.55).of(1, "anything") == 0.6
+    again = SparsityProfile.from_dict(json.loads(json.dumps(profile.to_dict())))
+    assert again.linears == LINEARS
+    assert again.to_dict() == profile.to_dict()
+    assert "linears" not in SparsityProfile([0.5], [1], 0.5).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("linears", "message"),
+    [
+        (LINEARS[:1], "linears of 1 blocks in a profile of 2"),
+        ((LINEARS[0], {"a": Share(0.6, 30)}), "block 1: its linears have 30 weights"),
+        ((LINEARS[0], {"a": Share(0.7, 30), "b": Share(0.6, 10)}), r"block 1: .* mean sparsity 0\.675"),
+        (({"a": Share(1.25, 20), "b": Share(-0.25, 20)}, LINEARS[1]), "block 0"),
+        (({}, LINEARS[1]), "block 0: its linears have 0 weights"),
+    ],
+)
+def test_linears_that_do_not_make_up_their_block(linears, message):
+    with pytest.raises(ValueError, match=message):
+        SparsityProfile([0.5, 0.6], [40, 40], 0.55, linears=linears)
+
+
+def test_the_linears_of_a_block_share_its_n():
+    shares = tuple({"a": Share(0.5, 40)} for _ in range(2))
+    for pattern, requested in (("2:4", None), ("mixed:8", [0.5, 0.5])):
+        with pytest.raises(ValueError, match=rf"pattern={pattern}: .*pattern=unstructured"):
+            SparsityProfile([0.5, 0.5], [40, 40], 0.5, pattern, requested, shares)

@@ -128,6 +128,35 @@ CONFIG_ALONE = {
         ["pruner._target_=svnup.pruning.wanda.Wnada"],
         ["pruner._target_=svnup.pruning.wanda.Wnada", "check the spelling"],
     ),
+    "mixed pattern beyond its steps": (
+        ["pattern='mixed:8'", "sparsity=0.95", "allocator=uniform"],
+        ["pattern=mixed:8", "sparsity=0.95", "at most 0.875", "pattern=unstructured"],
+    ),
+    "mixed pattern that does not exist": (["pattern='mixed:1'"], ["pattern=mixed:1", "'mixed:8'"]),
+    "mixed pattern beyond the width": (
+        ["pattern='mixed:8'", "model.intermediate_size=68"],
+        ["pattern=mixed:8", "68", "pattern=unstructured"],
+    ),
+    "offload typo": (["offload=dsk"], ["offload=dsk", "none, cpu or disk", "did you mean disk?"]),
+    "offload of random weights to disk": (["offload=disk"], ["offload=disk", "no checkpoint", "offload=cpu"]),
+    "offload with stand-ins": (
+        ["offload=cpu", "shapley.game.absence=prune"],
+        ["offload=cpu", "shapley.game.absence=prune", "absence=skip"],
+    ),
+    "split unknown": (["split=errors"], ["split=errors", "error, outliers, uniform", "did you mean error?"]),
+    "split without errors": (["split=error", "pruner=magnitude"], ["split=error", "errors of a pruner", "another pruner"]),
+    "split that prunes twice, offloaded": (["split=error", "offload=cpu"], ["offload=cpu", "split=error", "split=uniform"]),
+    "split under a fixed N:M": (
+        ["split=outliers", "pattern='2:4'", "sparsity=0.5", "allocator=uniform"],
+        ["pattern=2:4", "share its N", "split=uniform"],
+    ),
+    "split under mixed N:M": (["split=error", "pattern='mixed:8'"], ["pattern=mixed:8", "split=uniform"]),
+    "split amplitude": (["split=error", "split.lam=2"], ["split.lam=2", "0 to 1"]),
+    "split option of another": (["split=error", "+split.threshold=3"], ["split.threshold=3", "no such option"]),
+    "split threshold": (["split=outliers", "split.threshold=0"], ["split.threshold=0", "positive"]),
+    "save format typo": (["save_model=true", "save_format=bitmap"], ["save_format=bitmap", "dense or bitmask", "did you mean"]),
+    "save format of nothing": (["save_format=bitmask"], ["save_format=bitmask", "add save_model=true"]),
+    "save masks not a truth value": (["save_masks=perhaps"], ["save_masks=perhaps", "right type"]),
     "override syntax": (["dataset.n_seq=[1"], ["dataset.n_seq=[1", "quotes"]),
 }
 
@@ -227,6 +256,33 @@ def test_model_paths(capsys, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("a file, not a folder")
     line = refused(capsys, monkeypatch, *local("./file"))
     assert f"{key}=./file" in line
+
+
+def test_offload_of_checkpoints(capsys, monkeypatch, tmp_path):
+    """A model that is spread over devices cannot wait elsewhere; one without safetensors, or with torn ones, cannot on disk."""
+    from importlib.machinery import ModuleSpec
+
+    monkeypatch.setattr("svnup.model.find_spec", lambda name: ModuleSpec(name, None))  # as if accelerate were there
+    for offload in ("cpu", "disk"):
+        line = refused(capsys, monkeypatch, *local("svnup/tiny"), f"offload={offload}", "model.device_map=auto")
+        assert "model.device_map=auto" in line
+        assert f"device_map=null with offload={offload}" in line
+    (tmp_path / "bits").mkdir()
+    (tmp_path / "bits" / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 5}')
+    (tmp_path / "bits" / "svnup_bitmask.json").write_text("{}")
+    line = refused(capsys, monkeypatch, *local("./bits"), "model.device_map=auto")
+    assert "model.device_map=auto" in line
+    assert "svnup-expand" in line
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 5}')
+    (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"pickled")
+    line = refused(capsys, monkeypatch, *local("./old"), "offload=disk")
+    assert "old: no safetensors checkpoint" in line
+    assert "safe_serialization" in line
+    (tmp_path / "old" / "model.safetensors").write_bytes(b"torn")
+    line = refused(capsys, monkeypatch, *local("./old"), "offload=disk")
+    assert "model.safetensors: cannot be read" in line
+    assert "copy the checkpoint again" in line
 
 
 def test_a_checkpoint_without_a_tokenizer(capsys, monkeypatch, tmp_path):

@@ -107,6 +107,9 @@ def prune_model(lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tok
     """
     if len(profile.sparsity) != lm.n_blocks:
         raise ValueError(f"a profile of {len(profile.sparsity)} blocks cannot prune {lm.n_blocks} blocks")
+    for index, shares in enumerate(profile.linears or ()):
+        if {name: share.size for name, share in shares.items()} != _sizes(lm, index):
+            raise ValueError(f"a profile of the linears {list(shares)} cannot prune block {index} with {_sizes(lm, index)}")
     key = _key(profile, pruner, tokens) if lm.offloaded else ""
     clock = {"inputs": 0.0, "prune": 0.0}
     start = time.perf_counter()
@@ -124,6 +127,10 @@ def prune_model(lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tok
     total = time.perf_counter() - start
     seconds = clock | {"rerun": total - sum(clock.values()), "total": total}
     return PruneReport(tuple(reports), seconds, peak_memory(lm.device))
+
+
+def _sizes(lm: LanguageModel, index: int) -> dict[str, int]:
+    return {name: linear.weight.numel() for name, linear in lm.linears(index).items()}
 
 
 def _prune_block(visit: Visit, profile: SparsityProfile, pruner: Pruner, clock: dict[str, float]) -> list[LinearReport]:
