@@ -80,7 +80,8 @@ def _run(cfg: Any, overrides: list[str], texts: config.Texts) -> None:
     earlier, prints = folder.read(), job.fingerprints()
     changed = earlier is not None and earlier.fingerprints != prints
     unsaved = not folder.has(job.save_model, job.save_format, job.save_masks)
-    if earlier is not None and earlier.status == "finished" and not (job.force or changed or sharded or unsaved):
+    stands = earlier is not None and earlier.status == "finished" and not (job.force or changed)
+    if earlier is not None and stands and not (sharded or unsaved):
         _say(f"already finished, not run again (force=true redoes it): {folder.path}")
         _print_result(earlier)
         return
@@ -100,7 +101,8 @@ def _run(cfg: Any, overrides: list[str], texts: config.Texts) -> None:
 
     made_by = provenance(["svnup", *map(shlex.quote, overrides)], overrides, job.seed)
     blank = ResultRow("running", job.key, job.config, made_by, prints)
-    folder.write(blank)
+    if not stands:  # one that is only run to save its model stays until it has the same again
+        folder.write(blank)
     folder.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     handler = _log_to(folder.path / "svnup.log")
     row = None
@@ -111,7 +113,7 @@ def _run(cfg: Any, overrides: list[str], texts: config.Texts) -> None:
             folder.clear_scratch()
             log(row, plots.figures(row, folder.path / "figures"))
     except Exception as error:
-        if row is None:  # a result stands, whatever becomes of its figures or of W&B
+        if row is None and not stands:  # a result stands, whatever becomes of its figures or of W&B
             folder.write(replace(blank, status="failed", error=f"{type(error).__name__}: {error}"))
         raise
     finally:

@@ -192,10 +192,16 @@ def save_tensors(tensors: Tensors, path: Path, metadata: dict[str, str] | None =
     temporary.replace(path)
 
 
-def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """All tensors of one safetensors file, on the CPU, and its metadata."""
+def read_tensors(path: Path) -> Tensors:
+    """All tensors of one safetensors file, on the CPU."""
     with _opened(path) as file:
-        return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors."""
+    with _opened(path) as file:
+        return file.metadata() or {}
 
 
 def _read_json(path: Path, *keys: str) -> list[Any]:

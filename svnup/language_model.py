@@ -155,7 +155,7 @@ class LanguageModel:
             config, checkpoint = read_config(source, **remote), Checkpoint(_local_folder(source, revision))
             config.dtype = config.dtype or checkpoint.dtype()
             config = config_with(config, dtype, attn_implementation)
-            lm = cls._assembled(checkpoint, config, pick_device(device), blocks_path, offload, scratch)
+            lm = cls._assembled(checkpoint, config, pick_device(device), trust_remote_code, blocks_path, offload, scratch)
             if (checkpoint.folder / "generation_config.json").is_file():
                 lm.model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
             lm.tokenizer = tokenizer or read_tokenizer(source, **remote)
@@ -186,13 +186,14 @@ class LanguageModel:
         checkpoint: Checkpoint,
         config: Any,
         device: torch.device,
+        trust_remote_code: bool,
         blocks_path: str | None,
         offload: Offload,
         scratch: Path | None,
     ) -> Self:
         """A model whose tensors are read one after the other: all but the blocks, and these too unless they stay on disk."""
         with _parameters_without_memory():
-            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
         lm = cls(model, None, blocks_path)
         stored = _stored_names(model, checkpoint.names())
 
@@ -257,10 +258,10 @@ class LanguageModel:
         return lm
 
     @classmethod
-    def skeleton(cls, config: Any, blocks_path: str | None = None) -> Self:
+    def skeleton(cls, config: Any, blocks_path: str | None = None, trust_remote_code: bool = False) -> Self:
         """The same modules and shapes without memory for weights, to check a job before anything is loaded."""
         with torch.device("meta"):
-            return cls(AutoModelForCausalLM.from_config(config), None, blocks_path)
+            return cls(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), None, blocks_path)
 
     # -- what it is made of
 

@@ -185,7 +185,7 @@ class Pretrained:
         from svnup.language_model import LanguageModel, read_config
 
         config = read_config(self._source, revision=self.revision, trust_remote_code=self.trust_remote_code)
-        return LanguageModel.skeleton(config, self.blocks_path)
+        return LanguageModel.skeleton(config, self.blocks_path, self.trust_remote_code)
 
     def one_block(self) -> LanguageModel:
         """One block of this shape with random weights, to time."""

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from svnup.checkpoint import Tensors, read_tensors, save_tensors
+from svnup.checkpoint import Tensors, read_metadata, read_tensors, save_tensors
 
 
 class Shelf(Protocol):
@@ -84,7 +84,7 @@ class DiskShelf:
     def bring(self, index: int) -> None:
         if index != self._here:
             self._leave()  # before the next one is read: there is room for one
-            self._put(index, read_tensors(self._path(index))[0] if index in self._changed else self._read(index))
+            self._put(index, read_tensors(self._path(index)) if index in self._changed else self._read(index))
 
     def settle(self, index: int, key: str, note: str) -> None:
         self.bring(index)
@@ -93,12 +93,10 @@ class DiskShelf:
         self._changed.add(index)
 
     def settled(self, index: int, key: str) -> str | None:
-        if not self._path(index).is_file():
+        if not self._path(index).is_file() or (metadata := read_metadata(self._path(index))).get("key") != key:
             return None
-        weights, metadata = read_tensors(self._path(index))
-        if metadata.get("key") != key:
-            return None
-        self._put(index, weights)
+        self._leave()
+        self._put(index, read_tensors(self._path(index)))
         self._changed.add(index)
         return metadata["note"]
 

@@ -93,8 +93,9 @@ def main() -> None:
         "# A model that stays on disk",
         "",
         f"Made by `python experiments/benchmarks/offload.py --blocks {options.blocks} --pruner {options.pruner}`. "
-        f"{hardware['cpu']}, {hardware['cores']} cores, torch {torch.__version__}, float32. A Llama of {options.blocks} blocks of "
-        f"width {WIDTH}, pruned at 70 % on 16 x 256 tokens, evaluated dense and pruned, and saved; both ways give the same perplexity.",
+        f"{hardware['cpu']}, {hardware['cores']} cores, torch {torch.__version__}, float32. A Llama of {options.blocks} blocks "
+        f"of width {WIDTH}, pruned at 70 % on 16 x 256 tokens, evaluated dense and pruned, and saved; both ways give the same "
+        "perplexity.",
         "",
         "| offload | checkpoint, GB | peak by the plan, GB | peak, GB | of the checkpoint | pruning, s | job, s |",
         "| --- | --- | --- | --- | --- | --- | --- |",

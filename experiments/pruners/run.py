@@ -148,8 +148,8 @@ def main() -> None:
         "",
         "## Layer by layer",
         "",
-        "In how many of the layers the pruner of the line has the smaller error on inputs that it has not seen, and its error as "
-        "a share of Wanda's (geometric mean).",
+        "In how many of the layers the pruner of the line has the smaller error on inputs that it has not seen, and its error "
+        "as a share of Wanda's (geometric mean).",
         "",
     ]
     for title, (pattern, sparsity) in SETTINGS.items():

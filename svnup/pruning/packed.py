@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from svnup.checkpoint import pack, read_tensors, save_tensors, unpack
+from svnup.checkpoint import pack, read_metadata, read_tensors, save_tensors, unpack
 from svnup.language_model import LanguageModel
 
 
@@ -30,9 +30,10 @@ def apply_masks(model: nn.Module | LanguageModel, file: str | Path) -> None:
     if isinstance(model, LanguageModel) and model.offloaded:
         raise ValueError("apply_masks: the weights of an offloaded model are not in memory; load it with offload=none")
     module = model.model if isinstance(model, LanguageModel) else model
-    packed, metadata = read_tensors(Path(file))
+    metadata = read_metadata(Path(file))
     if "svnup_masks" not in metadata:
         raise ValueError(f"{file}: no masks; give a file that save_masks=true wrote")
+    packed = read_tensors(Path(file))
     parameters, todo = dict(module.named_parameters()), []
     for name, shape in json.loads(metadata["svnup_masks"]).items():
         if name not in parameters or list(parameters[name].shape) != shape:
