@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class Uniform:
     def allocate(
         self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED
     ) -> SparsityProfile:
-        return SparsityProfile(np.full(len(params), sparsity), params, sparsity, pattern)
+        return _profile(np.full(len(params), sparsity), params, sparsity, pattern)
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,18 @@ class ScoreBudget:
     """Densities linear in scaled scores, then projected onto the exact budget: blocks that matter keep more weights.
 
     z = scale(scores) in [0, 1]; k_l = 2 lam z_l - mean_p(2 lam z) + 1 - S; s_l = 1 - k_l, clipped to [lower, upper] with the
-    parameter-weighted mean kept at S. `lower` and `upper` default to max(0, S - 0.3) and min(0.95, S + 0.2).
+    parameter-weighted mean kept at S. `lower` and `upper` default to max(0, S - 0.3) and min(0.95, S + 0.2). `reverse` turns
+    the profile upside down afterwards, 2 S - s_l within [0, 1]: the control that a useful score has to beat.
 
-    Source: the amplitude form (2 lam, mean restored) is OWL's, arXiv 2310.05175 section 3.3; scales, bounds and the exact
-    projection are ours, since the budget map of arXiv 2505.01731 is not public.
+    Source: the amplitude form (2 lam, mean restored) is that of OWL's released code, arXiv 2310.05175; its text bounds s_l by
+    S +- lam instead. Scales, bounds and the exact projection are ours, since the budget map of arXiv 2505.01731 is not public.
     """
 
     scale: Scale = "log"
     lam: float = 0.15
     lower: float | None = None
     upper: float | None = None
+    reverse: bool = False
     uniform_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -76,13 +78,70 @@ class ScoreBudget:
     def allocate(
         self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED
     ) -> SparsityProfile:
-        if scores is None:
-            raise ValueError("this allocator needs scores, and none were computed")
-        z = rescale(scores.values, self.scale)
-        if scores.higher_is == "sparser":
+        z = rescale(_needed(scores).values, self.scale)
+        if _needed(scores).higher_is == "sparser":
             z = 1 - z
         wish = 1 - (2 * self.lam * (z - np.average(z, weights=params)) + 1 - sparsity)
-        return SparsityProfile(project(wish, params, sparsity, *self.bounds(sparsity)), params, sparsity, pattern)
+        profile = _budget(wish, params, sparsity, pattern, self.bounds(sparsity))
+        return _budget(2 * sparsity - profile.sparsity, params, sparsity, pattern) if self.reverse else profile
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """Sparsities, not densities, proportional to a factor that is linear in the scores: AlphaPruning's map.
+
+    r_l = 1 - epsilon + 2 epsilon minmax(score), turned round for scores whose higher is denser; s_l = r_l S sum(p) / sum(p r),
+    no more than 1. Source: arXiv 2410.10912 section 3.2, equation 3, and its released code, which agree; the code lets s_l
+    exceed 1 and weighs blocks equally, where we project and weigh by their parameters.
+    """
+
+    epsilon: float = 0.2
+    uniform_only: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epsilon < 1:
+            raise ValueError(f"epsilon={self.epsilon}: sparsities lie between 1 - epsilon and 1 + epsilon; choose 0.2 to 0.3")
+
+    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
+        check_pattern(sparsity, pattern, self.uniform_only)
+
+    def allocate(
+        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED
+    ) -> SparsityProfile:
+        z = rescale(_needed(scores).values, "raw")
+        if _needed(scores).higher_is == "denser":
+            z = 1 - z
+        ratios = 1 - self.epsilon + 2 * self.epsilon * z
+        return _budget(ratios * (sparsity / float(np.average(ratios, weights=params))), params, sparsity, pattern)
+
+
+@dataclass(frozen=True)
+class Atp:
+    """Sparsities in arithmetic progression over depth, s_l = S - beta (n - 1) / 2 + beta l; no scores, no data.
+
+    `beta` None is half of the largest that fits between 0 and 1, min(S, 1 - S) / (n - 1): ours, for want of a search. Blocks
+    of unequal size are projected onto the exact budget. Source: arXiv 2502.14770, section 3: there beta is found by a grid
+    search over the perplexity on WikiText2, which here is a test text and must not choose.
+    """
+
+    beta: float | None = None
+    uniform_only: ClassVar[bool] = False
+
+    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
+        check_pattern(sparsity, pattern, self.uniform_only)
+        largest = 2 * min(sparsity, 1 - sparsity) / max(1, n_blocks - 1)
+        if self.beta is not None and not abs(self.beta) <= largest + 1e-12:
+            raise ValueError(
+                f"beta={self.beta}: with {n_blocks} blocks at sparsity={sparsity:g} sparsities would leave [0, 1]; "
+                f"choose at most {largest:.4g}, or null"
+            )
+
+    def allocate(
+        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED
+    ) -> SparsityProfile:
+        n = len(params)
+        beta = min(sparsity, 1 - sparsity) / max(1, n - 1) if self.beta is None else self.beta
+        return _budget(sparsity + beta * (np.arange(n) - (n - 1) / 2), params, sparsity, pattern)
 
 
 @dataclass(frozen=True)
@@ -121,11 +180,35 @@ class FromFile:
     ) -> SparsityProfile:
         self.check(len(params), sparsity, pattern)
         try:
-            return SparsityProfile(self._read().sparsity, params, sparsity, pattern)
+            return _profile(self._read().sparsity, params, sparsity, pattern)
         except ValueError as error:
             raise ValueError(
                 f"path={self.path}: does not fit the blocks of this model: {error}; use one of this model"
             ) from None
+
+
+def name_of(node: dict[str, Any]) -> str:
+    """What people call the allocator of a configuration: by its scores where it has some, else by itself."""
+    scorer = node.get("scorer")
+    named = str((scorer or node)["_target_"]).rpartition(".")[2].lower()
+    return "shapley" if scorer and "game" in scorer else named
+
+
+def _profile(sparsity: Floats, params: Ints, target: float, pattern: str) -> SparsityProfile:
+    return SparsityProfile(sparsity, params, target, pattern)
+
+
+def _budget(
+    wish: Floats, params: Ints, target: float, pattern: str, bounds: tuple[float, float] = (0.0, 1.0)
+) -> SparsityProfile:
+    """The one way from wished sparsities per block (n,) to a profile: projected onto the exact budget within `bounds`."""
+    return _profile(project(wish, params, target, *bounds), params, target, pattern)
+
+
+def _needed(scores: BlockScores | None) -> BlockScores:
+    if scores is None:
+        raise ValueError("scorer=null: this allocator needs scores; leave its scorer as its yaml has it")
+    return scores
 
 
 def check_pattern(sparsity: float, pattern: str, uniform: bool) -> None:

@@ -29,11 +29,11 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup import NUMBERS_VERSION
-from svnup.allocation import Allocator
+from svnup.allocation import Allocator, name_of
 from svnup.data import TokenSource
 from svnup.evaluation import NoEvaluation, Perplexity
 from svnup.model import Pretrained, Random
-from svnup.scoring import GameOptions, ShapleyScorer
+from svnup.scoring import GameOptions, Scorer, ShapleyScorer
 from svnup.tracking import NoTracker, WandbTracker
 from svnup.types import Ints, moving_numbers, parse_pattern
 
@@ -91,7 +91,7 @@ class Job:
 
     model: Pretrained | Random
     dataset: TokenSource
-    scorer: ShapleyScorer | None
+    scorer: Scorer | None
     allocator: Allocator
     pruner: Pruner
     evaluation: Perplexity | NoEvaluation
@@ -112,13 +112,17 @@ class Job:
     def name(self) -> str:
         """Readable, for people: model, pruner, allocator, sparsity."""
         pattern = "" if self.pattern == "unstructured" else f" {self.pattern}"
-        method = {k: str(self.config[k]["_target_"]).rpartition(".")[2].lower() for k in ("pruner", "allocator")}
-        allocator = "shapley" if self.scorer is not None else method["allocator"]
-        return f"{self.model.name} {method['pruner']} {allocator} {self.sparsity:g}{pattern}"
+        pruner = str(self.config["pruner"]["_target_"]).rpartition(".")[2].lower()
+        return f"{self.model.name} {pruner} {name_of(self.config['allocator'])} {self.sparsity:g}{pattern}"
+
+    @property
+    def shapley(self) -> ShapleyScorer | None:
+        """The scorer where it plays a game, which alone has shards and a text of its own."""
+        return self.scorer if isinstance(self.scorer, ShapleyScorer) else None
 
     def sources(self) -> dict[str, TokenSource]:
         """Every text that the job reads, by the key under which it was configured."""
-        return _texts(self.dataset if self._calibrates else None, self.scorer, self.evaluation)
+        return _texts(self.dataset if self._calibrates else None, self.shapley, self.evaluation)
 
     def fingerprints(self) -> dict[str, str]:
         """What the inputs are by content, without loading them: a finished job with other inputs runs again."""
@@ -129,22 +133,21 @@ class Job:
         return prints
 
     def scorer_seconds(self) -> float:
-        """Time that the scores will take, measured on one block of the model's shape with random weights."""
-        assert self.scorer is not None
+        """Time that Shapley values will take, measured on one block of the model's shape with random weights."""
+        assert self.shapley is not None
         probe = self.model.one_block()
-        return self.scorer.seconds(probe, self.model.n_blocks())
+        return self.shapley.seconds(probe, self.model.n_blocks())
 
     @property
     def game_prunes(self) -> bool:
-        return self.scorer is not None and self.scorer.game.absence == "prune"
+        return self.shapley is not None and self.shapley.game.absence == "prune"
 
     @property
     def _calibrates(self) -> bool:
-        stand_in = self.scorer.game.pruner if self.scorer is not None else None
-        return self.pruner.needs_inputs or (stand_in is not None and stand_in.needs_inputs)
+        return self.pruner.needs_inputs or (self.scorer is not None and self.scorer.needs_inputs)
 
     def tokens(self) -> Ints:
-        """The calibration tokens; none where the pruner reads none."""
+        """The calibration tokens; none where neither pruner nor scorer reads any."""
         if not self._calibrates:
             return np.zeros((0, self.dataset.seq_len), dtype=np.int64)
         return self.dataset.tokens(self.model.tokenizer)
@@ -178,15 +181,18 @@ class Job:
         size = 4 if "float32" in (dtype, str(lm.model.config.dtype).removeprefix("torch.") if dtype == "auto" else "") else 2
         weights = sum(p.numel() for p in lm.model.parameters()) * size
         n_calibration = (self.dataset.n_seq or 0) * self.dataset.seq_len if self._calibrates else 0
-        if self.scorer is not None and self.scorer.game.players == "sublayer":
+        if self.shapley is not None and self.shapley.game.players == "sublayer":
             with _blame("shapley.game"):
                 for index in range(lm.n_blocks):
                     lm.sublayers(index)
         plan = {"blocks": lm.n_blocks, "prunable weights": int(lm.block_params.sum()), "bytes of weights": weights}
         plan["bytes of calibration states"] = n_calibration * width * size
         if self.scorer is not None:
-            data, cost = self.scorer.game.data, self.scorer.plan(lm.n_blocks)
-            plan |= {f"shapley {k.replace('_', ' ')}": v for k, v in cost.items()}
+            named = "shapley" if self.shapley is not None else "scores'"
+            cost = self.scorer.plan(lm.n_blocks)
+            plan |= {f"{named} {k.replace('_', ' ')}": v for k, v in cost.items()}
+        if self.shapley is not None:
+            data = self.shapley.game.data
             plan["bytes of shapley states"] = cost["peak_states"] * (data.n_seq or 0) * data.seq_len * width * size
             if self.game_prunes:
                 plan["bytes of pruned stand-ins"] = int(lm.block_params.sum()) * size
@@ -194,11 +200,11 @@ class Job:
 
 
 def _texts(
-    dataset: TokenSource | None, scorer: ShapleyScorer | None, evaluation: Perplexity | NoEvaluation
+    dataset: TokenSource | None, shapley: ShapleyScorer | None, evaluation: Perplexity | NoEvaluation
 ) -> dict[str, TokenSource]:
     texts = {"dataset": dataset} if dataset is not None else {}
-    if scorer is not None:
-        texts["shapley.game.data"] = scorer.game.data
+    if shapley is not None:
+        texts["shapley.game.data"] = shapley.game.data
     return texts | {f"evaluation.datasets.{i}": s for i, s in enumerate(evaluation.sources())}
 
 
@@ -213,23 +219,20 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     _refuse_unknown(config)
     _check_scalars(config)
     _refuse_missing(config)
-    scorer_node = config["allocator"].get("scorer")
     key = config_key(config)
     model = construct(config["model"], "model")
     dataset = construct(config["dataset"], "dataset")
     dataset = _shared(dataset, known)
-    if scorer_node:
-        scorer = _scorer(scorer_node, known)
-    else:  # a misspelt key is one where the group is not used, too
-        scorer = None
-        used = {k: v for k, v in config["shapley"].items() if k not in ("game", "shard") and v != "???"}
-        _arguments(used, "shapley")
+    scorer = _scorer(config["allocator"].get("scorer"), known)
+    shapley = scorer if isinstance(scorer, ShapleyScorer) else None
+    given = {k: v for k, v in config["shapley"].items() if k not in ("game", "shard") and v != "???"}
+    _arguments(given, "shapley")  # a misspelt key is one where the group is not used, too
     allocator = construct({k: v for k, v in config["allocator"].items() if k != "scorer"}, "allocator")
     evaluation = _evaluation(config["evaluation"], known)
     tracker = construct(config["tracker"], "tracker")
     with _blame("tracker", ("tracker",)):
         tracker.check()
-    texts = _texts(dataset, scorer, evaluation)
+    texts = _texts(dataset, shapley, evaluation)
     if model.from_hub or any(source.from_hub for source in texts.values()):
         _go_offline_if_unreachable()
     with _blame("model"):
@@ -239,17 +242,17 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     group = parse_pattern(config["pattern"])
     if group is not None and any(width % group[1] for width in model.widths()):
         raise ValueError(_does_not_divide(config["pattern"], f"the widths {model.widths()} of the model"))
-    if scorer is not None:
+    if shapley is not None:
         with _blame("shapley", ("shapley",)):
-            scorer.check(n_blocks)
+            shapley.check(n_blocks)
     _refuse_mixed_roles(texts)
     for name, source in texts.items():
         if source.seq_len > (model.max_positions() or source.seq_len):
             longest = model.max_positions()
             raise ValueError(f"{name}.seq_len={source.seq_len}: the model has {longest} positions; choose at most that")
     pruner = construct(config["pruner"], "pruner")  # the first that imports torch
-    if scorer is not None and scorer.game.absence == "prune":
-        stand_in = scorer.game.pruner
+    if shapley is not None and shapley.game.absence == "prune":
+        stand_in = shapley.game.pruner
         if stand_in is None or not stand_in.prunes or config["sparsity"] == 0:
             raise ValueError(
                 f"shapley.game.absence=prune: absent blocks would not be pruned (pruner {stand_in}, "
@@ -375,7 +378,19 @@ def _type_complaint(value: Any, hint: Any) -> str | None:
     return None
 
 
-def _scorer(node: dict[str, Any], known: Texts) -> ShapleyScorer:
+def _scorer(node: Any, known: Texts) -> Scorer | None:
+    """Block scores by their `_target_`, or, where the node has a game, Shapley values."""
+    if node is None:
+        return None
+    if not isinstance(node, dict):
+        raise ValueError(
+            f"allocator.scorer={node}: must be a node with a _target_, or null; leave it as the allocator's yaml has it"
+        )
+    if "game" not in node:
+        scorer = construct(node, "allocator.scorer")
+        if not hasattr(scorer, "score"):
+            raise ValueError(f"allocator.scorer._target_={node['_target_']}: gives no scores; choose a class of svnup.scoring")
+        return typing.cast(Scorer, scorer)
     estimator = {k: v for k, v in node.items() if k not in ("game", "shard")}
     options = dict(node["game"])
     if options.get("absence") != "prune":  # whose pruner is not used then, and need not be imported
@@ -451,7 +466,7 @@ def _refuse_missing(node: Any, prefix: str = "") -> None:
         if value == "???":
             raise ValueError(f"{prefix}{name}: has no value yet; add {prefix}{name}=...")
         if isinstance(value, dict) and not (prefix == "" and name == "shapley"):  # judged where an allocator uses it
-            _refuse_missing(value, f"{prefix}{name}.".replace("allocator.scorer.", "shapley."))
+            _refuse_missing(value, "shapley." if name == "scorer" and "game" in value else f"{prefix}{name}.")
 
 
 # -- messages

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from svnup.allocation import Uniform
 from svnup.evaluation import check_dense
 from svnup.game import StandIns
 from svnup.pruning import prune_model, pruned_weights
-from svnup.types import ResultRow, ShapleyValues
+from svnup.scoring import Context
+from svnup.types import ResultRow
 
 if TYPE_CHECKING:
     from svnup.config import Job
@@ -39,14 +40,15 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     check_dense(dense, job.model.dense_ppl, job.protocol_gate, job.model.name)
     logger.info("dense: %s", ", ".join(f"{k} {m.value:.4g}" for k, m in dense.items()) or "not evaluated")
 
-    scores = job.scorer.score(lm, job.cache_dir, stand_ins(job, lm)) if job.scorer is not None else None
+    scores = job.scorer.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm))) if job.scorer is not None else None
     if scores is not None:
         cost = scores.cost
         logger.info(
-            "%s: %d evaluations, %d of them new, in %.1f s",
+            "%s: %d evaluations (%d new), %d block-forwards, in %.1f s",
             scores.method,
             cost.n_evaluations,
             cost.n_new_evaluations,
+            cost.n_block_forwards,
             cost.seconds,
         )
 
@@ -61,6 +63,7 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
         lm.save(folder / "model")
         (folder / "model" / "profile.json").write_text(json.dumps(profile.to_dict(), indent=1) + "\n", encoding="utf-8")
 
+    stored: dict[str, Any] = {scores.stored_as: scores.to_dict()} if scores is not None else {}
     return replace(
         blank,
         status="finished",
@@ -68,7 +71,7 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
         dense=dense.to_dict(),
         sparsity={"target": job.sparsity, "actual": report.sparsity, "pattern": job.pattern},
         profile=profile.to_dict() | {"actual": report.block_sparsity(lm.n_blocks).tolist()},
-        shapley=scores.to_dict() if isinstance(scores, ShapleyValues) else None,
+        **stored,
         pruning=report.to_dict(),
         seconds=time.perf_counter() - start,
     )
@@ -76,10 +79,10 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
 
 def run_shard(job: Job) -> int:
     """Evaluate one shard of the job's coalitions into the cache, for a job without a shard to use; returns how many are new."""
-    assert job.scorer is not None
+    assert job.shapley is not None
     lm = job.model.load()
-    game = job.scorer.play(lm, stand_ins(job, lm), job.cache_dir)
-    game(job.scorer.part(lm.n_blocks))
+    game = job.shapley.play(lm, stand_ins(job, lm), job.cache_dir)
+    game(job.shapley.part(lm.n_blocks))
     return game.n_evaluations
 
 

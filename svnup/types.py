@@ -6,7 +6,7 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,6 +101,7 @@ class BlockScores:
     method: str
     higher_is: Literal["denser", "sparser"] = "denser"
     cost: Cost = field(default_factory=Cost)
+    stored_as: ClassVar[str] = "scores"  # the field of a result
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", _vector(self.values, f"scores of {self.method}"))
@@ -132,6 +133,7 @@ class ShapleyValues(BlockScores):
     v_full: float = 0.0
     stopped: str | None = None
     kinds: tuple[str, ...] = ()
+    stored_as: ClassVar[str] = "shapley"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -289,6 +291,7 @@ class ResultRow:
     sparsity: dict[str, Any] | None = None
     profile: dict[str, Any] | None = None
     shapley: dict[str, Any] | None = None
+    scores: dict[str, Any] | None = None  # of a method that is not a Shapley value
     pruning: dict[str, Any] | None = None
     seconds: float = 0.0
     error: str | None = None
