@@ -112,7 +112,8 @@ class Ratios:
         if _needed(scores).higher_is == "denser":
             z = 1 - z
         ratios = 1 - self.epsilon + 2 * self.epsilon * z
-        return _budget(ratios * (sparsity / float(np.average(ratios, weights=params))), params, sparsity, pattern)
+        wish = ratios * sparsity / np.average(ratios, weights=params)
+        return _budget(wish.astype(np.float64), params, sparsity, pattern)
 
 
 @dataclass(frozen=True)

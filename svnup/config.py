@@ -219,13 +219,13 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     _refuse_unknown(config)
     _check_scalars(config)
     _refuse_missing(config)
-    key = config_key(config)
     model = construct(config["model"], "model")
     dataset = construct(config["dataset"], "dataset")
     dataset = _shared(dataset, known)
     scorer = _scorer(config["allocator"].get("scorer"), known)
     shapley = scorer if isinstance(scorer, ShapleyScorer) else None
     given = {k: v for k, v in config["shapley"].items() if k not in ("game", "shard") and v != "???"}
+    key = config_key(config)
     _arguments(given, "shapley")  # a misspelt key is one where the group is not used, too
     allocator = construct({k: v for k, v in config["allocator"].items() if k != "scorer"}, "allocator")
     evaluation = _evaluation(config["evaluation"], known)
