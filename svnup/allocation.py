@@ -112,8 +112,7 @@ class Ratios:
         if _needed(scores).higher_is == "denser":
             z = 1 - z
         ratios = 1 - self.epsilon + 2 * self.epsilon * z
-        wish = ratios * sparsity / np.average(ratios, weights=params)
-        return _budget(wish.astype(np.float64), params, sparsity, pattern)
+        return _budget(ratios * sparsity / np.average(ratios, weights=params), params, sparsity, pattern)
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class Atp:
     ) -> SparsityProfile:
         n = len(params)
         beta = min(sparsity, 1 - sparsity) / max(1, n - 1) if self.beta is None else self.beta
-        return _budget(sparsity + beta * (np.arange(n) - (n - 1) / 2), params, sparsity, pattern)
+        return _budget(sparsity + beta * (np.arange(n, dtype=np.float64) - (n - 1) / 2), params, sparsity, pattern)
 
 
 @dataclass(frozen=True)
