@@ -79,7 +79,7 @@ def _run(cfg: Any, overrides: list[str], texts: config.Texts) -> None:
     sharded = job.shapley is not None and job.shapley.shard is not None
     earlier, prints = folder.read(), job.fingerprints()
     changed = earlier is not None and earlier.fingerprints != prints
-    unsaved = job.save_model and not (folder.path / "model" / "config.json").is_file()
+    unsaved = not folder.has(job.save_model, job.save_format, job.save_masks)
     if earlier is not None and earlier.status == "finished" and not (job.force or changed or sharded or unsaved):
         _say(f"already finished, not run again (force=true redoes it): {folder.path}")
         _print_result(earlier)
@@ -91,6 +91,8 @@ def _run(cfg: Any, overrides: list[str], texts: config.Texts) -> None:
 
         _say(f"shard done: {pipeline.run_shard(job)} new coalitions in {job.cache_dir}")
         return
+    if job.force or changed:
+        folder.clear_scratch()
     if changed:
         _say(f"the inputs of {folder.path} have changed since it was made: it runs again")
 
@@ -106,6 +108,7 @@ def _run(cfg: Any, overrides: list[str], texts: config.Texts) -> None:
         with job.tracker.run(folder.path, job.key, job.config, job.name, fresh=job.force or changed) as log:
             row = pipeline.run(job, folder.path, blank)
             folder.write(row)
+            folder.clear_scratch()
             log(row, plots.figures(row, folder.path / "figures"))
     except Exception as error:
         if row is None:  # a result stands, whatever becomes of its figures or of W&B

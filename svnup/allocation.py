@@ -40,7 +40,7 @@ class Uniform:
     def allocate(
         self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED
     ) -> SparsityProfile:
-        return _profile(np.full(len(params), sparsity), params, sparsity, pattern)
+        return in_steps(np.full(len(params), sparsity), params, sparsity, pattern)
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ class ScoreBudget:
         if _needed(scores).higher_is == "sparser":
             z = 1 - z
         wish = 1 - (2 * self.lam * (z - np.average(z, weights=params)) + 1 - sparsity)
-        profile = _budget(wish, params, sparsity, pattern, self.bounds(sparsity))
-        return _budget(2 * sparsity - profile.sparsity, params, sparsity, pattern) if self.reverse else profile
+        if not self.reverse:
+            return _budget(wish, params, sparsity, pattern, self.bounds(sparsity))
+        return _budget(2 * sparsity - project(wish, params, sparsity, *self.bounds(sparsity)), params, sparsity, pattern)
 
 
 @dataclass(frozen=True)
@@ -174,13 +175,19 @@ class FromFile:
                 f"add sparsity={profile.target:g}"
             )
         check_pattern(sparsity, pattern, bool(np.ptp(profile.sparsity) < 1e-9))
+        if profile.linears is not None and pattern != UNSTRUCTURED:
+            raise ValueError(f"pattern={pattern}: {self.path} divides blocks among their linears; use pattern=unstructured")
 
     def allocate(
         self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED
     ) -> SparsityProfile:
         self.check(len(params), sparsity, pattern)
+        profile = self._read()
         try:
-            return _profile(self._read().sparsity, params, sparsity, pattern)
+            if profile.pattern != pattern or profile.params.tolist() != params.tolist():
+                budget = profile.sparsity if profile.requested is None else profile.requested
+                return in_steps(budget, params, sparsity, pattern)
+            return profile
         except ValueError as error:
             raise ValueError(
                 f"path={self.path}: does not fit the blocks of this model: {error}; use one of this model"
@@ -194,15 +201,11 @@ def name_of(node: dict[str, Any]) -> str:
     return "shapley" if scorer and "game" in scorer else named
 
 
-def _profile(sparsity: Floats, params: Ints, target: float, pattern: str) -> SparsityProfile:
-    return SparsityProfile(sparsity, params, target, pattern)
-
-
 def _budget(
     wish: Floats, params: Ints, target: float, pattern: str, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> SparsityProfile:
     """The one way from wished sparsities per block (n,) to a profile: projected onto the exact budget within `bounds`."""
-    return _profile(project(wish, params, target, *bounds), params, target, pattern)
+    return in_steps(project(wish, params, target, *bounds), params, target, pattern)
 
 
 def _needed(scores: BlockScores | None) -> BlockScores:
@@ -216,6 +219,13 @@ def check_pattern(sparsity: float, pattern: str, uniform: bool) -> None:
     group = parse_pattern(pattern)
     if group is None:
         return
+    if group[0] is None:
+        if sparsity > (group[1] - 1) / group[1]:
+            raise ValueError(
+                f"pattern={pattern}: leaves every block at least 1 of {group[1]} weights, but sparsity={sparsity:g}; "
+                f"choose at most {(group[1] - 1) / group[1]:g}, or pattern=unstructured"
+            )
+        return
     if abs(sparsity - group[0] / group[1]) > 1e-9:
         raise ValueError(
             f"pattern={pattern}: prunes {group[0] / group[1]:g} of the weights, but sparsity={sparsity:g}; "
@@ -226,6 +236,40 @@ def check_pattern(sparsity: float, pattern: str, uniform: bool) -> None:
             f"pattern={pattern}: a fixed N:M has the same sparsity in every block; add allocator=uniform, "
             "or use pattern=unstructured"
         )
+
+
+def in_steps(budget: Floats, params: Ints, target: float, pattern: str) -> SparsityProfile:
+    """The profile of a budget (n,): under a pattern 'mixed:M' rounded so that block l loses N_l of every M weights.
+
+    Each block gets the N nearest to its budget, at most M - 1; then those that rounding moved most in one direction go a step
+    back, as long as that brings the total nearer to the target (among equals the first block keeps more).
+    """
+    group = parse_pattern(pattern)
+    if group is None or group[0] is not None:
+        return SparsityProfile(budget, params, target, pattern)
+    m = group[1]
+    steps = np.clip(np.floor(budget * m + 0.5), 0, m - 1)
+    weights, off = np.asarray(params, dtype=np.float64), budget * m - steps  # off > 0: the block wants to lose more
+    while True:
+        excess = float(weights @ (steps - target * m))
+        step = -1 if excess > 0 else 1
+        fits = (steps + step >= 0) & (steps + step <= m - 1) & (np.abs(excess + step * weights) < abs(excess) - 1e-9)
+        if not fits.any():
+            return SparsityProfile(steps / m, params, target, pattern, requested=budget)
+        gain = np.where(fits, step * off, -np.inf)
+        best = len(gain) - 1 - int(np.argmax(gain[::-1])) if step > 0 else int(np.argmax(gain))
+        steps[best] += step
+        off[best] -= step
+
+
+def split_block(scores: Floats, sizes: Ints, sparsity: float, lam: float, scale: Scale = "log") -> Floats:
+    """Divide a block's budget among its linears: higher scores (n,) keep more, exactly at the block's sparsity.
+
+    The same map as `ScoreBudget` inside the block; bounds max(0, s - 0.3) and max(s, min(0.95, s + 0.2)).
+    """
+    z = rescale(scores, scale)
+    wish = sparsity - 2 * lam * (z - np.average(z, weights=sizes))
+    return project(wish, sizes, sparsity, max(0.0, sparsity - 0.3), max(sparsity, min(0.95, sparsity + 0.2)))
 
 
 def rescale(scores: Floats, scale: Scale) -> Floats:

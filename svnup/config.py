@@ -34,6 +34,7 @@ from svnup.data import TokenSource
 from svnup.evaluation import NoEvaluation, Perplexity
 from svnup.model import Pretrained, Random
 from svnup.scoring import GameOptions, Scorer, ShapleyScorer
+from svnup.splitting import Split
 from svnup.tracking import NoTracker, WandbTracker
 from svnup.types import Ints, moving_numbers, parse_pattern
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from svnup.pruning import Pruner
 
 Gate = Literal["error", "warn", "off"]
+Offload = Literal["none", "cpu", "disk"]
+SaveFormat = Literal["dense", "bitmask"]
 Texts = dict[tuple[TokenSource, str], TokenSource]
 
 CONF = next(p for p in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if p.is_dir())
@@ -54,6 +57,7 @@ class Schema:
     shapley: Any = MISSING
     model: Any = MISSING
     allocator: Any = MISSING
+    split: Any = MISSING
     pruner: Any = MISSING
     evaluation: Any = MISSING
     tracker: Any = MISSING
@@ -65,7 +69,10 @@ class Schema:
     cache_dir: str | None = None
     force: bool = False
     dry_run: bool = False
+    offload: str = "none"
     save_model: bool = False
+    save_format: str = "dense"
+    save_masks: bool = False
 
 
 def _shared(source: TokenSource, known: Texts) -> TokenSource:
@@ -93,6 +100,7 @@ class Job:
     dataset: TokenSource
     scorer: Scorer | None
     allocator: Allocator
+    split: Split
     pruner: Pruner
     evaluation: Perplexity | NoEvaluation
     tracker: NoTracker | WandbTracker
@@ -104,7 +112,10 @@ class Job:
     cache_dir: str
     force: bool
     dry_run: bool
+    offload: Offload
     save_model: bool
+    save_format: SaveFormat
+    save_masks: bool
     config: dict[str, Any]
     key: str
 
@@ -144,7 +155,8 @@ class Job:
 
     @property
     def _calibrates(self) -> bool:
-        return self.pruner.needs_inputs or (self.scorer is not None and self.scorer.needs_inputs)
+        scorer_reads = self.scorer is not None and self.scorer.needs_inputs
+        return self.pruner.needs_inputs or self.split.needs_inputs or scorer_reads
 
     def tokens(self) -> Ints:
         """The calibration tokens; none where neither pruner nor scorer reads any."""
@@ -165,6 +177,8 @@ class Job:
 
         Returns the plan: blocks, prunable weights and bytes, and what the job will cost.
         """
+        from svnup.language_model import matrix
+
         with _blame("model"):
             lm = self.model.skeleton()
         group = parse_pattern(self.pattern)
@@ -172,8 +186,8 @@ class Job:
         if not linears:
             raise ValueError(f"model={self.model.name}: its blocks have no nn.Linear to prune; choose another model")
         for index, name, linear in linears if group else []:
-            if linear.in_features % group[1]:  # type: ignore[index]
-                raise ValueError(_does_not_divide(self.pattern, f"the {linear.in_features} inputs of block {index}, {name}"))
+            if (width := matrix(linear).shape[1]) % group[1]:  # type: ignore[index]
+                raise ValueError(_does_not_divide(self.pattern, f"the {width} inputs of block {index}, {name}"))
         if self.scorer is None:
             with _blame("allocator"):
                 self.allocator.allocate(None, lm.block_params, self.sparsity, self.pattern)
@@ -228,6 +242,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     key = config_key(config)
     _arguments(given, "shapley")  # a misspelt key is one where the group is not used, too
     allocator = construct({k: v for k, v in config["allocator"].items() if k != "scorer"}, "allocator")
+    split: Split = construct(config["split"], "split")
     evaluation = _evaluation(config["evaluation"], known)
     tracker = construct(config["tracker"], "tracker")
     with _blame("tracker", ("tracker",)):
@@ -240,6 +255,10 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     with _blame("allocator", ("sparsity", "pattern")):
         allocator.check(n_blocks, config["sparsity"], config["pattern"])
     group = parse_pattern(config["pattern"])
+    if group is not None and not split.uniform:
+        raise ValueError(f"pattern={config['pattern']}: the linears of a block share its N; add split=uniform")
+    with _blame("model", ("offload",)):
+        model.check_offload(config["offload"])
     if group is not None and any(width % group[1] for width in model.widths()):
         raise ValueError(_does_not_divide(config["pattern"], f"the widths {model.widths()} of the model"))
     if shapley is not None:
@@ -258,6 +277,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
                 f"shapley.game.absence=prune: absent blocks would not be pruned (pruner {stand_in}, "
                 f"sparsity={config['sparsity']:g}); choose another pruner: +pruner@shapley.game.pruner=wanda, or absence=skip"
             )
+    _check_memory(config, pruner, split, shapley)
     with _blame("model"):
         model.check_device()
     scalars = {k: config[k] for k in Schema.__annotations__ if not isinstance(config[k], dict)}
@@ -267,6 +287,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
         dataset=dataset,
         scorer=scorer,
         allocator=allocator,
+        split=split,
         pruner=pruner,
         evaluation=evaluation,
         tracker=tracker,
@@ -456,8 +477,31 @@ def _check_scalars(config: dict[str, Any]) -> None:
         hint = f"; did you mean sparsity={sparsity / 100:g}?" if 1 < sparsity < 100 else ""
         raise ValueError(f"sparsity={sparsity:g}: must be a fraction of zeros in [0, 1){hint}")
     parse_pattern(config["pattern"])
-    if config["protocol_gate"] not in typing.get_args(Gate):
-        raise ValueError(f"protocol_gate={config['protocol_gate']}: choose error, warn or off")
+    for name, options in (("protocol_gate", Gate), ("offload", Offload), ("save_format", SaveFormat)):
+        choices = typing.get_args(options)
+        if config[name] not in choices:
+            hint = did_you_mean(str(config[name]), list(choices))
+            raise ValueError(f"{name}={config[name]}: choose {', '.join(choices[:-1])} or {choices[-1]}{hint}")
+    if config["save_format"] != "dense" and not config["save_model"]:
+        raise ValueError(f"save_format={config['save_format']}: no model would be saved; add save_model=true")
+
+
+def _check_memory(config: dict[str, Any], pruner: Pruner, split: Split, shapley: ShapleyScorer | None) -> None:
+    """Refuse what needs two versions of the weights in memory where the model is not even once in it."""
+    if split.trial and not pruner.needs_inputs:
+        raise ValueError(
+            f"split={_option(config, 'split')}: needs the errors of a pruner that reads inputs; choose another pruner"
+        )
+    if config["offload"] == "none":
+        return
+    if split.trial:
+        raise ValueError(f"offload={config['offload']}: split={_option(config, 'split')} prunes twice; use split=uniform")
+    if shapley is not None and shapley.game.absence == "prune":
+        raise ValueError(f"offload={config['offload']}: shapley.game.absence=prune keeps all weights twice; use absence=skip")
+
+
+def _option(config: dict[str, Any], group: str) -> str:
+    return str(config[group]["_target_"]).rpartition(".")[2].lower().removesuffix(group)
 
 
 def _refuse_missing(node: Any, prefix: str = "") -> None:

@@ -6,21 +6,30 @@ import contextlib
 import hashlib
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_flatten
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from svnup.checkpoint import Checkpoint, Tensors, in_place, is_bitmask, write_bitmask, write_dense
+from svnup.offload import DiskShelf, HostShelf, Shelf, fill
 from svnup.progress import stage
 from svnup.types import Floats, Ints
 
@@ -28,6 +37,12 @@ from svnup.types import Floats, Ints
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 HEAD_TOKENS = 1024
 Part = Literal["block", "attention", "mlp"]
+Offload = Literal["none", "cpu", "disk"]
+SaveFormat = Literal["dense", "bitmask"]
+if TYPE_CHECKING:  # mypy does not read transformers
+    Linear = nn.Linear
+else:
+    Linear = nn.Linear | Conv1D
 
 
 @dataclass
@@ -43,10 +58,38 @@ class MicroBatch:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
+class ParkedBatch(MicroBatch):
+    """A micro-batch whose hidden states wait in the CPU's memory, or in a file of the folder `place`, and not on the device."""
+
+    def __init__(self, batch: MicroBatch, place: Path | None) -> None:
+        self.tokens, self.calls = batch.tokens, batch.calls
+        self._device, self._file = batch.hidden.device, None
+        if place is not None:  # bytes, since numpy has no bfloat16
+            with tempfile.NamedTemporaryFile(dir=place) as file:  # gone with the process, however that ends
+                n_bytes = batch.hidden.numel() * batch.hidden.element_size()
+                self._file = np.memmap(file, np.uint8, "w+", shape=(n_bytes,))
+        self._dtype, self._shape = batch.hidden.dtype, batch.hidden.shape
+        self.hidden = batch.hidden
+
+    @property
+    def hidden(self) -> Tensor:
+        if self._file is None:
+            return self._parked.to(self._device)
+        return torch.from_numpy(np.array(self._file)).view(self._dtype).reshape(self._shape).to(self._device)
+
+    @hidden.setter
+    def hidden(self, hidden: Tensor) -> None:
+        if self._file is None:
+            self._parked = hidden.cpu()
+        else:
+            self._file[:] = hidden.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
 class Visit:
     """One block during a walk: look at it, run it, change its weights."""
 
     def __init__(self, lm: LanguageModel, index: int, batches: list[MicroBatch]) -> None:
+        lm.bring(index)
         self.lm, self.index, self.batches = lm, index, batches
         self.block = lm.blocks[index]
         self.linears = lm.linears(index)
@@ -65,15 +108,18 @@ class LanguageModel:
     """A Hugging Face causal decoder with its blocks, their prunable linears, and a head that turns hidden states into losses.
 
     `blocks_path` names the ModuleList of blocks where it cannot be found by its length (`num_hidden_layers`).
-    Raises ValueError where the blocks are not found. The model is put in eval mode and takes no gradients.
+    Raises ValueError where the blocks are not found or are mixtures of experts. The model is put in eval mode and takes no
+    gradients. Where the blocks lie elsewhere (`offload`), each is brought to the device when it is run or visited.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None, blocks_path: str | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        path = _find_blocks(model, blocks_path)
-        self.blocks = model.get_submodule(path)
-        self.decoder = model.get_submodule(path.rpartition(".")[0])
+        self.blocks_path = _find_blocks(model, blocks_path)
+        self.blocks = model.get_submodule(self.blocks_path)
+        self.decoder = model.get_submodule(self.blocks_path.rpartition(".")[0])
+        self._shelf: Shelf | None = None
+        _refuse_experts(model, self.blocks)
 
     @classmethod
     def load(
@@ -88,42 +134,121 @@ class LanguageModel:
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         blocks_path: str | None = None,
+        offload: Offload = "none",
+        scratch: Path | None = None,
     ) -> Self:
-        """Load a checkpoint folder or a hub model; names as in `from_pretrained`, `device` = auto, cpu, cuda, cuda:1, ...
+        """Load a checkpoint folder (dense or bitmask) or a hub model; names as in `from_pretrained`, `device` = auto, cpu,
+        cuda, cuda:1, ...
 
-        `tokenizer` None takes the checkpoint's own.
+        `tokenizer` None takes the checkpoint's own. `offload`: where blocks and calibration states wait while they are not
+        computed with: `none` on the device, `cpu` in its memory, `disk` in the checkpoint itself and in files under `scratch`
+        (None: temporary ones), so that the whole model is never in memory.
 
         Raises ValueError where the checkpoint cannot be loaded.
         """
+        source = pretrained_model_name_or_path
+        remote: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        if offload == "disk" or is_bitmask(source):
+            config = config_with(read_config(source, **remote), dtype, attn_implementation)
+            checkpoint = Checkpoint(_local_folder(source, revision))
+            lm = cls._assembled(checkpoint, config, pick_device(device), blocks_path, offload, scratch)
+            lm.tokenizer = tokenizer or read_tokenizer(source, **remote)
+            return lm
         options: dict[str, Any] = {"device_map": device_map, "attn_implementation": attn_implementation}
         with _quiet_unless_terminal():
             try:
                 model = AutoModelForCausalLM.from_pretrained(
-                    pretrained_model_name_or_path,
+                    source,
                     dtype=dtype,
-                    revision=revision,
-                    trust_remote_code=trust_remote_code,
+                    **remote,
                     **{k: v for k, v in options.items() if v is not None},
                 )
             except (OSError, ImportError) as error:
-                raise ValueError(f"{pretrained_model_name_or_path} cannot be loaded: {error}") from error
-        if tokenizer is None:
-            tokenizer = read_tokenizer(pretrained_model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-        if device_map is None:
-            model.to(pick_device(device))
-        elif any(p.is_meta for p in model.parameters()):
+                raise ValueError(f"{source} cannot be loaded: {error}") from error
+        if device_map is not None and any(p.is_meta for p in model.parameters()):
             raise ValueError(
                 f"model.device_map={device_map}: the model does not fit the GPUs at hand; use more, or a smaller one"
             )
-        return cls(model, tokenizer, blocks_path)
+        lm = cls(model, tokenizer or read_tokenizer(source, **remote), blocks_path)
+        if device_map is None:
+            lm._move(pick_device(device), offload)
+        return lm
 
     @classmethod
-    def random(cls, config: Any, tokenizer: Any, *, seed: int, dtype: str = "float32", device: str = "auto") -> Self:
+    def _assembled(
+        cls,
+        checkpoint: Checkpoint,
+        config: Any,
+        device: torch.device,
+        blocks_path: str | None,
+        offload: Offload,
+        scratch: Path | None,
+    ) -> Self:
+        """A model whose tensors are read one after the other: all but the blocks, and these too unless they stay on disk."""
+        with _parameters_without_memory():
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        lm = cls(model, None, blocks_path)
+        stored = _stored_names(model, checkpoint.names())
+
+        def read(names: list[str], prefix: str = "") -> Tensors:
+            where = {n: stored.get(prefix + n, prefix + n) for n in names}
+            tensors = checkpoint.read(where.values())
+            return {n: tensors[found] for n, found in where.items()}
+
+        def read_block(index: int) -> Tensors:
+            return read([n for n, _ in lm.blocks[index].named_parameters()], f"{lm.blocks_path}.{index}.")
+
+        rest = [n for n, _ in model.named_parameters() if not n.startswith(lm.blocks_path + ".")]
+        tied = set(model.all_tied_weights_keys or {})
+        fill(model, read([n for n in rest if n not in tied]), device)
+        model.tie_weights()
+        for module in model.modules():  # what is computed and not stored, such as rotary frequencies
+            module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
+        if offload == "disk":
+            lm._put_on(DiskShelf(lm.blocks, read_block, device, scratch))
+            return lm
+        for index, block in enumerate(lm.blocks):
+            fill(block, read_block(index), torch.device("cpu") if offload == "cpu" else device)
+        if offload == "cpu":
+            lm._move(device, offload)
+        return lm
+
+    def _move(self, device: torch.device, offload: Offload) -> None:
+        """Put the model on a device; of an offloaded one all but the parameters of the blocks."""
+        if offload == "none" or device.type == "cpu":
+            self.model.to(device)
+            return
+        blocks = {id(p) for p in self.blocks.parameters()}
+        for p in self.model.parameters():
+            if id(p) not in blocks:
+                p.data = p.data.to(device)
+        for module in self.model.modules():
+            module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
+        self._put_on(HostShelf(self.blocks, device))
+
+    def _put_on(self, shelf: Shelf) -> None:
+        """Let every forward of a block bring it first, whoever runs it; one that is replaced for a while needs no weights."""
+        self._shelf = shelf
+        for index, block in enumerate(self.blocks):
+            block.register_forward_pre_hook(lambda m, args, index=index: None if "forward" in vars(m) else self.bring(index))
+
+    @classmethod
+    def random(
+        cls,
+        config: Any,
+        tokenizer: Any,
+        *,
+        seed: int,
+        dtype: str = "float32",
+        device: str = "auto",
+        offload: Offload = "none",
+    ) -> Self:
         """A model of the given transformers config with weights drawn from `seed`."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-        return cls(model.to(pick_device(device)), tokenizer)
+            lm = cls(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)), tokenizer)
+        lm._move(pick_device(device), offload)
+        return lm
 
     @classmethod
     def skeleton(cls, config: Any, blocks_path: str | None = None) -> Self:
@@ -149,9 +274,28 @@ class LanguageModel:
     def vocab_size(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]
 
-    def linears(self, index: int) -> dict[str, nn.Linear]:
-        """The prunable linears of a block by name; embeddings, norms and the LM head are never among them."""
-        return {name: m for name, m in self.blocks[index].named_modules() if isinstance(m, nn.Linear)}
+    def linears(self, index: int) -> dict[str, Linear]:
+        """The prunable linears of a block by name (nn.Linear, or GPT-2's Conv1D); never embeddings, norms and the LM head."""
+        return {name: m for name, m in self.blocks[index].named_modules() if isinstance(m, Linear)}
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether blocks come to the device one at a time."""
+        return self._shelf is not None
+
+    def bring(self, index: int) -> None:
+        """Have the weights of a block on the device; a block that was there may leave."""
+        if self._shelf is not None:
+            self._shelf.bring(index)
+
+    def settle(self, index: int, key: str, note: str) -> None:
+        """Keep the weights that a block now has, wherever it lives; `key` and `note` are for `settled`."""
+        if self._shelf is not None:
+            self._shelf.settle(index, key, note)
+
+    def settled(self, index: int, key: str) -> str | None:
+        """The note of a block that an interrupted process settled by the same key, whose weights it then has; else None."""
+        return self._shelf.settled(index, key) if self._shelf is not None else None
 
     @property
     def block_params(self) -> Ints:
@@ -171,17 +315,72 @@ class LanguageModel:
             return hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + data.tobytes()).digest()
 
         total = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        if self._shelf is not None:  # one block at a time
+            for item in self._state():
+                total.update(digest(item))
+            return total.hexdigest()
         with ThreadPoolExecutor(8) as pool:  # hashlib lets go of the interpreter lock
             for part in pool.map(digest, self.model.state_dict().items()):
                 total.update(part)
         return total.hexdigest()
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint (safetensors) that `AutoModelForCausalLM.from_pretrained` reloads to the same logits."""
-        with _quiet_unless_terminal():
-            self.model.save_pretrained(folder)
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """The state dict, with each block brought when it is its turn."""
+        for name in self.model.state_dict():
+            if (index := self._block_of(name)) is not None:
+                self.bring(index)
+            yield name, attrgetter(name)(self.model)
+
+    def _block_of(self, name: str) -> int | None:
+        inside = name.startswith(self.blocks_path + ".")
+        return int(name[len(self.blocks_path) + 1 :].partition(".")[0]) if inside else None
+
+    def parts(self) -> Iterator[Tensors]:
+        """Every stored tensor by its name in the state dict: all but the blocks, then block by block; tied ones once."""
+        tied = set(self.model.all_tied_weights_keys or {})
+        rest: Tensors = {}
+        part: Tensors = {}
+        current = None
+        for name, tensor in self._state():
+            index = self._block_of(name)
+            if index != current and part:
+                yield part
+                part = {}
+            current = index
+            if index is not None:
+                part[name] = tensor
+            elif name not in tied:
+                rest[name] = tensor
+        if part:
+            yield part
+        yield rest
+
+    def pruned_names(self) -> list[str]:
+        """Names in the state dict of the weights that pruners may change."""
+        return [f"{self.blocks_path}.{i}.{name}.weight" for i in range(self.n_blocks) for name in self.linears(i)]
+
+    def save(self, folder: Path, form: SaveFormat = "dense") -> None:
+        """Write a checkpoint that appears when it is complete: `dense` safetensors that `from_pretrained` reloads to the same
+        logits, or `bitmask`, where pruned matrices are their kept values and a bit per weight (`LanguageModel.load` and
+        `svnup-expand` restore them exactly)."""
+
+        def fill_folder(partial: Path) -> None:
+            if form == "dense" and self._shelf is None:
+                self.model.save_pretrained(partial)
+            else:
+                self.model.config.architectures = [type(self.model).__name__]
+                self.model.config.save_pretrained(partial)
+                if self.model.generation_config is not None:
+                    self.model.generation_config.save_pretrained(partial)
+                if form == "dense":
+                    write_dense(partial, self.parts())
+                else:
+                    write_bitmask(partial, self.parts(), set(self.pruned_names()))
             if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
+                self.tokenizer.save_pretrained(partial)
+
+        with _quiet_unless_terminal():
+            in_place(folder, fill_folder)
 
     # -- running it
 
@@ -189,8 +388,13 @@ class LanguageModel:
         """Cut tokens (n_seq, seq_len) into micro-batches of at most `batch_tokens` (at least a sequence) at block 0's door."""
         rows = torch.as_tensor(tokens)
         size = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
+        last = None
         for chunk in rows.split(max(1, size // rows.shape[1])):
-            yield self._enter(chunk.to(self.device))
+            batch = self._enter(chunk.to(self.device))
+            if last is not None and _same(last.calls, batch.calls):
+                batch.calls = last.calls  # masks and rotary embeddings of one length, held once
+            yield batch
+            last = batch
 
     def run_block(
         self, index: int, hidden: Tensor, batch: MicroBatch, *, part: Part = "block", weights: dict[str, Tensor] | None = None
@@ -260,6 +464,10 @@ class LanguageModel:
     def nll(self, tokens: np.ndarray | Tensor) -> Floats:
         """Mean negative log-likelihood in nats of each sequence, tokens (n_seq, seq_len) to float64 (n_seq,)."""
         losses: list[Tensor] = []
+        if self._shelf is not None:  # every block comes once
+            *_, last = self.walk(tokens)
+            last.run(advance=True)
+            return torch.cat([self.token_nll(b.hidden, b).double().mean(1).cpu() for b in last.batches]).numpy()
         with stage("evaluation", len(tokens), "sequences") as advance:
             for batch in self.micro_batches(tokens):
                 hidden = batch.hidden
@@ -275,7 +483,8 @@ class LanguageModel:
 
         Between two visits the block is run again with the weights it then has, unless its visitor already advanced.
         """
-        batches = list(self.micro_batches(tokens))
+        shelf = self._shelf
+        batches = [batch if shelf is None else ParkedBatch(batch, shelf.states) for batch in self.micro_batches(tokens)]
         for index in range(self.n_blocks):
             visit = Visit(self, index, batches)
             yield visit
@@ -359,6 +568,83 @@ class LanguageModel:
                     del module.forward
                 else:
                     module.forward = forward
+
+
+def matrix(linear: Linear) -> Tensor:
+    """The weight of a linear as (d_out, d_in), a view: GPT-2's Conv1D stores the transpose."""
+    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two structures of arguments hold the same values."""
+    (left, shape), (right, other) = tree_flatten(a), tree_flatten(b)
+    if shape != other:
+        return False
+    equal: dict[tuple[int, int], bool] = {}  # blocks mostly share their arguments
+    for x, y in zip(left, right, strict=True):
+        pair = (id(x), id(y))
+        if pair not in equal:
+            both = isinstance(x, Tensor) and isinstance(y, Tensor)
+            equal[pair] = x is y or (torch.equal(x, y) if both else not isinstance(x, Tensor) and bool(x == y))
+        if not equal[pair]:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """Modules made inside have parameters of shape and dtype only; buffers are real, since no checkpoint stores them all."""
+    register = nn.Module.register_parameter
+
+    def without_memory(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, param if param is None else nn.Parameter(param.to("meta"), requires_grad=False))
+
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def config_with(config: Any, dtype: str, attn_implementation: str | None) -> Any:
+    """A transformers config with the dtype (`auto`: as it says) and the attention that are asked for."""
+    config.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
+    return config
+
+
+def _local_folder(name: str, revision: str | None) -> Path:
+    """The folder of a checkpoint, downloaded if it is a hub model."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} cannot be loaded: {error}") from error
+
+
+def _stored_names(model: PreTrainedModel, stored: list[str]) -> dict[str, str]:
+    """Where a checkpoint has each tensor, by its name in the model: some were saved without the head's model around the base
+    model, some under names that transformers has changed since."""
+    base, renamings = model.base_model_prefix, [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+    names: dict[str, str] = {}
+    for name in stored:
+        renamed = name
+        for renaming in renamings:
+            renamed = renaming.rename_source_key(renamed)[0]
+        names |= dict.fromkeys((f"{base}.{renamed}", renamed.removeprefix(f"{base}."), renamed), name)
+    return names | {name: name for name in stored}
+
+
+def _refuse_experts(model: PreTrainedModel, blocks: nn.Module) -> None:
+    """Fused experts are parameters of three dimensions, which no pruner here sees; listed ones may never see a token."""
+    for name, p in blocks.named_parameters():
+        if p.dim() > 2 or "experts" in name:
+            raise ValueError(
+                f"{type(model).__name__}: block parameter {name} {tuple(p.shape)} belongs to a mixture of experts or a "
+                "convolution, which svnup does not support yet; choose a dense model"
+            )
 
 
 def _find_blocks(model: PreTrainedModel, path: str | None) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from svnup.language_model import LanguageModel
+    from svnup.language_model import LanguageModel, Offload
 
 BUILT_IN = "svnup/tiny"
 BUILT_IN_FOLDER = Path(__file__).parent / "assets" / "tiny"
@@ -137,6 +137,17 @@ class Pretrained:
         """Input widths of linears, as far as config.json names them."""
         return [self._config[key] for key in ("hidden_size", "intermediate_size", "ffn_dim") if key in self._config]
 
+    def check_offload(self, offload: Offload) -> None:
+        """Raise ValueError where blocks cannot wait there."""
+        if offload != "none" and self.device_map is not None:
+            raise ValueError(
+                f"device_map={self.device_map}: spreads the model itself; use device_map=null with offload={offload}"
+            )
+        if offload == "disk" and self._is_local:
+            from svnup.checkpoint import Checkpoint
+
+            Checkpoint(self._config_file.parent)
+
     def check_device(self) -> None:
         """Raise ValueError where the device is not there."""
         from svnup.language_model import pick_device
@@ -176,7 +187,7 @@ class Pretrained:
         dtype = self.dtype if self.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
         return LanguageModel.random(one_block_of(config), None, seed=0, dtype=dtype, device=self.device)
 
-    def load(self) -> LanguageModel:
+    def load(self, offload: Offload = "none", scratch: Path | None = None) -> LanguageModel:
         from svnup.language_model import LanguageModel
 
         return LanguageModel.load(
@@ -189,6 +200,8 @@ class Pretrained:
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
             blocks_path=self.blocks_path,
+            offload=offload,
+            scratch=scratch,
         )
 
 
@@ -241,6 +254,10 @@ class Random:
     def widths(self) -> list[int]:
         return [self.hidden_size, self.intermediate_size]
 
+    def check_offload(self, offload: Offload) -> None:
+        if offload == "disk":
+            raise ValueError("offload=disk: random weights lie in no checkpoint; use offload=cpu or none")
+
     def check_device(self) -> None:
         from svnup.language_model import pick_device
 
@@ -288,7 +305,8 @@ class Random:
 
         return LanguageModel.random(one_block_of(self._config()), None, seed=0, dtype=self.dtype, device=self.device)
 
-    def load(self) -> LanguageModel:
+    def load(self, offload: Offload = "none", scratch: Path | None = None) -> LanguageModel:
         from svnup.language_model import LanguageModel
 
-        return LanguageModel.random(self._config(), self.tokenizer, seed=self.seed, dtype=self.dtype, device=self.device)
+        options: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "offload": offload}
+        return LanguageModel.random(self._config(), self.tokenizer, seed=self.seed, **options)

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from svnup.allocation import Uniform
 from svnup.evaluation import check_dense
 from svnup.game import StandIns
-from svnup.pruning import prune_model, pruned_weights
+from svnup.memory import peak_memory, reset_peak
+from svnup.pruning import prune_model, pruned_weights, save_masks
+from svnup.results import SCRATCH
 from svnup.scoring import Context
 from svnup.types import ResultRow
 
@@ -32,7 +34,8 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     `folder` takes the model, if it is saved; `blank` is the row of the job as it started, which the result completes.
     """
     start = time.perf_counter()
-    lm = job.model.load()
+    reset_peak()
+    lm = job.model.load(job.offload, folder / SCRATCH)
     tokens = job.tokens()
     logger.info("%s: %d blocks, %s prunable weights, on %s", job.name, lm.n_blocks, f"{lm.block_params.sum():,}", lm.device)
 
@@ -54,14 +57,17 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
 
     per_block = scores.per_block(lm.n_blocks) if scores is not None else None
     profile = job.allocator.allocate(per_block, lm.block_params, job.sparsity, job.pattern)
+    profile = job.split.divide(lm, profile, job.pruner, tokens)
     report = prune_model(lm, profile, job.pruner, tokens)
     logger.info("pruned: %.2f %% zeros in %.1f s", 100 * report.sparsity, report.seconds["total"])
 
     metrics = job.evaluation.run(lm)
     logger.info("pruned: %s", ", ".join(f"{k} {m.value:.4g}" for k, m in metrics.items()) or "not evaluated")
     if job.save_model:
-        lm.save(folder / "model")
+        lm.save(folder / "model", job.save_format)
         (folder / "model" / "profile.json").write_text(json.dumps(profile.to_dict(), indent=1) + "\n", encoding="utf-8")
+    if job.save_masks:
+        save_masks(lm, folder / "masks.safetensors")
 
     stored: dict[str, Any] = {scores.stored_as: scores.to_dict()} if scores is not None else {}
     return replace(
@@ -73,6 +79,7 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
         profile=profile.to_dict() | {"actual": report.block_sparsity(lm.n_blocks).tolist()},
         **stored,
         pruning=report.to_dict(),
+        peak_memory_bytes=peak_memory(lm.device),
         seconds=time.perf_counter() - start,
     )
 
@@ -80,7 +87,7 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
 def run_shard(job: Job) -> int:
     """Evaluate one shard of the job's coalitions into the cache, for a job without a shard to use; returns how many are new."""
     assert job.shapley is not None
-    lm = job.model.load()
+    lm = job.model.load(job.offload)
     game = job.shapley.play(lm, stand_ins(job, lm), job.cache_dir)
     game(job.shapley.part(lm.n_blocks))
     return game.n_evaluations

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any
 from svnup.types import ResultRow
 
 PACKAGES = ("svnup", "torch", "transformers", "datasets", "numpy", "hydra-core", "omegaconf", "safetensors", "wandb")
+
+SCRATCH = "offload"  # in the run's folder: the blocks that an interrupted job has pruned, and hidden states
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,17 @@ class RunFolder:
             self._write("profile.json", json.dumps(row.profile, indent=1) + "\n")
         if row.shapley is not None:
             self._write("shapley.json", json.dumps(row.shapley, indent=1) + "\n")
+
+    def has(self, model: bool, form: str, masks: bool) -> bool:
+        """Whether what was asked to be saved is there, in the form that was asked for."""
+        weights = {"dense": "*.safetensors*", "bitmask": "svnup_bitmask.json"}[form]
+        packed = any((self.path / "model").glob("svnup_bitmask.json"))
+        saved = any((self.path / "model").glob(weights)) and packed == (form == "bitmask")
+        return (saved or not model) and ((self.path / "masks.safetensors").is_file() or not masks)
+
+    def clear_scratch(self) -> None:
+        """Remove what an offloaded job keeps while it is not finished."""
+        shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
 
     def write_text(self, name: str, text: str) -> None:
         self._write(name, text)

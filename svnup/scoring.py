@@ -299,6 +299,7 @@ class AlphaPruning:
         start = time.perf_counter()
         values = []
         for index in range(lm.n_blocks):
+            lm.bring(index)
             exponents = []
             for name, linear in lm.linears(index).items():
                 spectrum = torch.linalg.svdvals(linear.weight.detach().float()).double().square().cpu().numpy()
@@ -351,13 +352,13 @@ def hill(eigenvalues: Floats) -> float:
 
 def _wanda_scores(visit: Visit) -> list[Tensor]:
     """|W_ij| ||X_j||_2 of each linear of the visited block, which is run once for it."""
+    from svnup.language_model import matrix
     from svnup.pruning import Inputs
     from svnup.pruning.wanda import Wanda
 
-    wanda: Any = Wanda()
-    inputs = Inputs(visit.linears, wanda)
+    inputs = Inputs(visit.linears, Wanda())
     inputs.collect(visit, advance=True)
-    return [m.weight.float().abs() * inputs.stats(name).squares.sqrt() for name, m in visit.linears.items()]
+    return [matrix(m).float().abs() * inputs.stats(name).squares.sqrt() for name, m in visit.linears.items()]
 
 
 def _walked(lm: LanguageModel, context: Context, method: str, measure: Callable[[Visit], float]) -> BlockScores:

@@ -19,7 +19,10 @@ SCHEMA_VERSION = 1
 UNSTRUCTURED = "unstructured"
 
 # Top of a configuration that cannot change a number (`shapley` counts where an allocator names it as its scorer).
-NOT_IN_KEY = ("results_dir", "cache_dir", "force", "dry_run", "save_model", "tracker", "protocol_gate", "shapley")
+NOT_IN_KEY = (
+    *("results_dir", "cache_dir", "force", "dry_run", "save_model", "save_masks", "save_format", "offload"),
+    *("tracker", "protocol_gate", "shapley"),
+)
 NOT_IN_MODEL_KEY = ("device", "device_map", "trust_remote_code", "test_text", "dense_ppl")
 
 CHOICES = 4  # endings that the accuracy payoff of a game tells apart
@@ -54,9 +57,7 @@ def parse_pattern(pattern: str) -> tuple[int | None, int] | None:
         raise ValueError(f"pattern={pattern}: unquoted N:M in yaml is a number in base 60; write it as '2:4', in quotes")
     match = re.fullmatch(r"(\d+):(\d+)", pattern)
     if not match or not 0 < int(match[1]) < int(match[2]):
-        raise ValueError(
-            f"pattern={pattern}: choose 'unstructured', N:M with 0 < N < M such as '2:4' or '4:8', or a mixed one such as 'mixed:8'"
-        )
+        raise ValueError(f"pattern={pattern}: choose 'unstructured' or N:M with 0 < N < M, such as '2:4', or 'mixed:8'")
     return int(match[1]), int(match[2])
 
 
@@ -156,45 +157,103 @@ class ShapleyValues(BlockScores):
 
 
 @dataclass(frozen=True)
+class Share:
+    """A linear's part of its block's budget: its sparsity and its number of weights."""
+
+    sparsity: float
+    size: int
+
+
+@dataclass(frozen=True)
 class SparsityProfile:
     """Sparsity per block: `sparsity` (n,) fractions of zeros, `params` (n,) prunable weights per block.
 
-    The parameter-weighted mean of `sparsity` equals `target` to 1e-6, or construction raises ValueError.
+    `linears`, where the linears of a block differ, gives each its `Share` by name. Under a pattern 'mixed:M' `sparsity` is in
+    steps of 1/M, and `requested` (n,) is the budget that was rounded to them. The parameter-weighted mean of the budget equals
+    `target` to 1e-6 (rounded to steps: to a step of the largest block), or construction raises ValueError.
     """
 
     sparsity: Floats
     params: Ints
     target: float
     pattern: str = UNSTRUCTURED
+    requested: Floats | None = None
+    linears: tuple[dict[str, Share], ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sparsity", _vector(self.sparsity, "a sparsity profile"))
         params = np.array(self.params, dtype=np.int64)
         params.setflags(write=False)
         object.__setattr__(self, "params", params)
-        parse_pattern(self.pattern)
         if params.shape != self.sparsity.shape or (params <= 0).any():
             raise ValueError(f"a profile of {len(self.sparsity)} blocks needs as many positive params, not {params}")
         if (self.sparsity < 0).any() or (self.sparsity > 1).any():
             raise ValueError(f"sparsities must lie in [0, 1]: {self.sparsity}")
-        if not abs(self.mean - self.target) <= 1e-6:
-            raise ValueError(f"the profile's mean sparsity is {self.mean:.8f}, its target {self.target:.8f}")
+        tolerance = 1e-6
+        group = parse_pattern(self.pattern)
+        if group is not None and group[0] is None:
+            steps = self.sparsity * group[1]
+            if self.requested is None or np.abs(steps - steps.round()).max() > 1e-9:
+                raise ValueError(f"pattern={self.pattern}: needs sparsities in steps of 1/{group[1]}: {self.sparsity}")
+            tolerance = float(params.max()) / (group[1] * float(params.sum()))
+        if self.requested is not None:
+            object.__setattr__(self, "requested", _vector(self.requested, "a requested sparsity profile"))
+            if self.requested.shape != self.sparsity.shape:
+                raise ValueError(f"{len(self.requested)} requested sparsities for {len(self.sparsity)} blocks")
+            self._check_mean(self.requested, 1e-6)
+        self._check_mean(self.sparsity, tolerance)
+        self._check_linears()
+
+    def _check_mean(self, sparsity: Floats, tolerance: float) -> None:
+        mean = float(np.average(sparsity, weights=self.params))
+        if not abs(mean - self.target) <= tolerance + 1e-12:
+            raise ValueError(f"the profile's mean sparsity is {mean:.8f}, its target {self.target:.8f}")
+
+    def _check_linears(self) -> None:
+        if self.linears is None:
+            return
+        if parse_pattern(self.pattern) is not None:
+            raise ValueError(f"pattern={self.pattern}: the linears of a block share its N; use pattern=unstructured")
+        if len(self.linears) != len(self.sparsity):
+            raise ValueError(f"linears of {len(self.linears)} blocks in a profile of {len(self.sparsity)}")
+        for index, shares in enumerate(self.linears):
+            sizes = sum(share.size for share in shares.values())
+            zeros = sum(share.sparsity * share.size for share in shares.values())
+            inside = all(0 <= share.sparsity <= 1 for share in shares.values())
+            if sizes != self.params[index] or not inside or abs(zeros / sizes - self.sparsity[index]) > 1e-6:
+                raise ValueError(
+                    f"block {index}: its linears have {sizes} weights and mean sparsity {zeros / max(1, sizes):.8f}, the block "
+                    f"{self.params[index]} and {self.sparsity[index]:.8f}"
+                )
+
+    def of(self, block: int, linear: str) -> float:
+        """The sparsity asked of a linear."""
+        return float(self.sparsity[block]) if self.linears is None else self.linears[block][linear].sparsity
 
     @property
     def mean(self) -> float:
         return float(np.average(self.sparsity, weights=self.params))
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        out: dict[str, Any] = {
             "sparsity": self.sparsity.tolist(),
             "params": self.params.tolist(),
             "target": self.target,
             "pattern": self.pattern,
         }
+        if self.requested is not None:
+            out["requested"] = self.requested.tolist()
+        if self.linears is not None:
+            out["linears"] = [{name: asdict(share) for name, share in block.items()} for block in self.linears]
+        return out
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        return cls(data["sparsity"], data["params"], data["target"], data.get("pattern", UNSTRUCTURED))
+        sparsity, linears = data["sparsity"], data.get("linears")
+        if linears is not None:
+            linears = tuple({name: Share(**share) for name, share in block.items()} for block in linears)
+        pattern = data.get("pattern", UNSTRUCTURED)
+        return cls(sparsity, data["params"], data["target"], pattern, data.get("requested"), linears)
 
 
 @dataclass(frozen=True)
@@ -293,6 +352,7 @@ class ResultRow:
     shapley: dict[str, Any] | None = None
     scores: dict[str, Any] | None = None  # of a method that is not a Shapley value
     pruning: dict[str, Any] | None = None
+    peak_memory_bytes: int | None = None
     seconds: float = 0.0
     error: str | None = None
     schema_version: int = SCHEMA_VERSION

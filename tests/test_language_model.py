@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from svnup.language_model import LanguageModel, make_config, pick_device
 from svnup.model import Random
@@ -45,7 +46,6 @@ FAMILIES = {
     "gptj": ("gptj", {"vocab_size": 97, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "rotary_dim": 8}),
     "gpt2": ("gpt2", {"vocab_size": 97, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}),
 }
-WITHOUT_LINEARS = {"gpt2"}  # its matrices are Conv1D
 
 
 def load(family, **changes):
@@ -107,13 +107,12 @@ def test_blocks_and_linears_are_found(family):
     assert len(lm.blocks) == 4
     for index in range(4):
         linears = lm.linears(index)
-        assert bool(linears) == (family not in WITHOUT_LINEARS)
-        assert all(isinstance(m, nn.Linear) for m in linears.values())
+        assert linears
+        assert all(isinstance(m, Conv1D if family == "gpt2" else nn.Linear) for m in linears.values())
         inside = {id(p) for p in lm.blocks[index].parameters()}
         assert all(id(m.weight) in inside for m in linears.values())
-    if family not in WITHOUT_LINEARS:
-        matrices = sum(p.numel() for n, p in lm.blocks[0].named_parameters() if p.ndim == 2)
-        assert lm.block_params.tolist() == [matrices] * 4
+    matrices = sum(p.numel() for n, p in lm.blocks[0].named_parameters() if p.ndim == 2)
+    assert lm.block_params.tolist() == [matrices] * 4
 
 
 @pytest.mark.parametrize(

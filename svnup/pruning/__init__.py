@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import resource
-import sys
+import hashlib
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from svnup.language_model import LanguageModel, Visit
+from svnup.language_model import LanguageModel, Linear, Visit, matrix
+from svnup.memory import peak_memory
 from svnup.progress import stage
 from svnup.pruning.masks import n_zeros
+from svnup.pruning.packed import apply_masks, save_masks
 from svnup.types import LinearReport, PruneReport, SparsityProfile
+
+__all__ = ["Inputs", "Pruner", "apply_masks", "prune_model", "pruned_weights", "save_masks", "temporarily_pruned"]
 
 ERROR_TOKENS = 2048
 
@@ -27,9 +32,11 @@ class Pruner(Protocol):
     `needs_inputs` says whether statistics are wanted at all; `prunes` is False only for the control that keeps everything.
     """
 
-    pattern: str
     needs_inputs: ClassVar[bool]
     prunes: ClassVar[bool]
+
+    @property
+    def pattern(self) -> str: ...
 
     def new_stats(self, weight: Tensor) -> Any:
         """Empty statistics for the inputs of a matrix; linears that read the same input share one."""
@@ -47,7 +54,7 @@ class Pruner(Protocol):
 class Inputs:
     """What the linears of one block read during a run: statistics and the first tokens, once per distinct input."""
 
-    def __init__(self, linears: dict[str, nn.Linear], pruner: Pruner) -> None:
+    def __init__(self, linears: dict[str, Linear], pruner: Pruner) -> None:
         self._linears, self._pruner = linears, pruner
         self._reads: dict[str, str] = {}  # linear -> the first linear that reads the same input
         self._stats: dict[str, Any] = {}
@@ -81,7 +88,7 @@ class Inputs:
         self._current.append((name, x))
         rows = x.reshape(-1, x.shape[-1])
         if name not in self._stats:
-            self._stats[name] = self._pruner.new_stats(self._linears[name].weight)
+            self._stats[name] = self._pruner.new_stats(matrix(self._linears[name]))
             self._first[name] = rows[:ERROR_TOKENS].clone()
         self._pruner.observe(self._stats[name], rows)
 
@@ -96,32 +103,51 @@ def prune_model(lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tok
     """
     if len(profile.sparsity) != lm.n_blocks:
         raise ValueError(f"a profile of {len(profile.sparsity)} blocks cannot prune {lm.n_blocks} blocks")
-    if lm.device.type == "cuda":
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(index)
+    key = _key(profile, pruner, tokens) if lm.offloaded else ""
     clock = {"inputs": 0.0, "prune": 0.0}
     start = time.perf_counter()
     reports: list[LinearReport] = []
     with stage("pruning", lm.n_blocks, "blocks") as advance:
         for visit in lm.walk(tokens) if pruner.needs_inputs else _visits(lm):
-            sparsity = float(profile.sparsity[visit.index])
-            inputs = Inputs(visit.linears, pruner)
-            if pruner.needs_inputs:
-                with _timed(clock, "inputs"):
-                    inputs.collect(visit, advance=sparsity == 0)  # what is not pruned need not run twice
-            with _timed(clock, "prune"):
-                reports += [_prune_linear(visit, name, pruner, inputs, sparsity) for name in visit.linears]
+            note = lm.settled(visit.index, key)
+            if note is None:
+                of_block = _prune_block(visit, profile, pruner, clock)
+                lm.settle(visit.index, key, json.dumps([asdict(report) for report in of_block]))
+            else:  # by a process that was interrupted
+                of_block = [LinearReport(**report) for report in json.loads(note)]
+            reports += of_block
             advance(1)
     total = time.perf_counter() - start
     seconds = clock | {"rerun": total - sum(clock.values()), "total": total}
     return PruneReport(tuple(reports), seconds, peak_memory(lm.device))
 
 
+def _prune_block(visit: Visit, profile: SparsityProfile, pruner: Pruner, clock: dict[str, float]) -> list[LinearReport]:
+    sparsity = {name: profile.of(visit.index, name) for name in visit.linears}
+    inputs = Inputs(visit.linears, pruner)
+    if pruner.needs_inputs:
+        with _timed(clock, "inputs"):  # what is not pruned need not run twice
+            inputs.collect(visit, advance=not pruner.prunes or not any(sparsity.values()))
+    with _timed(clock, "prune"):
+        return [_prune_linear(visit, name, pruner, inputs, sparsity[name]) for name in visit.linears]
+
+
+def _key(profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor) -> str:
+    """What a settled block was pruned by."""
+    text = json.dumps([profile.to_dict(), repr(pruner), list(tokens.shape)])
+    return hashlib.sha256(text.encode() + np.asarray(tokens, dtype=np.int64).tobytes()).hexdigest()
+
+
 @contextmanager
 def temporarily_pruned(
     lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor
 ) -> Iterator[PruneReport]:
-    """The model pruned while the block runs; afterwards it has the weights that it had before."""
+    """The model pruned while the block runs; afterwards it has the weights that it had before.
+
+    Raises ValueError where the model is offloaded, since both versions have to be in memory.
+    """
+    if lm.offloaded:
+        raise ValueError("offload: pruned and dense weights do not fit side by side; use offload=none")
     linears = [m for index in range(lm.n_blocks) for m in lm.linears(index).values()]
     dense = [m.weight.detach().clone() for m in linears]
     try:
@@ -145,7 +171,7 @@ def _visits(lm: LanguageModel) -> Iterator[Visit]:
 
 def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, sparsity: float) -> LinearReport:
     start = time.perf_counter()
-    weight, full_name = visit.linears[name].weight, f"block {visit.index}, {name}"
+    weight, full_name = matrix(visit.linears[name]), f"block {visit.index}, {name}"
     zeros_before = int((weight == 0).sum())
     try:
         pruned = pruner.prune(weight, inputs.stats(name) if pruner.needs_inputs else None, sparsity)
@@ -164,13 +190,6 @@ def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, spars
     if pruner.prunes and not asked <= zeros <= asked + zeros_before + weight.numel() // 1000:
         raise ValueError(f"stage pruning: {full_name}: {zeros} zeros where {asked} were asked for")
     return LinearReport(visit.index, name, zeros, weight.numel(), error_ratio, time.perf_counter() - start)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes: allocated on a CUDA device since its counter was reset, else the resident set of this process so far."""
-    if device.type == "cuda":
-        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextmanager

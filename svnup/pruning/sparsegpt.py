@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svnup.pruning.masks import lowest_of_groups, n_zeros
-from svnup.types import parse_pattern
+from svnup.types import parse_pattern, steps_of
 
 
 @dataclass
@@ -64,7 +64,7 @@ class SparseGPT:
         w = weight.to(torch.float32, copy=True)
         u = self._factor(h, damping)
         rows, columns = w.shape
-        group = parse_pattern(self.pattern)
+        group = steps_of(self.pattern, sparsity)
         for start in range(0, columns, self.block_size):
             end = min(start + self.block_size, columns)
             block, factor = w[:, start:end].clone(), u[start:end, start:end]

@@ -1,0 +1,213 @@
+"""Checkpoints on disk, read and written a few tensors at a time: Hugging Face safetensors, and the bitmask format.
+
+The bitmask format stores what pruning left: for each pruned matrix its kept values and one packed bit per weight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+BITMASK = "svnup_bitmask.json"
+BITMASK_VERSION = 1
+Tensors = dict[str, Tensor]
+
+
+class Checkpoint:
+    """A checkpoint folder whose tensors are read by name, whatever their files: one safetensors file, shards, or bitmask.
+
+    Raises ValueError where the folder has none of these, or a tensor is missing or damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._shapes: dict[str, list[int]] = {}  # of the matrices that are packed
+        single, index = self.folder / "model.safetensors", self.folder / INDEX
+        if is_bitmask(self.folder):
+            data = _read_json(self.folder / BITMASK)
+            if data.get("version") != BITMASK_VERSION:
+                raise ValueError(f"{self.folder}: bitmask version {data.get('version')}; this svnup reads {BITMASK_VERSION}")
+            self._files, self._shapes = data["files"], data["shapes"]
+        elif index.is_file():
+            self._files = _read_json(index)["weight_map"]
+        elif single.is_file():
+            with _opened(single) as file:
+                self._files = dict.fromkeys(file.keys(), single.name)
+        else:
+            raise ValueError(f"{self.folder}: no safetensors checkpoint; save the model once more with safe_serialization")
+
+    def names(self) -> list[str]:
+        """Names of the tensors, as in the model's state dict."""
+        packed = {f"{name}.{part}" for name in self._shapes for part in ("values", "bits")}
+        return [name for name in self._files if name not in packed] + list(self._shapes)
+
+    def by_file(self) -> list[list[str]]:
+        """Names of the tensors, those of one file together."""
+        groups: dict[str, list[str]] = {}
+        for name in self.names():
+            groups.setdefault(self._files[f"{name}.values" if name in self._shapes else name], []).append(name)
+        return list(groups.values())
+
+    def read(self, names: Iterable[str]) -> Tensors:
+        """The tensors of these names on the CPU, packed ones as the dense matrices that they were; each file is opened once."""
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            stored = f"{name}.values" if name in self._shapes else name
+            if stored not in self._files:
+                raise ValueError(f"{self.folder}: the checkpoint has no tensor {name}")
+            groups.setdefault(self._files[stored], []).append(name)
+        out: Tensors = {}
+        for file_name, wanted in groups.items():
+            with _opened(self.folder / file_name) as file:
+                for name in wanted:
+                    out[name] = self._unpacked(file, name) if name in self._shapes else file.get_tensor(name).clone()
+        return out
+
+    def _unpacked(self, file: Any, name: str) -> Tensor:
+        values, shape = file.get_tensor(f"{name}.values"), self._shapes[name]
+        keep = unpack(file.get_tensor(f"{name}.bits"), shape)
+        if int(keep.sum()) != len(values):
+            raise ValueError(f"{self.folder}: {name} is damaged: {int(keep.sum())} bits for {len(values)} values")
+        return torch.zeros(shape, dtype=values.dtype).masked_scatter_(keep, values)
+
+
+def is_bitmask(folder: str | Path) -> bool:
+    return (Path(folder) / BITMASK).is_file()
+
+
+def pack(bits: Tensor) -> Tensor:
+    """bool of any shape to uint8 (ceil(numel / 8),), the first bit highest."""
+    return torch.from_numpy(np.packbits(bits.cpu().numpy().reshape(-1)))
+
+
+def unpack(packed: Tensor, shape: Iterable[int]) -> Tensor:
+    """The bool tensor of that shape which was packed."""
+    size = tuple(shape)
+    count = int(np.prod(size))
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=count).astype(bool)).reshape(size)
+
+
+def write_dense(folder: Path, parts: Iterable[Tensors]) -> None:
+    """Write a checkpoint that `from_pretrained` reads, a file for each part; the folder must be there."""
+    files: dict[str, str] = {}
+    size = 0
+    for number, part in enumerate(parts, 1):
+        file = f"model-{number:05d}.safetensors"
+        save_tensors(part, folder / file)
+        files |= dict.fromkeys(part, file)
+        size += sum(t.numel() * t.element_size() for t in part.values())
+    _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": files})
+
+
+def write_bitmask(folder: Path, parts: Iterable[Tensors], pruned: Collection[str]) -> None:
+    """Write a bitmask checkpoint, a file for each part; the tensors named in `pruned` are packed, bit for bit restorable."""
+    files: dict[str, str] = {}
+    shapes = {}
+    for number, part in enumerate(parts, 1):
+        stored: Tensors = {}
+        for name, tensor in part.items():
+            if name not in pruned:
+                stored[name] = tensor
+                continue
+            keep = _is_set(tensor)
+            stored |= {f"{name}.values": tensor[keep], f"{name}.bits": pack(keep)}
+            shapes[name] = list(tensor.shape)
+        file = f"bitmask-{number:05d}.safetensors"
+        save_tensors(stored, folder / file)
+        files |= dict.fromkeys(stored, file)
+    _write_json(folder / BITMASK, {"version": BITMASK_VERSION, "files": files, "shapes": shapes})
+
+
+def _is_set(tensor: Tensor) -> Tensor:
+    """Where a tensor is anything but +0: a minus zero must come back as one."""
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]) != 0
+
+
+def expand(source: str | Path, target: str | Path) -> None:
+    """Turn a bitmask checkpoint into a dense one that `from_pretrained` reads, with the same configuration and tokenizer.
+
+    Raises ValueError where the source is none, or the target exists.
+    """
+    source, target = Path(source), Path(target)
+    if not is_bitmask(source):
+        raise ValueError(f"{source}: no {BITMASK} there; give a folder that save_format=bitmask wrote")
+    checkpoint = Checkpoint(source)
+
+    def fill(folder: Path) -> None:
+        for file in source.iterdir():
+            if file.is_file() and file.suffix != ".safetensors" and file.name != BITMASK:
+                shutil.copy2(file, folder / file.name)
+        write_dense(folder, (checkpoint.read(names) for names in checkpoint.by_file()))
+
+    if target.exists():
+        raise ValueError(f"{target}: exists already; name a new folder")
+    in_place(target, fill)
+
+
+def in_place(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Fill a folder that appears only when it is complete, in place of one that was there."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    fill(partial)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); copy the checkpoint again") from None
+
+
+def save_tensors(tensors: Tensors, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Atomically, so that a file that is there is a whole one."""
+    temporary = path.with_name(f".{path.name}")
+    contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
+    save_file(contiguous, temporary, metadata={"format": "pt"} | (metadata or {}))
+    temporary.replace(path)
+
+
+def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """All tensors of one safetensors file, on the CPU, and its metadata."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); copy the checkpoint again") from None
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The `svnup-expand` command."""
+    parser = argparse.ArgumentParser(prog="svnup-expand", description="Make a dense checkpoint of a bitmask one.")
+    parser.add_argument("source", type=Path, help="folder that save_format=bitmask wrote")
+    parser.add_argument("target", type=Path, help="folder to make")
+    args = parser.parse_args(argv)
+    try:
+        expand(args.source, args.target)
+    except ValueError as error:
+        sys.stderr.write(f"svnup-expand: {error}\n")
+        return 2
+    return 0

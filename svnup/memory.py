@@ -1,0 +1,31 @@
+"""How much memory something took at its peak."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+STATUS = Path("/proc/self/status")
+RESET = Path("/proc/self/clear_refs")
+
+
+def reset_peak() -> None:
+    """Forget earlier peaks of this process and its CUDA devices; the process's own only Linux can forget."""
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(index)
+    with contextlib.suppress(OSError):
+        RESET.write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes since `reset_peak`: allocated on all CUDA devices; on a CPU resident in the process, with its libraries."""
+    if device.type == "cuda":
+        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    if STATUS.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())):
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,44 @@
+"""Masks as files: a bit per weight, to keep a pruned model pruned while it is trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from svnup.checkpoint import pack, read_tensors, save_tensors, unpack
+from svnup.language_model import LanguageModel
+
+
+def save_masks(lm: LanguageModel, file: str | Path) -> None:
+    """Write which weights of the linears are not zero (safetensors): packed bits by the weight's name in the state dict."""
+    names = set(lm.pruned_names())
+    kept = {name: tensor != 0 for part in lm.parts() for name, tensor in part.items() if name in names}
+    shapes = {name: list(bits.shape) for name, bits in kept.items()}
+    packed = {name: pack(bits) for name, bits in kept.items()}
+    save_tensors(packed, Path(file), {"svnup_masks": json.dumps(shapes)})
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module | LanguageModel, file: str | Path) -> None:
+    """Zero in place every weight that a file of `save_masks` says is pruned, after fine-tuning for example.
+
+    Raises ValueError where the file holds no masks, or those of another model; the model is unchanged then.
+    """
+    if isinstance(model, LanguageModel):
+        if model.offloaded:
+            raise ValueError("apply_masks: the weights of an offloaded model are not in memory; load it with offload=none")
+        model = model.model
+    packed, metadata = read_tensors(Path(file))
+    if "svnup_masks" not in metadata:
+        raise ValueError(f"{file}: no masks; give a file that save_masks=true wrote")
+    parameters, todo = dict(model.named_parameters()), []
+    for name, shape in json.loads(metadata["svnup_masks"]).items():
+        if name not in parameters or list(parameters[name].shape) != shape:
+            found = f"of shape {list(parameters[name].shape)}" if name in parameters else "not in it"
+            raise ValueError(f"{file}: masks of another model: {name} {shape} is {found}; give the masks of this model")
+        todo.append((parameters[name], unpack(packed[name], shape)))
+    for parameter, keep in todo:
+        parameter.masked_fill_(~keep.to(parameter.device), 0)

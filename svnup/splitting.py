@@ -1,0 +1,119 @@
+"""How a block's budget is divided among its linears. Light to import: torch comes when a score is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import numpy as np
+
+from svnup.allocation import Scale, split_block
+from svnup.types import Ints, Share, SparsityProfile
+
+if TYPE_CHECKING:
+    from svnup.language_model import LanguageModel
+    from svnup.pruning import Pruner
+
+
+class Split(Protocol):
+    """Divides each block's budget; `needs_inputs` says whether it reads calibration text, `trial` whether it prunes for it."""
+
+    needs_inputs: ClassVar[bool]
+    trial: ClassVar[bool]
+    uniform: ClassVar[bool]
+
+    def divide(self, lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: Ints) -> SparsityProfile: ...
+
+
+@dataclass(frozen=True)
+class UniformSplit:
+    """Every linear gets the sparsity of its block."""
+
+    needs_inputs: ClassVar[bool] = False
+    trial: ClassVar[bool] = False
+    uniform: ClassVar[bool] = True
+
+    def divide(self, lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: Ints) -> SparsityProfile:
+        return profile
+
+
+@dataclass(frozen=True)
+class ErrorSplit:
+    """Linears that pruning hurts more keep more: by their relative reconstruction errors in a trial pruning by the profile.
+
+    Densities are linear in the scaled errors with amplitude `lam`, exact at each block's sparsity. Source: our choice.
+    """
+
+    lam: float = 0.05
+    scale: Scale = "log"
+    needs_inputs: ClassVar[bool] = True
+    trial: ClassVar[bool] = True
+    uniform: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_amplitude(self.lam)
+
+    def divide(self, lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: Ints) -> SparsityProfile:
+        from svnup.pruning import temporarily_pruned
+
+        with temporarily_pruned(lm, profile, pruner, tokens) as report:
+            errors = {(r.block, r.name): r.error or 0.0 for r in report.per_linear}
+        return _divided(lm, profile, errors, self.lam, self.scale)
+
+
+@dataclass(frozen=True)
+class OutlierSplit:
+    """Linears with more outliers keep more: the share of |W_ij| * ||X_j||_2 above `threshold` times its mean in the matrix, on
+    dense activations.
+
+    Source: the outlier ratio of OWL (arXiv 2310.05175, equation 2), here for a linear instead of a block.
+    """
+
+    lam: float = 0.05
+    scale: Scale = "raw"
+    threshold: float = 5.0
+    needs_inputs: ClassVar[bool] = True
+    trial: ClassVar[bool] = False
+    uniform: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_amplitude(self.lam)
+        if self.threshold <= 0:
+            raise ValueError(f"threshold={self.threshold}: a multiple of the mean; choose a positive number, such as 5")
+
+    def divide(self, lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: Ints) -> SparsityProfile:
+        import torch
+
+        from svnup.language_model import matrix
+        from svnup.pruning import Inputs
+        from svnup.pruning.wanda import Wanda
+
+        ratios = {}
+        with torch.inference_mode():
+            for visit in lm.walk(tokens):
+                inputs = Inputs(visit.linears, Wanda())
+                inputs.collect(visit, advance=True)
+                for name, linear in visit.linears.items():
+                    scores = matrix(linear).float().abs() * inputs.stats(name).squares.sqrt()
+                    ratios[visit.index, name] = float((scores > self.threshold * scores.mean()).double().mean())
+        return _divided(lm, profile, ratios, self.lam, self.scale)
+
+
+def _check_amplitude(lam: float) -> None:
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam={lam}: an amplitude of densities; choose 0 to 1, such as 0.05")
+
+
+def _divided(
+    lm: LanguageModel, profile: SparsityProfile, scores: Mapping[tuple[int, str], float], lam: float, scale: Scale
+) -> SparsityProfile:
+    blocks = []
+    for index in range(lm.n_blocks):
+        sizes = {name: linear.weight.numel() for name, linear in lm.linears(index).items()}
+        of_block = np.array([scores[index, name] for name in sizes])
+        if scale == "log" and not of_block.max() > 0:  # nothing to tell the linears apart
+            of_block = np.zeros(len(sizes))
+        shares = split_block(of_block, np.array([*sizes.values()]), float(profile.sparsity[index]), lam, scale)
+        blocks.append({name: Share(float(s), size) for s, (name, size) in zip(shares, sizes.items(), strict=True)})
+    return replace(profile, linears=tuple(blocks))
