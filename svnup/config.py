@@ -29,7 +29,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup import NUMBERS_VERSION
-from svnup.allocation import Allocator, name_of
+from svnup.allocation import Allocator, Tuned, name_of
 from svnup.data import TokenSource
 from svnup.evaluation import NoEvaluation, Perplexity
 from svnup.model import Pretrained, Random
@@ -55,6 +55,7 @@ class Schema:
 
     dataset: Any = MISSING
     shapley: Any = MISSING
+    selection: Any = MISSING
     model: Any = MISSING
     allocator: Any = MISSING
     split: Any = MISSING
@@ -100,6 +101,7 @@ class Job:
     dataset: TokenSource
     scorer: Scorer | None
     allocator: Allocator
+    selection: TokenSource | None
     split: Split
     pruner: Pruner
     evaluation: Perplexity | NoEvaluation
@@ -133,7 +135,7 @@ class Job:
 
     def sources(self) -> dict[str, TokenSource]:
         """Every text that the job reads, by the key under which it was configured."""
-        return _texts(self.dataset if self._calibrates else None, self.shapley, self.evaluation)
+        return _texts(self.dataset if self._calibrates else None, self.shapley, self.selection, self.evaluation)
 
     def fingerprints(self) -> dict[str, str]:
         """What the inputs are by content, without loading them: a finished job with other inputs runs again."""
@@ -190,7 +192,7 @@ class Job:
                 raise ValueError(_does_not_divide(self.pattern, f"the {width} inputs of block {index}, {name}"))
         if self.scorer is None:
             with _blame("allocator"):
-                self.allocator.allocate(None, lm.block_params, self.sparsity, self.pattern)
+                self.allocator.allocate(None, lm.block_params, self.sparsity, self.pattern, lambda profile, label="": 0.0)
         width, dtype = lm.model.config.get_text_config().hidden_size, self.config["model"].get("dtype", "auto")
         size = 4 if "float32" in (dtype, str(lm.model.config.dtype).removeprefix("torch.") if dtype == "auto" else "") else 2
         weights = sum(p.numel() for p in lm.model.parameters()) * size
@@ -205,6 +207,8 @@ class Job:
             named = "shapley" if self.shapley is not None else "scores'"
             cost = self.scorer.plan(lm.n_blocks)
             plan |= {f"{named} {k.replace('_', ' ')}": v for k, v in cost.items()}
+        if isinstance(self.allocator, Tuned):
+            plan["tuning evaluations"] = len(self.allocator.candidates(lm.n_blocks, self.sparsity))
         if self.shapley is not None:
             data = self.shapley.game.data
             plan["bytes of shapley states"] = cost["peak_states"] * (data.n_seq or 0) * data.seq_len * width * size
@@ -214,11 +218,15 @@ class Job:
 
 
 def _texts(
-    dataset: TokenSource | None, shapley: ShapleyScorer | None, evaluation: Perplexity | NoEvaluation
+    dataset: TokenSource | None,
+    shapley: ShapleyScorer | None,
+    selection: TokenSource | None,
+    evaluation: Perplexity | NoEvaluation,
 ) -> dict[str, TokenSource]:
     texts = {"dataset": dataset} if dataset is not None else {}
     if shapley is not None:
         texts["shapley.game.data"] = shapley.game.data
+    texts |= {"selection": selection} if selection is not None else {}
     return texts | {f"evaluation.datasets.{i}": s for i, s in enumerate(evaluation.sources())}
 
 
@@ -241,13 +249,17 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     given = {k: v for k, v in config["shapley"].items() if k not in ("game", "shard") and v != "???"}
     key = config_key(config)
     _arguments(given, "shapley")  # a misspelt key is one where the group is not used, too
-    allocator = construct({k: v for k, v in config["allocator"].items() if k != "scorer"}, "allocator")
+    allocator = _allocator({k: v for k, v in config["allocator"].items() if k != "scorer"})
+    tuned = isinstance(allocator, Tuned)
+    selection: TokenSource = construct(config["selection"], "selection")
+    if tuned and selection.role != "selection":
+        raise ValueError(f"selection.role={selection.role}: only the selection text may choose; use selection.role=selection")
     split: Split = construct(config["split"], "split")
     evaluation = _evaluation(config["evaluation"], known)
     tracker = construct(config["tracker"], "tracker")
     with _blame("tracker", ("tracker",)):
         tracker.check()
-    texts = _texts(dataset, shapley, evaluation)
+    texts = _texts(dataset, shapley, _shared(selection, known) if tuned else None, evaluation)
     if model.from_hub or any(source.from_hub for source in texts.values()):
         _go_offline_if_unreachable()
     with _blame("model"):
@@ -277,7 +289,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
                 f"shapley.game.absence=prune: absent blocks would not be pruned (pruner {stand_in}, "
                 f"sparsity={config['sparsity']:g}); choose another pruner: +pruner@shapley.game.pruner=wanda, or absence=skip"
             )
-    _check_memory(config, pruner, split, shapley)
+    _check_memory(config, pruner, split, shapley, tuned)
     with _blame("model"):
         model.check_device()
     scalars = {k: config[k] for k in Schema.__annotations__ if not isinstance(config[k], dict)}
@@ -287,6 +299,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
         dataset=dataset,
         scorer=scorer,
         allocator=allocator,
+        selection=texts.get("selection"),
         split=split,
         pruner=pruner,
         evaluation=evaluation,
@@ -303,6 +316,8 @@ def config_key(config: dict[str, Any]) -> str:
     scorer = kept["allocator"].get("scorer")
     if scorer:
         kept["allocator"] = kept["allocator"] | {"scorer": {k: v for k, v in scorer.items() if k != "shard"}}
+    if "auto" in kept["allocator"].values():
+        kept["selection"] = config["selection"]
     text = json.dumps([NUMBERS_VERSION, kept], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -399,6 +414,18 @@ def _type_complaint(value: Any, hint: Any) -> str | None:
     return None
 
 
+def _allocator(node: dict[str, Any]) -> Allocator:
+    """An allocator, to be tuned where its knob is `auto`."""
+    tuned = [k for k, v in node.items() if v == "auto"]
+    allocator: Any = construct({k: v for k, v in node.items() if k not in tuned}, "allocator")
+    if not tuned:
+        return typing.cast(Allocator, allocator)
+    knob = getattr(allocator, "knob", None)
+    if tuned != [knob]:
+        raise ValueError(f"allocator.{tuned[0]}=auto: cannot be tuned{f', only {knob} can' if knob else ''}; give a value")
+    return Tuned(allocator)
+
+
 def _scorer(node: Any, known: Texts) -> Scorer | None:
     """Block scores by their `_target_`, or, where the node has a game, Shapley values."""
     if node is None:
@@ -486,7 +513,7 @@ def _check_scalars(config: dict[str, Any]) -> None:
         raise ValueError(f"save_format={config['save_format']}: no model would be saved; add save_model=true")
 
 
-def _check_memory(config: dict[str, Any], pruner: Pruner, split: Split, shapley: ShapleyScorer | None) -> None:
+def _check_memory(config: dict[str, Any], pruner: Pruner, split: Split, shapley: ShapleyScorer | None, tuned: bool) -> None:
     """Refuse what needs two versions of the weights in memory where the model is not even once in it."""
     if split.trial and not pruner.needs_inputs:
         raise ValueError(
@@ -494,6 +521,8 @@ def _check_memory(config: dict[str, Any], pruner: Pruner, split: Split, shapley:
         )
     if config["offload"] == "none":
         return
+    if tuned:
+        raise ValueError(f"offload={config['offload']}: allocator options that are auto prune many times; give them a value")
     if split.trial:
         raise ValueError(f"offload={config['offload']}: split={_option(config, 'split')} prunes twice; use split=uniform")
     if shapley is not None and shapley.game.absence == "prune":

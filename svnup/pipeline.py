@@ -7,18 +7,21 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from svnup import NUMBERS_VERSION
 from svnup.allocation import Uniform
 from svnup.evaluation import check_dense
 from svnup.game import StandIns
 from svnup.memory import peak_memory, reset_peak
-from svnup.pruning import prune_model, pruned_weights, save_masks
+from svnup.pruning import prune_model, pruned_weights, save_masks, temporarily_pruned
 from svnup.results import SCRATCH
 from svnup.scoring import Context
-from svnup.types import ResultRow
+from svnup.tuning import HeldOutLoss
+from svnup.types import Ints, ResultRow, SparsityProfile
 
 if TYPE_CHECKING:
     from svnup.config import Job
@@ -56,7 +59,8 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
         )
 
     per_block = scores.per_block(lm.n_blocks) if scores is not None else None
-    profile = job.allocator.allocate(per_block, lm.block_params, job.sparsity, job.pattern)
+    loss = held_out_loss(job, lm, tokens)
+    profile = job.allocator.allocate(per_block, lm.block_params, job.sparsity, job.pattern, loss)
     profile = job.split.divide(lm, profile, job.pruner, tokens)
     report = prune_model(lm, profile, job.pruner, tokens)
     logger.info("pruned: %.2f %% zeros in %.1f s", 100 * report.sparsity, report.seconds["total"])
@@ -78,10 +82,26 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
         sparsity={"target": job.sparsity, "actual": report.sparsity, "pattern": job.pattern},
         profile=profile.to_dict() | {"actual": report.block_sparsity(lm.n_blocks).tolist()},
         **stored,
+        tuning=loss.to_dict(),
         pruning=report.to_dict(),
         peak_memory_bytes=peak_memory(lm.device),
         seconds=time.perf_counter() - start,
     )
+
+
+def held_out_loss(job: Job, lm: LanguageModel, tokens: Ints) -> HeldOutLoss:
+    """The loss of a profile as this job would prune by it, on its selection text; nothing is read before it is asked for."""
+
+    def pruned(profile: SparsityProfile) -> AbstractContextManager[Any]:
+        return temporarily_pruned(lm, job.split.divide(lm, profile, job.pruner, tokens), job.pruner, tokens)
+
+    def text() -> Ints:
+        assert job.selection is not None
+        return job.selection.tokens(lm.tokenizer)
+
+    calibration = hashlib.sha256(tokens.tobytes()).hexdigest()
+    name = f"{job.pruner!r} {job.split!r} {calibration} {NUMBERS_VERSION}"
+    return HeldOutLoss(lm, pruned, text, name, job.cache_dir)
 
 
 def run_shard(job: Job) -> int:

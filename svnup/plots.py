@@ -17,7 +17,7 @@ UNITS = {
 
 
 def figures(row: ResultRow, folder: Path) -> dict[str, Path]:
-    """Draw what a run has (`shapley.png` or `scores.png`, `profile.png`) into a folder; returns the paths by name."""
+    """Draw what a run has (`shapley.png` or `scores.png`, `tuning.png`, `profile.png`) into a folder; returns paths by name."""
     drawn: dict[str, Path] = {}
     n_blocks = len(row.profile["sparsity"]) if row.profile else 0
     if row.shapley and n_blocks:
@@ -27,6 +27,8 @@ def figures(row: ResultRow, folder: Path) -> dict[str, Path]:
     if row.scores and n_blocks:
         unit, title = f"higher: {row.scores['higher_is']}", f"How each layer scores\n{row.scores['method']}"
         drawn["scores"] = _bars(row.scores["values"], None, n_blocks, "score", unit, title, folder / "scores.png")
+    if row.tuning:
+        drawn["tuning"] = _curve(row.tuning["curve"], folder / "tuning.png")
     if drawn and row.profile:
         drawn["profile"] = _profile(row.profile, folder / "profile.png")
     return drawn
@@ -73,6 +75,19 @@ def _bars(values: list[float], stderr: list[float] | None, n_blocks: int, name: 
         axes.set_ylabel(f"{name}\n({unit})")
     axes.axhline(0, color="0.3", linewidth=0.8)
     axes.set_title(title, fontsize=9)
+    return _save(figure, path)
+
+
+def _curve(curve: list[dict[str, Any]], path: Path) -> Path:
+    """Loss of each candidate on the selection text, those that are not finite left out; the least is marked."""
+    finite = [(i, point["loss"]) for i, point in enumerate(curve) if point["loss"] is not None]
+    figure, axes = _axes(len(curve))
+    axes.plot(*zip(*finite, strict=True), marker="o", color="#3b6ea5")
+    axes.plot(*min(finite, key=lambda point: point[1]), marker="o", markersize=11, fillstyle="none", color="#c1666b")
+    axes.set_xticks(range(len(curve)), [point["label"] for point in curve], rotation=30, ha="right", fontsize=8)
+    axes.set_xlabel("")
+    axes.set_ylabel("loss on selection text\n(nats per token)")
+    axes.set_title("What was tried", fontsize=9)
     return _save(figure, path)
 
 

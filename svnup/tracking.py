@@ -103,6 +103,9 @@ class WandbTracker:
             record["layers/scores"] = table
             record["charts/scores"] = wandb.plot.bar(table, "layer", "score", title=f"Score per layer: {row.scores['method']}")
             record |= {f"scores/{key}": row.scores[key] for key in ("n_block_forwards", "seconds")}
+        if row.tuning:
+            record["tuning/curve"] = wandb.Table(["tried", "loss"], [[p["label"], p["loss"]] for p in row.tuning["curve"]])
+            record |= {f"tuning/{key}": row.tuning[key] for key in ("n_evaluations", "n_new_evaluations", "seconds")}
         if row.profile:
             table = wandb.Table(["layer", "sparsity"], [[i, s] for i, s in enumerate(row.profile["sparsity"])])
             record["layers/sparsity"] = table

@@ -18,10 +18,11 @@ Bools = NDArray[np.bool_]
 SCHEMA_VERSION = 1
 UNSTRUCTURED = "unstructured"
 
-# Top of a configuration that cannot change a number (`shapley` counts where an allocator names it as its scorer).
+# Top of a configuration that cannot change a number (`shapley` counts where an allocator
+# names it as its scorer, `selection` where it is tuned).
 NOT_IN_KEY = (
     *("results_dir", "cache_dir", "force", "dry_run", "save_model", "save_masks", "save_format", "offload"),
-    *("tracker", "protocol_gate", "shapley"),
+    *("tracker", "protocol_gate", "shapley", "selection"),
 )
 NOT_IN_MODEL_KEY = ("device", "device_map", "trust_remote_code", "test_text", "dense_ppl")
 
@@ -351,6 +352,7 @@ class ResultRow:
     profile: dict[str, Any] | None = None
     shapley: dict[str, Any] | None = None
     scores: dict[str, Any] | None = None  # of a method that is not a Shapley value
+    tuning: dict[str, Any] | None = None
     pruning: dict[str, Any] | None = None
     peak_memory_bytes: int | None = None
     seconds: float = 0.0
