@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ import numpy as np
 from svnup.game import Memo
 from svnup.language_model import LanguageModel
 from svnup.types import Ints, SparsityProfile
+
+logger = logging.getLogger(__name__)
 
 
 class HeldOutLoss:
@@ -60,6 +63,7 @@ class HeldOutLoss:
             self._memo.add(key, nll if math.isfinite(nll) else math.inf)
             self._n_new += 1
         loss = self._memo.values[key]
+        logger.info("%s: loss %.4f on the selection text", label or "tried", loss)
         self._calls.append({"label": label, "loss": loss if math.isfinite(loss) else None})
         self._seconds += time.perf_counter() - start
         return loss
