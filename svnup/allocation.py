@@ -107,8 +107,8 @@ class Ratios:
     """Sparsities, not densities, proportional to a factor that is linear in the scores: AlphaPruning's map.
 
     r_l = 1 - epsilon + 2 epsilon minmax(score), turned round for scores whose higher is denser; s_l = r_l S sum(p) / sum(p r),
-    no more than 1. Source: arXiv 2410.10912 section 3.2, equation 3, and its released code, which agree; the code lets s_l
-    exceed 1 and weighs blocks equally, where we project and weigh by their parameters.
+    no more than 1. Source: arXiv 2410.10912 section 3, and the released code, which weighs by parameters too but lets s_l
+    exceed 1, where we project.
     """
 
     epsilon: float = 0.2

@@ -198,7 +198,7 @@ def _time(work: Callable[[], Any]) -> float:
 class Owl:
     """Outlier ratio of each block: the share of its Wanda scores above `m` times their mean; blocks with more are kept denser.
 
-    Scores |W_ij| ||X_j||_2 of all linears of a block together, on dense activations. Source: arXiv 2310.05175 section 3.3;
+    Scores |W_ij| ||X_j||_2 of all linears of a block together, on dense activations. Source: arXiv 2310.05175 section 3;
     the released code as well compares with the mean of the block. What follows from the ratio: `ScoreBudget` with scale raw
     and amplitude 0.08, as the code has it.
     """
@@ -334,7 +334,7 @@ def hill(eigenvalues: Floats) -> float:
     """Exponent of the power law in the tail of a spectrum: 1 + k / sum over the k tail values of ln(x_i / x_min).
 
     x_min is the smallest eigenvalue in or above the fullest of 100 equal bins of log10(x), the 'fix-finger' of arXiv 2410.10912
-    section 3.1. The released code searches further, for the smallest Kolmogorov-Smirnov distance among eigenvalues up to 1.5
+    section 3. The released code searches further, for the smallest Kolmogorov-Smirnov distance among eigenvalues up to 1.5
     times that peak; we follow the text. Numerically zero eigenvalues are left out. Raises ValueError where no tail is left.
     """
     x = np.sort(np.asarray(eigenvalues, dtype=np.float64))
