@@ -141,8 +141,10 @@ def _say(text: str) -> None:
 
 
 def _print_plan(job: config.Job) -> None:
+    from svnup.plan import plan
+
     _say(f"plan of {job.name} (nothing is run, nothing written); its folder would be runs/{job.key}")
-    for name, value in job.check_shapes().items():
+    for name, value in plan(job).items():
         _say(f"  {name:30} {value:>16,}")
     if job.shapley is not None:
         _say(f"  {'shapley seconds, about':30} {job.scorer_seconds():>16,.0f}")

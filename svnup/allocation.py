@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from svnup.types import UNSTRUCTURED, BlockScores, Floats, Ints, SparsityProfile, parse_pattern
+from svnup.types import UNSTRUCTURED, BlockScores, Floats, Ints, SparsityProfile, method_name, parse_pattern
 
 GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # as many for every knob, so that none is tuned at more cost
 Scale = Literal["clip", "rank", "log", "raw"]
@@ -221,8 +221,7 @@ class FromFile:
 def name_of(node: dict[str, Any]) -> str:
     """What people call the allocator of a configuration: by its scores where it has some, else by itself."""
     scorer = node.get("scorer")
-    named = str((scorer or node)["_target_"]).rpartition(".")[2].lower()
-    return "shapley" if scorer and "game" in scorer else named
+    return "shapley" if scorer and "game" in scorer else method_name(scorer or node)
 
 
 def _budget(

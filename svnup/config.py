@@ -36,9 +36,10 @@ from svnup.model import Pretrained, Random
 from svnup.scoring import GameOptions, Scorer, ShapleyScorer
 from svnup.splitting import Split
 from svnup.tracking import NoTracker, WandbTracker
-from svnup.types import Ints, moving_numbers, parse_pattern
+from svnup.types import Ints, method_name, moving_numbers, parse_pattern
 
 if TYPE_CHECKING:
+    from svnup.language_model import LanguageModel
     from svnup.pruning import Pruner
 
 Gate = Literal["error", "warn", "off"]
@@ -125,7 +126,7 @@ class Job:
     def name(self) -> str:
         """Readable, for people: model, pruner, allocator, sparsity."""
         pattern = "" if self.pattern == "unstructured" else f" {self.pattern}"
-        pruner = str(self.config["pruner"]["_target_"]).rpartition(".")[2].lower()
+        pruner = method_name(self.config["pruner"])
         return f"{self.model.name} {pruner} {name_of(self.config['allocator'])} {self.sparsity:g}{pattern}"
 
     @property
@@ -135,7 +136,7 @@ class Job:
 
     def sources(self) -> dict[str, TokenSource]:
         """Every text that the job reads, by the key under which it was configured."""
-        return _texts(self.dataset if self._calibrates else None, self.shapley, self.selection, self.evaluation)
+        return _texts(self.dataset if self.calibrates else None, self.shapley, self.selection, self.evaluation)
 
     def fingerprints(self) -> dict[str, str]:
         """What the inputs are by content, without loading them: a finished job with other inputs runs again."""
@@ -156,13 +157,14 @@ class Job:
         return self.shapley is not None and self.shapley.game.absence == "prune"
 
     @property
-    def _calibrates(self) -> bool:
+    def calibrates(self) -> bool:
+        """Whether anything reads the calibration text."""
         scorer_reads = self.scorer is not None and self.scorer.needs_inputs
         return self.pruner.needs_inputs or self.split.needs_inputs or scorer_reads
 
     def tokens(self) -> Ints:
         """The calibration tokens; none where neither pruner nor scorer reads any."""
-        if not self._calibrates:
+        if not self.calibrates:
             return np.zeros((0, self.dataset.seq_len), dtype=np.int64)
         return self.dataset.tokens(self.model.tokenizer)
 
@@ -174,11 +176,8 @@ class Job:
             with _blame(key):
                 source.tokens(tokenizer)
 
-    def check_shapes(self) -> dict[str, Any]:
-        """Check the pattern and the budget against the real shapes of the model, on a skeleton without weights.
-
-        Returns the plan: blocks, prunable weights and bytes, and what the job will cost.
-        """
+    def check_shapes(self) -> LanguageModel:
+        """Check pattern and budget against the real shapes of the model; returns the skeleton without weights that has them."""
         from svnup.language_model import matrix
 
         with _blame("model"):
@@ -186,35 +185,18 @@ class Job:
         group = parse_pattern(self.pattern)
         linears = [(i, name, m) for i in range(lm.n_blocks) for name, m in lm.linears(i).items()]
         if not linears:
-            raise ValueError(f"model={self.model.name}: its blocks have no nn.Linear to prune; choose another model")
+            raise ValueError(f"model={self.model.name}: its blocks have no linears to prune; choose another model")
         for index, name, linear in linears if group else []:
             if (width := matrix(linear).shape[1]) % group[1]:  # type: ignore[index]
                 raise ValueError(_does_not_divide(self.pattern, f"the {width} inputs of block {index}, {name}"))
         if self.scorer is None:
             with _blame("allocator"):
                 self.allocator.allocate(None, lm.block_params, self.sparsity, self.pattern, lambda profile, label="": 0.0)
-        width, dtype = lm.model.config.get_text_config().hidden_size, self.config["model"].get("dtype", "auto")
-        size = 4 if "float32" in (dtype, str(lm.model.config.dtype).removeprefix("torch.") if dtype == "auto" else "") else 2
-        weights = sum(p.numel() for p in lm.model.parameters()) * size
-        n_calibration = (self.dataset.n_seq or 0) * self.dataset.seq_len if self._calibrates else 0
         if self.shapley is not None and self.shapley.game.players == "sublayer":
             with _blame("shapley.game"):
                 for index in range(lm.n_blocks):
                     lm.sublayers(index)
-        plan = {"blocks": lm.n_blocks, "prunable weights": int(lm.block_params.sum()), "bytes of weights": weights}
-        plan["bytes of calibration states"] = n_calibration * width * size
-        if self.scorer is not None:
-            named = "shapley" if self.shapley is not None else "scores'"
-            cost = self.scorer.plan(lm.n_blocks)
-            plan |= {f"{named} {k.replace('_', ' ')}": v for k, v in cost.items()}
-        if isinstance(self.allocator, Tuned):
-            plan["tuning evaluations"] = len(self.allocator.candidates(lm.n_blocks, self.sparsity))
-        if self.shapley is not None:
-            data = self.shapley.game.data
-            plan["bytes of shapley states"] = cost["peak_states"] * (data.n_seq or 0) * data.seq_len * width * size
-            if self.game_prunes:
-                plan["bytes of pruned stand-ins"] = int(lm.block_params.sum()) * size
-        return plan
+        return lm
 
 
 def _texts(

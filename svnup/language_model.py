@@ -312,7 +312,9 @@ class LanguageModel:
         def digest(item: tuple[str, Tensor]) -> bytes:
             name, tensor = item
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            return hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + data.tobytes()).digest()
+            digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(data.data)
+            return digest.digest()
 
         total = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         if self._shelf is not None:  # one block at a time

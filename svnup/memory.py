@@ -22,6 +22,12 @@ def reset_peak() -> None:
         RESET.write_text("5")
 
 
+def resident() -> int:
+    """Bytes of this process that are in memory now; 0 where the system does not say."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", STATUS.read_text()) if STATUS.is_file() else None
+    return int(found[1]) * 1024 if found else 0
+
+
 def peak_memory(device: torch.device) -> int:
     """Peak bytes since `reset_peak`: allocated on all CUDA devices; on a CPU resident in the process, with its libraries."""
     if device.type == "cuda":

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from svnup.allocation import name_of
-from svnup.types import UNSTRUCTURED, ResultRow, moving_numbers
+from svnup.types import UNSTRUCTURED, ResultRow, method_name, moving_numbers
 
 FORMATS = ("terminal", "markdown", "csv", "latex")
 IDENTITY = ["model", "pruner", "allocator", "sparsity", "pattern", "seed"]
@@ -47,7 +47,7 @@ def describe(row: ResultRow) -> dict[str, Any]:
     words = [word for word in (*words, _options(config["allocator"])) if word]
     return {
         "model": model,
-        "pruner": config["pruner"]["_target_"].rpartition(".")[2].lower(),
+        "pruner": method_name(config["pruner"]),
         "allocator": name_of(config["allocator"]) + (f" ({', '.join(words)})" if words else ""),
         "sparsity": config["sparsity"],
         "pattern": config["pattern"],

@@ -71,6 +71,12 @@ def steps_of(pattern: str, sparsity: float) -> tuple[int, int] | None:
     return (round(sparsity * m) if n is None else n), m
 
 
+def method_name(node: dict[str, Any]) -> str:
+    """The name of a method by its `_target_` node, with that of the method it builds on: 'refit (wanda)'."""
+    name = str(node["_target_"]).rpartition(".")[2].lower()
+    return f"{name} ({method_name(node['base'])})" if "base" in node else name
+
+
 def player_names(n_blocks: int) -> list[str]:
     """Names of the players of a sublayer game, in their order."""
     return [f"{block} {part}" for block in range(n_blocks) for part in ("attention", "mlp")]

@@ -23,6 +23,7 @@ ONLY_IN = {
     "matplotlib": {"plots"},
     "datasets": {"data"},
     "shapiq": {"shapley/library"},
+    "triton": {"pruning/column_block_triton"},  # itself imported lazily
 }
 LAZY = {"wandb", "lm_eval", "matplotlib", "datasets", "shapiq"}
 PURE = {"types", "allocation"} | {name for name in MODULES if name.startswith("shapley/")}  # numpy, and nothing else of weight
@@ -97,6 +98,7 @@ def test_rule_4_each_large_library_has_one_door(name):
     used = packages(imports(MODULES[name])) & set(ONLY_IN)
     assert {package for package in used if name not in ONLY_IN[package]} == set()
     assert packages(imports_when_loaded(MODULES[name])) & LAZY == set()
+    assert "svnup.pruning.column_block_triton" not in {m.rpartition(".")[0] for m in imports_when_loaded(MODULES[name])}
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

@@ -56,7 +56,10 @@ CONFIG_ALONE = {
     "unknown key, nothing near": (["xyzzy=1"], ["xyzzy=1", "svnup --cfg job shows all"]),
     "unknown group": (["modl=tiny"], ["modl=tiny", "did you mean model?"]),
     "unknown model": (["model=tinny"], ["model=tinny", "choose among", "llama_7b", "did you mean tiny?"]),
-    "unknown pruner": (["pruner=wand"], ["pruner=wand", "magnitude, none, sparsegpt, wanda", "did you mean wanda?"]),
+    "unknown pruner": (
+        ["pruner=wand"],
+        ["pruner=wand", "magnitude, magnitude_refit, none, ria", "did you mean wanda?"],
+    ),
     "unknown experiment": (["experiment=smok"], ["experiment=smok", "did you mean smoke?"]),
     "unknown data set": (["dataset=wikitext"], ["dataset=wikitext", "did you mean wikitext2?"]),
     "unknown evaluation data set": (["evaluation.datasets=[doc]"], ["evaluation.datasets=doc", "did you mean docs?"]),
@@ -140,7 +143,7 @@ def test_an_unknown_option_in_a_sweep_stops_it_before_its_first_job(capsys, monk
     monkeypatch.setattr(sys, "argv", ["svnup", "-m", *SMALL_W2, "results_dir=r", "cache_dir=c", "pruner=magnitude,wand"])
     assert main() == 2
     last = capsys.readouterr().err.rstrip("\n").splitlines()[-1]
-    assert last.startswith("svnup: pruner=wand: choose among magnitude, none, sparsegpt, wanda")
+    assert last.startswith("svnup: pruner=wand: choose among alps, dsnot, magnitude, magnitude_refit, none, ria")
     assert {t for t in tree(Path.cwd()) if not t.startswith("r/sweeps")} == {"r"}  # Hydra's own record of the sweep, no run
 
 

@@ -61,6 +61,10 @@ class Inputs:
         self._first: dict[str, Tensor] = {}
         self._current: list[tuple[str, Tensor]] = []
 
+    def reads(self, name: str) -> str:
+        """The first linear that reads the same input."""
+        return self._reads[name]
+
     def stats(self, name: str) -> Any:
         return self._stats[self._reads[name]]
 

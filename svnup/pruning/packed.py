@@ -27,14 +27,13 @@ def apply_masks(model: nn.Module | LanguageModel, file: str | Path) -> None:
 
     Raises ValueError where the file holds no masks, or those of another model; the model is unchanged then.
     """
-    if isinstance(model, LanguageModel):
-        if model.offloaded:
-            raise ValueError("apply_masks: the weights of an offloaded model are not in memory; load it with offload=none")
-        model = model.model
+    if isinstance(model, LanguageModel) and model.offloaded:
+        raise ValueError("apply_masks: the weights of an offloaded model are not in memory; load it with offload=none")
+    module = model.model if isinstance(model, LanguageModel) else model
     packed, metadata = read_tensors(Path(file))
     if "svnup_masks" not in metadata:
         raise ValueError(f"{file}: no masks; give a file that save_masks=true wrote")
-    parameters, todo = dict(model.named_parameters()), []
+    parameters, todo = dict(module.named_parameters()), []
     for name, shape in json.loads(metadata["svnup_masks"]).items():
         if name not in parameters or list(parameters[name].shape) != shape:
             found = f"of shape {list(parameters[name].shape)}" if name in parameters else "not in it"

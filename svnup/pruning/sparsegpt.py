@@ -2,22 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from svnup.pruning.masks import lowest_of_groups, n_zeros
+from svnup.pruning.column_block import settle
+from svnup.pruning.masks import check_groups, lowest_counts, n_zeros
 from svnup.types import parse_pattern, steps_of
+
+SLAB = 512  # columns of X^T X that one matrix product makes
 
 
 @dataclass
 class Hessian:
-    """X^T X summed over all observed tokens, float32 (d_in, d_in)."""
+    """X^T X summed over all observed tokens, float32 (d_in, d_in); only what lies on or right of the diagonal counts."""
 
     xtx: Tensor
     n_tokens: int = 0
+
+    @classmethod
+    def empty(cls, weight: Tensor) -> Self:
+        return cls(torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float32, device=weight.device))
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs (tokens, d_in); what is left of the diagonal's slab is the same by symmetry and not computed."""
+        x = x.float()
+        for start in range(0, x.shape[1], SLAB):
+            self.xtx[start : start + SLAB, start:].addmm_(x[:, start : start + SLAB].T, x[:, start:])
+        self.n_tokens += len(x)
+
+    def damped(self, damp: float, factor: Callable[[Tensor], Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+        """H = X^T X / n_tokens + damp * mean(diag) I (d_in, d_in), its factor, and which inputs are dead, bool (d_in,).
+
+        Of a dead input, which was zero in every token, the diagonal is 1. Where `factor` fails, which it tells by None, damping
+        grows tenfold, at most 4 times, then ValueError gives the range of the diagonal.
+        """
+        h = (self.xtx.triu() + self.xtx.triu(1).T) / max(1, self.n_tokens)
+        dead = h.diagonal() == 0
+        damping = damp * (h.diagonal().mean() if not dead.all() else 1.0)
+        h.diagonal()[dead] = 1  # not before the mean: in which unit inputs are measured must not matter
+        diagonal = h.diagonal().clone()
+        for _ in range(5):
+            h.diagonal().copy_(diagonal + damping)
+            if (factored := factor(h)) is not None:
+                return h, factored, dead
+            damping = damping * 10
+        raise ValueError(
+            f"the Hessian cannot be factorised even with damping {damp * 1e4:g} of its mean diagonal; its diagonal goes "
+            f"from {diagonal.min():.3g} to {diagonal.max():.3g}"
+        )
+
+
+def cholesky(h: Tensor) -> Tensor | None:
+    """The lower Cholesky factor, None where there is none."""
+    lower, failed = torch.linalg.cholesky_ex(h)
+    return None if failed or not lower.isfinite().all() else lower
+
+
+def cholesky_of_inverse(h: Tensor) -> Tensor | None:
+    """The upper Cholesky factor U of H^-1 = U^T U, None where there is none.
+
+    With rows and columns in reverse order Cholesky gives H = R R^T, R upper, so that U = R^-1: the inverse, whose condition is
+    no better, never exists, and it takes half the time.
+    """
+    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+    if failed:
+        return None
+    upper = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True)
+    return upper if upper.isfinite().all() else None
 
 
 @dataclass(frozen=True)
@@ -47,58 +102,33 @@ class SparseGPT:
             raise ValueError(f"block_size={self.block_size}: choose a positive multiple of the M of pattern={self.pattern}")
 
     def new_stats(self, weight: Tensor) -> Hessian:
-        return Hessian(torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float32, device=weight.device))
+        return Hessian.empty(weight)
 
     def observe(self, stats: Hessian, x: Tensor) -> None:
-        x = x.float()
-        stats.xtx.addmm_(x.T, x)
-        stats.n_tokens += len(x)
+        stats.add(x)
 
     def prune(self, weight: Tensor, stats: Hessian, sparsity: float) -> Tensor:
-        if sparsity == 0:
-            return weight
-        h = stats.xtx / max(1, stats.n_tokens)
-        dead = h.diagonal() == 0
-        damping = self.damp * (h.diagonal().mean() if not dead.all() else 1.0)
-        h.diagonal()[dead] = 1  # not before the mean: in which unit inputs are measured must not matter
-        w = weight.to(torch.float32, copy=True)
-        u = self._factor(h, damping)
-        rows, columns = w.shape
         group = steps_of(self.pattern, sparsity)
+        if group:
+            check_groups(*group, weight.shape[1])
+        if sparsity == 0 or (group and group[0] == 0):
+            return weight
+        _, u, dead = stats.damped(self.damp, cholesky_of_inverse)
+        return self.settled(weight, u, dead, sparsity)
+
+    def settled(self, weight: Tensor, u: Tensor, dead: Tensor, sparsity: float) -> Tensor:
+        """The pruned matrix, given the upper Cholesky factor `u` (d_in, d_in) of H^-1 and which inputs are `dead`, (d_in,)."""
+        group = steps_of(self.pattern, sparsity)
+        w = weight.float().T.clone(memory_format=torch.contiguous_format).T  # a column's weights side by side in memory
+        rows, columns = w.shape
         for start in range(0, columns, self.block_size):
             end = min(start + self.block_size, columns)
-            block, factor = w[:, start:end].clone(), u[start:end, start:end]
+            block, factor, mask = w[:, start:end], u[start:end, start:end], None
             scale = factor.diagonal().masked_fill(dead[start:end], torch.inf)  # what a dead input reads goes first
             if group is None:
                 count = n_zeros(sparsity, rows * end) - n_zeros(sparsity, rows * start)
-                mask = torch.zeros(block.numel(), dtype=torch.bool, device=w.device)
-                order = (block / scale).square().reshape(-1).argsort(stable=True)
-                mask = mask.index_fill(0, order[:count], True).reshape(block.shape)
-            else:
-                mask = torch.zeros_like(block, dtype=torch.bool)
-            errors = torch.zeros_like(block)
-            for j in range(end - start):
-                if group is not None and j % group[1] == 0:
-                    near = slice(j, j + group[1])
-                    mask[:, near] = lowest_of_groups((block[:, near] / scale[near]).square(), *group)
-                errors[:, j] = block[:, j].masked_fill(~mask[:, j], 0) / factor[j, j]
-                block[:, j:] -= errors[:, j, None] * factor[j, j:]
-            w[:, start:end] = block.masked_fill(mask, 0)
-            w[:, end:] -= errors @ u[start:end, end:]
-        return w.to(weight.dtype)
-
-    def _factor(self, h: Tensor, damping: Tensor | float) -> Tensor:
-        """The upper Cholesky factor of the inverse of the damped H."""
-        diagonal = h.diagonal().clone()
-        for _ in range(5):
-            h.diagonal().copy_(diagonal + damping)
-            lower, failed = torch.linalg.cholesky_ex(h)
-            if not failed:
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-                if not failed and upper.isfinite().all():
-                    return upper
-            damping = damping * 10
-        raise ValueError(
-            f"the Hessian cannot be factorised even with damping {self.damp * 1e4:g} of its mean diagonal; its diagonal goes "
-            f"from {diagonal.min():.3g} to {diagonal.max():.3g}"
-        )
+                scores = (block / scale).square().reshape(1, -1)
+                mask = lowest_counts(scores, torch.tensor([count])).reshape(block.shape)
+            block[:], errors = settle(block, factor, mask, group, scale)
+            w[:, end:].addmm_(errors, u[start:end, end:], alpha=-1)
+        return w.to(weight.dtype).contiguous()

@@ -1,0 +1,177 @@
+"""Every pruner against every other, layer by layer and on a whole model: how often each is better, and by how much.
+
+Layers: the linears of the built-in model, with the inputs that they read in the dense model, and random matrices whose inputs
+are correlated and differ in scale, or are badly conditioned besides. A layer is pruned on calibration inputs and judged by
+||X (W - W')^T||^2 / ||X W^T||^2 on other inputs (of the selection text; for random layers drawn from the same distribution).
+Model: uniform budgets, perplexity on the selection text. Writes results/tables/pruners.md.
+
+    python experiments/pruners/run.py [--layers 100] [--n-seq 32] [--seeds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from svnup.allocation import Uniform
+from svnup.config import CONF
+from svnup.data import Docs
+from svnup.evaluation import perplexity
+from svnup.language_model import LanguageModel, matrix
+from svnup.model import BUILT_IN_FOLDER
+from svnup.pruning import Inputs, Pruner, temporarily_pruned
+from svnup.results import provenance
+
+SETTINGS = {"70 %": ("unstructured", 0.7), "2:4": ("2:4", 0.5)}
+ON_MODEL = {"50 %": ("unstructured", 0.5), "70 %": ("unstructured", 0.7), "2:4": ("2:4", 0.5), "4:8": ("4:8", 0.5)}
+ON_MODEL |= {"mixed:8, 70 %": ("mixed:8", 0.7)}
+Layer = tuple[Tensor, Tensor, Tensor]  # weight, calibration inputs, other inputs
+
+
+def pruners(pattern: str) -> dict[str, Pruner]:
+    """Every pruner of conf/pruner that prunes, as configured there."""
+    made = {}
+    for file in sorted((CONF / "pruner").glob("[!_]*.yaml")):
+        pruner = instantiate(OmegaConf.merge(OmegaConf.load(file), {"pattern": pattern}))
+        if pruner.prunes:
+            made[file.stem] = pruner
+    return made
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Keeps the inputs themselves."""
+
+    pattern: str = "unstructured"
+    needs_inputs: ClassVar[bool] = True
+    prunes: ClassVar[bool] = False
+    seen: list[Tensor] = field(default_factory=list)
+
+    def new_stats(self, weight: Tensor) -> list[Tensor]:
+        return []
+
+    def observe(self, stats: list[Tensor], x: Tensor) -> None:
+        stats.append(x)
+
+    def prune(self, weight: Tensor, stats: Any, sparsity: float) -> Tensor:
+        return weight
+
+
+@torch.inference_mode()
+def real_layers(lm: LanguageModel, n_seq: int) -> Iterator[Layer]:
+    texts = [Docs(n_seq=n_seq, seq_len=256, role=role).tokens(lm.tokenizer) for role in ("calibration", "selection")]
+    for visit in lm.walk(np.concatenate(texts)):
+        inputs = Inputs(visit.linears, Keep())
+        inputs.collect(visit, advance=True)
+        for name, linear in visit.linears.items():
+            calibration, other = torch.cat(inputs.stats(name)).chunk(2)
+            yield matrix(linear), calibration, other
+
+
+def random_layers(n_layers: int, badly: bool) -> Iterator[Layer]:
+    for seed in range(n_layers):
+        g = torch.Generator().manual_seed(seed)
+        d_out, d_in, rank = 96, 128, 32
+        mix = torch.randn(d_in, d_in, generator=g) / d_in**0.5 + torch.eye(d_in)
+        if badly:  # a hundred times more in a few directions than in the others, and scales over four decades
+            mix = torch.randn(d_in, rank, generator=g) @ torch.randn(rank, d_in, generator=g) / rank + 0.01 * mix
+        scales = torch.exp((3 if badly else 1) * torch.randn(d_in, generator=g))
+        x = [torch.randn(1024, d_in, generator=g) @ mix * scales for _ in range(2)]
+        yield torch.randn(d_out, d_in, generator=g), *x
+
+
+def errors(layers: Iterator[Layer], pattern: str, sparsity: float) -> dict[str, list[float]]:
+    """Error of every layer on the other inputs, by pruner."""
+    made = pruners(pattern)
+    found: dict[str, list[float]] = {name: [] for name in made}
+    for weight, calibration, other in layers:
+        outputs = (other @ weight.T).square().sum()
+        for name, pruner in made.items():
+            stats = pruner.new_stats(weight)
+            pruner.observe(stats, calibration)
+            change = weight - pruner.prune(weight, stats, sparsity)
+            found[name].append(float((other @ change.T).square().sum() / outputs))
+    return found
+
+
+def against_each_other(title: str, found: dict[str, list[float]]) -> list[str]:
+    names, n = list(found), len(next(iter(found.values())))
+    against_wanda = {x: np.exp(np.mean(np.log(np.array(found[x]) / np.array(found["wanda"])))) for x in names}
+    text = [f"### {title}: {n} layers", "", "| better than | " + " | ".join(names) + " | error / Wanda's |"]
+    text.append("| --- " * (len(names) + 2) + "|")
+    for x in sorted(names, key=lambda x: against_wanda[x]):
+        wins = [f"{100 * np.mean(np.array(found[x]) < np.array(found[y])):.0f} %" if x != y else "" for y in names]
+        text.append(f"| {x} | " + " | ".join(wins) + f" | {against_wanda[x]:.3f} |")
+    return [*text, ""]
+
+
+def on_model(lm: LanguageModel, n_seq: int, n_seeds: int) -> list[str]:
+    selection = Docs(n_seq=48, seq_len=256, role="selection").tokens(lm.tokenizer)
+    calibration = [Docs(n_seq=n_seq, seq_len=256, seed=seed).tokens(lm.tokenizer) for seed in range(n_seeds)]
+    text = ["| pruner | " + " | ".join(ON_MODEL) + " |", "| --- " * (len(ON_MODEL) + 1) + "|"]
+    for name in pruners("unstructured"):
+        cells = []
+        for pattern, sparsity in ON_MODEL.values():
+            pruner, profile = pruners(pattern)[name], Uniform().allocate(None, lm.block_params, sparsity, pattern)
+            found = []
+            for tokens in calibration if pruner.needs_inputs else calibration[:1]:
+                with temporarily_pruned(lm, profile, pruner, tokens):
+                    found.append(perplexity(lm, selection))
+            cells.append(f"{np.mean(found):.2f}" + (f" ± {np.std(found, ddof=1):.2f}" if len(found) > 1 else ""))
+        text.append(f"| {name} | " + " | ".join(cells) + " |")
+        print(text[-1], flush=True)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=100, help="random layers of each kind")
+    parser.add_argument("--n-seq", type=int, default=32, help="calibration sequences of 256 tokens")
+    parser.add_argument("--seeds", type=int, default=3, help="calibration seeds on the whole model")
+    options = parser.parse_args()
+    lm = LanguageModel.load(str(BUILT_IN_FOLDER), dtype="float32", device="cpu")
+    hardware = provenance([], [], 0)["hardware"]
+    text = [
+        "# Pruners against each other",
+        "",
+        f"Made by `make study NAME=pruners`. {hardware['cpu']}, {hardware['cores']} cores, torch {torch.__version__}, float32; "
+        f"{options.n_seq} x 256 calibration tokens.",
+        "",
+        "## Layer by layer",
+        "",
+        "In how many of the layers the pruner of the line has the smaller error on inputs that it has not seen, and its error as a "
+        "share of Wanda's (geometric mean).",
+        "",
+    ]
+    for title, (pattern, sparsity) in SETTINGS.items():
+        kinds = {
+            f"Built-in model, {title}": real_layers(lm, options.n_seq),
+            f"Random, {title}": random_layers(options.layers, badly=False),
+            f"Random and badly conditioned, {title}": random_layers(options.layers, badly=True),
+        }
+        for kind, layers in kinds.items():
+            text += against_each_other(kind, errors(layers, pattern, sparsity))
+            print(kind, flush=True)
+    text += [
+        "## On the whole model",
+        "",
+        "Perplexity on 48 x 256 tokens of the selection text, uniform budgets, "
+        f"mean ± standard deviation over {options.seeds} calibration seeds.",
+        "",
+        *on_model(lm, options.n_seq, options.seeds),
+    ]
+    Path("results/tables").mkdir(parents=True, exist_ok=True)
+    Path("results/tables/pruners.md").write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

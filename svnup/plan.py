@@ -1,0 +1,125 @@
+"""What a job will cost, told before anything is loaded: evaluations, block-forwards, bytes of memory."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svnup.allocation import Tuned
+from svnup.language_model import BATCH_TOKENS, HEAD_TOKENS, LanguageModel, matrix, pick_device
+from svnup.memory import resident
+from svnup.pruning import ERROR_TOKENS, Inputs, Pruner
+
+if TYPE_CHECKING:
+    from svnup.config import Job
+
+FLOAT = 4
+
+
+def plan(job: Job) -> dict[str, int]:
+    """Blocks, prunable weights, bytes by what takes them, the peak to expect, and what the Shapley values cost.
+
+    The peak is that of the device; on a CPU that of the process, with what it has taken already. It counts weights, hidden
+    states, statistics and the matrices that a pruner works with; `result.json` has the peak that it was.
+    """
+    lm = job.check_shapes()
+    config, device = lm.model.config.get_text_config(), pick_device(job.config["model"]["device"])
+    size = _itemsize(lm, job.config["model"]["dtype"])
+    here = device.type == "cpu"  # where blocks and states wait takes the same memory, unless that is a disk
+    states_here = job.offload == "none" or (here and job.offload == "cpu")
+
+    block = max(sum(p.numel() for p in b.parameters()) for b in lm.blocks) * size
+    weights = sum(p.numel() for p in lm.model.parameters()) * size
+    resident_weights = weights
+    if not states_here:
+        in_blocks = sum(p.numel() for p in lm.blocks.parameters()) * size
+        resident_weights = weights - in_blocks + block * (2 if job.offload == "disk" else 1)  # one is read or written
+
+    n_calibration = (job.dataset.n_seq or 0) * job.dataset.seq_len if job.calibrates else 0
+    batch = max(BATCH_TOKENS[device.type], job.dataset.seq_len)
+    inner = max(max(matrix(m).shape) for i in range(lm.n_blocks) for m in lm.linears(i).values())
+    activations = batch * (8 * config.hidden_size + 4 * inner) * size
+    states = n_calibration * config.hidden_size * size
+    statistics = _statistics(job, lm) if job.pruner.needs_inputs else 0
+    stages = {
+        "pruning": states * states_here + activations + statistics + _workspace(lm, job.pruner),
+        "evaluation": activations + 3 * min(HEAD_TOKENS, batch) * lm.vocab_size * FLOAT,
+    }
+    out = {"blocks": lm.n_blocks, "prunable weights": int(lm.block_params.sum()), "bytes of weights": weights}
+    out |= {"bytes of calibration states": states, "bytes of statistics of a block": statistics}
+    if isinstance(job.allocator, Tuned):
+        out["tuning evaluations"] = len(job.allocator.candidates(lm.n_blocks, job.sparsity))
+    if job.scorer is not None:
+        named, cost = "scores'" if job.shapley is None else "shapley", job.scorer.plan(lm.n_blocks)
+        out |= {f"{named} {k.replace('_', ' ')}": v for k, v in cost.items()}
+    if job.shapley is not None:
+        data = job.shapley.game.data
+        out["bytes of shapley states"] = cost["peak_states"] * (data.n_seq or 0) * data.seq_len * config.hidden_size * size
+        if job.offload == "disk":
+            out["bytes that shapley reads"] = cost["block_forwards"] * block
+        stand_ins = int(lm.block_params.sum()) * size if job.game_prunes else 0
+        out |= {"bytes of pruned stand-ins": stand_ins} if stand_ins else {}
+        stages["shapley"] = out["bytes of shapley states"] + stand_ins + stages["evaluation"]
+    if job.split.trial or isinstance(job.allocator, Tuned):  # the dense weights wait beside the pruned ones
+        stages["pruning"] += int(lm.block_params.sum()) * size
+    out["bytes at the peak, about"] = (resident() if here else 0) + resident_weights + max(stages.values())
+    return out
+
+
+def _itemsize(lm: LanguageModel, dtype: str) -> int:
+    kept = lm.model.config.dtype if dtype == "auto" else getattr(torch, dtype)
+    return (kept or torch.float32).itemsize
+
+
+def _statistics(job: Job, lm: LanguageModel) -> int:
+    """Bytes of what a pruner gathers for a block, with the first tokens of each distinct input, found by running one block."""
+    probe = job.model.one_block()
+    inputs = Inputs(probe.linears(0), _Nothing())
+    with torch.inference_mode():
+        for visit in probe.walk(np.zeros((1, 2), dtype=np.int64)):
+            inputs.collect(visit, advance=False)
+    total = 0
+    for name, linear in lm.linears(0).items():
+        if inputs.reads(name) == name:
+            weight = matrix(linear)
+            total += _n_bytes(job.pruner.new_stats(weight)) + min(ERROR_TOKENS, _n_tokens(job)) * weight.shape[1] * FLOAT
+    return total
+
+
+def _n_tokens(job: Job) -> int:
+    return (job.dataset.n_seq or 0) * job.dataset.seq_len
+
+
+def _workspace(lm: LanguageModel, pruner: Pruner) -> int:
+    """Bytes of the matrices that are at hand while one linear is pruned: copies of it and, for a Hessian, its factors."""
+    worst = 0
+    for linear in lm.linears(0).values():
+        d_out, d_in = matrix(linear).shape
+        square = pruner.needs_inputs and _n_bytes(pruner.new_stats(matrix(linear))) >= d_in * d_in * FLOAT
+        worst = max(worst, (4 * d_out * d_in + 4 * d_in * d_in * square) * FLOAT)
+    return worst
+
+
+def _n_bytes(stats: Any) -> int:
+    if isinstance(stats, Tensor):
+        return stats.numel() * stats.element_size()
+    return sum(_n_bytes(getattr(stats, f.name)) for f in fields(stats)) if is_dataclass(stats) else 0
+
+
+class _Nothing:
+    """Gathers nothing: only which linears read the same input is of interest."""
+
+    pattern = "unstructured"
+    needs_inputs: ClassVar[bool] = True
+    prunes: ClassVar[bool] = False
+
+    def new_stats(self, weight: Tensor) -> None: ...
+
+    def observe(self, stats: None, x: Tensor) -> None: ...
+
+    def prune(self, weight: Tensor, stats: None, sparsity: float) -> Tensor:
+        return weight

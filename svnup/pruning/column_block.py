@@ -1,0 +1,64 @@
+"""SparseGPT's inner loop: settle the columns of one block, one after the other."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+
+import torch
+from torch import Tensor
+
+from svnup.pruning.masks import lowest_in_columns
+
+STEP = 32  # columns between two matrix products: fewer make more products, more make longer sums per column
+
+
+def settle(
+    block: Tensor, factor: Tensor, mask: Tensor | None, group: tuple[int, int] | None, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Zero what goes in a block of columns and let the columns to the right make up for it: (new block, errors).
+
+    `block` (rows, b) and `factor` (b, b), upper, are float32. What goes is `mask`, bool (rows, b); or, where that is None, the
+    n smallest (weight / scale)^2 of each `group` (n, m) of columns in a row, on the weights as they are when the group's turn
+    comes, the first among equals first; `scale` is (b,). `errors` (rows, b) times the rest of the factor's rows is what the
+    columns beyond the block have to lose.
+
+    On CUDA a Triton kernel does it in one launch where Triton can build one; elsewhere `settle_by_torch` does, which is the
+    reference: the two differ by rounding.
+
+    Source: Frantar and Alistarh 2023 (arXiv 2301.00774), the inner loop of algorithm 1.
+    """
+    assert (mask is None) != (group is None), "a mask, or groups to choose one by"
+    if block.is_cuda and can_build_kernels():
+        from svnup.pruning.column_block_triton import settle_by_triton
+
+        return settle_by_triton(block, factor, mask, group, scale)
+    return settle_by_torch(block, factor, mask, group, scale)
+
+
+def can_build_kernels() -> bool:
+    """Whether Triton is installed and finds the C compiler with which it builds its launchers."""
+    return importlib.util.find_spec("triton") is not None and any((os.environ.get("CC"), *map(shutil.which, ("gcc", "clang"))))
+
+
+def settle_by_torch(
+    block: Tensor, factor: Tensor, mask: Tensor | None, group: tuple[int, int] | None, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`settle` on any device. Columns lie in memory as rows, and each takes in what it has to make up for only when its turn
+    comes: by one matrix product for the step, by a short matrix-vector product within it."""
+    w, lower, diagonal = block.T.clone(memory_format=torch.contiguous_format), factor.T.contiguous(), factor.diagonal()[:, None]
+    errors = torch.empty_like(w)
+    gone = torch.empty_like(w, dtype=torch.bool) if mask is None else mask.T.contiguous()
+    step = group[1] if group else STEP
+    for start in range(0, len(w), step):
+        now = slice(start, start + step)
+        w[now].addmm_(lower[now, :start], errors[:start], alpha=-1)
+        if group:
+            gone[now] = lowest_in_columns((w[now] / scale[now, None]).square(), group[0])
+        share = gone[now] / diagonal[now]
+        for j, share_j in enumerate(share, start):
+            if j > start:
+                w[j].addmv_(errors[start:j].T, lower[j, start:j], alpha=-1)
+            torch.mul(w[j], share_j, out=errors[j])
+    return torch.where(gone, 0, w).T, errors.T

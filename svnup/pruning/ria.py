@@ -1,0 +1,48 @@
+"""RIA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from svnup.pruning.masks import smallest
+from svnup.pruning.wanda import InputNorms
+
+
+@dataclass(frozen=True)
+class RIA:
+    """Zero the smallest (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||_2^a of each output row, or of each group of M
+    inputs in a row.
+
+    The first factor, relative importance, is a weight's share of its input's column and of its output's row, so that no row or
+    column is pruned away as a whole. Per row as in the released code, which compares as Wanda does; without its permutation of
+    inputs for N:M.
+
+    Source: Zhang et al., ICLR 2024, 'Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models'.
+    """
+
+    pattern: str = "unstructured"
+    a: float = 0.5
+    needs_inputs: ClassVar[bool] = True
+    prunes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.a < 0:
+            raise ValueError(f"a={self.a}: choose the power of the input norms, such as 0.5; 0 leaves them out")
+
+    def new_stats(self, weight: Tensor) -> InputNorms:
+        return InputNorms(torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device))
+
+    def observe(self, stats: InputNorms, x: Tensor) -> None:
+        stats.squares += x.float().square().sum(0)
+
+    def prune(self, weight: Tensor, stats: InputNorms, sparsity: float) -> Tensor:
+        if sparsity == 0:
+            return weight
+        size = weight.float().abs()
+        of_column, of_row = (size / size.sum(axis, keepdim=True).clamp(min=torch.finfo().tiny) for axis in (0, 1))
+        scores = (of_column + of_row) * stats.squares.pow(self.a / 2)
+        return weight.masked_fill(smallest(scores, sparsity, self.pattern), 0)
