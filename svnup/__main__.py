@@ -76,7 +76,7 @@ def _run(cfg: Any, overrides: list[str], texts: config.Texts) -> None:
         _print_plan(job)
         return
     folder = RunFolder.of(job.results_dir, job.key)
-    sharded = job.scorer is not None and job.scorer.shard is not None
+    sharded = job.shapley is not None and job.shapley.shard is not None
     earlier, prints = folder.read(), job.fingerprints()
     changed = earlier is not None and earlier.fingerprints != prints
     unsaved = not folder.has(job.save_model, job.save_format, job.save_masks)
@@ -148,15 +148,16 @@ def _print_plan(job: config.Job) -> None:
     _say(f"plan of {job.name} (nothing is run, nothing written); its folder would be runs/{job.key}")
     for name, value in plan(job).items():
         _say(f"  {name:30} {value:>16,}")
-    if job.scorer is not None:
+    if job.shapley is not None:
         _say(f"  {'shapley seconds, about':30} {job.scorer_seconds():>16,.0f}")
 
 
 def _print_result(row: ResultRow) -> None:
-    if row.shapley is not None and row.profile is not None:
+    scores = row.shapley or row.scores
+    if scores is not None and row.profile is not None:
         sparsity = row.profile["sparsity"]
-        values = np.reshape(row.shapley["values"], (len(sparsity), -1)).sum(axis=1)  # attention and MLP may be apart
-        _say(f"  {'layer':>5}  {'Shapley value':>13}  {'sparsity':>8}  kept")
+        values = np.reshape(scores["values"], (len(sparsity), -1)).sum(axis=1)  # attention and MLP may be apart
+        _say(f"  {'layer':>5}  {'Shapley value' if row.shapley else 'score':>13}  {'sparsity':>8}  kept")
         for index, (value, share) in enumerate(zip(values, sparsity, strict=True)):
             _say(f"  {index:>5}  {value:>13.4f}  {share:>8.3f}  {'█' * round(40 * (1 - share))}")
     for name, metric in row.metrics.items():

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from svnup.types import UNSTRUCTURED, BlockScores, Floats, Ints, SparsityProfile, parse_pattern
+from svnup.types import UNSTRUCTURED, BlockScores, Floats, Ints, SparsityProfile, method_name, parse_pattern
 
+GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # as many for every knob, so that none is tuned at more cost
 Scale = Literal["clip", "rank", "log", "raw"]
 
 
+class Loss(Protocol):
+    """How bad the model pruned by a profile is on held-out text, in nats per token; `label` says what is tried."""
+
+    def __call__(self, profile: SparsityProfile, label: str = "") -> float: ...
+
+
 class Allocator(Protocol):
-    """Turns scores into a profile; `uniform_only` says that it can serve a fixed N:M pattern."""
+    """Turns scores into a profile; `uniform_only` says that it can serve a fixed N:M pattern.
+
+    `loss` is for those that tune or search. One whose option can be `auto` names it as `knob` and has a `grid` for it, of
+    which the first value gives the uniform profile.
+    """
 
     uniform_only: ClassVar[bool]
 
@@ -24,7 +35,7 @@ class Allocator(Protocol):
         ...
 
     def allocate(
-        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED
+        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
     ) -> SparsityProfile: ...
 
 
@@ -38,7 +49,7 @@ class Uniform:
         check_pattern(sparsity, pattern, self.uniform_only)
 
     def allocate(
-        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED
+        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
     ) -> SparsityProfile:
         return in_steps(np.full(len(params), sparsity), params, sparsity, pattern)
 
@@ -48,21 +59,27 @@ class ScoreBudget:
     """Densities linear in scaled scores, then projected onto the exact budget: blocks that matter keep more weights.
 
     z = scale(scores) in [0, 1]; k_l = 2 lam z_l - mean_p(2 lam z) + 1 - S; s_l = 1 - k_l, clipped to [lower, upper] with the
-    parameter-weighted mean kept at S. `lower` and `upper` default to max(0, S - 0.3) and min(0.95, S + 0.2).
+    parameter-weighted mean kept at S. `lower` and `upper` default to max(0, S - 0.3) and min(0.95, S + 0.2). `reverse` turns
+    the profile upside down afterwards, 2 S - s_l within [0, 1]: the control that a useful score has to beat.
 
-    Source: the amplitude form (2 lam, mean restored) is OWL's, arXiv 2310.05175 section 3.3; scales, bounds and the exact
-    projection are ours, since the budget map of arXiv 2505.01731 is not public.
+    Source: the amplitude form (2 lam, mean restored) is that of OWL's released code, arXiv 2310.05175; its text bounds s_l by
+    S +- lam instead. Scales, bounds and the exact projection are ours, since the budget map of arXiv 2505.01731 is not public.
     """
 
     scale: Scale = "log"
     lam: float = 0.15
     lower: float | None = None
     upper: float | None = None
+    reverse: bool = False
     uniform_only: ClassVar[bool] = False
+    knob: ClassVar[str] = "lam"
 
     def __post_init__(self) -> None:
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam={self.lam}: an amplitude of densities; choose 0 to 1, such as 0.15")
+
+    def grid(self, n_blocks: int, sparsity: float) -> tuple[float, ...]:
+        return GRID
 
     def bounds(self, sparsity: float) -> tuple[float, float]:
         lower = max(0.0, sparsity - 0.3) if self.lower is None else self.lower
@@ -74,15 +91,82 @@ class ScoreBudget:
         _check_bounds(*self.bounds(sparsity), sparsity)
 
     def allocate(
-        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED
+        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
     ) -> SparsityProfile:
-        if scores is None:
-            raise ValueError("this allocator needs scores, and none were computed")
-        z = rescale(scores.values, self.scale)
-        if scores.higher_is == "sparser":
+        z = rescale(_needed(scores).values, self.scale)
+        if _needed(scores).higher_is == "sparser":
             z = 1 - z
         wish = 1 - (2 * self.lam * (z - np.average(z, weights=params)) + 1 - sparsity)
-        return in_steps(project(wish, params, sparsity, *self.bounds(sparsity)), params, sparsity, pattern)
+        if not self.reverse:
+            return _budget(wish, params, sparsity, pattern, self.bounds(sparsity))
+        return _budget(2 * sparsity - project(wish, params, sparsity, *self.bounds(sparsity)), params, sparsity, pattern)
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """Sparsities, not densities, proportional to a factor that is linear in the scores: AlphaPruning's map.
+
+    r_l = 1 - epsilon + 2 epsilon minmax(score), turned round for scores whose higher is denser; s_l = r_l S sum(p) / sum(p r),
+    no more than 1. Source: arXiv 2410.10912 section 3, and the released code, which weighs by parameters too but lets s_l
+    exceed 1, where we project.
+    """
+
+    epsilon: float = 0.2
+    uniform_only: ClassVar[bool] = False
+    knob: ClassVar[str] = "epsilon"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epsilon < 1:
+            raise ValueError(f"epsilon={self.epsilon}: sparsities lie between 1 - epsilon and 1 + epsilon; choose 0.2 to 0.3")
+
+    def grid(self, n_blocks: int, sparsity: float) -> tuple[float, ...]:
+        return GRID
+
+    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
+        check_pattern(sparsity, pattern, self.uniform_only)
+
+    def allocate(
+        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
+    ) -> SparsityProfile:
+        z = rescale(_needed(scores).values, "raw")
+        if _needed(scores).higher_is == "denser":
+            z = 1 - z
+        ratios = 1 - self.epsilon + 2 * self.epsilon * z
+        return _budget(ratios * sparsity / np.average(ratios, weights=params), params, sparsity, pattern)
+
+
+@dataclass(frozen=True)
+class Atp:
+    """Sparsities in arithmetic progression over depth, s_l = S - beta (n - 1) / 2 + beta l; no scores, no data.
+
+    `beta` None is half of the largest that fits between 0 and 1, min(S, 1 - S) / (n - 1): ours, for want of a search. Blocks
+    of unequal size are projected onto the exact budget. Source: arXiv 2502.14770, section 3: there beta is found by a grid
+    search; `beta: auto` does that, on selection text.
+    """
+
+    beta: float | None = None
+    uniform_only: ClassVar[bool] = False
+    knob: ClassVar[str] = "beta"
+
+    def grid(self, n_blocks: int, sparsity: float) -> tuple[float, ...]:
+        largest = 2 * min(sparsity, 1 - sparsity) / max(1, n_blocks - 1)
+        return tuple(largest * step / (len(GRID) - 1) for step in range(len(GRID)))
+
+    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
+        check_pattern(sparsity, pattern, self.uniform_only)
+        largest = self.grid(n_blocks, sparsity)[-1]
+        if self.beta is not None and not abs(self.beta) <= largest + 1e-12:
+            raise ValueError(
+                f"beta={self.beta}: with {n_blocks} blocks at sparsity={sparsity:g} sparsities would leave [0, 1]; "
+                f"choose at most {largest:.4g}, or null"
+            )
+
+    def allocate(
+        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
+    ) -> SparsityProfile:
+        n = len(params)
+        beta = self.grid(n, sparsity)[-1] / 2 if self.beta is None else self.beta
+        return _budget(sparsity + beta * (np.arange(n, dtype=np.float64) - (n - 1) / 2), params, sparsity, pattern)
 
 
 @dataclass(frozen=True)
@@ -119,7 +203,7 @@ class FromFile:
             raise ValueError(f"pattern={pattern}: {self.path} divides blocks among their linears; use pattern=unstructured")
 
     def allocate(
-        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED
+        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
     ) -> SparsityProfile:
         self.check(len(params), sparsity, pattern)
         profile = self._read()
@@ -134,6 +218,51 @@ class FromFile:
             raise ValueError(
                 f"path={self.path}: does not fit the blocks of this model: {error}; use one of this model"
             ) from None
+
+
+def name_of(node: dict[str, Any]) -> str:
+    """What people call the allocator of a configuration: by its scores where it has some, else by itself."""
+    scorer = node.get("scorer")
+    return "shapley" if scorer and "game" in scorer else method_name(scorer or node)
+
+
+def _budget(
+    wish: Floats, params: Ints, target: float, pattern: str, bounds: tuple[float, float] = (0.0, 1.0)
+) -> SparsityProfile:
+    """The one way from wished sparsities per block (n,) to a profile: projected onto the exact budget within `bounds`."""
+    return in_steps(project(wish, params, target, *bounds), params, target, pattern)
+
+
+def _needed(scores: BlockScores | None) -> BlockScores:
+    if scores is None:
+        raise ValueError("scorer=null: this allocator needs scores; leave its scorer as its yaml has it")
+    return scores
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """An allocator whose knob is chosen on held-out text: of its grid the value with the least loss, and the uniform profile
+    where none beats it."""
+
+    allocator: Any
+    uniform_only: ClassVar[bool] = False
+
+    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
+        self.allocator.check(n_blocks, sparsity, pattern)
+
+    def candidates(self, n_blocks: int, sparsity: float) -> dict[str, Allocator]:
+        """The allocators to try, by what tells them apart."""
+        knob = self.allocator.knob
+        return {f"{knob}={v:.4g}": replace(self.allocator, **{knob: v}) for v in self.allocator.grid(n_blocks, sparsity)}
+
+    def allocate(
+        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
+    ) -> SparsityProfile:
+        assert loss is not None
+        candidates = self.candidates(len(params), sparsity).items()
+        profiles = [(label, candidate.allocate(scores, params, sparsity, pattern)) for label, candidate in candidates]
+        losses = [loss(profile, label) for label, profile in profiles]
+        return profiles[int(np.argmin(losses))][1]  # the first of equals
 
 
 def check_pattern(sparsity: float, pattern: str, uniform: bool) -> None:

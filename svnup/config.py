@@ -29,11 +29,11 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup import NUMBERS_VERSION
-from svnup.allocation import Allocator
+from svnup.allocation import Allocator, Tuned, name_of
 from svnup.data import TokenSource
 from svnup.evaluation import NoEvaluation, Perplexity
 from svnup.model import Pretrained, Random
-from svnup.scoring import GameOptions, ShapleyScorer
+from svnup.scoring import GameOptions, Scorer, ShapleyScorer
 from svnup.splitting import Split
 from svnup.tracking import NoTracker, WandbTracker
 from svnup.types import Ints, method_name, moving_numbers, parse_pattern
@@ -56,6 +56,7 @@ class Schema:
 
     dataset: Any = MISSING
     shapley: Any = MISSING
+    selection: Any = MISSING
     model: Any = MISSING
     allocator: Any = MISSING
     split: Any = MISSING
@@ -99,8 +100,9 @@ class Job:
 
     model: Pretrained | Random
     dataset: TokenSource
-    scorer: ShapleyScorer | None
+    scorer: Scorer | None
     allocator: Allocator
+    selection: TokenSource | None
     split: Split
     pruner: Pruner
     evaluation: Perplexity | NoEvaluation
@@ -124,13 +126,17 @@ class Job:
     def name(self) -> str:
         """Readable, for people: model, pruner, allocator, sparsity."""
         pattern = "" if self.pattern == "unstructured" else f" {self.pattern}"
-        method = {k: method_name(self.config[k]) for k in ("pruner", "allocator")}
-        allocator = "shapley" if self.scorer is not None else method["allocator"]
-        return f"{self.model.name} {method['pruner']} {allocator} {self.sparsity:g}{pattern}"
+        pruner = method_name(self.config["pruner"])
+        return f"{self.model.name} {pruner} {name_of(self.config['allocator'])} {self.sparsity:g}{pattern}"
+
+    @property
+    def shapley(self) -> ShapleyScorer | None:
+        """The scorer where it plays a game, which alone has shards and a text of its own."""
+        return self.scorer if isinstance(self.scorer, ShapleyScorer) else None
 
     def sources(self) -> dict[str, TokenSource]:
         """Every text that the job reads, by the key under which it was configured."""
-        return _texts(self.dataset if self.calibrates else None, self.scorer, self.evaluation)
+        return _texts(self.dataset if self.calibrates else None, self.shapley, self.selection, self.evaluation)
 
     def fingerprints(self) -> dict[str, str]:
         """What the inputs are by content, without loading them: a finished job with other inputs runs again."""
@@ -141,23 +147,23 @@ class Job:
         return prints
 
     def scorer_seconds(self) -> float:
-        """Time that the scores will take, measured on one block of the model's shape with random weights."""
-        assert self.scorer is not None
+        """Time that Shapley values will take, measured on one block of the model's shape with random weights."""
+        assert self.shapley is not None
         probe = self.model.one_block()
-        return self.scorer.seconds(probe, self.model.n_blocks())
+        return self.shapley.seconds(probe, self.model.n_blocks())
 
     @property
     def game_prunes(self) -> bool:
-        return self.scorer is not None and self.scorer.game.absence == "prune"
+        return self.shapley is not None and self.shapley.game.absence == "prune"
 
     @property
     def calibrates(self) -> bool:
         """Whether anything reads the calibration text."""
-        stand_in = self.scorer.game.pruner if self.scorer is not None else None
-        return self.pruner.needs_inputs or self.split.needs_inputs or (stand_in is not None and stand_in.needs_inputs)
+        scorer_reads = self.scorer is not None and self.scorer.needs_inputs
+        return self.pruner.needs_inputs or self.split.needs_inputs or scorer_reads
 
     def tokens(self) -> Ints:
-        """The calibration tokens; none where the pruner reads none."""
+        """The calibration tokens; none where neither pruner nor scorer reads any."""
         if not self.calibrates:
             return np.zeros((0, self.dataset.seq_len), dtype=np.int64)
         return self.dataset.tokens(self.model.tokenizer)
@@ -185,8 +191,8 @@ class Job:
                 raise ValueError(_does_not_divide(self.pattern, f"the {width} inputs of block {index}, {name}"))
         if self.scorer is None:
             with _blame("allocator"):
-                self.allocator.allocate(None, lm.block_params, self.sparsity, self.pattern)
-        if self.scorer is not None and self.scorer.game.players == "sublayer":
+                self.allocator.allocate(None, lm.block_params, self.sparsity, self.pattern, lambda profile, label="": 0.0)
+        if self.shapley is not None and self.shapley.game.players == "sublayer":
             with _blame("shapley.game"):
                 for index in range(lm.n_blocks):
                     lm.sublayers(index)
@@ -194,11 +200,15 @@ class Job:
 
 
 def _texts(
-    dataset: TokenSource | None, scorer: ShapleyScorer | None, evaluation: Perplexity | NoEvaluation
+    dataset: TokenSource | None,
+    shapley: ShapleyScorer | None,
+    selection: TokenSource | None,
+    evaluation: Perplexity | NoEvaluation,
 ) -> dict[str, TokenSource]:
     texts = {"dataset": dataset} if dataset is not None else {}
-    if scorer is not None:
-        texts["shapley.game.data"] = scorer.game.data
+    if shapley is not None:
+        texts["shapley.game.data"] = shapley.game.data
+    texts |= {"selection": selection} if selection is not None else {}
     return texts | {f"evaluation.datasets.{i}": s for i, s in enumerate(evaluation.sources())}
 
 
@@ -213,24 +223,25 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     _refuse_unknown(config)
     _check_scalars(config)
     _refuse_missing(config)
-    scorer_node = config["allocator"].get("scorer")
-    key = config_key(config)
     model = construct(config["model"], "model")
     dataset = construct(config["dataset"], "dataset")
     dataset = _shared(dataset, known)
-    if scorer_node:
-        scorer = _scorer(scorer_node, known)
-    else:  # a misspelt key is one where the group is not used, too
-        scorer = None
-        used = {k: v for k, v in config["shapley"].items() if k not in ("game", "shard") and v != "???"}
-        _arguments(used, "shapley")
-    allocator = construct({k: v for k, v in config["allocator"].items() if k != "scorer"}, "allocator")
+    scorer = _scorer(config["allocator"].get("scorer"), known)
+    shapley = scorer if isinstance(scorer, ShapleyScorer) else None
+    given = {k: v for k, v in config["shapley"].items() if k not in ("game", "shard") and v != "???"}
+    key = config_key(config)
+    _arguments(given, "shapley")  # a misspelt key is one where the group is not used, too
+    allocator = _allocator({k: v for k, v in config["allocator"].items() if k != "scorer"})
+    tuned = isinstance(allocator, Tuned)
+    selection: TokenSource = construct(config["selection"], "selection")
+    if tuned and selection.role != "selection":
+        raise ValueError(f"selection.role={selection.role}: only the selection text may choose; use selection.role=selection")
     split: Split = construct(config["split"], "split")
     evaluation = _evaluation(config["evaluation"], known)
     tracker = construct(config["tracker"], "tracker")
     with _blame("tracker", ("tracker",)):
         tracker.check()
-    texts = _texts(dataset, scorer, evaluation)
+    texts = _texts(dataset, shapley, _shared(selection, known) if tuned else None, evaluation)
     if model.from_hub or any(source.from_hub for source in texts.values()):
         _go_offline_if_unreachable()
     with _blame("model"):
@@ -244,23 +255,23 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
         model.check_offload(config["offload"])
     if group is not None and any(width % group[1] for width in model.widths()):
         raise ValueError(_does_not_divide(config["pattern"], f"the widths {model.widths()} of the model"))
-    if scorer is not None:
+    if shapley is not None:
         with _blame("shapley", ("shapley",)):
-            scorer.check(n_blocks)
+            shapley.check(n_blocks)
     _refuse_mixed_roles(texts)
     for name, source in texts.items():
         if source.seq_len > (model.max_positions() or source.seq_len):
             longest = model.max_positions()
             raise ValueError(f"{name}.seq_len={source.seq_len}: the model has {longest} positions; choose at most that")
     pruner = construct(config["pruner"], "pruner")  # the first that imports torch
-    if scorer is not None and scorer.game.absence == "prune":
-        stand_in = scorer.game.pruner
+    if shapley is not None and shapley.game.absence == "prune":
+        stand_in = shapley.game.pruner
         if stand_in is None or not stand_in.prunes or config["sparsity"] == 0:
             raise ValueError(
                 f"shapley.game.absence=prune: absent blocks would not be pruned (pruner {stand_in}, "
                 f"sparsity={config['sparsity']:g}); choose another pruner: +pruner@shapley.game.pruner=wanda, or absence=skip"
             )
-    _check_memory(config, pruner, split, scorer)
+    _check_memory(config, pruner, split, shapley, tuned)
     with _blame("model"):
         model.check_device()
     scalars = {k: config[k] for k in Schema.__annotations__ if not isinstance(config[k], dict)}
@@ -270,6 +281,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
         dataset=dataset,
         scorer=scorer,
         allocator=allocator,
+        selection=texts.get("selection"),
         split=split,
         pruner=pruner,
         evaluation=evaluation,
@@ -286,6 +298,8 @@ def config_key(config: dict[str, Any]) -> str:
     scorer = kept["allocator"].get("scorer")
     if scorer:
         kept["allocator"] = kept["allocator"] | {"scorer": {k: v for k, v in scorer.items() if k != "shard"}}
+    if "auto" in kept["allocator"].values():
+        kept["selection"] = config["selection"]
     text = json.dumps([NUMBERS_VERSION, kept], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -382,7 +396,31 @@ def _type_complaint(value: Any, hint: Any) -> str | None:
     return None
 
 
-def _scorer(node: dict[str, Any], known: Texts) -> ShapleyScorer:
+def _allocator(node: dict[str, Any]) -> Allocator:
+    """An allocator, to be tuned where its knob is `auto`."""
+    tuned = [k for k, v in node.items() if v == "auto"]
+    allocator: Any = construct({k: v for k, v in node.items() if k not in tuned}, "allocator")
+    if not tuned:
+        return typing.cast(Allocator, allocator)
+    knob = getattr(allocator, "knob", None)
+    if tuned != [knob]:
+        raise ValueError(f"allocator.{tuned[0]}=auto: cannot be tuned{f', only {knob} can' if knob else ''}; give a value")
+    return Tuned(allocator)
+
+
+def _scorer(node: Any, known: Texts) -> Scorer | None:
+    """Block scores by their `_target_`, or, where the node has a game, Shapley values."""
+    if node is None:
+        return None
+    if not isinstance(node, dict):
+        raise ValueError(
+            f"allocator.scorer={node}: must be a node with a _target_, or null; leave it as the allocator's yaml has it"
+        )
+    if "game" not in node:
+        scorer = construct(node, "allocator.scorer")
+        if not hasattr(scorer, "score"):
+            raise ValueError(f"allocator.scorer._target_={node['_target_']}: gives no scores; choose a class of svnup.scoring")
+        return typing.cast(Scorer, scorer)
     estimator = {k: v for k, v in node.items() if k not in ("game", "shard")}
     options = dict(node["game"])
     if options.get("absence") != "prune":  # whose pruner is not used then, and need not be imported
@@ -457,7 +495,7 @@ def _check_scalars(config: dict[str, Any]) -> None:
         raise ValueError(f"save_format={config['save_format']}: no model would be saved; add save_model=true")
 
 
-def _check_memory(config: dict[str, Any], pruner: Pruner, split: Split, scorer: ShapleyScorer | None) -> None:
+def _check_memory(config: dict[str, Any], pruner: Pruner, split: Split, shapley: ShapleyScorer | None, tuned: bool) -> None:
     """Refuse what needs two versions of the weights in memory where the model is not even once in it."""
     if split.trial and not pruner.needs_inputs:
         raise ValueError(
@@ -465,9 +503,11 @@ def _check_memory(config: dict[str, Any], pruner: Pruner, split: Split, scorer: 
         )
     if config["offload"] == "none":
         return
+    if tuned:
+        raise ValueError(f"offload={config['offload']}: allocator options that are auto prune many times; give them a value")
     if split.trial:
         raise ValueError(f"offload={config['offload']}: split={_option(config, 'split')} prunes twice; use split=uniform")
-    if scorer is not None and scorer.game.absence == "prune":
+    if shapley is not None and shapley.game.absence == "prune":
         raise ValueError(f"offload={config['offload']}: shapley.game.absence=prune keeps all weights twice; use absence=skip")
 
 
@@ -481,7 +521,7 @@ def _refuse_missing(node: Any, prefix: str = "") -> None:
         if value == "???":
             raise ValueError(f"{prefix}{name}: has no value yet; add {prefix}{name}=...")
         if isinstance(value, dict) and not (prefix == "" and name == "shapley"):  # judged where an allocator uses it
-            _refuse_missing(value, f"{prefix}{name}.".replace("allocator.scorer.", "shapley."))
+            _refuse_missing(value, "shapley." if name == "scorer" and "game" in value else f"{prefix}{name}.")
 
 
 # -- messages

@@ -7,17 +7,21 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from svnup import NUMBERS_VERSION
 from svnup.allocation import Uniform
 from svnup.evaluation import check_dense
 from svnup.game import StandIns
 from svnup.memory import peak_memory, reset_peak
-from svnup.pruning import prune_model, pruned_weights, save_masks
+from svnup.pruning import prune_model, pruned_weights, save_masks, temporarily_pruned
 from svnup.results import SCRATCH
-from svnup.types import ResultRow, ShapleyValues
+from svnup.scoring import Context
+from svnup.tuning import HeldOutLoss
+from svnup.types import Ints, ResultRow, SparsityProfile
 
 if TYPE_CHECKING:
     from svnup.config import Job
@@ -42,19 +46,21 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     check_dense(dense, job.model.dense_ppl, job.protocol_gate, job.model.name)
     logger.info("dense: %s", ", ".join(f"{k} {m.value:.4g}" for k, m in dense.items()) or "not evaluated")
 
-    scores = job.scorer.score(lm, job.cache_dir, stand_ins(job, lm)) if job.scorer is not None else None
+    scores = job.scorer.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm))) if job.scorer is not None else None
     if scores is not None:
         cost = scores.cost
         logger.info(
-            "%s: %d evaluations, %d of them new, in %.1f s",
+            "%s: %d evaluations (%d new), %d block-forwards, in %.1f s",
             scores.method,
             cost.n_evaluations,
             cost.n_new_evaluations,
+            cost.n_block_forwards,
             cost.seconds,
         )
 
     per_block = scores.per_block(lm.n_blocks) if scores is not None else None
-    profile = job.allocator.allocate(per_block, lm.block_params, job.sparsity, job.pattern)
+    loss = held_out_loss(job, lm, tokens)
+    profile = job.allocator.allocate(per_block, lm.block_params, job.sparsity, job.pattern, loss)
     profile = job.split.divide(lm, profile, job.pruner, tokens)
     report = prune_model(lm, profile, job.pruner, tokens)
     logger.info("pruned: %.2f %% zeros in %.1f s", 100 * report.sparsity, report.seconds["total"])
@@ -67,6 +73,7 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     if job.save_masks:
         save_masks(lm, folder / "masks.safetensors")
 
+    stored: dict[str, Any] = {scores.stored_as: scores.to_dict()} if scores is not None else {}
     return replace(
         blank,
         status="finished",
@@ -74,19 +81,35 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
         dense=dense.to_dict(),
         sparsity={"target": job.sparsity, "actual": report.sparsity, "pattern": job.pattern},
         profile=profile.to_dict() | {"actual": report.block_sparsity(lm.n_blocks).tolist()},
-        shapley=scores.to_dict() if isinstance(scores, ShapleyValues) else None,
+        **stored,
+        tuning=loss.to_dict(),
         pruning=report.to_dict(),
         peak_memory_bytes=peak_memory(lm.device),
         seconds=time.perf_counter() - start,
     )
 
 
+def held_out_loss(job: Job, lm: LanguageModel, tokens: Ints) -> HeldOutLoss:
+    """The loss of a profile as this job would prune by it, on its selection text; nothing is read before it is asked for."""
+
+    def pruned(profile: SparsityProfile) -> AbstractContextManager[Any]:
+        return temporarily_pruned(lm, job.split.divide(lm, profile, job.pruner, tokens), job.pruner, tokens)
+
+    def text() -> Ints:
+        assert job.selection is not None
+        return job.selection.tokens(lm.tokenizer)
+
+    calibration = hashlib.sha256(tokens.tobytes()).hexdigest()
+    name = f"{job.pruner!r} {job.split!r} {calibration} {NUMBERS_VERSION}"
+    return HeldOutLoss(lm, pruned, text, name, job.cache_dir)
+
+
 def run_shard(job: Job) -> int:
     """Evaluate one shard of the job's coalitions into the cache, for a job without a shard to use; returns how many are new."""
-    assert job.scorer is not None
+    assert job.shapley is not None
     lm = job.model.load(job.offload)
-    game = job.scorer.play(lm, stand_ins(job, lm), job.cache_dir)
-    game(job.scorer.part(lm.n_blocks))
+    game = job.shapley.play(lm, stand_ins(job, lm), job.cache_dir)
+    game(job.shapley.part(lm.n_blocks))
     return game.n_evaluations
 
 

@@ -17,11 +17,19 @@ UNITS = {
 
 
 def figures(row: ResultRow, folder: Path) -> dict[str, Path]:
-    """Draw what a run has (`shapley.png`, `profile.png`) into a folder; returns the paths by name."""
-    drawn = {}
-    if row.shapley and row.profile:
-        n_blocks, payoff = len(row.profile["sparsity"]), row.config["shapley"]["game"]["payoff"]
-        drawn["shapley"] = _shapley(row.shapley, n_blocks, payoff, folder / "shapley.png")
+    """Draw what a run has (`shapley.png` or `scores.png`, `tuning.png`, `profile.png`) into a folder; returns paths by name."""
+    drawn: dict[str, Path] = {}
+    n_blocks = len(row.profile["sparsity"]) if row.profile else 0
+    if row.shapley and n_blocks:
+        unit, title = UNITS[row.config["shapley"]["game"]["payoff"]], f"What each layer contributes\n{row.shapley['method']}"
+        values = row.shapley["values"], row.shapley["stderr"]
+        drawn["shapley"] = _bars(*values, n_blocks, "Shapley value", unit, title, folder / "shapley.png")
+    if row.scores and n_blocks:
+        unit, title = f"higher: {row.scores['higher_is']}", f"How each layer scores\n{row.scores['method']}"
+        drawn["scores"] = _bars(row.scores["values"], None, n_blocks, "score", unit, title, folder / "scores.png")
+    if row.tuning:
+        drawn["tuning"] = _curve(row.tuning["curve"], folder / "tuning.png")
+    if drawn and row.profile:
         drawn["profile"] = _profile(row.profile, folder / "profile.png")
     return drawn
 
@@ -42,15 +50,15 @@ def _axes(n: int) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _shapley(shapley: dict[str, Any], n_blocks: int, payoff: str, path: Path) -> Path:
-    values, parts = shapley["values"], len(shapley["values"]) // n_blocks
+def _bars(values: list[float], stderr: list[float] | None, n_blocks: int, name: str, unit: str, title: str, path: Path) -> Path:
+    parts = len(values) // n_blocks
     figure, axes = _axes(n_blocks)
     for part in range(parts):  # a block, or its attention and its MLP side by side
         axes.bar(
             [block + (part - (parts - 1) / 2) * 0.8 / parts for block in range(n_blocks)],
             values[part::parts],
             width=0.8 / parts,
-            yerr=shapley["stderr"][part::parts] if shapley["stderr"] else None,
+            yerr=stderr[part::parts] if stderr else None,
             color=("#3b6ea5", "#9dbbd8")[part],
             label=("attention", "MLP")[part],
             capsize=3,
@@ -62,11 +70,24 @@ def _shapley(shapley: dict[str, Any], n_blocks: int, payoff: str, path: Path) ->
     if positive and max(positive) > 8 * sorted(values)[len(values) // 2] > 0:
         # The first block is often worth tens of the others, which a linear axis would flatten.
         axes.set_yscale("symlog", linthresh=min(positive))
-        axes.set_ylabel(f"Shapley value\n({UNITS[payoff]}, log scale)")
+        axes.set_ylabel(f"{name}\n({unit}, log scale)")
     else:
-        axes.set_ylabel(f"Shapley value\n({UNITS[payoff]})")
+        axes.set_ylabel(f"{name}\n({unit})")
     axes.axhline(0, color="0.3", linewidth=0.8)
-    axes.set_title(f"What each layer contributes\n{shapley['method']}", fontsize=9)
+    axes.set_title(title, fontsize=9)
+    return _save(figure, path)
+
+
+def _curve(curve: list[dict[str, Any]], path: Path) -> Path:
+    """Loss of each candidate on the selection text, those that are not finite left out; the least is marked."""
+    finite = [(i, point["loss"]) for i, point in enumerate(curve) if point["loss"] is not None]
+    figure, axes = _axes(len(curve))
+    axes.plot(*zip(*finite, strict=True), marker="o", color="#3b6ea5")
+    axes.plot(*min(finite, key=lambda point: point[1]), marker="o", markersize=11, fillstyle="none", color="#c1666b")
+    axes.set_xticks(range(len(curve)), [point["label"] for point in curve], rotation=30, ha="right", fontsize=8)
+    axes.set_xlabel("")
+    axes.set_ylabel("loss on selection text\n(nats per token)")
+    axes.set_title("What was tried", fontsize=9)
     return _save(figure, path)
 
 

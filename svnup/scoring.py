@@ -1,4 +1,5 @@
-"""Where a job's block scores come from. Light to import: the game is built when it is played."""
+"""Where a job's block scores come from: Shapley values, and what other allocators go by. Light to import: torch and the game
+come when they are used."""
 
 from __future__ import annotations
 
@@ -7,20 +8,50 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
 from svnup.data import TokenSource
+from svnup.progress import stage
 from svnup.shapley import Estimator
-from svnup.types import CHOICES, Bools, ShapleyValues
+from svnup.types import CHOICES, BlockScores, Bools, Cost, Floats, Ints, ShapleyValues
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from svnup.game import LayerGame, StandIns
-    from svnup.language_model import LanguageModel
+    from svnup.language_model import LanguageModel, Visit
     from svnup.pruning import Pruner
 
 logger = logging.getLogger(__name__)
+
+BINS = 100
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a job offers its scorer: calibration tokens (n_seq, seq_len), the cache folder, and what makes stand-ins for
+    absent blocks with a pruner."""
+
+    tokens: Ints
+    cache_dir: str | None
+    stand_ins: Callable[[Pruner], StandIns]
+
+
+class Scorer(Protocol):
+    """Scores the blocks of a model, as it is before pruning; a frozen dataclass of its options."""
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether it reads the calibration tokens."""
+        ...
+
+    def plan(self, n_blocks: int) -> dict[str, int]:
+        """What the scores cost, in the units of `Cost`."""
+        ...
+
+    def score(self, lm: LanguageModel, context: Context) -> BlockScores: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +102,10 @@ class ShapleyScorer:
         match = re.fullmatch(r"(\d+)/(\d+)", self.shard or "0/1")
         if not match or not int(match[1]) < int(match[2]):
             raise ValueError(f"shard={self.shard}: choose k/n with 0 <= k < n, such as 0/4, or null")
+
+    @property
+    def needs_inputs(self) -> bool:
+        return self.game.absence == "prune" and self.game.pruner.needs_inputs
 
     @property
     def _gated(self) -> bool:
@@ -133,9 +168,9 @@ class ShapleyScorer:
             cache_dir=cache_dir,
         )
 
-    def score(self, lm: LanguageModel, cache_dir: str | None, stand_ins: Callable[[Pruner], StandIns]) -> ShapleyValues:
+    def score(self, lm: LanguageModel, context: Context) -> ShapleyValues:
         """Estimate the values. What the cache knows is not computed again."""
-        game = self.play(lm, stand_ins, cache_dir)
+        game = self.play(lm, context.stand_ins, context.cache_dir)
         values = self.estimator.estimate(game)
         if len(game.kinds) > 1:
             logger.warning("the Shapley values mix coalition values from several kinds of device: %s", game.kinds)
@@ -154,3 +189,187 @@ def _time(work: Callable[[], Any]) -> float:
             torch.cuda.synchronize()
         taken.append(time.perf_counter() - start)
     return min(taken)
+
+
+# -- scores that are no Shapley values: one small class each, all of the dense model
+
+
+@dataclass(frozen=True)
+class Owl:
+    """Outlier ratio of each block: the share of its Wanda scores above `m` times their mean; blocks with more are kept denser.
+
+    Scores |W_ij| ||X_j||_2 of all linears of a block together, on dense activations. Source: arXiv 2310.05175 section 3;
+    the released code as well compares with the mean of the block. What follows from the ratio: `ScoreBudget` with scale raw
+    and amplitude 0.08, as the code has it.
+    """
+
+    m: float = 5.0
+    needs_inputs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.m > 0:
+            raise ValueError(f"m={self.m}: outliers exceed so many times the mean; choose 3 to 10")
+
+    def plan(self, n_blocks: int) -> dict[str, int]:
+        return {"block_forwards": n_blocks}
+
+    def score(self, lm: LanguageModel, context: Context) -> BlockScores:
+        def ratio(scores: list[Tensor]) -> float:
+            n = sum(s.numel() for s in scores)
+            threshold = self.m * sum(float(s.double().sum()) for s in scores) / n
+            return sum(int((s > threshold).sum()) for s in scores) / n
+
+        return _walked(lm, context, f"Owl(m={self.m:g})", lambda visit: ratio(_wanda_scores(visit)))
+
+
+@dataclass(frozen=True)
+class Dlp:
+    """Relative importance of each block, 1 - u_l / sum(u), with u_l the mean (or median) of its Wanda scores; higher: denser.
+
+    Scores as for `Owl`. Source: arXiv 2505.23807 section 3: the text has the median, the released code the mean, which we
+    follow by default. The median is the lower one of an even number. What follows: `ScoreBudget`, scale raw, amplitude 0.15.
+    """
+
+    statistic: Literal["mean", "median"] = "mean"
+    needs_inputs: ClassVar[bool] = True
+
+    def plan(self, n_blocks: int) -> dict[str, int]:
+        return {"block_forwards": n_blocks}
+
+    def score(self, lm: LanguageModel, context: Context) -> BlockScores:
+        import torch
+
+        def middle(scores: list[Tensor]) -> float:
+            if self.statistic == "median":
+                return float(torch.cat([s.flatten() for s in scores]).median())
+            return sum(float(s.double().sum()) for s in scores) / sum(s.numel() for s in scores)
+
+        found = _walked(lm, context, f"Dlp({self.statistic})", lambda visit: middle(_wanda_scores(visit)))
+        return BlockScores(1 - found.values / found.values.sum(), found.method, cost=found.cost)
+
+
+@dataclass(frozen=True)
+class BlockInfluence:
+    """How far each block turns the hidden state: 1 - mean over tokens of cos(h_l, h_(l+1)); higher: denser.
+
+    Source: ShortGPT, arXiv 2403.03853, equation 1: there blocks of low influence are removed; the budget from it is ours.
+    """
+
+    needs_inputs: ClassVar[bool] = True
+
+    def plan(self, n_blocks: int) -> dict[str, int]:
+        return {"block_forwards": n_blocks}
+
+    def score(self, lm: LanguageModel, context: Context) -> BlockScores:
+        import torch
+        from torch.nn.functional import cosine_similarity
+
+        def influence(visit: Visit) -> float:
+            cosines: list[Tensor] = []
+
+            def see(block: Any, args: Any, out: Any) -> None:
+                after = out[0] if isinstance(out, tuple) else out
+                cosines.append(cosine_similarity(args[0].float(), after.float(), dim=-1).double().mean(1).cpu())
+
+            hook = visit.block.register_forward_hook(see)
+            try:
+                visit.run(advance=True)
+            finally:
+                hook.remove()
+            return float(1 - torch.cat(cosines).mean())
+
+        return _walked(lm, context, "BlockInfluence", influence)
+
+
+@dataclass(frozen=True)
+class AlphaPruning:
+    """Mean over each block's linears of the power-law exponent of the spectrum of W^T W (`hill`); higher: sparser. No data.
+
+    Source: arXiv 2410.10912 section 3: heavy tails, small exponents, mark well-trained blocks. What follows: `Ratios`.
+    """
+
+    needs_inputs: ClassVar[bool] = False
+
+    def plan(self, n_blocks: int) -> dict[str, int]:
+        return {}
+
+    def score(self, lm: LanguageModel, context: Context) -> BlockScores:
+        import torch
+
+        start = time.perf_counter()
+        values = []
+        for index in range(lm.n_blocks):
+            lm.bring(index)
+            exponents = []
+            for name, linear in lm.linears(index).items():
+                spectrum = torch.linalg.svdvals(linear.weight.detach().float()).double().square().cpu().numpy()
+                try:
+                    exponents.append(hill(spectrum))
+                except ValueError as error:
+                    raise ValueError(f"stage scores: block {index}, {name}: {error}; choose another allocator") from error
+            values.append(np.mean(exponents))
+        cost = Cost(seconds=time.perf_counter() - start)
+        return BlockScores(np.array(values), "AlphaPruning", "sparser", cost)
+
+
+@dataclass(frozen=True)
+class Random:
+    """Scores drawn uniformly from [0, 1) with `seed`: the control that has the spread of a Shapley budget and knows nothing."""
+
+    seed: int = 0
+    needs_inputs: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: choose 0 or more")
+
+    def plan(self, n_blocks: int) -> dict[str, int]:
+        return {}
+
+    def score(self, lm: LanguageModel, context: Context) -> BlockScores:
+        return BlockScores(np.random.default_rng(self.seed).random(lm.n_blocks), f"Random(seed={self.seed})")
+
+
+def hill(eigenvalues: Floats) -> float:
+    """Exponent of the power law in the tail of a spectrum: 1 + k / sum over the k tail values of ln(x_i / x_min).
+
+    x_min is the smallest eigenvalue in or above the fullest of 100 equal bins of log10(x), the 'fix-finger' of arXiv 2410.10912
+    section 3. The released code searches further, for the smallest Kolmogorov-Smirnov distance among eigenvalues up to 1.5
+    times that peak; we follow the text. Numerically zero eigenvalues are left out. Raises ValueError where no tail is left.
+    """
+    x = np.sort(np.asarray(eigenvalues, dtype=np.float64))
+    x = x[x > 1e-12 * x[-1]]
+    if not len(x) or x[0] == x[-1]:
+        raise ValueError("its singular values are all equal, so that their spectrum has no tail")
+    logs = np.log10(x)
+    counts, edges = np.histogram(logs, BINS)
+    tail = logs[logs >= edges[np.argmax(counts)]]
+    steps = np.log(10) * (tail - tail[0]).sum()
+    if steps <= 0:
+        raise ValueError("its largest singular values are all equal, so that their spectrum has no tail")
+    return float(1 + len(tail) / steps)
+
+
+def _wanda_scores(visit: Visit) -> list[Tensor]:
+    """|W_ij| ||X_j||_2 of each linear of the visited block, which is run once for it."""
+    from svnup.language_model import matrix
+    from svnup.pruning import Inputs
+    from svnup.pruning.wanda import Wanda
+
+    inputs = Inputs(visit.linears, Wanda())
+    inputs.collect(visit, advance=True)
+    return [matrix(m).float().abs() * inputs.stats(name).squares.sqrt() for name, m in visit.linears.items()]
+
+
+def _walked(lm: LanguageModel, context: Context, method: str, measure: Callable[[Visit], float]) -> BlockScores:
+    """One number per block from a walk over the dense model; `measure` runs the block that it is given."""
+    import torch
+
+    start = time.perf_counter()
+    with torch.inference_mode(), stage("scores", lm.n_blocks, "blocks") as advance:
+        values = []
+        for visit in lm.walk(context.tokens):
+            values.append(measure(visit))
+            advance(1)
+    cost = Cost(n_block_forwards=lm.n_blocks, n_new_block_forwards=lm.n_blocks, seconds=time.perf_counter() - start)
+    return BlockScores(np.array(values), method, cost=cost)

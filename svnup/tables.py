@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from svnup.allocation import name_of
 from svnup.types import UNSTRUCTURED, ResultRow, method_name, moving_numbers
 
 FORMATS = ("terminal", "markdown", "csv", "latex")
@@ -41,19 +42,26 @@ def describe(row: ResultRow) -> dict[str, Any]:
     """The names by which people know a run."""
     config = row.config
     model = config["model"].get("pretrained_model_name_or_path") or f"random {config['model'].get('model_type')}"
-    target = {k: method_name(config[k]) for k in ("pruner", "allocator", "shapley")}
-    allocator = target["allocator"]
-    options = config["allocator"]
-    if options.get("scorer"):
-        allocator = f"shapley ({_method(options['scorer'])}, {options['scale']}, lam={options['lam']:g})"
+    scorer = config["allocator"].get("scorer")
+    words = [_method(scorer) if "game" in scorer else _options(scorer)] if scorer else []
+    words = [word for word in (*words, _options(config["allocator"])) if word]
     return {
         "model": model,
-        "pruner": target["pruner"],
-        "allocator": allocator,
+        "pruner": method_name(config["pruner"]),
+        "allocator": name_of(config["allocator"]) + (f" ({', '.join(words)})" if words else ""),
         "sparsity": config["sparsity"],
         "pattern": config["pattern"],
         "seed": config["seed"],
     }
+
+
+def _options(node: dict[str, Any]) -> str:
+    """What is set of a node's options: words as they are, numbers with their name."""
+    options = {k: v for k, v in node.items() if k not in ("_target_", "scorer", "path") and v is not None and v is not False}
+    return ", ".join(
+        v if isinstance(v, str) and v != "auto" else k if v is True else f"{k}={v}" if isinstance(v, str) else f"{k}={v:g}"
+        for k, v in options.items()
+    )
 
 
 def _method(scorer: dict[str, Any]) -> str:

@@ -98,6 +98,14 @@ class WandbTracker:
             record["charts/shapley"] = wandb.plot.bar(table, "layer", "shapley", title="Shapley value per layer")
             scalars = ("v_empty", "v_full", "efficiency_gap", "n_evaluations", "n_block_forwards", "seconds")
             record |= {f"shapley/{key}": row.shapley[key] for key in scalars}
+        if row.scores:
+            table = wandb.Table(["layer", "score"], [[i, s] for i, s in enumerate(row.scores["values"])])
+            record["layers/scores"] = table
+            record["charts/scores"] = wandb.plot.bar(table, "layer", "score", title=f"Score per layer: {row.scores['method']}")
+            record |= {f"scores/{key}": row.scores[key] for key in ("n_block_forwards", "seconds")}
+        if row.tuning:
+            record["tuning/curve"] = wandb.Table(["tried", "loss"], [[p["label"], p["loss"]] for p in row.tuning["curve"]])
+            record |= {f"tuning/{key}": row.tuning[key] for key in ("n_evaluations", "n_new_evaluations", "seconds")}
         if row.profile:
             table = wandb.Table(["layer", "sparsity"], [[i, s] for i, s in enumerate(row.profile["sparsity"])])
             record["layers/sparsity"] = table

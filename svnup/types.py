@@ -6,7 +6,7 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,11 @@ Bools = NDArray[np.bool_]
 SCHEMA_VERSION = 1
 UNSTRUCTURED = "unstructured"
 
-# Top of a configuration that cannot change a number (`shapley` counts where an allocator names it as its scorer).
+# Top of a configuration that cannot change a number (`shapley` counts where an allocator
+# names it as its scorer, `selection` where it is tuned).
 NOT_IN_KEY = (
     *("results_dir", "cache_dir", "force", "dry_run", "save_model", "save_masks", "save_format", "offload"),
-    *("tracker", "protocol_gate", "shapley"),
+    *("tracker", "protocol_gate", "shapley", "selection"),
 )
 NOT_IN_MODEL_KEY = ("device", "device_map", "trust_remote_code", "test_text", "dense_ppl")
 
@@ -108,6 +109,7 @@ class BlockScores:
     method: str
     higher_is: Literal["denser", "sparser"] = "denser"
     cost: Cost = field(default_factory=Cost)
+    stored_as: ClassVar[str] = "scores"  # the field of a result
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", _vector(self.values, f"scores of {self.method}"))
@@ -139,6 +141,7 @@ class ShapleyValues(BlockScores):
     v_full: float = 0.0
     stopped: str | None = None
     kinds: tuple[str, ...] = ()
+    stored_as: ClassVar[str] = "shapley"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -354,6 +357,8 @@ class ResultRow:
     sparsity: dict[str, Any] | None = None
     profile: dict[str, Any] | None = None
     shapley: dict[str, Any] | None = None
+    scores: dict[str, Any] | None = None  # of a method that is not a Shapley value
+    tuning: dict[str, Any] | None = None
     pruning: dict[str, Any] | None = None
     peak_memory_bytes: int | None = None
     seconds: float = 0.0

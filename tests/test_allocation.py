@@ -5,18 +5,47 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from cli import RANDOM
+from hydra import compose, initialize_config_dir
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from svnup.allocation import FromFile, ScoreBudget, Uniform, check_pattern, in_steps, project, rescale, split_block
+from svnup import config
+from svnup.allocation import (
+    Atp,
+    FromFile,
+    Ratios,
+    ScoreBudget,
+    Uniform,
+    check_pattern,
+    in_steps,
+    name_of,
+    project,
+    rescale,
+    split_block,
+)
 from svnup.types import BlockScores, SparsityProfile
 
+REFERENCE = Path(__file__).parent / "reference"
+ALLOCATORS = sorted(p.stem for p in (config.CONF / "allocator").glob("*.yaml"))
 SCALES = ("clip", "rank", "log", "raw")
+GOOD = {"sparsity": [0.4, 0.6], "params": [10, 10], "target": 0.5, "pattern": "unstructured"}  # a profile of a file
 SCORES = st.integers(1, 12).flatmap(lambda n: arrays(np.float64, n, elements=st.floats(-50, 50, width=32)))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(data):
+        path = tmp_path / "profile.json"
+        path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
+        return str(path)
+
+    return write
 
 
 # -- scales
@@ -226,6 +255,142 @@ def test_uniform_is_uniform():
         Uniform().check(3, 0.6, "2:4")
 
 
+# -- published values
+
+
+def table(name):
+    return np.genfromtxt(REFERENCE / name, delimiter=",", skip_header=1, comments="#")
+
+
+def test_alphapruning_s_exponents_of_llama_7b_give_its_published_sparsities():
+    exponents, published = table("alphapruning_llama_7b.csv"), table("alphapruning_llama_7b_expected.csv")[-32:]
+    assert exponents.shape == (32 * 7, 3)
+    scores = BlockScores(exponents[:, 2].reshape(32, 7).mean(axis=1), "alpha", "sparser")
+    profile = Ratios(epsilon=0.2).allocate(scores, np.full(32, 202_375_168), 0.7)
+    np.testing.assert_allclose(profile.sparsity, published[:, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["denser", "sparser"])
+def test_dlp_s_densities_of_llama2_7b_follow_from_their_importance(direction):
+    """What is published is the result; any affine image of it, as importance or unimportance, has to give it back."""
+    densities = table("dlp_llama2_7b_densities.csv")[-32:, 1]
+    values = 1 - 0.001 * (5 - densities) if direction == "denser" else 40 - 3 * densities
+    profile = ScoreBudget("raw", lam=0.15).allocate(BlockScores(values, "dlp", direction), np.full(32, 202_375_168), 0.7)
+    np.testing.assert_allclose(1 - profile.sparsity, densities, atol=1e-6)
+
+
+# -- budgets without a linear map of densities
+
+
+def test_ratios_by_hand():
+    # epsilon 0.2: r = 0.8, 1, 1.2; its weighted mean (80 + 200 + 120) / 400 = 1
+    profile = Ratios(0.2).allocate(BlockScores([1.0, 2.0, 3.0], "x", "sparser"), PARAMS, 0.6)
+    assert profile.sparsity.tolist() == pytest.approx([0.48, 0.6, 0.72], abs=1e-12)
+    profile = Ratios(0.2).allocate(BlockScores([1.0, 2.0, 3.0], "x", "denser"), PARAMS, 0.6)
+    assert profile.sparsity.tolist() == pytest.approx([0.72, 0.6, 0.48], abs=1e-12)
+    # params 100, 100, 200: mean (80 + 100 + 240) / 400 = 1.05
+    profile = Ratios(0.2).allocate(BlockScores([1.0, 2.0, 3.0], "x", "sparser"), np.array([100, 100, 200]), 0.63)
+    assert profile.sparsity.tolist() == pytest.approx([0.48, 0.6, 0.72], abs=1e-12)
+
+
+def test_ratios_stop_at_1_and_the_budget_holds():
+    # 0.9 * (0.7, 1, 1.3): the last would be 1.17; at 1 the others rise by the rest, 0.17 / 3 each, weights 1, 2, 1
+    profile = Ratios(0.3).allocate(BlockScores([1.0, 2.0, 3.0], "x", "sparser"), PARAMS, 0.9)
+    assert profile.sparsity.tolist() == pytest.approx([0.63 + 0.17 / 3, 0.9 + 0.17 / 3, 1.0], abs=1e-12)
+    for epsilon in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match=r"epsilon=.*0\.2 to 0\.3"):
+            Ratios(epsilon)
+
+
+def test_atp_is_an_arithmetic_progression():
+    profile = Atp(0.1).allocate(None, np.array([7, 7, 7, 7]), 0.6)
+    assert profile.sparsity.tolist() == pytest.approx([0.45, 0.55, 0.65, 0.75], abs=1e-12)
+    assert Atp(0.0).allocate(None, PARAMS, 0.6).sparsity.tolist() == pytest.approx([0.6] * 3, abs=1e-12)
+    half = Atp().allocate(None, np.array([7, 7, 7]), 0.7)  # differences of 0.3 / 2
+    assert half.sparsity.tolist() == pytest.approx([0.55, 0.7, 0.85], abs=1e-12)
+    assert Atp().allocate(None, np.array([7]), 0.7).sparsity.tolist() == [0.7]
+    # weighted mean of 0.5, 0.6, 0.7 with 100, 100, 200 is 0.625: all move by 0.025
+    profile = Atp(0.1).allocate(None, np.array([100, 100, 200]), 0.6)
+    assert profile.sparsity.tolist() == pytest.approx([0.475, 0.575, 0.675], abs=1e-12)
+
+
+def test_atp_s_beta_must_keep_sparsities_between_0_and_1():
+    Atp(0.2).check(4, 0.7, "unstructured")
+    Atp(-0.2).check(4, 0.7, "unstructured")
+    for beta in (0.21, -0.21, math.nan):
+        with pytest.raises(ValueError, match=r"beta=.*4 blocks at sparsity=0\.7.*choose at most 0\.2, or null"):
+            Atp(beta).check(4, 0.7, "unstructured")
+
+
+@pytest.mark.parametrize("scores", [[1.0, 2.0, 3.0, 9.0], [5.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 400.0]])
+def test_reversed_is_the_mirror_of_the_shapley_budget(scores):
+    scores, params = BlockScores(scores, "x"), np.array([10, 30, 20, 40])
+    upright = ScoreBudget("raw", lam=0.15).allocate(scores, params, 0.7).sparsity
+    mirrored = ScoreBudget("raw", lam=0.15, reverse=True).allocate(scores, params, 0.7).sparsity
+    np.testing.assert_allclose(upright + mirrored, 1.4, atol=1e-12)  # also where the first stopped at a bound
+    assert np.ptp(upright) > 0.1
+
+
+# -- every file in conf/allocator
+
+
+@pytest.fixture(scope="module")
+def _hydra():
+    config.register()
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        yield
+
+
+@pytest.fixture
+def allocator(request, _hydra, write):
+    """The allocator of a yaml, its configuration node, and whether it goes by scores."""
+    own = ["allocator.path=" + write(GOOD | {"sparsity": [0.5, 0.6, 0.7], "params": [1, 1, 1], "target": 0.6})]
+    overrides = [*RANDOM, "shapley.window=2", "sparsity=0.6", f"allocator={request.param}"]
+    job = config.build(compose("config", overrides=overrides + (own if request.param == "from_file" else [])))
+    return job.allocator, job.config["allocator"], job.scorer is not None
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS, indirect=True)
+@pytest.mark.parametrize("direction", ["denser", "sparser"])
+def test_contract_of_every_allocator(allocator, direction):
+    method, node, scored = allocator
+    for params in ([50, 50, 50], [100, 200, 700]):
+        if "path" in node and params[0] != params[1]:
+            continue  # a file is made for the blocks of one model
+        for values in ([3.0, 1.0, 2.0], [0.01, 0.02, 90.0], [1.0, 1.0, 1.0]):
+            scores = BlockScores(values, "x", direction) if scored else None
+            profile = method.allocate(scores, np.array(params), 0.6)
+            mean = math.fsum(s * p for s, p in zip(profile.sparsity, params, strict=True)) / sum(params)
+            assert abs(mean - 0.6) < 1e-12
+            assert profile.sparsity.min() >= 0
+            assert profile.sparsity.max() <= 1
+            again = method.allocate(scores, np.array(params), 0.6)
+            assert profile.sparsity.tolist() == again.sparsity.tolist()
+            if scored and np.ptp(values) == 0:
+                np.testing.assert_allclose(profile.sparsity, 0.6, atol=1e-12)
+    if scored:
+        with pytest.raises(ValueError, match=r"scorer=null: .*needs scores"):
+            method.allocate(None, np.array([50, 50, 50]), 0.6)
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS, indirect=True)
+def test_only_uniform_serves_a_fixed_pattern(allocator):
+    method, _, _ = allocator
+    method.check(3, 0.6, "unstructured")
+    if method.uniform_only:
+        assert np.ptp(method.allocate(None, np.array([50, 70, 50]), 0.6, "3:5").sparsity) == 0
+        return
+    with pytest.raises(ValueError, match=r"pattern=3:5: .*allocator=uniform"):
+        method.check(3, 0.6, "3:5")
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS, indirect=True)
+def test_allocators_have_names_of_their_own(allocator, request):
+    stem = request.node.callspec.params["allocator"]
+    shapley = stem in ("shapley", "leave_one_out", "reversed")
+    assert name_of(allocator[1]) == ("shapley" if shapley else stem.replace("_", ""))
+
+
 # -- patterns
 
 
@@ -244,19 +409,6 @@ def test_patterns_and_budgets():
 
 
 # -- profiles from files
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(data):
-        path = tmp_path / "profile.json"
-        path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
-        return str(path)
-
-    return write
-
-
-GOOD = {"sparsity": [0.4, 0.6], "params": [10, 10], "target": 0.5, "pattern": "unstructured"}
 
 
 def test_a_profile_of_a_run_is_used_as_it_is(write):

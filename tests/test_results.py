@@ -39,7 +39,7 @@ def row(
     **protocol: Any,
 ) -> ResultRow:
     shapley = {"values": [1.0, 2.0], "stderr": None, "method": "SlidingWindow"} if allocator == "ScoreBudget" else None
-    scorer = {"_target_": "svnup.shapley.sliding_window.SlidingWindow", "window": 5}
+    scorer = {"_target_": "svnup.shapley.sliding_window.SlidingWindow", "window": 5, "game": {}}
     options = {"scale": "log", "lam": 0.15, "scorer": scorer} if allocator == "ScoreBudget" else {}
     config = {
         "model": {"_target_": "svnup.model.Pretrained", "pretrained_model_name_or_path": model},

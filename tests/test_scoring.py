@@ -1,0 +1,330 @@
+"""Scores of blocks that are no Shapley values, against independent float64 arithmetic, and every allocator as a whole job."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli import SMALL_W2, read_once
+
+from svnup.__main__ import main
+from svnup.config import CONF
+from svnup.data import Docs
+from svnup.scoring import AlphaPruning, BlockInfluence, Context, Dlp, Owl, Random, hill
+
+SCORERS = [Owl(), Owl(2.0), Dlp(), Dlp("median"), BlockInfluence(), AlphaPruning(), Random(3)]
+
+
+def context(tokens):
+    def stand_ins(pruner):
+        raise AssertionError("only games need stand-ins")
+
+    return Context(tokens, None, stand_ins)
+
+
+def seen(lm, tokens):
+    """What the model's own forward passes through it: inputs of each linear, inputs and outputs of each block, in float64."""
+    inputs, states, hooks = {}, {}, []
+
+    def linear_hook(key):
+        return lambda m, args: inputs.__setitem__(key, args[0].double().reshape(-1, args[0].shape[-1]).numpy())
+
+    def block_hook(key):
+        return lambda m, args, out: states.__setitem__(
+            key, (args[0].double().numpy(), (out[0] if isinstance(out, tuple) else out).double().numpy())
+        )
+
+    for index, block in enumerate(lm.blocks):
+        hooks.append(block.register_forward_hook(block_hook(index)))
+        hooks += [m.register_forward_pre_hook(linear_hook((index, name))) for name, m in lm.linears(index).items()]
+    with torch.no_grad():
+        lm.model(torch.as_tensor(tokens))
+    for hook in hooks:
+        hook.remove()
+    return inputs, states
+
+
+def wanda_scores(lm, tokens):
+    """|W_ij| ||X_j||_2 of each block, all linears in one vector."""
+    inputs, _ = seen(lm, tokens)
+    return [
+        np.concatenate(
+            [
+                (np.abs(m.weight.double().numpy()) * np.sqrt((inputs[index, name] ** 2).sum(0))).ravel()
+                for name, m in lm.linears(index).items()
+            ]
+        )
+        for index in range(lm.n_blocks)
+    ]
+
+
+# -- on dense activations
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_outlier_ratios_and_means_of_wanda_scores(random_model, tokens, model_type):
+    lm = random_model(3, model_type=model_type)
+    expected = wanda_scores(lm, tokens)
+    for m in (2.0, 5.0):
+        scores = Owl(m).score(lm, context(tokens))
+        ratios = [(a > m * a.mean()).mean() for a in expected]
+        np.testing.assert_allclose(scores.values, ratios, atol=1.5 / len(expected[0]))
+        assert np.ptp(ratios) > 10 / len(expected[0])
+        assert scores.higher_is == "denser"
+    means = np.array([a.mean() for a in expected])
+    np.testing.assert_allclose(Dlp().score(lm, context(tokens)).values, 1 - means / means.sum(), rtol=1e-5)
+    medians = np.array([np.sort(a)[(len(a) - 1) // 2] for a in expected])
+    np.testing.assert_allclose(Dlp("median").score(lm, context(tokens)).values, 1 - medians / medians.sum(), rtol=1e-5)
+
+
+def test_outliers_by_hand(random_model, tokens):
+    """A block with one weight has one outlier; one with equal scores has none; of zeros, none is above their mean."""
+    lm = random_model(3)
+    with torch.no_grad():
+        for index in range(3):
+            for linear in lm.linears(index).values():
+                linear.weight.zero_()
+        lm.linears(0)["self_attn.q_proj"].weight[3, 1] = 0.5
+        lm.linears(1)["self_attn.q_proj"].weight[:2, 1] = 0.5
+    scores = Owl().score(lm, context(tokens))
+    n = int(lm.block_params[0])
+    assert scores.values.tolist() == [1 / n, 2 / n, 0.0]
+    assert scores.method == "Owl(m=5)"
+    assert (scores.cost.n_evaluations, scores.cost.n_block_forwards) == (0, 3)
+    # the mean of the second block is twice that of the first, that of the third is 0: 1 - 1/3, 1 - 2/3, 1
+    assert Dlp().score(lm, context(tokens)).values.tolist() == pytest.approx([2 / 3, 1 / 3, 1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_block_influence_is_the_angle_between_input_and_output(random_model, tokens, model_type):
+    lm = random_model(3, model_type=model_type)
+    _, states = seen(lm, tokens)
+    expected = []
+    for index in range(3):
+        before, after = states[index]
+        norms = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
+        expected.append(1 - ((before * after).sum(-1) / norms).mean())
+    scores = BlockInfluence().score(lm, context(tokens))
+    np.testing.assert_allclose(scores.values, expected, atol=1e-6)
+    assert scores.higher_is == "denser"
+
+
+def test_a_block_that_does_nothing_has_no_influence(random_model, tokens):
+    lm = random_model(3)
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            lm.linears(1)[name].weight.zero_()
+    values = BlockInfluence().score(lm, context(tokens)).values
+    assert values[1] == pytest.approx(0, abs=1e-6)
+    assert min(values[0], values[2]) > 0.01
+
+
+# -- spectra
+
+
+def slow_hill(x):
+    """The definition, one eigenvalue at a time."""
+    logs = sorted(math.log10(v) for v in x)
+    width = (logs[-1] - logs[0]) / 100
+    counts = [0] * 100
+    for v in logs:
+        counts[min(99, int((v - logs[0]) / width))] += 1
+    peak = logs[0] + counts.index(max(counts)) * width
+    tail = [v for v in logs if v >= peak - 1e-12]
+    return 1 + len(tail) / sum((v - tail[0]) * math.log(10) for v in tail)
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (64, 24), (24, 64)])
+@pytest.mark.parametrize("seed", range(5))
+def test_hill_against_its_definition(shape, seed):
+    rng = np.random.default_rng(seed)
+    matrix = rng.standard_normal(shape) * rng.pareto(2.0, size=shape[1])
+    spectrum = np.linalg.svd(matrix, compute_uv=False) ** 2
+    assert hill(spectrum) == pytest.approx(slow_hill(spectrum), rel=1e-9)
+    assert hill(7.3 * spectrum[::-1]) == pytest.approx(hill(spectrum), rel=1e-6)  # neither scale nor order matters
+
+
+def test_hill_by_hand():
+    assert hill(np.array([1.0, 1.0, 1.0, 1.0, 10.0, 100.0])) == pytest.approx(1 + 6 / math.log(1000))
+    assert hill(np.array([0.01, 1.0, 1.0, 1.0, 10.0])) == pytest.approx(1 + 4 / math.log(10))  # below the peak: left out
+    assert hill(np.array([0.0, 1e-30, 1.0, 1.0, 1.0, 10.0])) == pytest.approx(1 + 4 / math.log(10))  # zero: left out
+    # quantiles of a power law of density x^-3.5 above 1
+    assert hill((1 - (np.arange(20000) + 0.5) / 20000) ** (-1 / 2.5)) == pytest.approx(3.5, rel=0.01)
+
+
+@pytest.mark.parametrize("spectrum", [[2.0, 2.0, 2.0], [0.0, 0.0], [0.1, 3.0, 3.0]])
+def test_spectra_without_a_tail(spectrum):
+    with pytest.raises(ValueError, match="no tail"):
+        hill(np.array(spectrum))
+
+
+def test_exponents_of_a_block_are_averaged_over_its_linears(random_model, tokens):
+    lm = random_model(2)
+    expected = [
+        np.mean([slow_hill(np.linalg.svd(m.weight.double().numpy(), compute_uv=False) ** 2) for m in lm.linears(i).values()])
+        for i in range(2)
+    ]
+    scores = AlphaPruning().score(lm, context(tokens[:0]))
+    np.testing.assert_allclose(scores.values, expected, rtol=1e-4)
+    assert scores.higher_is == "sparser"
+    with torch.no_grad():
+        lm.linears(1)["mlp.up_proj"].weight.zero_()
+    with pytest.raises(ValueError, match=r"block 1, mlp\.up_proj: .*no tail; choose another allocator"):
+        AlphaPruning().score(lm, context(tokens[:0]))
+
+
+# -- all of them
+
+
+@pytest.mark.parametrize("scorer", SCORERS, ids=repr)
+def test_scores_repeat_and_leave_the_model_alone(lm, tokens, scorer):
+    before = lm.fingerprint()
+    first, second = (scorer.score(lm, context(tokens)) for _ in range(2))
+    assert first.values.shape == (lm.n_blocks,)
+    assert first.values.tolist() == second.values.tolist()
+    assert lm.fingerprint() == before
+    assert not lm.blocks[0]._forward_hooks
+    assert scorer.plan(lm.n_blocks).get("block_forwards", 0) == first.cost.n_block_forwards
+    assert scorer.needs_inputs == (first.cost.n_block_forwards > 0)
+
+
+def test_random_scores_differ_by_seed(lm, tokens):
+    draws = {tuple(Random(seed).score(lm, context(tokens)).values) for seed in range(5)}
+    assert len(draws) == 5
+
+
+# -- whole jobs
+
+
+@pytest.fixture
+def svnup(tmp_path, monkeypatch, capsys):
+    """The command in this process and an empty folder: arguments to (exit code, standard output, errors)."""
+    monkeypatch.setattr(Docs, "read", read_once)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    logger = logging.getLogger("svnup")
+    before = (logger.handlers[:], logger.propagate, logger.level)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["svnup", *SMALL_W2, *args])
+        code = main()
+        return (code, *capsys.readouterr())
+
+    yield run
+    logger.handlers[:], logger.propagate = before[0], before[1]
+    logger.setLevel(before[2])
+
+
+def rows():
+    """Results by the time they were written."""
+    return [
+        json.loads(p.read_text()) for p in sorted(Path("results").glob("runs/*/result.json"), key=lambda p: p.stat().st_mtime)
+    ]
+
+
+WITHOUT_SCORES = {"uniform", "atp"}
+SHAPLEY = {"shapley", "leave_one_out", "reversed"}
+
+
+@pytest.mark.parametrize("name", sorted({p.stem for p in (CONF / "allocator").glob("*.yaml")} - {"from_file"}))
+def test_every_allocator_as_a_job(svnup, name):
+    """The pruner needs no inputs: what is read of the calibration text is for the scores."""
+    code, out, err = svnup(f"allocator={name}", "pruner=magnitude")
+    assert code == 0, err
+    (row,) = rows()
+    stored = {k for k in ("shapley", "scores") if row[k] is not None}
+    assert stored == (set() if name in WITHOUT_SCORES else {"shapley"} if name in SHAPLEY else {"scores"})
+    assert ("dataset" in row["fingerprints"]) == (name in ("owl", "dlp", "block_influence"))
+    profile = row["profile"]
+    assert np.average(profile["sparsity"], weights=profile["params"]) == pytest.approx(0.7, abs=1e-9)
+    assert (np.ptp(profile["sparsity"]) == 0) == (name == "uniform")
+    if row["scores"]:
+        assert len(row["scores"]["values"]) == 3
+        assert row["scores"]["higher_is"] in ("denser", "sparser")
+        assert {p.name for p in Path("results").glob("runs/*/figures/*")} == {"scores.png", "profile.png"}
+        assert "score" in out
+        densest = np.argmax if row["scores"]["higher_is"] == "denser" else np.argmin
+        assert np.argmin(profile["sparsity"]) == densest(row["scores"]["values"])
+    code, out, err = svnup(f"allocator={name}", "pruner=magnitude")
+    assert (code, "already finished" in out) == (0, True)
+    code, out, err = svnup(f"allocator={name}", "dry_run=true")
+    assert code == 0, err
+    assert ("scores' block forwards" in out) == (name in ("owl", "dlp", "block_influence"))
+
+
+def test_random_differs_by_its_seed(svnup):
+    for given in ("allocator.scorer.seed=0", "allocator.scorer.seed=1", "seed=0"):
+        assert svnup("allocator=random", "pruner=magnitude", given)[0] == 0
+    assert len(rows()) == 2  # the job's seed is that of the scores, unless they have their own
+    assert len({tuple(row["profile"]["sparsity"]) for row in rows()}) == 2
+
+
+def test_reversed_is_the_mirror_of_shapley(svnup):
+    assert svnup("allocator=shapley")[0] == 0
+    assert svnup("allocator=reversed")[0] == 0
+    upright, mirrored = (row["profile"]["sparsity"] for row in rows())
+    np.testing.assert_allclose(np.add(upright, mirrored), 1.4, atol=1e-12)
+    assert rows()[1]["shapley"]["n_new_evaluations"] == 0  # the same game
+
+
+def test_leave_one_out_is_shapley_with_windows_of_one(svnup):
+    assert svnup("allocator=leave_one_out", "shapley.game.payoff=neg_nll")[0] == 0
+    code, out, _ = svnup("allocator=shapley", "shapley.window=1", "shapley.game.payoff=neg_nll")
+    assert (code, "already finished" in out) == (0, True)
+
+
+def test_the_group_shapley_does_not_count_where_no_game_is_played(svnup):
+    assert svnup("allocator=owl")[0] == 0
+    assert "already finished" in svnup("allocator=owl", "shapley.window=3", "shapley.game.payoff=neg_nll")[1]
+    assert "already finished" not in svnup("allocator=owl", "allocator.scorer.m=3.0")[1]
+    assert "already finished" not in svnup("allocator=owl", "allocator.lam=0.05")[1]
+
+
+MISTAKES = {
+    "owl with a strange factor": (["allocator=owl", "allocator.scorer.m=0"], ["allocator.scorer.m=0", "choose 3 to 10"]),
+    "misspelt option of a scorer": (["allocator=owl", "+allocator.scorer.n=5"], ["allocator.scorer.n=5", "no such option"]),
+    "dlp, statistic typo": (["allocator=dlp", "allocator.scorer.statistic=men"], ["statistic=men", "did you mean mean?"]),
+    "alpha pruning, epsilon in percent": (
+        ["allocator=alpha_pruning", "allocator.epsilon=30"],
+        ["allocator.epsilon=30", "0.2 to 0.3"],
+    ),
+    "atp too steep": (["allocator=atp", "allocator.beta=0.4"], ["allocator.beta=0.4", "choose at most 0.3"]),
+    "random, negative seed": (["allocator=random", "allocator.scorer.seed=-1"], ["allocator.scorer.seed=-1", "0 or more"]),
+    "scores taken away": (["allocator=owl", "allocator.scorer=null"], ["allocator.scorer=null", "needs scores"]),
+    "scorer that is no node": (["allocator=owl", "allocator.scorer=dlp"], ["allocator.scorer=dlp", "_target_"]),
+    "scorer that does not score": (
+        ["allocator=random", "allocator.scorer._target_=svnup.allocation.Uniform", "~allocator.scorer.seed"],
+        ["allocator.scorer._target_=svnup.allocation.Uniform", "svnup.scoring"],
+    ),
+    "scorer that does not exist": (
+        ["allocator=owl", "allocator.scorer._target_=svnup.scoring.Owls"],
+        ["allocator.scorer._target_=svnup.scoring.Owls", "check the spelling"],
+    ),
+    "fixed pattern": (["allocator=owl", "pattern='2:4'", "sparsity=0.5"], ["pattern=2:4", "allocator=uniform"]),
+    "misspelt shapley where it is not used": (
+        ["allocator=owl", "+shapley.windw=3"],
+        ["shapley.windw=3", "did you mean window?"],
+    ),
+    "unknown allocator": (["allocator=owll"], ["allocator=owll", "choose among", "alpha_pruning", "did you mean owl?"]),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_one_line_before_anything_is_loaded(svnup, case, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("svnup.model.Random.load", refuse)
+    args, said = MISTAKES[case]
+    code, _, err = svnup(*args)
+    assert code == 2
+    line = err.rstrip("\n").splitlines()[-1]
+    assert [s for s in said if s not in line] == [], line
+    assert not Path("results").exists()
