@@ -86,7 +86,9 @@ def _statistics(job: Job, lm: LanguageModel) -> int:
     for name, linear in lm.linears(0).items():
         if inputs.reads(name) == name:
             weight = matrix(linear)
-            total += _n_bytes(job.pruner.new_stats(weight)) + min(ERROR_TOKENS, _n_tokens(job)) * weight.shape[1] * FLOAT
+            gathered = _n_bytes(job.pruner.new_stats(weight))
+            total += gathered * (3 if gathered >= FLOAT * weight.shape[1] ** 2 else 1)  # a Hessian is kept with its factor
+            total += min(ERROR_TOKENS, _n_tokens(job)) * weight.shape[1] * FLOAT
     return total
 
 

@@ -101,7 +101,8 @@ def published_magnitude(weight: Tensor) -> Tensor:
 # -- one linear
 
 
-def one_linear(d_out: int, d_in: int, n_tokens: int, device: str, repeats: int) -> list[str]:
+def one_linear(d_out: int, d_in: int, n_tokens: int, device: str, repeats: int) -> tuple[list[str], float]:
+    """Lines of the table, and the rate of the product in operations a second."""
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(d_out, d_in, generator=g).to(device)
     mix = torch.randn(d_in, d_in, generator=g).to(device) / d_in**0.5 + torch.eye(d_in, device=device)
@@ -174,7 +175,7 @@ def one_linear(d_out: int, d_in: int, n_tokens: int, device: str, repeats: int) 
         else:
             line += f" {float((a - b).abs().max()):.1e} | - |" if "factor" in stage else " - | - |"
         lines.append(line)
-    return lines
+    return lines, rate
 
 
 # -- a whole model
@@ -184,11 +185,18 @@ class Timed:
     """A pruner whose calls are timed."""
 
     def __init__(self, pruner: Pruner) -> None:
-        self._pruner, self.seconds = pruner, defaultdict(float)
+        self._pruner, self.seconds, self.widths = pruner, defaultdict(float), []  # widths: d_in of each distinct input
         self.pattern, self.needs_inputs, self.prunes = pruner.pattern, pruner.needs_inputs, pruner.prunes
 
     def new_stats(self, weight: Tensor) -> Any:
+        self.widths.append(weight.shape[1])
         return self._pruner.new_stats(weight)
+
+    def operations(self, lm: LanguageModel, n_tokens: int) -> float:
+        """Of two passes through the blocks (the last one once), of the Hessians and of their factors, each made once."""
+        params = lm.block_params
+        passes = 2 * n_tokens * (2 * params.sum() - params[-1])
+        return float(passes + isinstance(self._pruner, SparseGPT) * sum(n_tokens * d**2 + 2 / 3 * d**3 for d in self.widths))
 
     def observe(self, stats: Any, x: Tensor) -> None:
         taken, _ = timed(lambda: self._pruner.observe(stats, x))
@@ -224,7 +232,7 @@ def bare_forwards(lm: LanguageModel, tokens: Any) -> float:
     return timed(work)[0]
 
 
-def whole_model(lm: LanguageModel, pruners: dict[str, Pruner], tokens: Any, repeats: int) -> list[str]:
+def whole_model(lm: LanguageModel, pruners: dict[str, Pruner], tokens: Any, repeats: int, rate: float) -> list[str]:
     stages: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in pruners}
     for repeat in range(repeats + 1):
         for name, pruner in pruners.items():
@@ -242,6 +250,8 @@ def whole_model(lm: LanguageModel, pruners: dict[str, Pruner], tokens: Any, repe
                 "total": whole["total"],
                 "forward passes and statistics": whole["inputs"] + whole["rerun"],
                 "two bare passes through all blocks": 2 * bare,
+                "floor: operations of both passes, Hessians and factors at the rate above": watched.operations(lm, tokens.size)
+                / rate,
             }
             for stage, seconds in row.items():
                 stages[name][stage] += [seconds] if repeat else []
@@ -278,17 +288,13 @@ def main() -> None:
     for shape in options.shapes.split(","):
         d_out, d_in = map(int, shape.split("x"))
         with torch.inference_mode():
-            lines += [
-                "",
-                f"## A linear of {shape}",
-                "",
-                *one_linear(d_out, d_in, options.n_tokens, options.device, options.repeats),
-            ]
+            table, rate = one_linear(d_out, d_in, options.n_tokens, options.device, options.repeats)
+        lines += ["", f"## A linear of {shape}", "", *table]
     lm = Pretrained(pretrained_model_name_or_path="svnup/tiny", dtype="float32", device=options.device).load()
     tokens = Docs(n_seq=options.n_seq, seq_len=256, role="calibration").tokens(lm.tokenizer)
     pruners: dict[str, Pruner] = {"Wanda": Wanda(), "SparseGPT": SparseGPT()}
     lines += ["", f"## The built-in model, 12 blocks, {options.n_seq} x 256 tokens", ""]
-    lines += whole_model(lm, pruners, tokens, options.repeats)
+    lines += whole_model(lm, pruners, tokens, options.repeats, rate)
     text = "\n".join(lines) + "\n"
     print(text)
     if options.output is not None:

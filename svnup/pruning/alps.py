@@ -54,24 +54,22 @@ class ALPS:
     def prune(self, weight: Tensor, stats: Hessian, sparsity: float) -> Tensor:
         if sparsity == 0:
             return weight
-        h, _, dead = stats.damped(self.damp, cholesky)
-        norms = h.diagonal().sqrt()
-        h = h / norms / norms[:, None]
-        w = weight.float() * norms
-        gone, d = self._admm(w, h, dead, sparsity)
+        _, spectrum, dead = stats.damped(self.damp, scaled_spectrum)
+        w = weight.float() * spectrum.norms
+        gone, d = self._admm(w, spectrum, dead, sparsity)
         if not gone.any():
             return weight
-        return (conjugate_gradients(w, d, gone, h, self.cg_iterations) / norms).to(weight.dtype)
+        return (conjugate_gradients(w, d, gone, spectrum.h, self.cg_iterations) / spectrum.norms).to(weight.dtype)
 
-    def _admm(self, w: Tensor, h: Tensor, dead: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
+    def _admm(self, w: Tensor, spectrum: Spectrum, dead: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
         """The mask, bool (d_out, d_in), and the weights outside of it."""
 
         def project(b: Tensor) -> tuple[Tensor, Tensor]:
             gone = smallest(b.abs().masked_fill(dead, -1), sparsity, self.pattern, "matrix")
             return gone, b.masked_fill(gone, 0)
 
-        values, vectors = torch.linalg.eigh(h.double())
-        rho, wh, v = self.rho, w @ h, torch.zeros_like(w)
+        values, vectors = spectrum.values, spectrum.vectors
+        rho, wh, v = self.rho, w @ spectrum.h, torch.zeros_like(w)
         gone, d = project(w)
         before, n_kept = gone, int((~gone).sum())
         for iteration in range(1, self.iterations + 1):
@@ -87,6 +85,25 @@ class ALPS:
                 rho *= 1.3 if changes >= 0.1 * n_kept else 1.2 if changes >= 0.005 * n_kept else 1.1
                 before = gone
         return gone, d
+
+
+@dataclass
+class Spectrum:
+    """H scaled by `norms` (d_in,) so that its diagonal is 1, float32, and its eigenvalues and eigenvectors, float64."""
+
+    norms: Tensor
+    h: Tensor
+    values: Tensor
+    vectors: Tensor
+
+
+def scaled_spectrum(h: Tensor) -> Spectrum | None:
+    """The spectrum of a Hessian, None where it has no Cholesky factor."""
+    if cholesky(h) is None:
+        return None
+    norms = h.diagonal().sqrt()
+    scaled = h / norms / norms[:, None]
+    return Spectrum(norms, scaled, *torch.linalg.eigh(scaled.double()))
 
 
 def conjugate_gradients(w: Tensor, d: Tensor, gone: Tensor, h: Tensor, iterations: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from svnup.pruning.column_block import settle
 from svnup.pruning.masks import check_groups, lowest_counts, n_zeros
 from svnup.types import parse_pattern, steps_of
 
+Factor = TypeVar("Factor")
 SLAB = 512  # columns of X^T X that one matrix product makes
 
 
@@ -22,6 +23,7 @@ class Hessian:
 
     xtx: Tensor
     n_tokens: int = 0
+    _known: tuple[Any, Any] | None = None  # the last factor, with what it was asked for by
 
     @classmethod
     def empty(cls, weight: Tensor) -> Self:
@@ -29,17 +31,23 @@ class Hessian:
 
     def add(self, x: Tensor) -> None:
         """Add inputs (tokens, d_in); what is left of the diagonal's slab is the same by symmetry and not computed."""
-        x = x.float()
+        x, self._known = x.float(), None
         for start in range(0, x.shape[1], SLAB):
             self.xtx[start : start + SLAB, start:].addmm_(x[:, start : start + SLAB].T, x[:, start:])
         self.n_tokens += len(x)
 
-    def damped(self, damp: float, factor: Callable[[Tensor], Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+    def damped(self, damp: float, factor: Callable[[Tensor], Factor | None]) -> tuple[Tensor, Factor, Tensor]:
         """H = X^T X / n_tokens + damp * mean(diag) I (d_in, d_in), its factor, and which inputs are dead, bool (d_in,).
 
         Of a dead input, which was zero in every token, the diagonal is 1. Where `factor` fails, which it tells by None, damping
-        grows tenfold, at most 4 times, then ValueError gives the range of the diagonal.
+        grows tenfold, at most 4 times, then ValueError gives the range of the diagonal. Linears that read the same input share
+        the factor as well.
         """
+        if self._known is None or self._known[0] != (damp, factor):
+            self._known = (damp, factor), self._factored(damp, factor)
+        return self._known[1]
+
+    def _factored(self, damp: float, factor: Callable[[Tensor], Factor | None]) -> tuple[Tensor, Factor, Tensor]:
         h = (self.xtx.triu() + self.xtx.triu(1).T) / max(1, self.n_tokens)
         dead = h.diagonal() == 0
         damping = damp * (h.diagonal().mean() if not dead.all() else 1.0)
