@@ -219,7 +219,7 @@ class Owl:
             threshold = self.m * sum(float(s.double().sum()) for s in scores) / n
             return sum(int((s > threshold).sum()) for s in scores) / n
 
-        return _walked(lm, context, f"Owl(m={self.m:g})", lambda visit: ratio(_wanda_scores(visit)))
+        return _walked(lm, context, f"Owl(m={self.m:g})", lambda visit: ratio([*wanda_scores(visit).values()]))
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class Dlp:
                 return float(torch.cat([s.flatten() for s in scores]).median())
             return sum(float(s.double().sum()) for s in scores) / sum(s.numel() for s in scores)
 
-        found = _walked(lm, context, f"Dlp({self.statistic})", lambda visit: middle(_wanda_scores(visit)))
+        found = _walked(lm, context, f"Dlp({self.statistic})", lambda visit: middle([*wanda_scores(visit).values()]))
         return BlockScores(1 - found.values / found.values.sum(), found.method, cost=found.cost)
 
 
@@ -350,15 +350,15 @@ def hill(eigenvalues: Floats) -> float:
     return float(1 + len(tail) / steps)
 
 
-def _wanda_scores(visit: Visit) -> list[Tensor]:
-    """|W_ij| ||X_j||_2 of each linear of the visited block, which is run once for it."""
+def wanda_scores(visit: Visit) -> dict[str, Tensor]:
+    """|W_ij| ||X_j||_2 of each linear of the visited block by name, float32 (d_out, d_in); the block is run once for it."""
     from svnup.language_model import matrix
     from svnup.pruning import Inputs
     from svnup.pruning.wanda import Wanda
 
     inputs = Inputs(visit.linears, Wanda())
     inputs.collect(visit, advance=True)
-    return [matrix(m).float().abs() * inputs.stats(name).squares.sqrt() for name, m in visit.linears.items()]
+    return {name: matrix(m).float().abs() * inputs.stats(name).squares.sqrt() for name, m in visit.linears.items()}
 
 
 def _walked(lm: LanguageModel, context: Context, method: str, measure: Callable[[Visit], float]) -> BlockScores:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import numpy as np
 
 from svnup.allocation import Scale, split_block
+from svnup.scoring import wanda_scores
 from svnup.types import Ints, Share, SparsityProfile
 
 if TYPE_CHECKING:
@@ -85,17 +86,10 @@ class OutlierSplit:
     def divide(self, lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: Ints) -> SparsityProfile:
         import torch
 
-        from svnup.language_model import matrix
-        from svnup.pruning import Inputs
-        from svnup.pruning.wanda import Wanda
-
         ratios = {}
         with torch.inference_mode():
             for visit in lm.walk(tokens):
-                inputs = Inputs(visit.linears, Wanda())
-                inputs.collect(visit, advance=True)
-                for name, linear in visit.linears.items():
-                    scores = matrix(linear).float().abs() * inputs.stats(name).squares.sqrt()
+                for name, scores in wanda_scores(visit).items():
                     ratios[visit.index, name] = float((scores > self.threshold * scores.mean()).double().mean())
         return _divided(lm, profile, ratios, self.lam, self.scale)
 

@@ -34,10 +34,10 @@ class RIA:
             raise ValueError(f"a={self.a}: choose the power of the input norms, such as 0.5; 0 leaves them out")
 
     def new_stats(self, weight: Tensor) -> InputNorms:
-        return InputNorms(torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device))
+        return InputNorms.empty(weight)
 
     def observe(self, stats: InputNorms, x: Tensor) -> None:
-        stats.squares += x.float().square().sum(0)
+        stats.add(x)
 
     def prune(self, weight: Tensor, stats: InputNorms, sparsity: float) -> Tensor:
         if sparsity == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +16,14 @@ class InputNorms:
     """Sum of squares per input over all observed tokens, float32 (d_in,)."""
 
     squares: Tensor
+
+    @classmethod
+    def empty(cls, weight: Tensor) -> Self:
+        return cls(torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device))
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs (tokens, d_in)."""
+        self.squares += x.float().square().sum(0)
 
 
 @dataclass(frozen=True)
@@ -30,10 +38,10 @@ class Wanda:
     prunes: ClassVar[bool] = True
 
     def new_stats(self, weight: Tensor) -> InputNorms:
-        return InputNorms(torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device))
+        return InputNorms.empty(weight)
 
     def observe(self, stats: InputNorms, x: Tensor) -> None:
-        stats.squares += x.float().square().sum(0)
+        stats.add(x)
 
     def prune(self, weight: Tensor, stats: InputNorms, sparsity: float) -> Tensor:
         if sparsity == 0:
