@@ -79,12 +79,14 @@ def _bars(values: list[float], stderr: list[float] | None, n_blocks: int, name: 
 
 
 def _curve(curve: list[dict[str, Any]], path: Path) -> Path:
-    """Loss of each candidate on the selection text, those that are not finite left out; the least is marked."""
+    """Loss of each candidate on the whole selection text, those that are not finite left out; the least is marked."""
+    curve = [point for point in curve if "n_seq" not in point]
     finite = [(i, point["loss"]) for i, point in enumerate(curve) if point["loss"] is not None]
     figure, axes = _axes(len(curve))
     axes.plot(*zip(*finite, strict=True), marker="o", color="#3b6ea5")
     axes.plot(*min(finite, key=lambda point: point[1]), marker="o", markersize=11, fillstyle="none", color="#c1666b")
-    axes.set_xticks(range(len(curve)), [point["label"] for point in curve], rotation=30, ha="right", fontsize=8)
+    named = range(0, len(curve), 1 + len(curve) // 20)
+    axes.set_xticks(named, [curve[i]["label"] for i in named], rotation=30, ha="right", fontsize=8)
     axes.set_xlabel("")
     axes.set_ylabel("loss on selection text\n(nats per token)")
     axes.set_title("What was tried", fontsize=9)
