@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from svnup.allocation import Chooser, Uniform, bounds_of
 from svnup.pruning import temporarily_pruned
 from svnup.pruning.magnitude import Magnitude
-from svnup.search import Search
+from svnup.search import Curves, Search, water_fill
 from svnup.tables import render
 from svnup.tuning import HeldOutLoss
 from svnup.types import ResultRow
@@ -208,4 +208,115 @@ def test_mistakes_of_search(svnup, args, said):
 
 def test_only_those_that_ask_for_losses_choose():
     assert isinstance(Search(), Chooser)
+    assert isinstance(Curves(), Chooser)
     assert not isinstance(Uniform(), Chooser)
+
+
+# -- curves
+
+
+def test_each_block_is_pruned_alone():
+    loss = Toy(A)
+    params = np.array([10, 30, 20, 40])
+    Curves(levels=3).allocate(None, params, 0.7, loss=loss)
+    assert len(loss.calls) == Curves(levels=3).n_losses(4, 0.7) == 12
+    for k, (profile, label, n_seq) in enumerate(loss.calls):
+        wanted = np.zeros(4)
+        wanted[k // 3] = (0.4, 0.65, 0.9)[k % 3]
+        np.testing.assert_allclose(profile.sparsity, wanted)
+        assert (label, n_seq) == (f"layer {k // 3} at {wanted.max():.3g}", None)
+        assert profile.target == pytest.approx(wanted @ params / 100)
+
+
+@pytest.mark.parametrize("params", [[10, 10, 10, 10], [30, 10, 20, 20]])
+def test_the_optimum_of_a_separable_convex_loss(params):
+    """a_l exp(c s_l) with sum p_l s_l fixed: s_l = (log(p_l / a_l) + const) / c where no bound holds it."""
+    params = np.array(params)
+    best = np.log(params / A) / C
+    best += 0.6 - np.average(best, weights=params)
+    assert best.min() > 0
+    assert best.max() < 1.0
+    found = Curves(levels=201, lower=0.0, upper=1.0).allocate(None, params, 0.6, loss=Toy(A)).sparsity
+    np.testing.assert_allclose(found, best, atol=0.01)
+    coarse = Curves(levels=6, lower=0.0, upper=1.0).allocate(None, params, 0.6, loss=Toy(A)).sparsity
+    np.testing.assert_allclose(coarse, best, atol=0.2)
+
+
+def test_water_by_hand():
+    grid, params = np.array([0.4, 0.6, 0.8]), np.array([10, 10])
+    # losses per 0.2: 1 and 2 in the first block, 1.5 and 4 in the second; the target 0.6 takes two of the four segments
+    curves = np.array([[0.0, 1.0, 3.0], [0.0, 1.5, 5.5]])
+    assert water_fill(grid, curves, params, 0.6).tolist() == pytest.approx([0.6, 0.6])
+    assert water_fill(grid, curves, params, 0.65).tolist() == pytest.approx([0.7, 0.6])  # half of the third
+    assert water_fill(grid, curves, params, 0.4).tolist() == [0.4, 0.4]
+    assert water_fill(grid, curves, params, 0.8).tolist() == pytest.approx([0.8, 0.8])
+    # three times the weights: per weight the second block is the cheaper
+    assert water_fill(grid, curves, np.array([10, 30]), 0.55).tolist() == pytest.approx([0.4, 0.6])
+    # a bump is bridged: the hull of the first is one segment as steep as the second, and they share
+    bumpy = np.array([[0.0, 5.0, 4.0], [0.0, 2.0, 4.0]])
+    assert water_fill(grid, bumpy, params, 0.5).tolist() == pytest.approx([0.5, 0.5])
+
+
+@st.composite
+def measured(draw):
+    n, m = draw(st.integers(1, 6)), draw(st.integers(2, 6))
+    values = st.floats(-5, 5, width=32)
+    curves = np.array(draw(st.lists(st.lists(values, min_size=m, max_size=m), min_size=n, max_size=n)))
+    params = np.array(draw(st.lists(st.integers(1, 1000), min_size=n, max_size=n)))
+    return np.linspace(0.3, 0.9, m), curves, params, draw(st.floats(0.3, 0.9))
+
+
+@given(measured())
+def test_water_meets_any_budget_inside_the_grid(case):
+    grid, curves, params, target = case
+    sparsity = water_fill(grid, curves, params, target)
+    assert np.average(sparsity, weights=params) == pytest.approx(target, abs=1e-9)
+    assert sparsity.min() >= 0.3 - 1e-12
+    assert sparsity.max() <= 0.9 + 1e-12
+    steeper = curves.copy()
+    steeper[0] += 10 * params[0] * (grid - 0.3)
+    assert water_fill(grid, steeper, params, target)[0] <= sparsity[0] + 1e-9, "a block that matters more keeps more"
+
+
+@given(PARAMS, st.floats(0, 0.94), st.sampled_from(["unstructured", "mixed:8"]))
+def test_the_budget_of_curves_is_exact(params, sparsity, pattern):
+    sparsity, params = min(sparsity, 0.875), np.array(params)
+    profile = Curves().allocate(None, params, sparsity, pattern, Toy(np.arange(1, len(params) + 1)))
+    budget = profile.sparsity if profile.requested is None else profile.requested
+    assert np.average(budget, weights=params) == pytest.approx(sparsity, abs=1e-12)
+    equal = Curves().allocate(None, np.full(len(params), 7), sparsity, loss=Toy(np.ones(len(params))))
+    np.testing.assert_allclose(equal.sparsity, sparsity, atol=1e-9)  # nothing tells the blocks apart
+
+
+def test_curves_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match=r"allocator.upper=0.9: the loss with layer 1 alone at 0.9 is not finite"):
+        Curves().allocate(None, np.array([5, 5]), 0.7, loss=lambda p, label, n=None: math.inf if p.sparsity[1] > 0.8 else 1.0)
+
+
+def test_a_job_by_curves(svnup):
+    args = ["allocator=curves", "allocator.levels=3", "pruner=magnitude"]
+    assert svnup(*args)[0] == 0
+    row = last_row()
+    assert (row["tuning"]["n_evaluations"], row["tuning"]["n_new_evaluations"]) == (9, 9)
+    assert row["tuning"]["curve"][0]["label"] == "layer 0 at 0.4"
+    assert np.average(row["profile"]["sparsity"], weights=row["profile"]["params"]) == pytest.approx(0.7)
+    assert np.ptp(row["profile"]["sparsity"]) > 0
+    assert svnup(*args, "force=true")[0] == 0
+    assert last_row()["tuning"]["n_new_evaluations"] == 0
+    assert last_row()["profile"] == row["profile"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["allocator.levels=1"], "allocator.levels=1: a curve has at least 2 points"),
+        (["allocator.upper=0.6"], "allocator.lower=0.4, upper=0.6"),
+        (["pattern='2:4'", "sparsity=0.5"], "pattern=2:4: a fixed N:M"),
+        (["offload=disk"], "offload=disk"),
+    ],
+)
+def test_mistakes_of_curves(svnup, args, said):
+    code, _, err = svnup("allocator=curves", *args)
+    assert code == 2
+    assert said in err.rstrip("\n").splitlines()[-1]
+    assert not Path("results").exists()
