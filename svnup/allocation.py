@@ -13,6 +13,7 @@ from svnup.types import UNSTRUCTURED, BlockScores, Floats, Ints, SparsityProfile
 
 GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # as many for every knob, so that none is tuned at more cost
 Scale = Literal["clip", "rank", "log", "raw"]
+Granularity = Literal["block", "sublayer"]
 
 
 class Loss(Protocol):
@@ -27,8 +28,9 @@ class Loss(Protocol):
 class Allocator(Protocol):
     """Turns scores into a profile; `uniform_only` says that it can serve a fixed N:M pattern.
 
-    `loss` is for those that tune or search. One whose option can be `auto` names it as `knob` and has a `grid` for it, of
-    which the first value gives the uniform profile.
+    `params` has the weights of what gets a budget: of blocks (n,), or of attention and MLP by turns (2n,) where scores and
+    budgets are theirs. `loss` is for those that tune or search. One whose option can be `auto` names it as `knob` and has a
+    `grid` for it, of which the first value gives the uniform profile.
     """
 
     uniform_only: ClassVar[bool]
@@ -72,7 +74,8 @@ class ScoreBudget:
 
     z = scale(scores) in [0, 1]; k_l = 2 lam z_l - mean_p(2 lam z) + 1 - S; s_l = 1 - k_l, clipped to [lower, upper] with the
     parameter-weighted mean kept at S. `lower` and `upper` default to max(0, S - 0.3) and min(0.95, S + 0.2). `reverse` turns
-    the profile upside down afterwards, 2 S - s_l within [0, 1]: the control that a useful score has to beat.
+    the profile upside down afterwards, 2 S - s_l within [0, 1]: the control that a useful score has to beat. `granularity`
+    says what has scores and a budget of its own: each block, or its attention and its MLP; these then are the l above.
 
     Source: the amplitude form (2 lam, mean restored) is that of OWL's released code, arXiv 2310.05175; its text bounds s_l by
     S +- lam instead. Scales, bounds and the exact projection are ours, since the budget map of arXiv 2505.01731 is not public.
@@ -83,6 +86,7 @@ class ScoreBudget:
     lower: float | None = None
     upper: float | None = None
     reverse: bool = False
+    granularity: Granularity = "block"
     uniform_only: ClassVar[bool] = False
     knob: ClassVar[str] = "lam"
 
@@ -98,6 +102,11 @@ class ScoreBudget:
 
     def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
         check_pattern(sparsity, pattern, self.uniform_only)
+        if self.granularity == "sublayer" and pattern != UNSTRUCTURED:
+            raise ValueError(
+                f"pattern={pattern}: the linears of a block share its N; add allocator.granularity=block, or use "
+                "pattern=unstructured"
+            )
         check_bounds(*self.bounds(sparsity), sparsity)
 
     def allocate(

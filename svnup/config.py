@@ -29,7 +29,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup import NUMBERS_VERSION
-from svnup.allocation import Allocator, Chooser, Tuned, name_of
+from svnup.allocation import Allocator, Chooser, Granularity, Tuned, name_of
 from svnup.data import TokenSource
 from svnup.evaluation import NoEvaluation, Perplexity
 from svnup.model import Pretrained, Random
@@ -153,6 +153,11 @@ class Job:
         return self.shapley.seconds(probe, self.model.n_blocks())
 
     @property
+    def granularity(self) -> Granularity:
+        """What has a budget of its own."""
+        return typing.cast(Granularity, self.config["allocator"].get("granularity", "block"))
+
+    @property
     def game_prunes(self) -> bool:
         return self.shapley is not None and self.shapley.game.absence == "prune"
 
@@ -237,6 +242,8 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     if chooses and selection.role != "selection":
         raise ValueError(f"selection.role={selection.role}: only the selection text may choose; use selection.role=selection")
     split: Split = construct(config["split"], "split")
+    if config["allocator"].get("granularity") == "sublayer":
+        _check_sublayers(config, shapley, split)
     evaluation = _evaluation(config["evaluation"], known)
     tracker = construct(config["tracker"], "tracker")
     with _blame("tracker", ("tracker",)):
@@ -496,6 +503,19 @@ def _check_scalars(config: dict[str, Any]) -> None:
             raise ValueError(f"{name}={config[name]}: choose {', '.join(choices[:-1])} or {choices[-1]}{hint}")
     if config["save_format"] != "dense" and not config["save_model"]:
         raise ValueError(f"save_format={config['save_format']}: no model would be saved; add save_model=true")
+
+
+def _check_sublayers(config: dict[str, Any], shapley: ShapleyScorer | None, split: Split) -> None:
+    """Refuse budgets of sublayers without their scores, or divided as those of blocks."""
+    if shapley is None or shapley.game.players != "sublayer":
+        what = "allocator=shapley shapley.game.players=sublayer" if shapley is None else "shapley.game.players=sublayer"
+        raise ValueError(
+            f"allocator.granularity=sublayer: the scores are those of blocks; add {what}, or use granularity=block"
+        )
+    if not split.uniform:
+        raise ValueError(
+            f"split={_option(config, 'split')}: divides the budgets of blocks, not of sublayers; use split=uniform"
+        )
 
 
 def _check_memory(config: dict[str, Any], pruner: Pruner, split: Split, shapley: ShapleyScorer | None, chooses: bool) -> None:

@@ -57,7 +57,10 @@ def describe(row: ResultRow) -> dict[str, Any]:
 
 def _options(node: dict[str, Any]) -> str:
     """What is set of a node's options: words as they are, numbers with their name."""
-    options = {k: v for k, v in node.items() if k not in ("_target_", "scorer", "path") and v is not None and v is not False}
+    hidden = ("_target_", "scorer", "path")
+    options = {k: v for k, v in node.items() if k not in hidden and v is not None and v is not False}
+    if options.get("granularity") == "block":
+        del options["granularity"]
     return ", ".join(
         v if isinstance(v, str) and v != "auto" else k if v is True else f"{k}={_value(v)}" for k, v in options.items()
     )
