@@ -40,6 +40,7 @@ class HeldOutLoss:
     ) -> None:
         self._lm, self._pruned, self._text, self._name, self._cache_dir = lm, pruned, text, name, cache_dir
         self._calls: list[dict[str, Any]] = []
+        self._targets: set[float] = set()
         self._n_new, self._seconds = 0, 0.0
 
     @cached_property
@@ -67,19 +68,21 @@ class HeldOutLoss:
         loss = self._memo.values[key]
         logger.info("%s: loss %.4f on %d sequences of the selection text", label or "tried", loss, len(tokens))
         self._calls.append({"label": label, "loss": loss if math.isfinite(loss) else None} | part)
+        self._targets.add(round(profile.target, 9))
         self._seconds += time.perf_counter() - start
         return loss
 
     def to_dict(self) -> dict[str, Any] | None:
         """The whole curve, in the order in which it was asked for, and what it cost; None where nothing was tried.
 
-        Losses on part of the text carry its `n_seq`; `best` is the least loss on all of it by the end of each label, and
-        `n_full_evaluations` weighs evaluations by their share of the text (every one of them prunes the whole model).
+        Losses on part of the text carry its `n_seq`; `best` is the least loss on all of it by the end of each label, none where
+        profiles of different budgets were tried, of which none is best; `n_full_evaluations` weighs evaluations by their share
+        of the text (every one of them prunes the whole model).
         """
         if not self._calls:
             return None
         least, best = math.inf, {}
-        for call in self._calls:
+        for call in self._calls if len(self._targets) == 1 else []:
             if "n_seq" not in call and call["loss"] is not None:
                 least = best[call["label"]] = min(least, call["loss"])
         n_read = sum(call.get("n_seq", len(self._tokens)) for call in self._calls)

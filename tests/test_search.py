@@ -299,6 +299,7 @@ def test_a_job_by_curves(svnup):
     row = last_row()
     assert (row["tuning"]["n_evaluations"], row["tuning"]["n_new_evaluations"]) == (9, 9)
     assert row["tuning"]["curve"][0]["label"] == "layer 0 at 0.4"
+    assert row["tuning"]["best"] == [], "of different budgets none is best"
     assert np.average(row["profile"]["sparsity"], weights=row["profile"]["params"]) == pytest.approx(0.7)
     assert np.ptp(row["profile"]["sparsity"]) > 0
     assert svnup(*args, "force=true")[0] == 0
