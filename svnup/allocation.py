@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,19 +13,24 @@ from svnup.types import UNSTRUCTURED, BlockScores, Floats, Ints, SparsityProfile
 
 GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # as many for every knob, so that none is tuned at more cost
 Scale = Literal["clip", "rank", "log", "raw"]
+Granularity = Literal["block", "sublayer"]
 
 
 class Loss(Protocol):
-    """How bad the model pruned by a profile is on held-out text, in nats per token; `label` says what is tried."""
+    """How bad the model pruned by a profile is on held-out text, in nats per token; `label` says what is tried.
 
-    def __call__(self, profile: SparsityProfile, label: str = "") -> float: ...
+    `n_seq`: on the first so many sequences of the text only, or on all where it has fewer.
+    """
+
+    def __call__(self, profile: SparsityProfile, label: str = "", n_seq: int | None = None) -> float: ...
 
 
 class Allocator(Protocol):
     """Turns scores into a profile; `uniform_only` says that it can serve a fixed N:M pattern.
 
-    `loss` is for those that tune or search. One whose option can be `auto` names it as `knob` and has a `grid` for it, of
-    which the first value gives the uniform profile.
+    `params` has the weights of what gets a budget: of blocks (n,), or of attention and MLP by turns (2n,) where scores and
+    budgets are theirs. `loss` is for those that tune or search. One whose option can be `auto` names it as `knob` and has a
+    `grid` for it, of which the first value gives the uniform profile.
     """
 
     uniform_only: ClassVar[bool]
@@ -37,6 +42,15 @@ class Allocator(Protocol):
     def allocate(
         self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
     ) -> SparsityProfile: ...
+
+
+@runtime_checkable
+class Chooser(Allocator, Protocol):
+    """An allocator that asks for losses: it needs selection text, and memory for dense and pruned weights side by side."""
+
+    def n_losses(self, n_blocks: int, sparsity: float) -> int:
+        """How many losses it asks for, at most."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,8 @@ class ScoreBudget:
 
     z = scale(scores) in [0, 1]; k_l = 2 lam z_l - mean_p(2 lam z) + 1 - S; s_l = 1 - k_l, clipped to [lower, upper] with the
     parameter-weighted mean kept at S. `lower` and `upper` default to max(0, S - 0.3) and min(0.95, S + 0.2). `reverse` turns
-    the profile upside down afterwards, 2 S - s_l within [0, 1]: the control that a useful score has to beat.
+    the profile upside down afterwards, 2 S - s_l within [0, 1]: the control that a useful score has to beat. `granularity`
+    says what has scores and a budget of its own: each block, or its attention and its MLP; these then are the l above.
 
     Source: the amplitude form (2 lam, mean restored) is that of OWL's released code, arXiv 2310.05175; its text bounds s_l by
     S +- lam instead. Scales, bounds and the exact projection are ours, since the budget map of arXiv 2505.01731 is not public.
@@ -71,6 +86,7 @@ class ScoreBudget:
     lower: float | None = None
     upper: float | None = None
     reverse: bool = False
+    granularity: Granularity = "block"
     uniform_only: ClassVar[bool] = False
     knob: ClassVar[str] = "lam"
 
@@ -82,13 +98,16 @@ class ScoreBudget:
         return GRID
 
     def bounds(self, sparsity: float) -> tuple[float, float]:
-        lower = max(0.0, sparsity - 0.3) if self.lower is None else self.lower
-        upper = min(0.95, sparsity + 0.2) if self.upper is None else self.upper
-        return lower, upper
+        return bounds_of(sparsity, self.lower, self.upper)
 
     def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
         check_pattern(sparsity, pattern, self.uniform_only)
-        _check_bounds(*self.bounds(sparsity), sparsity)
+        if self.granularity == "sublayer" and pattern != UNSTRUCTURED:
+            raise ValueError(
+                f"pattern={pattern}: the linears of a block share its N; add allocator.granularity=block, or use "
+                "pattern=unstructured"
+            )
+        check_bounds(*self.bounds(sparsity), sparsity)
 
     def allocate(
         self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
@@ -98,8 +117,8 @@ class ScoreBudget:
             z = 1 - z
         wish = 1 - (2 * self.lam * (z - np.average(z, weights=params)) + 1 - sparsity)
         if not self.reverse:
-            return _budget(wish, params, sparsity, pattern, self.bounds(sparsity))
-        return _budget(2 * sparsity - project(wish, params, sparsity, *self.bounds(sparsity)), params, sparsity, pattern)
+            return to_budget(wish, params, sparsity, pattern, self.bounds(sparsity))
+        return to_budget(2 * sparsity - project(wish, params, sparsity, *self.bounds(sparsity)), params, sparsity, pattern)
 
 
 @dataclass(frozen=True)
@@ -132,7 +151,7 @@ class Ratios:
         if _needed(scores).higher_is == "denser":
             z = 1 - z
         ratios = 1 - self.epsilon + 2 * self.epsilon * z
-        return _budget(ratios * sparsity / np.average(ratios, weights=params), params, sparsity, pattern)
+        return to_budget(ratios * sparsity / np.average(ratios, weights=params), params, sparsity, pattern)
 
 
 @dataclass(frozen=True)
@@ -166,7 +185,7 @@ class Atp:
     ) -> SparsityProfile:
         n = len(params)
         beta = self.grid(n, sparsity)[-1] / 2 if self.beta is None else self.beta
-        return _budget(sparsity + beta * (np.arange(n, dtype=np.float64) - (n - 1) / 2), params, sparsity, pattern)
+        return to_budget(sparsity + beta * (np.arange(n, dtype=np.float64) - (n - 1) / 2), params, sparsity, pattern)
 
 
 @dataclass(frozen=True)
@@ -226,7 +245,7 @@ def name_of(node: dict[str, Any]) -> str:
     return "shapley" if scorer and "game" in scorer else method_name(scorer or node)
 
 
-def _budget(
+def to_budget(
     wish: Floats, params: Ints, target: float, pattern: str, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> SparsityProfile:
     """The one way from wished sparsities per block (n,) to a profile: projected onto the exact budget within `bounds`."""
@@ -254,6 +273,9 @@ class Tuned:
         """The allocators to try, by what tells them apart."""
         knob = self.allocator.knob
         return {f"{knob}={v:.4g}": replace(self.allocator, **{knob: v}) for v in self.allocator.grid(n_blocks, sparsity)}
+
+    def n_losses(self, n_blocks: int, sparsity: float) -> int:
+        return len(self.candidates(n_blocks, sparsity))
 
     def allocate(
         self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
@@ -320,7 +342,8 @@ def split_block(scores: Floats, sizes: Ints, sparsity: float, lam: float, scale:
     """
     z = rescale(scores, scale)
     wish = sparsity - 2 * lam * (z - np.average(z, weights=sizes))
-    return project(wish, sizes, sparsity, max(0.0, sparsity - 0.3), max(sparsity, min(0.95, sparsity + 0.2)))
+    lower, upper = bounds_of(sparsity)
+    return project(wish, sizes, sparsity, lower, max(sparsity, upper))
 
 
 def rescale(scores: Floats, scale: Scale) -> Floats:
@@ -349,14 +372,15 @@ def project(wish: Floats, params: Ints, target: float, lower: float, upper: floa
 
     Shapes (n,). Raises ValueError where lower <= target <= upper does not hold.
     """
-    _check_bounds(lower, upper, target)
+    check_bounds(lower, upper, target)
     weights = np.asarray(params) / np.sum(params)
     low, high = (
         float(wish.min() - upper),
         float(wish.max() - lower),
     )  # tau = low: all at upper; tau = high: all at lower
-    for _ in range(200):
-        tau = (low + high) / 2
+    before = None
+    while before != (low, high):
+        before, tau = (low, high), (low + high) / 2
         if weights @ np.clip(wish - tau, lower, upper) > target:
             low = tau
         else:
@@ -368,7 +392,16 @@ def project(wish: Floats, params: Ints, target: float, lower: float, upper: floa
     return np.clip(sparsity, lower, upper)
 
 
-def _check_bounds(lower: float, upper: float, sparsity: float) -> None:
+def bounds_of(sparsity: float, lower: float | None = None, upper: float | None = None) -> tuple[float, float]:
+    """The least and the largest sparsity of a block; by default max(0, S - 0.3) and min(0.95, S + 0.2)."""
+    return (
+        max(0.0, sparsity - 0.3) if lower is None else lower,
+        min(0.95, sparsity + 0.2) if upper is None else upper,
+    )
+
+
+def check_bounds(lower: float, upper: float, sparsity: float) -> None:
+    """Raise ValueError where no profile between two bounds has a mean sparsity."""
     if not 0 <= lower <= upper <= 1:
         raise ValueError(f"lower={lower:g}, upper={upper:g}: bounds of sparsity must satisfy 0 <= lower <= upper <= 1")
     if not lower <= sparsity <= upper:

@@ -29,7 +29,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup import NUMBERS_VERSION
-from svnup.allocation import Allocator, Tuned, name_of
+from svnup.allocation import Allocator, Chooser, Granularity, Tuned, name_of
 from svnup.data import TokenSource
 from svnup.evaluation import NoEvaluation, Perplexity
 from svnup.model import Pretrained, Random
@@ -153,6 +153,11 @@ class Job:
         return self.shapley.seconds(probe, self.model.n_blocks())
 
     @property
+    def granularity(self) -> Granularity:
+        """What has a budget of its own."""
+        return typing.cast(Granularity, self.config["allocator"].get("granularity", "block"))
+
+    @property
     def game_prunes(self) -> bool:
         return self.shapley is not None and self.shapley.game.absence == "prune"
 
@@ -189,9 +194,9 @@ class Job:
         for index, name, linear in linears if group else []:
             if (width := matrix(linear).shape[1]) % group[1]:  # type: ignore[index]
                 raise ValueError(_does_not_divide(self.pattern, f"the {width} inputs of block {index}, {name}"))
-        if self.scorer is None:
+        if self.scorer is None and not isinstance(self.allocator, Chooser):
             with _blame("allocator"):
-                self.allocator.allocate(None, lm.block_params, self.sparsity, self.pattern, lambda profile, label="": 0.0)
+                self.allocator.allocate(None, lm.block_params, self.sparsity, self.pattern)
         if self.shapley is not None and self.shapley.game.players == "sublayer":
             with _blame("shapley.game"):
                 for index in range(lm.n_blocks):
@@ -229,19 +234,21 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     scorer = _scorer(config["allocator"].get("scorer"), known)
     shapley = scorer if isinstance(scorer, ShapleyScorer) else None
     given = {k: v for k, v in config["shapley"].items() if k not in ("game", "shard") and v != "???"}
-    key = config_key(config)
     _arguments(given, "shapley")  # a misspelt key is one where the group is not used, too
     allocator = _allocator({k: v for k, v in config["allocator"].items() if k != "scorer"})
-    tuned = isinstance(allocator, Tuned)
+    chooses = isinstance(allocator, Chooser)
+    key = config_key(config, chooses)
     selection: TokenSource = construct(config["selection"], "selection")
-    if tuned and selection.role != "selection":
+    if chooses and selection.role != "selection":
         raise ValueError(f"selection.role={selection.role}: only the selection text may choose; use selection.role=selection")
     split: Split = construct(config["split"], "split")
+    if config["allocator"].get("granularity") == "sublayer":
+        _check_sublayers(config, shapley, split)
     evaluation = _evaluation(config["evaluation"], known)
     tracker = construct(config["tracker"], "tracker")
     with _blame("tracker", ("tracker",)):
         tracker.check()
-    texts = _texts(dataset, shapley, _shared(selection, known) if tuned else None, evaluation)
+    texts = _texts(dataset, shapley, _shared(selection, known) if chooses else None, evaluation)
     if model.from_hub or any(source.from_hub for source in texts.values()):
         _go_offline_if_unreachable()
     with _blame("model"):
@@ -271,7 +278,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
                 f"shapley.game.absence=prune: absent blocks would not be pruned (pruner {stand_in}, "
                 f"sparsity={config['sparsity']:g}); choose another pruner: +pruner@shapley.game.pruner=wanda, or absence=skip"
             )
-    _check_memory(config, pruner, split, shapley, tuned)
+    _check_memory(config, pruner, split, shapley, chooses)
     with _blame("model"):
         model.check_device()
     scalars = {k: config[k] for k in Schema.__annotations__ if not isinstance(config[k], dict)}
@@ -292,13 +299,16 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     )
 
 
-def config_key(config: dict[str, Any]) -> str:
-    """Hash of a resolved configuration without what cannot change a number, and of the version of the numbers."""
+def config_key(config: dict[str, Any], chooses: bool) -> str:
+    """Hash of a resolved configuration without what cannot change a number, and of the version of the numbers.
+
+    `chooses`: the selection text counts.
+    """
     kept = moving_numbers(config)
     scorer = kept["allocator"].get("scorer")
     if scorer:
         kept["allocator"] = kept["allocator"] | {"scorer": {k: v for k, v in scorer.items() if k != "shard"}}
-    if "auto" in kept["allocator"].values():
+    if chooses:
         kept["selection"] = config["selection"]
     text = json.dumps([NUMBERS_VERSION, kept], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -495,7 +505,20 @@ def _check_scalars(config: dict[str, Any]) -> None:
         raise ValueError(f"save_format={config['save_format']}: no model would be saved; add save_model=true")
 
 
-def _check_memory(config: dict[str, Any], pruner: Pruner, split: Split, shapley: ShapleyScorer | None, tuned: bool) -> None:
+def _check_sublayers(config: dict[str, Any], shapley: ShapleyScorer | None, split: Split) -> None:
+    """Refuse budgets of sublayers without their scores, or divided as those of blocks."""
+    if shapley is None or shapley.game.players != "sublayer":
+        what = "allocator=shapley shapley.game.players=sublayer" if shapley is None else "shapley.game.players=sublayer"
+        raise ValueError(
+            f"allocator.granularity=sublayer: the scores are those of blocks; add {what}, or use granularity=block"
+        )
+    if not split.uniform:
+        raise ValueError(
+            f"split={_option(config, 'split')}: divides the budgets of blocks, not of sublayers; use split=uniform"
+        )
+
+
+def _check_memory(config: dict[str, Any], pruner: Pruner, split: Split, shapley: ShapleyScorer | None, chooses: bool) -> None:
     """Refuse what needs two versions of the weights in memory where the model is not even once in it."""
     if split.trial and not pruner.needs_inputs:
         raise ValueError(
@@ -503,8 +526,11 @@ def _check_memory(config: dict[str, Any], pruner: Pruner, split: Split, shapley:
         )
     if config["offload"] == "none":
         return
-    if tuned:
-        raise ValueError(f"offload={config['offload']}: allocator options that are auto prune many times; give them a value")
+    if chooses:
+        raise ValueError(
+            f"offload={config['offload']}: allocator options that are auto, and allocators that try many profiles, prune many "
+            "times; give a value, or choose another allocator"
+        )
     if split.trial:
         raise ValueError(f"offload={config['offload']}: split={_option(config, 'split')} prunes twice; use split=uniform")
     if shapley is not None and shapley.game.absence == "prune":

@@ -309,6 +309,17 @@ class LanguageModel:
         """Prunable weights per block, shape (n_blocks,)."""
         return np.array([sum(m.weight.numel() for m in self.linears(i).values()) for i in range(self.n_blocks)])
 
+    @property
+    def sublayer_params(self) -> Ints:
+        """Prunable weights of each block's attention and of its MLP, shape (2 n_blocks,), in the order of their players."""
+        parts = (part for index in range(self.n_blocks) for part in self.sublayer_linears(index))
+        return np.array([sum(m.weight.numel() for m in part.values()) for part in parts])
+
+    def sublayer_linears(self, index: int) -> list[dict[str, Linear]]:
+        """The prunable linears of a block's attention, and those of its MLP. Raises ValueError as `sublayers` does."""
+        linears = self.linears(index).items()
+        return [{n: m for n, m in linears if n.partition(".")[0] in part} for part in self.sublayers(index).values()]
+
     def fingerprint(self) -> str:
         """SHA-256 over the architecture and every weight as they are now, dtype included."""
         config = self.model.config.to_dict()

@@ -58,9 +58,10 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
             cost.seconds,
         )
 
-    per_block = scores.per_block(lm.n_blocks) if scores is not None else None
+    params = lm.sublayer_params if job.granularity == "sublayer" else lm.block_params
+    per_part = scores.per_part(len(params)) if scores is not None else None
     loss = held_out_loss(job, lm, tokens)
-    profile = job.allocator.allocate(per_block, lm.block_params, job.sparsity, job.pattern, loss)
+    profile = job.allocator.allocate(per_part, params, job.sparsity, job.pattern, loss)
     profile = job.split.divide(lm, profile, job.pruner, tokens)
     report = prune_model(lm, profile, job.pruner, tokens)
     logger.info("pruned: %.2f %% zeros in %.1f s", 100 * report.sparsity, report.seconds["total"])

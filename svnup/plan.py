@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svnup.allocation import Tuned
+from svnup.allocation import Chooser
 from svnup.language_model import BATCH_TOKENS, HEAD_TOKENS, LanguageModel, matrix, pick_device
 from svnup.memory import resident
 from svnup.pruning import ERROR_TOKENS, Inputs, Pruner
@@ -51,8 +51,8 @@ def plan(job: Job) -> dict[str, int]:
     }
     out = {"blocks": lm.n_blocks, "prunable weights": int(lm.block_params.sum()), "bytes of weights": weights}
     out |= {"bytes of calibration states": states, "bytes of statistics of a block": statistics}
-    if isinstance(job.allocator, Tuned):
-        out["tuning evaluations"] = len(job.allocator.candidates(lm.n_blocks, job.sparsity))
+    if isinstance(job.allocator, Chooser):
+        out["tuning evaluations"] = job.allocator.n_losses(lm.n_blocks, job.sparsity)
     if job.scorer is not None:
         named, cost = "scores'" if job.shapley is None else "shapley", job.scorer.plan(lm.n_blocks)
         out |= {f"{named} {k.replace('_', ' ')}": v for k, v in cost.items()}
@@ -64,7 +64,7 @@ def plan(job: Job) -> dict[str, int]:
         stand_ins = int(lm.block_params.sum()) * size if job.game_prunes else 0
         out |= {"bytes of pruned stand-ins": stand_ins} if stand_ins else {}
         stages["shapley"] = out["bytes of shapley states"] + stand_ins + stages["evaluation"]
-    if job.split.trial or isinstance(job.allocator, Tuned):  # the dense weights wait beside the pruned ones
+    if job.split.trial or isinstance(job.allocator, Chooser):  # the dense weights wait beside the pruned ones
         stages["pruning"] += int(lm.block_params.sum()) * size
     out["bytes at the peak, about"] = (resident() if here else 0) + resident_weights + max(stages.values())
     return out

@@ -28,7 +28,8 @@ def figures(row: ResultRow, folder: Path) -> dict[str, Path]:
         unit, title = f"higher: {row.scores['higher_is']}", f"How each layer scores\n{row.scores['method']}"
         drawn["scores"] = _bars(row.scores["values"], None, n_blocks, "score", unit, title, folder / "scores.png")
     if row.tuning:
-        drawn["tuning"] = _curve(row.tuning["curve"], folder / "tuning.png")
+        comparable = row.tuning.get("best", True)
+        drawn["tuning"] = _curve(row.tuning["curve"], bool(comparable), folder / "tuning.png")
     if drawn and row.profile:
         drawn["profile"] = _profile(row.profile, folder / "profile.png")
     return drawn
@@ -78,13 +79,17 @@ def _bars(values: list[float], stderr: list[float] | None, n_blocks: int, name: 
     return _save(figure, path)
 
 
-def _curve(curve: list[dict[str, Any]], path: Path) -> Path:
-    """Loss of each candidate on the selection text, those that are not finite left out; the least is marked."""
+def _curve(curve: list[dict[str, Any]], comparable: bool, path: Path) -> Path:
+    """Loss of each candidate on the whole selection text, those that are not finite left out; the least is marked, where all
+    have the same budget."""
+    curve = [point for point in curve if "n_seq" not in point]
     finite = [(i, point["loss"]) for i, point in enumerate(curve) if point["loss"] is not None]
     figure, axes = _axes(len(curve))
     axes.plot(*zip(*finite, strict=True), marker="o", color="#3b6ea5")
-    axes.plot(*min(finite, key=lambda point: point[1]), marker="o", markersize=11, fillstyle="none", color="#c1666b")
-    axes.set_xticks(range(len(curve)), [point["label"] for point in curve], rotation=30, ha="right", fontsize=8)
+    if comparable:
+        axes.plot(*min(finite, key=lambda point: point[1]), marker="o", markersize=11, fillstyle="none", color="#c1666b")
+    named = range(0, len(curve), 1 + len(curve) // 20)
+    axes.set_xticks(named, [curve[i]["label"] for i in named], rotation=30, ha="right", fontsize=8)
     axes.set_xlabel("")
     axes.set_ylabel("loss on selection text\n(nats per token)")
     axes.set_title("What was tried", fontsize=9)

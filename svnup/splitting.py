@@ -29,14 +29,14 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class UniformSplit:
-    """Every linear gets the sparsity of its block."""
+    """Every linear gets the sparsity of its block, or of its attention or MLP where the profile (2n,) has these apart."""
 
     needs_inputs: ClassVar[bool] = False
     trial: ClassVar[bool] = False
     uniform: ClassVar[bool] = True
 
     def divide(self, lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: Ints) -> SparsityProfile:
-        return profile
+        return profile if len(profile.sparsity) == lm.n_blocks else _joined(lm, profile)
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,18 @@ class OutlierSplit:
                 for name, scores in wanda_scores(visit).items():
                     ratios[visit.index, name] = float((scores > self.threshold * scores.mean()).double().mean())
         return _divided(lm, profile, ratios, self.lam, self.scale)
+
+
+def _joined(lm: LanguageModel, profile: SparsityProfile) -> SparsityProfile:
+    """The profile of blocks, with what each linear gets, of one of sublayers."""
+    of_parts = iter(profile.sparsity)
+    blocks = []
+    for index in range(lm.n_blocks):
+        parts = [(part, float(next(of_parts))) for part in lm.sublayer_linears(index)]
+        blocks.append({name: Share(s, linear.weight.numel()) for part, s in parts for name, linear in part.items()})
+    shape = (lm.n_blocks, 2)
+    mean = np.average(profile.sparsity.reshape(shape), weights=profile.params.reshape(shape), axis=1)
+    return SparsityProfile(mean, lm.block_params, profile.target, profile.pattern, linears=tuple(blocks))
 
 
 def _check_amplitude(lam: float) -> None:

@@ -57,11 +57,17 @@ def describe(row: ResultRow) -> dict[str, Any]:
 
 def _options(node: dict[str, Any]) -> str:
     """What is set of a node's options: words as they are, numbers with their name."""
-    options = {k: v for k, v in node.items() if k not in ("_target_", "scorer", "path") and v is not None and v is not False}
+    hidden = ("_target_", "scorer", "path")
+    options = {k: v for k, v in node.items() if k not in hidden and v is not None and v is not False}
+    if options.get("granularity") == "block":
+        del options["granularity"]
     return ", ".join(
-        v if isinstance(v, str) and v != "auto" else k if v is True else f"{k}={v}" if isinstance(v, str) else f"{k}={v:g}"
-        for k, v in options.items()
+        v if isinstance(v, str) and v != "auto" else k if v is True else f"{k}={_value(v)}" for k, v in options.items()
     )
+
+
+def _value(value: Any) -> str:
+    return "/".join(map(_value, value)) if isinstance(value, list) else value if isinstance(value, str) else f"{value:g}"
 
 
 def _method(scorer: dict[str, Any]) -> str:

@@ -116,11 +116,12 @@ class BlockScores:
         if self.higher_is not in ("denser", "sparser"):
             raise ValueError(f"higher_is={self.higher_is!r}: choose 'denser' or 'sparser'")
 
-    def per_block(self, n_blocks: int) -> BlockScores:
-        """The same scores summed over the players of each block, where attention and MLP are players apart."""
-        if len(self.values) == n_blocks:
+    def per_part(self, n_parts: int) -> BlockScores:
+        """The same scores summed over the players of each part with one budget: of a block, where its attention and its MLP
+        are players apart."""
+        if len(self.values) == n_parts:
             return self
-        return BlockScores(self.values.reshape(n_blocks, -1).sum(axis=1), self.method, self.higher_is, self.cost)
+        return BlockScores(self.values.reshape(n_parts, -1).sum(axis=1), self.method, self.higher_is, self.cost)
 
     def to_dict(self) -> dict[str, Any]:
         """As nested JSON values: the fields of `cost` stand beside the others."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -10,8 +12,11 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import numpy as np
 import pytest
 import torch
+from cli import SMALL_W2, read_once
 from hypothesis import HealthCheck, settings
 
+from svnup.__main__ import main
+from svnup.data import Docs
 from svnup.model import BUILT_IN, Pretrained, Random
 
 torch.set_num_threads(1)
@@ -65,3 +70,23 @@ def tiny():
 def tokens():
     """Random token ids, int64 (3, 24)."""
     return np.random.default_rng(7).integers(5, 2048, size=(3, 24))
+
+
+@pytest.fixture
+def svnup(tmp_path, monkeypatch, capsys):
+    """Runs the command in an empty folder, on small texts: (exit code, output, errors)."""
+    monkeypatch.setattr(Docs, "read", read_once)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    logger = logging.getLogger("svnup")
+    before = (logger.handlers[:], logger.propagate, logger.level)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["svnup", *SMALL_W2, "selection.n_seq=3", *args])
+        code = main()
+        return (code, *capsys.readouterr())
+
+    yield run
+    logger.handlers[:], logger.propagate = before[0], before[1]
+    logger.setLevel(before[2])

@@ -350,6 +350,10 @@ def allocator(request, _hydra, write):
     return job.allocator, job.config["allocator"], job.scorer is not None
 
 
+def toy_loss(profile, label="", n_seq=None):
+    return float(np.exp(3 * profile.sparsity) @ np.arange(1, len(profile.sparsity) + 1))
+
+
 @pytest.mark.parametrize("allocator", ALLOCATORS, indirect=True)
 @pytest.mark.parametrize("direction", ["denser", "sparser"])
 def test_contract_of_every_allocator(allocator, direction):
@@ -359,12 +363,12 @@ def test_contract_of_every_allocator(allocator, direction):
             continue  # a file is made for the blocks of one model
         for values in ([3.0, 1.0, 2.0], [0.01, 0.02, 90.0], [1.0, 1.0, 1.0]):
             scores = BlockScores(values, "x", direction) if scored else None
-            profile = method.allocate(scores, np.array(params), 0.6)
+            profile = method.allocate(scores, np.array(params), 0.6, loss=toy_loss)
             mean = math.fsum(s * p for s, p in zip(profile.sparsity, params, strict=True)) / sum(params)
             assert abs(mean - 0.6) < 1e-12
             assert profile.sparsity.min() >= 0
             assert profile.sparsity.max() <= 1
-            again = method.allocate(scores, np.array(params), 0.6)
+            again = method.allocate(scores, np.array(params), 0.6, loss=toy_loss)
             assert profile.sparsity.tolist() == again.sparsity.tolist()
             if scored and np.ptp(values) == 0:
                 np.testing.assert_allclose(profile.sparsity, 0.6, atol=1e-12)

@@ -26,8 +26,10 @@ ONLY_IN = {
     "triton": {"pruning/column_block_triton"},  # itself imported lazily
 }
 LAZY = {"wandb", "lm_eval", "matplotlib", "datasets", "shapiq"}
-PURE = {"types", "allocation"} | {name for name in MODULES if name.startswith("shapley/")}  # numpy, and nothing else of weight
-LIGHT = [f"svnup.{name}" for name in ("config", "types", "allocation", "shapley", "scoring", "evaluation", "results")]
+PURE = {"types", "allocation", "search"} | {
+    name for name in MODULES if name.startswith("shapley/")
+}  # numpy, and nothing else of weight
+LIGHT = [f"svnup.{name}" for name in ("config", "types", "allocation", "search", "shapley", "scoring", "evaluation", "results")]
 HEAVY = ["torch", "transformers", "datasets", "wandb", "matplotlib"]
 
 
@@ -79,7 +81,7 @@ def test_the_modules_are_all_here():
 def test_rule_1_numbers_without_torch(name):
     allowed = set(sys.stdlib_module_names) | {"numpy", "svnup"} | ({"shapiq"} if name == "shapley/library" else set())
     assert packages(imports(MODULES[name])) <= allowed
-    rooms = {"types": set(), "allocation": {"types"}}.get(name, {"types", "shapley"})
+    rooms = {"types": set(), "allocation": {"types"}, "search": {"types", "allocation"}}.get(name, {"types", "shapley"})
     assert of_svnup(imports(MODULES[name])) <= rooms
 
 

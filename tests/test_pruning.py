@@ -485,6 +485,25 @@ def test_a_block_that_is_not_pruned_is_still_passed_through(random_model, tokens
     assert lm.fingerprint() == by_hand.fingerprint()
 
 
+def test_nothing_is_measured_in_a_block_that_is_not_pruned(random_model, tokens):
+    class Counts(Wanda):
+        asked: ClassVar[list] = []
+
+        def new_stats(self, weight):
+            self.asked.append(tuple(weight.shape))
+            return super().new_stats(weight)
+
+    lm, pruner = random_model(3), Counts()
+    before = lm.linears(0)["mlp.down_proj"].weight.clone()
+    report = prune_model(lm, SparsityProfile([0.0, 0.6, 0.0], lm.block_params, 0.2), pruner, tokens)
+    assert len(pruner.asked) == 4  # q with k and v, o, gate with up, down
+    assert torch.equal(lm.linears(0)["mlp.down_proj"].weight, before)
+    assert {r.error for r in report.per_linear if r.block != 1} == {0.0}
+    assert report.block_sparsity(3).tolist() == pytest.approx([0.0, 0.6, 0.0], abs=1e-3)
+    report = prune_model(lm, SparsityProfile([0.0, 0.6, 0.0], lm.block_params, 0.2), Magnitude(), tokens)
+    assert {r.error for r in report.per_linear} == {None}
+
+
 def test_blocks_run_once_for_their_inputs_and_once_more_if_that_changed_them(random_model, tokens):
     lm, runs = random_model(4), [0] * 4
     lm.nll(tokens)  # the first use asks the blocks what they return

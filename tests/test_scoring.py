@@ -17,6 +17,8 @@ from svnup.__main__ import main
 from svnup.config import CONF
 from svnup.data import Docs
 from svnup.scoring import AlphaPruning, BlockInfluence, Context, Dlp, Owl, Random, hill
+from svnup.tables import describe
+from svnup.types import ResultRow
 
 SCORERS = [Owl(), Owl(2.0), Dlp(), Dlp("median"), BlockInfluence(), AlphaPruning(), Random(3)]
 
@@ -229,7 +231,7 @@ def rows():
     ]
 
 
-WITHOUT_SCORES = {"uniform", "atp"}
+WITHOUT_SCORES = {"uniform", "atp", "search", "curves"}
 SHAPLEY = {"shapley", "leave_one_out", "reversed"}
 
 
@@ -287,7 +289,61 @@ def test_the_group_shapley_does_not_count_where_no_game_is_played(svnup):
     assert "already finished" not in svnup("allocator=owl", "allocator.lam=0.05")[1]
 
 
+SUBLAYERS = ["shapley.game.players=sublayer", "allocator.granularity=sublayer", "pruner=magnitude"]
+
+
+def test_budgets_of_sublayers(svnup):
+    code, _, err = svnup(*SUBLAYERS)
+    assert code == 0, err
+    assert svnup(*SUBLAYERS, "allocator.granularity=block")[0] == 0
+    fine, coarse = rows()
+    assert len(fine["shapley"]["values"]) == 6
+    assert "linears" not in coarse["profile"]
+    names = [describe(ResultRow.from_json(json.dumps(row)))["allocator"] for row in (fine, coarse)]
+    assert ["sublayer)" in name for name in names] == [True, False]
+    values, got = np.array(fine["shapley"]["values"]), []
+    for index, linears in enumerate(fine["profile"]["linears"]):
+        for part in ("self_attn", "mlp"):
+            (sparsity,) = {share["sparsity"] for name, share in linears.items() if name.startswith(part)}
+            got.append(sparsity)
+        zeros = sum(share["sparsity"] * share["size"] for share in linears.values())
+        assert zeros / fine["profile"]["params"][index] == pytest.approx(fine["profile"]["sparsity"][index])
+    assert np.average(fine["profile"]["sparsity"], weights=fine["profile"]["params"]) == pytest.approx(0.7, abs=1e-9)
+    assert (np.diff(np.array(got)[np.argsort(values)]) <= 1e-12).all(), "who is worth more keeps more"
+    assert np.ptp(np.reshape(got, (3, 2)), axis=1).max() > 0.01
+    for linear in fine["pruning"]["per_linear"]:
+        asked = fine["profile"]["linears"][linear["block"]][linear["name"]]["sparsity"]
+        assert linear["sparsity"] == pytest.approx(asked, abs=1e-3)
+    assert fine["sparsity"]["actual"] == pytest.approx(0.7, abs=1e-3)
+
+    path = next(p for p in Path("results").glob("runs/*/profile.json") if "linears" in p.read_text())
+    assert svnup("allocator=from_file", f"allocator.path={path}", "pruner=magnitude")[0] == 0
+    again = rows()[-1]
+    assert again["profile"] == fine["profile"]
+    assert again["metrics"] == fine["metrics"]
+
+
+def test_amplitudes_of_sublayers_are_tuned(svnup):
+    code, _, err = svnup(*SUBLAYERS, "allocator.lam=auto", "selection.n_seq=2")
+    assert code == 0, err
+    (row,) = rows()
+    assert row["tuning"]["n_new_evaluations"] == 7
+    assert len({point["loss"] for point in row["tuning"]["curve"]}) == 7
+
+
 MISTAKES = {
+    "sublayers without their values": (
+        ["allocator.granularity=sublayer"],
+        ["allocator.granularity=sublayer", "add shapley.game.players=sublayer"],
+    ),
+    "sublayers without a game": (
+        ["allocator=owl", "+allocator.granularity=sublayer"],
+        ["allocator.granularity=sublayer", "add allocator=shapley shapley.game.players=sublayer"],
+    ),
+    "sublayers, divided as blocks": ([*SUBLAYERS[:2], "split=outliers"], ["split=outlier", "use split=uniform"]),
+    "sublayers with steps": ([*SUBLAYERS[:2], "pattern=mixed:8"], ["pattern=mixed:8", "allocator.granularity=block"]),
+    "sublayers, fixed pattern": ([*SUBLAYERS[:2], "pattern='2:4'", "sparsity=0.5"], ["pattern=2:4", "allocator=uniform"]),
+    "sublayers, typo": (["allocator.granularity=sublayers"], ["allocator.granularity=sublayers", "did you mean sublayer?"]),
     "owl with a strange factor": (["allocator=owl", "allocator.scorer.m=0"], ["allocator.scorer.m=0", "choose 3 to 10"]),
     "misspelt option of a scorer": (["allocator=owl", "+allocator.scorer.n=5"], ["allocator.scorer.n=5", "no such option"]),
     "dlp, statistic typo": (["allocator=dlp", "allocator.scorer.statistic=men"], ["statistic=men", "did you mean mean?"]),

@@ -127,3 +127,23 @@ def test_a_profile_of_the_linears_of_another_model_is_refused():
         with pytest.raises(ValueError, match=r"linears \['a'.*cannot prune block 0"):
             prune_model(lm, other, Wanda(), TEXT)
     assert lm.fingerprint() == before
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_budgets_of_sublayers_reach_their_linears(random_model, model_type):
+    lm = random_model(3, model_type=model_type)
+    sizes = lm.sublayer_params
+    assert sizes.reshape(3, 2).sum(axis=1).tolist() == lm.block_params.tolist()
+    sparsity = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    fine = SparsityProfile(sparsity, sizes, float(np.average(sparsity, weights=sizes)))
+    divided = UniformSplit().divide(lm, fine, Wanda(), TEXT)
+    assert divided.target == fine.target
+    assert divided.mean == pytest.approx(fine.target, abs=1e-12)
+    for index in range(3):
+        assert {name: share.size for name, share in divided.linears[index].items()} == {
+            name: linear.weight.numel() for name, linear in lm.linears(index).items()
+        }
+        for name in lm.linears(index):
+            assert divided.of(index, name) == sparsity[2 * index + ("attn" not in name)]
+    report = prune_model(lm, divided, Wanda(), TEXT)
+    assert report.sparsity == pytest.approx(fine.target, abs=1e-3)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from cli import SMALL_W2, read_once
+from cli import last_row
 
-from svnup.__main__ import main
 from svnup.allocation import Atp, Ratios, ScoreBudget, Tuned
-from svnup.data import Docs
 from svnup.pruning import prune_model, temporarily_pruned
 from svnup.pruning.magnitude import Magnitude
 from svnup.tuning import HeldOutLoss
@@ -73,6 +68,7 @@ def test_the_loss_is_that_of_the_pruned_model_and_is_measured_once(random_model,
     report = loss.to_dict()
     assert report["curve"] == [{"label": "first", "loss": value}, {"label": "again", "loss": value}]
     assert (report["n_evaluations"], report["n_new_evaluations"], report["n_sequences"]) == (2, 1, 3)
+    assert report["n_full_evaluations"] == 2
     # another process finds it; another way of pruning, another text or another profile does not
     for fresh, asked, new in (
         (held_out(), profile, 0),
@@ -84,30 +80,25 @@ def test_the_loss_is_that_of_the_pruned_model_and_is_measured_once(random_model,
         assert fresh.to_dict()["n_new_evaluations"] == new
 
 
+def test_losses_on_the_first_sequences_are_kept_apart(random_model, tokens, tmp_path):
+    lm, other = random_model(3), random_model(3)
+    profiles = [SparsityProfile(s, [10, 10, 10], 0.5) for s in ([0.5, 0.5, 0.5], [0.3, 0.5, 0.7], [0.7, 0.5, 0.3])]
+    loss = HeldOutLoss(lm, lambda p: temporarily_pruned(lm, p, Magnitude(), tokens), lambda: tokens, "a", tmp_path)
+    whole = loss(profiles[0], "start")
+    prune_model(other, profiles[0], Magnitude(), tokens)
+    nll = other.nll(tokens)
+    assert (loss(profiles[0], "part", 1), loss(profiles[0], "part", 2)) == pytest.approx((nll[0], nll[:2].mean()), rel=1e-6)
+    assert loss(profiles[0], "all", 3) == loss(profiles[0], "more than there are", 9) == whole
+    others = [loss(profile, "rest") for profile in profiles[1:]]
+    report = loss.to_dict()
+    assert [point.get("n_seq") for point in report["curve"]] == [None, 1, 2, None, None, None, None]
+    assert (report["n_evaluations"], report["n_new_evaluations"]) == (7, 5)
+    assert report["n_full_evaluations"] == pytest.approx(5 + 1 / 3 + 2 / 3)
+    best = [("start", whole), ("all", whole), ("more than there are", whole), ("rest", min(whole, *others))]
+    assert report["best"] == [{"label": label, "loss": value} for label, value in best]
+
+
 # -- whole jobs
-
-
-@pytest.fixture
-def svnup(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Docs, "read", read_once)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    logger = logging.getLogger("svnup")
-    before = (logger.handlers[:], logger.propagate, logger.level)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["svnup", *SMALL_W2, "selection.n_seq=3", *args])
-        code = main()
-        return (code, *capsys.readouterr())
-
-    yield run
-    logger.handlers[:], logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
-
-
-def last_row():
-    return json.loads(max(Path("results").glob("runs/*/result.json"), key=lambda p: p.stat().st_mtime).read_text())
 
 
 def test_jobs_that_tune(svnup):

@@ -68,6 +68,14 @@ def test_scores_have_one_of_two_directions():
         BlockScores([1.0], "x", higher_is="better")
 
 
+def test_scores_of_a_part_are_the_sums_over_its_players():
+    scores = BlockScores([1.0, 2.0, 4.0, 8.0], "x", "sparser", Cost(n_evaluations=3))
+    assert scores.per_part(4) is scores
+    blocks = scores.per_part(2)
+    assert blocks.values.tolist() == [3.0, 12.0]
+    assert (blocks.method, blocks.higher_is, blocks.cost) == ("x", "sparser", scores.cost)
+
+
 def test_efficiency_gap_is_the_sum_less_what_there_was_to_divide():
     values = ShapleyValues([1.0, 2.5, -0.5], "x", v_empty=-4.0, v_full=-0.75)
     assert values.efficiency_gap == pytest.approx(3.0 - 3.25, abs=1e-15)

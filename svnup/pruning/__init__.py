@@ -135,12 +135,22 @@ def _sizes(lm: LanguageModel, index: int) -> dict[str, int]:
 
 def _prune_block(visit: Visit, profile: SparsityProfile, pruner: Pruner, clock: dict[str, float]) -> list[LinearReport]:
     sparsity = {name: profile.of(visit.index, name) for name in visit.linears}
+    if not any(sparsity.values()):  # the block stays as it is, and nobody asks for its statistics
+        if pruner.needs_inputs:
+            with _timed(clock, "inputs"):
+                visit.run(advance=True)
+        return [_kept(visit, name, 0.0 if pruner.needs_inputs else None) for name in visit.linears]
     inputs = Inputs(visit.linears, pruner)
     if pruner.needs_inputs:
         with _timed(clock, "inputs"):  # what is not pruned need not run twice
-            inputs.collect(visit, advance=not pruner.prunes or not any(sparsity.values()))
+            inputs.collect(visit, advance=not pruner.prunes)
     with _timed(clock, "prune"):
         return [_prune_linear(visit, name, pruner, inputs, sparsity[name]) for name in visit.linears]
+
+
+def _kept(visit: Visit, name: str, error: float | None) -> LinearReport:
+    weight = visit.linears[name].weight
+    return LinearReport(visit.index, name, int((weight == 0).sum()), weight.numel(), error, 0.0)
 
 
 def _key(profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor) -> str:

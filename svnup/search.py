@@ -1,0 +1,221 @@
+"""Allocators that measure profiles instead of blocks: pure numpy on a loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import ClassVar
+
+import numpy as np
+
+from svnup.allocation import Loss, Uniform, bounds_of, check_bounds, check_pattern, in_steps, to_budget
+from svnup.types import UNSTRUCTURED, BlockScores, Floats, Ints, SparsityProfile, parse_pattern
+
+MOVES = 3  # the most in one mutation, as in EvoPress
+
+
+@dataclass(frozen=True)
+class Search:
+    """Evolutionary search from the uniform profile: sparsity moves between blocks, and what loses less on held-out text stays.
+
+    A mutation is one to three moves (the lesser of two draws): of two random blocks the smaller becomes sparser or denser by
+    `step` and the other takes over its weights, so that the budget stays exact. Each generation makes `offspring` mutants of
+    the parent; stage i measures them on `sequences[i]` sequences and keeps the best `survivors[i]`; those left at the end are
+    measured on the whole text, and the best becomes the parent if it is better. Deterministic by `seed`; losses that are known
+    are not measured again, so that a search that was interrupted goes on. Under a pattern 'mixed:M' a step is at least 1/M.
+
+    Source: EvoPress, arXiv 2410.14649, algorithm 1 and its multi-step selection. There levels belong to linears, all of one
+    size, the fitness is the KL divergence to the dense model, and weights are pruned in advance, each linear on the dense
+    model; here levels belong to blocks, the fitness is the NLL, and every profile is pruned anew, block after block.
+    """
+
+    generations: int = 25
+    offspring: int = 16
+    sequences: list[int] = field(default_factory=lambda: [4, 16])
+    survivors: list[int] = field(default_factory=lambda: [4, 1])
+    step: float = 0.05
+    lower: float | None = None
+    upper: float | None = None
+    seed: int = 0
+    uniform_only: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("generations", "offspring"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not 0 < self.step < 1:
+            raise ValueError(f"step={self.step}: a change of a block's sparsity; choose more than 0, such as 0.05")
+        for name, signed, what in (("sequences", 1, "grow"), ("survivors", -1, "shrink")):
+            given: list[int] = getattr(self, name)
+            numbers = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in given)
+            if not numbers or any(signed * (b - a) < 0 for a, b in pairwise(given)):
+                raise ValueError(f"{name}={given}: must be whole numbers from 1 that {what} from stage to stage")
+        if len(self.survivors) != len(self.sequences):
+            raise ValueError(f"survivors={self.survivors}: as many stages as sequences={self.sequences} are needed")
+        if self.survivors and self.survivors[0] > self.offspring:
+            raise ValueError(f"survivors={self.survivors}: more than the {self.offspring} offspring; choose at most that")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: must be at least 0")
+
+    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
+        check_pattern(sparsity, pattern, self.uniform_only)
+        check_bounds(*bounds_of(sparsity, self.lower, self.upper), sparsity)
+
+    def n_losses(self, n_blocks: int, sparsity: float) -> int:
+        return 1 + self.generations * (self.offspring + sum(self.survivors))
+
+    def allocate(
+        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
+    ) -> SparsityProfile:
+        assert loss is not None
+        rng = np.random.default_rng(self.seed)
+        parent = Uniform().allocate(None, params, sparsity, pattern)
+        least = loss(parent, "uniform")
+        for generation in range(1, self.generations + 1):
+            label = f"generation {generation}"
+            left = self._offspring(parent, rng)
+            for n_seq, n_left in zip(self.sequences, self.survivors, strict=True):
+                losses = [loss(profile, label, n_seq) for profile in left]
+                left = [left[i] for i in np.argsort(losses, kind="stable")[:n_left]]
+            for profile in left:
+                if (value := loss(profile, label)) < least:
+                    parent, least = profile, value
+        return parent
+
+    def _offspring(self, parent: SparsityProfile, rng: np.random.Generator) -> list[SparsityProfile]:
+        """Mutants of a profile, none twice; fewer where so many could not be found."""
+        budget = parent.sparsity if parent.requested is None else parent.requested
+        mutants: dict[bytes, SparsityProfile] = {}
+        tried = {_levels(budget)}
+        for _ in range(10 * self.offspring):
+            moved = self._mutant(budget, parent, rng)
+            if _levels(moved) in tried:
+                continue
+            tried.add(_levels(moved))
+            mutant = to_budget(moved, parent.params, parent.target, parent.pattern, self._bounds(parent))
+            if _levels(mutant.sparsity) != _levels(parent.sparsity):  # under steps of a pattern
+                mutants.setdefault(_levels(mutant.sparsity), mutant)
+            if len(mutants) == self.offspring:
+                break
+        return list(mutants.values())
+
+    def _mutant(self, budget: Floats, parent: SparsityProfile, rng: np.random.Generator) -> Floats:
+        lower, upper = self._bounds(parent)
+        group, params = parse_pattern(parent.pattern), parent.params
+        step = self.step if group is None else max(self.step, 1 / group[1])
+        weights = step * np.minimum.outer(params, params)  # that block i loses and block j gets back
+        less, more = weights / params[:, None], weights / params[None, :]
+        out = budget.copy()
+        for _ in range(rng.integers(1, MOVES + 1, size=2).min()):
+            fits = (out[:, None] + less <= upper + 1e-9) & (out[None, :] - more >= lower - 1e-9)
+            pairs = np.argwhere(fits & ~np.eye(len(params), dtype=bool))
+            if not len(pairs):
+                break
+            i, j = pairs[rng.integers(len(pairs))]
+            out[i] += less[i, j]
+            out[j] -= more[i, j]
+        return out
+
+    def _bounds(self, profile: SparsityProfile) -> tuple[float, float]:
+        return bounds_of(profile.target, self.lower, self.upper)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Water-filling over measured curves: the budget at which another weight costs the same loss in every block.
+
+    The curve of a block is the held-out loss with it alone pruned, to each of `levels` sparsities evenly from `lower` to
+    `upper`, and the other blocks dense (under a pattern 'mixed:M' to those that are multiples of 1/M); its lower convex hull
+    is used. From `lower` on, weights go where a hull is flattest per weight until the budget is met; segments as steep as the
+    last are taken by equal shares. That is the exact optimum of the hulls' sum: as good as losses add up over blocks.
+
+    Raises ValueError where a loss is not finite. Source: our choice; the greedy way is that of Fox, Discrete optimization via
+    marginal analysis, 1966.
+    """
+
+    levels: int = 5
+    lower: float | None = None
+    upper: float | None = None
+    uniform_only: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.levels < 2:
+            raise ValueError(f"levels={self.levels}: a curve has at least 2 points; choose 5, for example")
+
+    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
+        check_pattern(sparsity, pattern, self.uniform_only)
+        check_bounds(*bounds_of(sparsity, self.lower, self.upper), sparsity)
+
+    def n_losses(self, n_blocks: int, sparsity: float) -> int:
+        return n_blocks * self.levels
+
+    def allocate(
+        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
+    ) -> SparsityProfile:
+        assert loss is not None
+        grid = self._grid(sparsity, pattern)
+        curves = np.empty((len(params), len(grid)))
+        for block, level in np.ndindex(curves.shape):
+            alone = np.where(np.arange(len(params)) == block, grid[level], 0.0)
+            mean = float(np.average(alone, weights=params))
+            curves[block, level] = loss(in_steps(alone, params, mean, pattern), f"layer {block} at {grid[level]:.3g}")
+        if not np.isfinite(curves).all():
+            block, level = np.argwhere(~np.isfinite(curves))[0]
+            raise ValueError(
+                f"allocator.upper={grid[-1]:g}: the loss with layer {block} alone at {grid[level]:.3g} is not finite; "
+                "choose a smaller upper"
+            )
+        wish = water_fill(grid, curves, params, sparsity)
+        return to_budget(wish, params, sparsity, pattern, (float(grid[0]), float(grid[-1])))
+
+    def _grid(self, sparsity: float, pattern: str) -> Floats:
+        lower, upper = bounds_of(sparsity, self.lower, self.upper)
+        grid, group = np.linspace(lower, upper, self.levels), parse_pattern(pattern)
+        if group is None:
+            return np.unique(grid)
+        m = group[1]
+        steps = np.round(grid * m)
+        steps[0], steps[-1] = np.floor(lower * m), np.ceil(upper * m)
+        return np.unique(np.clip(steps, 0, m - 1)) / m
+
+
+def water_fill(grid: Floats, curves: Floats, params: Ints, target: float) -> Floats:
+    """The sparsities (n,) that minimise the sum of the curves' lower convex hulls at a parameter-weighted mean of `target`.
+
+    `curves` (n, m) are losses at the sparsities `grid` (m,), increasing, with grid[0] <= target <= grid[-1].
+    """
+    segments = []  # block, width in sparsity, loss per weight
+    for block, curve in enumerate(curves):
+        for i, j in pairwise(_hull(grid, curve)):
+            width = grid[j] - grid[i]
+            segments.append((block, width, (curve[j] - curve[i]) / (width * params[block])))
+    sparsity, need = np.full(len(params), grid[0]), (target - grid[0]) * float(np.sum(params))
+    if not segments or need <= 0:
+        return sparsity
+    owner, widths, slope = (np.array(column) for column in zip(*segments, strict=True))
+    weights = widths * params[owner]
+    order = np.argsort(slope, kind="stable")
+    last = slope[order[min(int(np.searchsorted(np.cumsum(weights[order]), need)), len(order) - 1)]]
+    tied = np.abs(slope - last) <= 1e-9 * np.abs(slope).max()
+    below = (slope < last) & ~tied
+    share = min(1.0, max(0.0, (need - weights[below].sum()) / weights[tied].sum()))
+    np.add.at(sparsity, owner, widths * (below + share * tied))
+    return sparsity
+
+
+def _hull(x: Floats, y: Floats) -> list[int]:
+    """The points of a curve on its lower convex hull, from the first to the last."""
+
+    def slope(i: int, j: int) -> float:
+        return float((y[j] - y[i]) / (x[j] - x[i]))
+
+    hull: list[int] = []
+    for k in range(len(x)):
+        while len(hull) > 1 and slope(hull[-2], hull[-1]) >= slope(hull[-2], k):
+            hull.pop()
+        hull.append(k)
+    return hull
+
+
+def _levels(sparsity: Floats) -> bytes:
+    return np.round(sparsity, 9).tobytes()

@@ -1,0 +1,323 @@
+"""Allocators that measure profiles instead of blocks."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli import last_row
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from svnup.allocation import Chooser, Uniform, bounds_of
+from svnup.pruning import temporarily_pruned
+from svnup.pruning.magnitude import Magnitude
+from svnup.search import Curves, Search, water_fill
+from svnup.tables import render
+from svnup.tuning import HeldOutLoss
+from svnup.types import ResultRow
+
+A = np.array([8.0, 1.0, 2.0, 0.5])  # of the toy losses: how much each block matters
+C = 4.0
+
+
+class Toy:
+    """A separable convex loss, sum of a_l exp(c s_l); on few sequences it is off by a little of its own for each profile."""
+
+    def __init__(self, a, noise=0.0):
+        self.a, self.noise, self.calls = np.asarray(a), noise, []
+
+    def __call__(self, profile, label="", n_seq=None):
+        self.calls.append((profile, label, n_seq))
+        off = 0.0 if n_seq is None else self.noise * math.sin(1e4 * float(profile.sparsity @ np.arange(1, len(self.a) + 1)))
+        return float(self.a @ np.exp(C * profile.sparsity)) * (1 + off / (n_seq or 1))
+
+
+PARAMS = st.lists(st.integers(1, 1000), min_size=1, max_size=6)
+
+
+# -- search
+
+
+@settings(max_examples=20)
+@given(PARAMS, st.floats(0, 0.94), st.integers(0, 5), st.sampled_from([0.02, 0.1]))
+def test_every_candidate_keeps_the_exact_budget_inside_the_bounds(params, sparsity, seed, step):
+    loss, params = Toy(np.arange(1, len(params) + 1)), np.array(params)
+    search = Search(generations=4, offspring=6, sequences=[1, 2], survivors=[3, 2], step=step, seed=seed)
+    chosen = search.allocate(None, params, sparsity, loss=loss)
+    lower, upper = bounds_of(sparsity)
+    for profile, _, _ in loss.calls:
+        assert (
+            abs(math.fsum(s * int(p) for s, p in zip(profile.sparsity, params, strict=True)) / params.sum() - sparsity) < 1e-12
+        )
+        assert profile.sparsity.min() >= lower - 1e-12
+        assert profile.sparsity.max() <= upper + 1e-12
+    assert len(loss.calls) <= search.n_losses(len(params), sparsity)
+    assert loss(chosen) <= loss(Uniform().allocate(None, params, sparsity)) + 1e-12
+
+
+def test_stages_measure_fewer_candidates_on_more_text():
+    loss = Toy(A)
+    search = Search(generations=3, offspring=8, sequences=[2, 5], survivors=[4, 2])
+    search.allocate(None, np.full(4, 10), 0.7, loss=loss)
+    first = [("uniform", None)]
+    for generation in (1, 2, 3):
+        first += [(f"generation {generation}", n) for n in [2] * 8 + [5] * 4 + [None] * 2]
+    assert [(label, n_seq) for _, label, n_seq in loss.calls] == first
+    assert len(first) == search.n_losses(4, 0.7)
+    for stage in (2, 5, None):  # who goes on is who was best before
+        asked = [p.sparsity.tolist() for p, label, n in loss.calls if (label, n) == ("generation 2", stage)]
+        assert len({tuple(s) for s in asked}) == len(asked), "none twice"
+    by_stage = {n: [p for p, label, m in loss.calls if (label, m) == ("generation 1", n)] for n in (2, 5, None)}
+    best = sorted(by_stage[2], key=lambda p: Toy(A)(p, n_seq=2))
+    assert [p.sparsity.tolist() for p in by_stage[5]] == [p.sparsity.tolist() for p in best[:4]]
+    assert [p.sparsity.tolist() for p in by_stage[None]] == [p.sparsity.tolist() for p in best[:2]]
+
+
+def test_moves_are_steps_of_the_smaller_block():
+    loss = Toy([1.0, 1.0])
+    Search(generations=1, offspring=2, sequences=[], survivors=[], step=0.1).allocate(None, np.array([10, 40]), 0.5, loss=loss)
+    for profile, _, _ in loss.calls[1:]:
+        steps = (profile.sparsity - 0.5) / [0.1, -0.025]
+        assert steps[0] == pytest.approx(steps[1])
+        assert steps[0] == pytest.approx(round(steps[0]))
+
+
+@pytest.mark.parametrize("params", [[10, 10, 10, 10], [10, 30, 20, 40]])
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_it_comes_near_the_optimum_and_is_never_worse_than_its_start(params, noise):
+    params, grid = np.array(params), np.arange(0.4, 0.901, 0.05)
+    best = math.inf  # over all profiles of three free blocks
+    for first in itertools.product(grid, repeat=3):
+        last = (0.7 * params.sum() - params[:3] @ first) / params[3]
+        if 0.4 - 1e-9 <= last <= 0.9 + 1e-9:
+            best = min(best, float(A @ np.exp(C * np.array([*first, last]))))
+    loss = Toy(A, noise)
+    start = loss(Uniform().allocate(None, params, 0.7))
+    found = loss(Search().allocate(None, params, 0.7, loss=loss))
+    assert found <= start
+    assert found - best < 0.05 * (start - best)
+
+
+def test_a_start_that_nothing_beats_stays():
+    chosen = Search(generations=3).allocate(None, np.full(4, 10), 0.7, loss=lambda p, label, n=None: float(np.ptp(p.sparsity)))
+    assert chosen.sparsity.tolist() == [0.7] * 4
+    assert Search(generations=3).allocate(None, np.array([10]), 0.7, loss=lambda *_: math.inf).sparsity.tolist() == [0.7]
+    assert Search().allocate(None, np.array([10, 10]), 0.0, loss=Toy([1, 1])).sparsity.tolist() == [0.0, 0.0]
+
+
+def test_the_seed_decides():
+    def asked(seed):
+        loss = Toy(A)
+        Search(seed=seed, generations=3).allocate(None, np.array([10, 30, 20, 40]), 0.7, loss=loss)
+        return [(p.sparsity.tolist(), label, n) for p, label, n in loss.calls]
+
+    assert asked(0) == asked(0)
+    assert asked(0) != asked(1)
+
+
+def test_search_takes_steps_of_mixed_patterns():
+    loss = Toy(A)
+    chosen = Search(generations=5).allocate(None, np.array([10, 30, 20, 40]), 0.7, "mixed:8", loss)
+    assert loss(chosen) < loss(loss.calls[0][0])
+    for profile, _, _ in loss.calls:
+        np.testing.assert_allclose(profile.sparsity * 8, np.round(profile.sparsity * 8), atol=1e-9)
+    levels = [tuple(p.sparsity) for p, label, n in loss.calls if (label, n) == ("generation 1", 4)]
+    assert len(set(levels)) == len(levels)
+
+
+def test_a_search_that_was_interrupted_goes_on(random_model, tokens, tmp_path):
+    lm = random_model(3)
+
+    def held_out():
+        return HeldOutLoss(lm, lambda p: temporarily_pruned(lm, p, Magnitude(), tokens), lambda: tokens, "a", tmp_path)
+
+    def run(loss, generations):
+        search = Search(generations=generations, offspring=4, sequences=[1], survivors=[2])
+        return search.allocate(None, lm.block_params, 0.6, loss=loss)
+
+    killed, resumed, again = held_out(), held_out(), held_out()
+    run(killed, 2)
+    profile = run(resumed, 4)
+    reports = [loss.to_dict() for loss in (killed, resumed, again) if loss.to_dict()]
+    assert reports[1]["n_new_evaluations"] <= reports[1]["n_evaluations"] - reports[0]["n_evaluations"]
+    assert run(again, 4).sparsity.tolist() == profile.sparsity.tolist()
+    assert again.to_dict()["n_new_evaluations"] == 0
+    assert again.to_dict()["curve"] == reports[1]["curve"]
+    best = [point["loss"] for point in reports[1]["best"]]
+    assert [point["label"] for point in reports[1]["best"]] == ["uniform", *(f"generation {g}" for g in range(1, 5))]
+    assert best == sorted(best, reverse=True)
+
+
+SMALL_SEARCH = ["allocator=search", "allocator.generations=2", "allocator.offspring=3", "allocator.sequences=[1]"]
+
+
+def test_a_job_that_searches(svnup):
+    args = [*SMALL_SEARCH, "allocator.survivors=[1]", "pruner=magnitude"]
+    code, out, _ = svnup(*args, "dry_run=true")
+    assert code == 0
+    assert "tuning evaluations" in out
+    assert svnup(*args)[0] == 0
+    row = last_row()
+    tuning = row["tuning"]
+    assert (tuning["n_evaluations"], tuning["n_sequences"]) == (9, 3)  # 1 + 2 * (3 + 1)
+    assert tuning["n_full_evaluations"] == pytest.approx(3 + 6 / 3)
+    assert row["profile"]["target"] == 0.7
+    assert "selection" in row["fingerprints"]
+    assert next(Path("results").glob("runs/*/figures/tuning.png")).is_file()
+    assert "already finished" in svnup(*args)[1]
+    assert svnup(*args, "force=true")[0] == 0
+    assert last_row()["tuning"]["n_new_evaluations"] == 0
+    assert last_row()["metrics"] == row["metrics"]
+    assert svnup(*args, "allocator.seed=1", "selection.n_seq=2", "dry_run=true")[0] == 0
+    assert "already finished" not in svnup(*args, "selection.n_seq=2")[1], "the text that chooses counts"
+    (line,) = [line for line in render([ResultRow.from_json(json.dumps(row))], "csv").splitlines() if "search" in line]
+    assert "search (" in line
+    assert "sequences=1" in line
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["allocator.generations=0"], "allocator.generations=0: must be at least 1"),
+        (["allocator.step=0"], "allocator.step=0"),
+        (["allocator.sequences=[4,2]"], "allocator.sequences=[4, 2]: must be whole numbers from 1 that grow"),
+        (["allocator.sequences=[1,a]"], "allocator.sequences=[1, 'a']: must be whole numbers"),
+        (["allocator.sequences=8"], "allocator.sequences=8: must be a list"),
+        (["allocator.survivors=[1,4]"], "allocator.survivors=[1, 4]: must be whole numbers from 1 that shrink"),
+        (["allocator.survivors=[1]"], "allocator.survivors=[1]: as many stages"),
+        (["allocator.survivors=[99,1]"], "allocator.survivors=[99, 1]: more than the 16 offspring"),
+        (["allocator.seed=-1"], "allocator.seed=-1"),
+        (["allocator.lower=0.8"], "allocator.lower=0.8"),
+        (["allocator.step=auto"], "allocator.step=auto: cannot be tuned"),
+        (["pattern='2:4'", "sparsity=0.5"], "pattern=2:4: a fixed N:M"),
+        (["selection.role=test"], "selection.role=test: only the selection text may choose"),
+        (["offload=cpu"], "offload=cpu: allocator options that are auto, and allocators that try many profiles"),
+    ],
+)
+def test_mistakes_of_search(svnup, args, said):
+    code, _, err = svnup("allocator=search", *args)
+    assert code == 2
+    assert said in err.rstrip("\n").splitlines()[-1]
+    assert not Path("results").exists()
+
+
+def test_only_those_that_ask_for_losses_choose():
+    assert isinstance(Search(), Chooser)
+    assert isinstance(Curves(), Chooser)
+    assert not isinstance(Uniform(), Chooser)
+
+
+# -- curves
+
+
+def test_each_block_is_pruned_alone():
+    loss = Toy(A)
+    params = np.array([10, 30, 20, 40])
+    Curves(levels=3).allocate(None, params, 0.7, loss=loss)
+    assert len(loss.calls) == Curves(levels=3).n_losses(4, 0.7) == 12
+    for k, (profile, label, n_seq) in enumerate(loss.calls):
+        wanted = np.zeros(4)
+        wanted[k // 3] = (0.4, 0.65, 0.9)[k % 3]
+        np.testing.assert_allclose(profile.sparsity, wanted)
+        assert (label, n_seq) == (f"layer {k // 3} at {wanted.max():.3g}", None)
+        assert profile.target == pytest.approx(wanted @ params / 100)
+
+
+@pytest.mark.parametrize("params", [[10, 10, 10, 10], [30, 10, 20, 20]])
+def test_the_optimum_of_a_separable_convex_loss(params):
+    """a_l exp(c s_l) with sum p_l s_l fixed: s_l = (log(p_l / a_l) + const) / c where no bound holds it."""
+    params = np.array(params)
+    best = np.log(params / A) / C
+    best += 0.6 - np.average(best, weights=params)
+    assert best.min() > 0
+    assert best.max() < 1.0
+    found = Curves(levels=201, lower=0.0, upper=1.0).allocate(None, params, 0.6, loss=Toy(A)).sparsity
+    np.testing.assert_allclose(found, best, atol=0.01)
+    coarse = Curves(levels=6, lower=0.0, upper=1.0).allocate(None, params, 0.6, loss=Toy(A)).sparsity
+    np.testing.assert_allclose(coarse, best, atol=0.2)
+
+
+def test_water_by_hand():
+    grid, params = np.array([0.4, 0.6, 0.8]), np.array([10, 10])
+    # losses per 0.2: 1 and 2 in the first block, 1.5 and 4 in the second; the target 0.6 takes two of the four segments
+    curves = np.array([[0.0, 1.0, 3.0], [0.0, 1.5, 5.5]])
+    assert water_fill(grid, curves, params, 0.6).tolist() == pytest.approx([0.6, 0.6])
+    assert water_fill(grid, curves, params, 0.65).tolist() == pytest.approx([0.7, 0.6])  # half of the third
+    assert water_fill(grid, curves, params, 0.4).tolist() == [0.4, 0.4]
+    assert water_fill(grid, curves, params, 0.8).tolist() == pytest.approx([0.8, 0.8])
+    # three times the weights: per weight the second block is the cheaper
+    assert water_fill(grid, curves, np.array([10, 30]), 0.55).tolist() == pytest.approx([0.4, 0.6])
+    # a bump is bridged: the hull of the first is one segment as steep as the second, and they share
+    bumpy = np.array([[0.0, 5.0, 4.0], [0.0, 2.0, 4.0]])
+    assert water_fill(grid, bumpy, params, 0.5).tolist() == pytest.approx([0.5, 0.5])
+
+
+@st.composite
+def measured(draw):
+    n, m = draw(st.integers(1, 6)), draw(st.integers(2, 6))
+    values = st.floats(-5, 5, width=32)
+    curves = np.array(draw(st.lists(st.lists(values, min_size=m, max_size=m), min_size=n, max_size=n)))
+    params = np.array(draw(st.lists(st.integers(1, 1000), min_size=n, max_size=n)))
+    return np.linspace(0.3, 0.9, m), curves, params, draw(st.floats(0.3, 0.9))
+
+
+@given(measured())
+def test_water_meets_any_budget_inside_the_grid(case):
+    grid, curves, params, target = case
+    sparsity = water_fill(grid, curves, params, target)
+    assert np.average(sparsity, weights=params) == pytest.approx(target, abs=1e-9)
+    assert sparsity.min() >= 0.3 - 1e-12
+    assert sparsity.max() <= 0.9 + 1e-12
+    steeper = curves.copy()
+    steeper[0] += 10 * params[0] * (grid - 0.3)
+    assert water_fill(grid, steeper, params, target)[0] <= sparsity[0] + 1e-9, "a block that matters more keeps more"
+
+
+@given(PARAMS, st.floats(0, 0.94), st.sampled_from(["unstructured", "mixed:8"]))
+def test_the_budget_of_curves_is_exact(params, sparsity, pattern):
+    sparsity, params = min(sparsity, 0.875), np.array(params)
+    profile = Curves().allocate(None, params, sparsity, pattern, Toy(np.arange(1, len(params) + 1)))
+    budget = profile.sparsity if profile.requested is None else profile.requested
+    assert np.average(budget, weights=params) == pytest.approx(sparsity, abs=1e-12)
+    equal = Curves().allocate(None, np.full(len(params), 7), sparsity, loss=Toy(np.ones(len(params))))
+    np.testing.assert_allclose(equal.sparsity, sparsity, atol=1e-9)  # nothing tells the blocks apart
+
+
+def test_curves_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match=r"allocator.upper=0.9: the loss with layer 1 alone at 0.9 is not finite"):
+        Curves().allocate(None, np.array([5, 5]), 0.7, loss=lambda p, label, n=None: math.inf if p.sparsity[1] > 0.8 else 1.0)
+
+
+def test_a_job_by_curves(svnup):
+    args = ["allocator=curves", "allocator.levels=3", "pruner=magnitude"]
+    assert svnup(*args)[0] == 0
+    row = last_row()
+    assert (row["tuning"]["n_evaluations"], row["tuning"]["n_new_evaluations"]) == (9, 9)
+    assert row["tuning"]["curve"][0]["label"] == "layer 0 at 0.4"
+    assert row["tuning"]["best"] == [], "of different budgets none is best"
+    assert np.average(row["profile"]["sparsity"], weights=row["profile"]["params"]) == pytest.approx(0.7)
+    assert np.ptp(row["profile"]["sparsity"]) > 0
+    assert svnup(*args, "force=true")[0] == 0
+    assert last_row()["tuning"]["n_new_evaluations"] == 0
+    assert last_row()["profile"] == row["profile"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["allocator.levels=1"], "allocator.levels=1: a curve has at least 2 points"),
+        (["allocator.upper=0.6"], "allocator.lower=0.4, upper=0.6"),
+        (["pattern='2:4'", "sparsity=0.5"], "pattern=2:4: a fixed N:M"),
+        (["offload=disk"], "offload=disk"),
+    ],
+)
+def test_mistakes_of_curves(svnup, args, said):
+    code, _, err = svnup("allocator=curves", *args)
+    assert code == 2
+    assert said in err.rstrip("\n").splitlines()[-1]
+    assert not Path("results").exists()
