@@ -27,7 +27,7 @@ from svnup.model import BUILT_IN_FOLDER
 from svnup.results import provenance
 
 WIDTH, INNER, HEADS = 1024, 2816, 16
-JOB = ["dataset.n_seq=16", "evaluation.n_seq=16", "dataset=docs", "evaluation.datasets=[docs]", "allocator=uniform"]
+JOB = ["dataset.n_seq=8", "evaluation.n_seq=8", "dataset=docs", "evaluation.datasets=[docs]", "allocator=uniform"]
 JOB += ["dataset@shapley.game.data=docs", "model.seq_len=256", "save_model=true"]
 
 
@@ -94,7 +94,7 @@ def main() -> None:
         "",
         f"Made by `python experiments/benchmarks/offload.py --blocks {options.blocks} --pruner {options.pruner}`. "
         f"{hardware['cpu']}, {hardware['cores']} cores, torch {torch.__version__}, float32. A Llama of {options.blocks} blocks "
-        f"of width {WIDTH}, pruned at 70 % on 16 x 256 tokens, evaluated dense and pruned, and saved; both ways give the same "
+        f"of width {WIDTH}, pruned at 70 % on 8 x 256 tokens, evaluated dense and pruned, and saved; both ways give the same "
         "perplexity.",
         "",
         "| offload | checkpoint, GB | peak by the plan, GB | peak, GB | of the checkpoint | pruning, s | job, s |",
