@@ -16,7 +16,7 @@ RESET = Path("/proc/self/clear_refs")
 
 
 def give_back() -> None:
-    """Return what is free in the process to the system: glibc keeps the pages of freed tensors, and takes new ones beside them."""
+    """Return free pages to the system: glibc keeps those of freed tensors, and takes new ones beside them."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -131,8 +131,8 @@ def _locked(folder: Path) -> IO[str]:
     """An open file that no other process can lock until this one closes it or ends."""
     file = (folder / "lock").open("w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         file.close()
         raise ValueError(f"offload=disk: another process works in {folder}; wait for it, or use another results_dir") from None
     return file
