@@ -82,6 +82,7 @@ def _run(cfg: Any, overrides: list[str], texts: config.Texts) -> None:
     unsaved = not folder.has(job.save_model, job.save_format, job.save_masks)
     stands = earlier is not None and earlier.status == "finished" and not (job.force or changed)
     if earlier is not None and stands and not (sharded or unsaved):
+        folder.clear_scratch()  # of a process that ended between its result and this
         _say(f"already finished, not run again (force=true redoes it): {folder.path}")
         _print_result(earlier)
         return
@@ -94,6 +95,7 @@ def _run(cfg: Any, overrides: list[str], texts: config.Texts) -> None:
         return
     if job.force or changed:
         folder.clear_scratch()
+        folder.clear_saved()
     if changed:
         _say(f"the inputs of {folder.path} have changed since it was made: it runs again")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterable
@@ -22,6 +23,7 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 BITMASK = "svnup_bitmask.json"
 BITMASK_VERSION = 1
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of a number
 Tensors = dict[str, Tensor]
 
 
@@ -51,6 +53,11 @@ class Checkpoint:
         """Names of the tensors, as in the model's state dict."""
         packed = {f"{name}.{part}" for name in self._shapes for part in ("values", "bits")}
         return [name for name in self._files if name not in packed] + list(self._shapes)
+
+    def identity(self) -> str:
+        """Changes when a file is written anew; nothing is read for it."""
+        files = sorted({self.folder / name for name in self._files.values()})
+        return f"{self.folder.resolve()} {[(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]}"
 
     def by_file(self) -> list[list[str]]:
         """Names of the tensors, those of one file together."""
@@ -131,18 +138,15 @@ def write_bitmask(folder: Path, parts: Iterable[Tensors], pruned: Collection[str
             if name not in pruned:
                 stored[name] = tensor
                 continue
-            keep = _is_set(tensor)
-            stored |= {f"{name}.values": tensor[keep], f"{name}.bits": pack(keep)}
+            bits = tensor.detach().cpu().contiguous().view(BITS[tensor.element_size()])
+            keep = bits != 0  # not of the number: a minus zero must come back as one
+            values = torch.from_numpy(bits.numpy()[keep.numpy()]).view(tensor.dtype)  # numpy's way takes no memory beside
+            stored |= {f"{name}.values": values, f"{name}.bits": pack(keep)}
             shapes[name] = list(tensor.shape)
         file = f"bitmask-{number:05d}.safetensors"
         save_tensors(stored, folder / file)
         files |= dict.fromkeys(stored, file)
     _write_json(folder / BITMASK, {"version": BITMASK_VERSION, "files": files, "shapes": shapes})
-
-
-def _is_set(tensor: Tensor) -> Tensor:
-    """Where a tensor is anything but +0: a minus zero must come back as one."""
-    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]) != 0
 
 
 def expand(source: str | Path, target: str | Path) -> None:
@@ -168,7 +172,7 @@ def expand(source: str | Path, target: str | Path) -> None:
 
 def in_place(folder: Path, fill: Callable[[Path], object]) -> None:
     """Fill a folder that appears only when it is complete, in place of one that was there."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     fill(partial)
@@ -186,7 +190,7 @@ def _opened(path: Path) -> Any:
 
 def save_tensors(tensors: Tensors, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Atomically, so that a file that is there is a whole one."""
-    temporary = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
     save_file(contiguous, temporary, metadata={"format": "pt"} | (metadata or {}))
     temporary.replace(path)

@@ -36,15 +36,13 @@ from svnup.model import Pretrained, Random
 from svnup.scoring import GameOptions, Scorer, ShapleyScorer
 from svnup.splitting import Split
 from svnup.tracking import NoTracker, WandbTracker
-from svnup.types import Ints, method_name, moving_numbers, parse_pattern
+from svnup.types import Ints, Offload, SaveFormat, method_name, moving_numbers, parse_pattern
 
 if TYPE_CHECKING:
     from svnup.language_model import LanguageModel
     from svnup.pruning import Pruner
 
 Gate = Literal["error", "warn", "off"]
-Offload = Literal["none", "cpu", "disk"]
-SaveFormat = Literal["dense", "bitmask"]
 Texts = dict[tuple[TokenSource, str], TokenSource]
 
 CONF = next(p for p in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if p.is_dir())
@@ -184,6 +182,7 @@ class Job:
     def check_shapes(self) -> LanguageModel:
         """Check pattern and budget against the real shapes of the model; returns the skeleton without weights that has them."""
         from svnup.language_model import matrix
+        from svnup.pruning import check_profile
 
         with _blame("model"):
             lm = self.model.skeleton()
@@ -196,7 +195,7 @@ class Job:
                 raise ValueError(_does_not_divide(self.pattern, f"the {width} inputs of block {index}, {name}"))
         if self.scorer is None and not isinstance(self.allocator, Chooser):
             with _blame("allocator"):
-                self.allocator.allocate(None, lm.block_params, self.sparsity, self.pattern)
+                check_profile(lm, self.allocator.allocate(None, lm.block_params, self.sparsity, self.pattern))
         if self.shapley is not None and self.shapley.game.players == "sublayer":
             with _blame("shapley.game"):
                 for index in range(lm.n_blocks):

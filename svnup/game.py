@@ -84,6 +84,8 @@ class LayerGame:
     ) -> None:
         self.lm, self.tokens = lm, torch.as_tensor(tokens)
         self.payoff, self.cap = payoff, cap
+        if pruned is not None and lm.offloaded:
+            raise ValueError("offload: pruned blocks beside the dense ones need both in memory; use offload=none")
         if pruned is not None and not isinstance(pruned, StandIns):
             pruned = StandIns(pruned, _digest(pruned))
         self.absent_costs = pruned is not None

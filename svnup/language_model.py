@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -32,14 +33,12 @@ from transformers.utils import logging as transformers_logging
 from svnup.checkpoint import Checkpoint, Tensors, in_place, is_bitmask, write_bitmask, write_dense
 from svnup.offload import DiskShelf, HostShelf, Shelf, fill
 from svnup.progress import stage
-from svnup.types import Floats, Ints
+from svnup.types import Floats, Ints, Offload, SaveFormat
 
 # Fixed, not derived from free memory: the sizes of matrix products decide the last bits of a number.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 HEAD_TOKENS = 1024
 Part = Literal["block", "attention", "mlp"]
-Offload = Literal["none", "cpu", "disk"]
-SaveFormat = Literal["dense", "bitmask"]
 if TYPE_CHECKING:  # mypy does not read transformers
     Linear = nn.Linear
 else:
@@ -68,6 +67,7 @@ class ParkedBatch(MicroBatch):
         if place is not None:  # bytes, since numpy has no bfloat16
             with tempfile.NamedTemporaryFile(dir=place) as file:  # gone with the process, however that ends
                 n_bytes = batch.hidden.numel() * batch.hidden.element_size()
+                os.posix_fallocate(file.fileno(), 0, n_bytes)  # a full disk is an error here, and no crash later
                 self._file = np.memmap(file, np.uint8, "w+", shape=(n_bytes,))
         self._dtype, self._shape = batch.hidden.dtype, batch.hidden.shape
         self.hidden = batch.hidden
@@ -194,6 +194,9 @@ class LanguageModel:
         """A model whose tensors are read one after the other: all but the blocks, and these too unless they stay on disk."""
         with _parameters_without_memory():
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
+        for module in model.modules():  # as loading does: what is computed and not stored comes out the same in any dtype
+            if module._non_persistent_buffers_set:
+                model._init_weights(module)
         lm = cls(model, None, blocks_path)
         stored = _stored_names(model, checkpoint.names())
 
@@ -209,10 +212,13 @@ class LanguageModel:
         tied = set(model.all_tied_weights_keys or {})
         fill(model, read([n for n in rest if n not in tied]), device)
         model.tie_weights()
-        for module in model.modules():  # what is computed and not stored, such as rotary frequencies
+        kept = set(model.state_dict())  # buffers that a checkpoint has, some of them in blocks, stay on the device
+        for name, value in read([n for n, _ in model.named_buffers() if n in kept and n in stored]).items():
+            model.get_buffer(name).copy_(value)
+        for module in model.modules():
             module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
         if offload == "disk":
-            lm._put_on(DiskShelf(lm.blocks, read_block, device, scratch))
+            lm._put_on(DiskShelf(lm.blocks, read_block, device, scratch, f"{checkpoint.identity()} {config.dtype}"))
             return lm
         for index, block in enumerate(lm.blocks):
             fill(block, read_block(index), torch.device("cpu") if offload == "cpu" else device)
@@ -421,6 +427,7 @@ class LanguageModel:
         `part` runs the attention or the MLP alone, the other contributing nothing; `weights` are used in place of the
         block's own parameters of these names, without a copy.
         """
+        assert weights is None or self._shelf is None, "weights of an offloaded block come and go"
         args, kwargs = batch.calls[index]
         block = self.blocks[index]
         silent = (

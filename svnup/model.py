@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from svnup.language_model import LanguageModel, Offload
+    from svnup.language_model import LanguageModel
+    from svnup.types import Offload
 
 BUILT_IN = "svnup/tiny"
 BUILT_IN_FOLDER = Path(__file__).parent / "assets" / "tiny"
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
@@ -131,7 +133,7 @@ class Pretrained:
         return int(depth)
 
     def max_positions(self) -> int | None:
-        return self._config.get("max_position_embeddings")
+        return next((self._config[key] for key in POSITION_KEYS if key in self._config), None)
 
     def widths(self) -> list[int]:
         """Input widths of linears, as far as config.json names them."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from svnup.checkpoint import Tensors, read_metadata, read_tensors, save_tensors
+from svnup.memory import give_back
 
 
 class Shelf(Protocol):
@@ -66,18 +68,27 @@ class DiskShelf:
     """Blocks live in a checkpoint, and what becomes of them in files of the folder `scratch`: for models larger than memory.
 
     `read` gives the parameters of a block by name, as the checkpoint has them. The files outlast the process, so that an
-    interrupted pruning goes on where it was; without a folder they go with the object.
+    interrupted pruning goes on where it was, if the model has the same `identity`; without a folder they go with the object.
+    Raises ValueError where another process uses the folder.
     """
 
     def __init__(
-        self, blocks: nn.ModuleList, read: Callable[[int], Tensors], device: torch.device, scratch: Path | None
+        self,
+        blocks: nn.ModuleList,
+        read: Callable[[int], Tensors],
+        device: torch.device,
+        scratch: Path | None,
+        identity: str,
     ) -> None:
         self._blocks, self._read, self._device = blocks, read, device
         self._temporary = tempfile.TemporaryDirectory(prefix="svnup-") if scratch is None else None
         self._scratch = scratch if scratch is not None else Path(self._temporary.name)  # type: ignore[union-attr]
+        self._identity = identity
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self._scratch)
         self.states: Path | None = self._scratch / "states"
         shutil.rmtree(self.states, ignore_errors=True)  # of a process that was killed
-        self.states.mkdir(parents=True)
+        self.states.mkdir()
         self._here: int | None = None
         self._changed: set[int] = set()
 
@@ -89,11 +100,12 @@ class DiskShelf:
     def settle(self, index: int, key: str, note: str) -> None:
         self.bring(index)
         weights = {name: p.data.cpu() for name, p in self._blocks[index].named_parameters()}
-        save_tensors(weights, self._path(index), {"key": key, "note": note})
+        save_tensors(weights, self._path(index), {"key": f"{self._identity} {key}", "note": note})
         self._changed.add(index)
 
     def settled(self, index: int, key: str) -> str | None:
-        if not self._path(index).is_file() or (metadata := read_metadata(self._path(index))).get("key") != key:
+        metadata = read_metadata(self._path(index)) if self._path(index).is_file() else {}
+        if metadata.get("key") != f"{self._identity} {key}":
             return None
         self._leave()
         self._put(index, read_tensors(self._path(index)))
@@ -106,12 +118,24 @@ class DiskShelf:
     def _leave(self) -> None:
         if self._here is not None:
             empty(self._blocks[self._here])
+            give_back()
         self._here = None
 
     def _put(self, index: int, weights: Tensors) -> None:
         self._leave()
         fill(self._blocks[index], weights, self._device)
         self._here = index
+
+
+def _locked(folder: Path) -> IO[str]:
+    """An open file that no other process can lock until this one closes it or ends."""
+    file = (folder / "lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(f"offload=disk: another process works in {folder}; wait for it, or use another results_dir") from None
+    return file
 
 
 def fill(module: nn.Module, weights: Tensors, device: torch.device) -> None:

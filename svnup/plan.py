@@ -12,7 +12,7 @@ from torch import Tensor
 from svnup.allocation import Chooser
 from svnup.language_model import BATCH_TOKENS, HEAD_TOKENS, LanguageModel, matrix, pick_device
 from svnup.memory import resident
-from svnup.pruning import ERROR_TOKENS, Inputs, Pruner
+from svnup.pruning import ERROR_TOKENS, Inputs, workspace
 
 if TYPE_CHECKING:
     from svnup.config import Job
@@ -41,12 +41,13 @@ def plan(job: Job) -> dict[str, int]:
 
     n_calibration = (job.dataset.n_seq or 0) * job.dataset.seq_len if job.calibrates else 0
     batch = max(BATCH_TOKENS[device.type], job.dataset.seq_len)
-    inner = max(max(matrix(m).shape) for i in range(lm.n_blocks) for m in lm.linears(i).values())
+    shapes = {tuple(matrix(m).shape) for i in range(lm.n_blocks) for m in lm.linears(i).values()}
+    inner = max(map(max, shapes))
     activations = batch * (8 * config.hidden_size + 4 * inner) * size
     states = n_calibration * config.hidden_size * size
     statistics = _statistics(job, lm) if job.pruner.needs_inputs else 0
     stages = {
-        "pruning": states * states_here + activations + statistics + _workspace(lm, job.pruner),
+        "pruning": states * states_here + activations + statistics + max(workspace(job.pruner, *shape) for shape in shapes),
         "evaluation": activations + 3 * min(HEAD_TOKENS, batch) * lm.vocab_size * FLOAT,
     }
     out = {"blocks": lm.n_blocks, "prunable weights": int(lm.block_params.sum()), "bytes of weights": weights}
@@ -64,6 +65,8 @@ def plan(job: Job) -> dict[str, int]:
         stand_ins = int(lm.block_params.sum()) * size if job.game_prunes else 0
         out |= {"bytes of pruned stand-ins": stand_ins} if stand_ins else {}
         stages["shapley"] = out["bytes of shapley states"] + stand_ins + stages["evaluation"]
+    if job.scorer is not None and job.scorer.needs_inputs:  # which may hold a score of every weight of a block
+        stages["scores"] = states * states_here + activations + 2 * int(lm.block_params.max()) * FLOAT
     if job.split.trial or isinstance(job.allocator, Chooser):  # the dense weights wait beside the pruned ones
         stages["pruning"] += int(lm.block_params.sum()) * size
     out["bytes at the peak, about"] = (resident() if here else 0) + resident_weights + max(stages.values())
@@ -94,16 +97,6 @@ def _statistics(job: Job, lm: LanguageModel) -> int:
 
 def _n_tokens(job: Job) -> int:
     return (job.dataset.n_seq or 0) * job.dataset.seq_len
-
-
-def _workspace(lm: LanguageModel, pruner: Pruner) -> int:
-    """Bytes of the matrices that are at hand while one linear is pruned: copies of it and, for a Hessian, its factors."""
-    worst = 0
-    for linear in lm.linears(0).values():
-        d_out, d_in = matrix(linear).shape
-        square = pruner.needs_inputs and _n_bytes(pruner.new_stats(matrix(linear))) >= d_in * d_in * FLOAT
-        worst = max(worst, (4 * d_out * d_in + 4 * d_in * d_in * square) * FLOAT)
-    return worst
 
 
 def _n_bytes(stats: Any) -> int:

@@ -57,6 +57,11 @@ class RunFolder:
         """Remove what an offloaded job keeps while it is not finished."""
         shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
 
+    def clear_saved(self) -> None:
+        """Remove what was saved of a model that is pruned anew."""
+        shutil.rmtree(self.path / "model", ignore_errors=True)
+        (self.path / "masks.safetensors").unlink(missing_ok=True)
+
     def write_text(self, name: str, text: str) -> None:
         self._write(name, text)
 

@@ -20,8 +20,11 @@ def frame(rows: list[ResultRow]) -> pd.DataFrame:
     """One line per run: what was run, target and actual sparsity, each metric dense and pruned, one column per protocol."""
     names = _metric_columns(rows)
     lines = []
-    for row in rows:
-        line: dict[str, Any] = describe(row) | {"status": row.status, "setting": _setting(row)}
+    for row, pruner in zip(rows, _pruners(rows), strict=True):
+        line: dict[str, Any] = describe(row) | {"pruner": pruner, "status": row.status, "setting": _setting(row)}
+        if any(linear.get("fallback") for linear in (row.pruning or {}).get("per_linear", [])):
+            lines.append(line | {"status": "fallback", "seconds": round(row.seconds, 1), "key": row.config_key})
+            continue  # something was not done as asked: its numbers are in its result, and in no table
         if row.sparsity is not None:
             line |= {"actual": row.sparsity["actual"]}
         for name, metric in row.metrics.items():
@@ -38,12 +41,27 @@ def frame(rows: list[ResultRow]) -> pd.DataFrame:
     return data.sort_values(IDENTITY, kind="stable").reset_index(drop=True)
 
 
+def _pruners(rows: list[ResultRow]) -> list[str]:
+    """The pruner of each run, with those options in which runs of the same pruner differ."""
+    nodes = [{k: v for k, v in row.config["pruner"].items() if k not in ("_target_", "pattern", "base")} for row in rows]
+    names = [describe(row)["pruner"] for row in rows]
+    values: dict[tuple[str, str], set[str]] = {}
+    for name, node in zip(names, nodes, strict=True):
+        for key, value in node.items():
+            values.setdefault((name, key), set()).add(str(value))
+    shown = [[f"{k}={v}" for k, v in node.items() if len(values[name, k]) > 1] for name, node in zip(names, nodes, strict=True)]
+    return [f"{name} ({', '.join(words)})" if words else name for name, words in zip(names, shown, strict=True)]
+
+
 def describe(row: ResultRow) -> dict[str, Any]:
     """The names by which people know a run."""
     config = row.config
     model = config["model"].get("pretrained_model_name_or_path") or f"random {config['model'].get('model_type')}"
     scorer = config["allocator"].get("scorer")
     words = [_method(scorer) if "game" in scorer else _options(scorer)] if scorer else []
+    split = config.get("split", {"_target_": "UniformSplit"})  # results of earlier versions have none
+    if (inside := method_name(split).removesuffix("split")) != "uniform":
+        words.append(", ".join(filter(None, (f"split by {inside}", _options(split)))))
     words = [word for word in (*words, _options(config["allocator"])) if word]
     return {
         "model": model,
@@ -85,7 +103,7 @@ def _method(scorer: dict[str, Any]) -> str:
 
 def _setting(row: ResultRow) -> str:
     """What a run has in common with its uniform counterpart: all of its configuration that can move a number but the budget."""
-    config = {k: v for k, v in moving_numbers(row.config).items() if k != "allocator"}
+    config = {k: v for k, v in moving_numbers(row.config).items() if k not in ("allocator", "split")}
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 

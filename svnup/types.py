@@ -15,6 +15,9 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
+Offload = Literal["none", "cpu", "disk"]
+SaveFormat = Literal["dense", "bitmask"]
+
 SCHEMA_VERSION = 1
 UNSTRUCTURED = "unstructured"
 
@@ -269,6 +272,7 @@ class LinearReport:
     """One pruned linear: achieved `sparsity` (zeros / size), relative reconstruction `error`, `seconds`.
 
     `error` = ||X (W - W')^T||^2 / ||X W^T||^2 on the first calibration tokens; None where the pruner needs no inputs.
+    `fallback` says what had to be done otherwise than asked, which keeps the numbers of the run out of tables.
     """
 
     block: int
@@ -277,6 +281,7 @@ class LinearReport:
     size: int
     error: float | None
     seconds: float
+    fallback: str | None = None
 
     @property
     def sparsity(self) -> float:
@@ -285,7 +290,7 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What pruning did, per linear and overall; `seconds` by stage, `peak_memory_bytes` of the device (or process)."""
+    """What pruning did, per linear and overall; `seconds` by stage, `peak_memory_bytes` of device or process until then."""
 
     per_linear: tuple[LinearReport, ...]
     seconds: dict[str, float]

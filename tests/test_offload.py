@@ -21,11 +21,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_language_model import FAMILIES
 from test_language_model import load as family_model
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from svnup import offload
 from svnup.checkpoint import Checkpoint
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel, ParkedBatch, make_config
+from svnup.memory import STATUS
+from svnup.model import Random
 from svnup.offload import DiskShelf, HostShelf
 from svnup.pruning import apply_masks, prune_model, temporarily_pruned
 from svnup.pruning.magnitude import Magnitude
@@ -226,7 +229,7 @@ def test_hidden_states_wait_in_files_that_go_with_them(saved, tmp_path):
             assert mapped.read_text().count(str(tmp_path / "scratch" / "states")) >= len(visit.batches)
         visit.run(advance=True)
     assert list((tmp_path / "scratch" / "states").iterdir()) == []
-    assert {p.name for p in (tmp_path / "scratch").iterdir()} == {"states"}
+    assert {p.name for p in (tmp_path / "scratch").iterdir()} == {"states", "lock"}
     (tmp_path / "scratch" / "states" / "of a killed process").write_bytes(b"x")
     again = load(saved("llama"), "disk", scratch=tmp_path / "scratch")
     assert list((tmp_path / "scratch" / "states").iterdir()) == []
@@ -566,3 +569,68 @@ def test_a_shelf_keeps_a_block_that_is_there(saved, monkeypatch):
     assert reads == [0, 1, 2, 3]
     lm.bring(3)
     assert reads == [0, 1, 2, 3]
+
+
+MEMORY = """
+import sys, torch
+from svnup.language_model import LanguageModel
+from svnup.memory import resident
+torch.set_num_threads(1)
+lm = LanguageModel.load(sys.argv[1], device="cpu", offload="disk")
+lm.bring(0)
+before = resident()
+for index in range(lm.n_blocks):
+    lm.bring(index)
+block = sum(p.numel() * p.element_size() for p in lm.blocks[0].parameters())
+print((resident() - before) / block)
+"""
+
+
+@pytest.mark.skipif(not STATUS.is_file(), reason="the system does not say what is resident")
+def test_the_pages_of_a_block_go_back_to_the_system(tmp_path):
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 4, "num_hidden_layers": 10}
+    Random(device="cpu", **shape).load().save(tmp_path / "model")
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "model"], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 3, "blocks more in memory after ten than after one"
+
+
+def test_buffers_that_a_checkpoint_has_are_read(saved, tmp_path, monkeypatch):
+    own = LlamaDecoderLayer.__init__
+
+    def with_buffer(self, *args, **kwargs):
+        own(self, *args, **kwargs)
+        self.register_buffer("gain", torch.ones(3))
+
+    monkeypatch.setattr(LlamaDecoderLayer, "__init__", with_buffer)
+    lm = load(saved("llama"))
+    for index, block in enumerate(lm.blocks):
+        block.gain.fill_(0.25 + index)
+    lm.save(tmp_path / "dense")
+    lm.save(tmp_path / "bits", "bitmask")
+    for folder, offload in ((tmp_path / "dense", "disk"), (tmp_path / "bits", "none"), (tmp_path / "bits", "disk")):
+        again = load(folder, offload)
+        assert [block.gain[0].item() for block in again.blocks] == [0.25, 1.25, 2.25, 3.25][: again.n_blocks]
+        assert again.fingerprint() == lm.fingerprint()
+
+
+def test_two_processes_do_not_share_a_folder(saved, tmp_path):
+    code = (
+        "import sys, fcntl, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('locked', flush=True); "
+        "time.sleep(60)"
+    )
+    (tmp_path / "scratch").mkdir()
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path / "scratch" / "lock"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match="another process works in"):
+            load(saved("llama"), "disk", scratch=tmp_path / "scratch")
+    finally:
+        other.kill()
+        other.wait()
+    load(saved("llama"), "disk", scratch=tmp_path / "scratch")
+
+
+def test_stand_ins_of_an_offloaded_model_are_refused(saved):
+    lm = load(saved("llama"), "disk")
+    with pytest.raises(ValueError, match="offload: .*use offload=none"):
+        LayerGame(lm, TEXT, pruned=[{} for _ in range(lm.n_blocks)])

@@ -144,6 +144,19 @@ def test_a_finished_run_runs_again_for_what_it_lacks_and_only_then():
     assert (only_row()["metrics"], only_row()["config_key"]) == (metrics, key)
 
 
+def test_what_was_saved_of_other_weights_is_not_taken_for_this_model(random_model, tmp_path):
+    args = [*PRETRAINED, f"model.pretrained_model_name_or_path={tmp_path / 'm'}", "save_model=true", "save_masks=true"]
+    random_model(2, seed=0).save(tmp_path / "m")
+    assert command(*args).code == 0
+    random_model(2, seed=1).save(tmp_path / "m")
+    assert command(*args[:-2]).code == 0
+    assert not (run_folder() / "model").exists()
+    assert not (run_folder() / "masks.safetensors").exists()
+    done = command(*args)
+    assert "already finished" not in done.out
+    assert (run_folder() / "masks.safetensors").is_file()
+
+
 def test_masks_of_a_model_on_disk_are_those_of_one_in_memory(random_model, tmp_path):
     random_model(2).save(tmp_path / "m")
     for offload in ("none", "disk"):

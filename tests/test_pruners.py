@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from svnup.config import construct
+from svnup.memory import STATUS
 from svnup.pruning import prune_model
 from svnup.pruning.alps import ALPS
 from svnup.pruning.dsnot import DSnoT
@@ -465,3 +468,61 @@ def test_a_base_is_built_by_the_program_and_named_in_tables(random_model, tokens
     lm = random_model(2)
     report = prune_model(lm, SparsityProfile([0.5] * 2, lm.block_params, 0.5, "2:4"), pruner, tokens)
     assert report.sparsity == 0.5
+
+
+# -- memory, and what is done otherwise than asked
+
+WORK = """
+import sys, torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from svnup.memory import peak_memory, reset_peak, resident
+from svnup.pruning import workspace
+torch.set_num_threads(1)
+file, d_out, d_in = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+pruner = instantiate(OmegaConf.merge(OmegaConf.load(file), {"pattern": "unstructured"}))
+for rows, columns in ((16, 16), (d_out, d_in)):
+    weight = torch.randn(rows, columns)
+    stats = pruner.new_stats(weight)
+    pruner.observe(stats, torch.randn(64, columns))
+    before = resident()
+    reset_peak()
+    pruner.prune(weight, stats, 0.5)
+print((peak_memory(torch.device("cpu")) - before) / workspace(pruner, d_out, d_in))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STATUS.is_file(), reason="the system does not say what is resident")
+@pytest.mark.parametrize("shape", [(512, 1024), (1024, 512)], ids=str)
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "none"])
+def test_a_pruner_takes_no_more_memory_than_the_plan_says(name, shape):
+    args = [sys.executable, "-c", WORK, CONF / f"{name}.yaml", *map(str, shape)]
+    done = subprocess.run(args, capture_output=True, text=True, check=True)
+    assert 0.1 < float(done.stdout) < 1.5
+
+
+@pytest.mark.parametrize("name", ["sparsegpt", "alps", "wanda_refit", "dsnot"])
+def test_more_damping_than_asked_is_told_and_kept_out_of_tables(name, tokens, random_model, caplog):
+    lm = random_model(2)
+    options = {"pattern": "unstructured"}
+    if name == "dsnot":
+        options["base"] = {"_target_": "svnup.pruning.sparsegpt.SparseGPT", "pattern": "unstructured"}
+    pruner = instantiate(OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), options))
+    plain = Hessian._factored
+
+    def worse(self, damp, factor):
+        self.xtx[0, 1] = self.xtx[1, 0] = 1.02 * float(self.xtx[0, 0] * self.xtx[1, 1]) ** 0.5  # indefinite until damped more
+        return plain(self, damp, factor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Hessian, "_factored", worse)
+        report = prune_model(lm, SparsityProfile([0.5, 0.5], lm.block_params, 0.5), pruner, tokens)
+    told = {r.fallback for r in report.per_linear}
+    assert any(t and t.startswith("damping ") and t.endswith("instead of 0.01") for t in told), told
+    assert "instead of 0.01" in caplog.text
+    assert {r.fallback for r in prune_model(random_model(2), profile_of(lm), SparseGPT(), tokens).per_linear} == {None}
+
+
+def profile_of(lm):
+    return SparsityProfile([0.5, 0.5], lm.block_params, 0.5)

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -371,3 +372,31 @@ def test_the_console_script(tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("svnup-results: ")
     assert "Traceback" not in done.stderr
+
+
+# -- what tells runs apart, and what is kept out
+
+
+def test_a_fallback_keeps_its_run_out_of_the_numbers():
+    fell = replace(row("c3", 25.0), pruning={"per_linear": [{"fallback": None}, {"fallback": "damping 0.1 instead of 0.01"}]})
+    shown = cells(render([UNIFORM, fell], "markdown"))
+    assert {line["status"] for line in shown} == {"finished", "fallback"}
+    assert [line["docs/ppl"] for line in shown if line["status"] == "fallback"] == ["-"]
+    assert "25.00" not in render([UNIFORM, fell], "csv")
+
+
+def test_runs_that_differ_in_options_of_the_pruner_or_the_split_are_told_apart():
+    def with_node(key, group, **options):
+        config = {**UNIFORM.config, group: {"_target_": UNIFORM.config["pruner"]["_target_"], **options}}
+        return replace(UNIFORM, config_key=key, config=config)
+
+    per = [with_node(f"k{i}", "pruner", per=per) for i, per in enumerate(("matrix", "row"))]
+    assert [line["pruner"] for line in cells(render(per, "markdown"))] == ["wanda (per=matrix)", "wanda (per=row)"]
+    assert [line["pruner"] for line in cells(render(per[:1], "markdown"))] == ["wanda"]
+    splits = [
+        replace(UNIFORM, config={**UNIFORM.config, "split": {"_target_": f"svnup.splitting.{name}", **options}})
+        for name, options in (("UniformSplit", {}), ("ErrorSplit", {"lam": 0.05, "scale": "log"}))
+    ]
+    shown = cells(render(splits, "markdown"))
+    assert [line["allocator"] for line in shown] == ["uniform", "uniform (split by error, lam=0.05, log)"]
+    assert [line["docs/ppl vs uniform"] for line in shown] == ["-", "+0.0 %"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from svnup.pruning.masks import n_zeros
 from svnup.pruning.packed import apply_masks, save_masks
 from svnup.types import LinearReport, PruneReport, SparsityProfile
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["Inputs", "Pruner", "apply_masks", "prune_model", "pruned_weights", "save_masks", "temporarily_pruned"]
 
 ERROR_TOKENS = 2048
@@ -28,6 +31,9 @@ ERROR_TOKENS = 2048
 
 class Pruner(Protocol):
     """Zeroes weights of one matrix (d_out, d_in), given statistics of its inputs; a frozen dataclass of its options.
+
+    One that takes more memory for a matrix than eight float32 copies says so by a method `workspace(d_out, d_in) -> bytes`.
+    Statistics that have a `fallback` say with it what was done otherwise than asked; None where nothing was.
 
     `needs_inputs` says whether statistics are wanted at all; `prunes` is False only for the control that keeps everything.
     """
@@ -49,6 +55,12 @@ class Pruner(Protocol):
     def prune(self, weight: Tensor, stats: Any, sparsity: float) -> Tensor:
         """The pruned matrix, same shape and dtype; the very same weights at sparsity 0."""
         ...
+
+
+def workspace(pruner: Pruner, d_out: int, d_in: int) -> int:
+    """Bytes that pruning one matrix takes, beside the matrix and its statistics."""
+    own = getattr(pruner, "workspace", None)
+    return own(d_out, d_in) if own is not None else 8 * d_out * d_in * 4
 
 
 class Inputs:
@@ -105,11 +117,7 @@ def prune_model(lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tok
     the name of the linear where a factorisation fails or a weight comes out as nan or infinity, and where the zeros that
     were written are not those that the rounding rule asks for.
     """
-    if len(profile.sparsity) != lm.n_blocks:
-        raise ValueError(f"a profile of {len(profile.sparsity)} blocks cannot prune {lm.n_blocks} blocks")
-    for index, shares in enumerate(profile.linears or ()):
-        if {name: share.size for name, share in shares.items()} != _sizes(lm, index):
-            raise ValueError(f"a profile of the linears {list(shares)} cannot prune block {index} with {_sizes(lm, index)}")
+    check_profile(lm, profile)
     key = _key(profile, pruner, tokens) if lm.offloaded else ""
     clock = {"inputs": 0.0, "prune": 0.0}
     start = time.perf_counter()
@@ -127,6 +135,15 @@ def prune_model(lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tok
     total = time.perf_counter() - start
     seconds = clock | {"rerun": total - sum(clock.values()), "total": total}
     return PruneReport(tuple(reports), seconds, peak_memory(lm.device))
+
+
+def check_profile(lm: LanguageModel, profile: SparsityProfile) -> None:
+    """Raise ValueError where a profile is not one of this model's blocks and linears."""
+    if len(profile.sparsity) != lm.n_blocks:
+        raise ValueError(f"a profile of {len(profile.sparsity)} blocks cannot prune {lm.n_blocks} blocks")
+    for index, shares in enumerate(profile.linears or ()):
+        if {name: share.size for name, share in shares.items()} != _sizes(lm, index):
+            raise ValueError(f"a profile of the linears {list(shares)} cannot prune block {index} with {_sizes(lm, index)}")
 
 
 def _sizes(lm: LanguageModel, index: int) -> dict[str, int]:
@@ -210,7 +227,10 @@ def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, spars
     # Kept weights may have been zero before, or too small for the dtype after an update; fewer zeros than asked is a bug.
     if pruner.prunes and not asked <= zeros <= asked + zeros_before + weight.numel() // 1000:
         raise ValueError(f"stage pruning: {full_name}: {zeros} zeros where {asked} were asked for")
-    return LinearReport(visit.index, name, zeros, weight.numel(), error_ratio, time.perf_counter() - start)
+    fallback = getattr(inputs.stats(name), "fallback", None) if pruner.needs_inputs else None
+    if fallback is not None:
+        logger.warning("%s: %s", full_name, fallback)
+    return LinearReport(visit.index, name, zeros, weight.numel(), error_ratio, time.perf_counter() - start, fallback)
 
 
 @contextmanager

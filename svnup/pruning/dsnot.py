@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from svnup.pruning import Pruner
+from svnup.pruning import Pruner, workspace
 from svnup.pruning.masks import zeroed
 from svnup.pruning.refit import check_base
 from svnup.types import steps_of
@@ -22,6 +22,10 @@ class InputMoments:
     deviations: Tensor
     base: Any
     n_tokens: int = 0
+
+    @property
+    def fallback(self) -> str | None:
+        return getattr(self.base, "fallback", None)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,10 @@ class DSnoT:
         stats.deviations += n * variance + step.square() * (stats.n_tokens * n / total)
         stats.mean += step * (n / total)
         stats.n_tokens = total
+
+    def workspace(self, d_out: int, d_in: int) -> int:
+        """Bytes that `prune` takes for one matrix, by measurement."""
+        return max(4 * 13 * d_out * d_in, workspace(self.base, d_out, d_in))
 
     def prune(self, weight: Tensor, stats: InputMoments, sparsity: float) -> Tensor:
         if sparsity == 0:

@@ -15,9 +15,10 @@ from svnup.language_model import LanguageModel
 def save_masks(lm: LanguageModel, file: str | Path) -> None:
     """Write which weights of the linears are not zero (safetensors): packed bits by the weight's name in the state dict."""
     names = set(lm.pruned_names())
-    kept = {name: tensor != 0 for part in lm.parts() for name, tensor in part.items() if name in names}
-    shapes = {name: list(bits.shape) for name, bits in kept.items()}
-    packed = {name: pack(bits) for name, bits in kept.items()}
+    shapes, packed = {}, {}
+    for part in lm.parts():
+        for name in names & part.keys():
+            shapes[name], packed[name] = list(part[name].shape), pack(part[name] != 0)
     save_tensors(packed, Path(file), {"svnup_masks": json.dumps(shapes)})
 
 
@@ -39,6 +40,8 @@ def apply_masks(model: nn.Module | LanguageModel, file: str | Path) -> None:
         if name not in parameters or list(parameters[name].shape) != shape:
             found = f"of shape {list(parameters[name].shape)}" if name in parameters else "not in it"
             raise ValueError(f"{file}: masks of another model: {name} {shape} is {found}; give the masks of this model")
+        if parameters[name].is_meta:
+            raise ValueError(f"apply_masks: the weights of {name} are not in memory; load the model without offloading")
         todo.append((parameters[name], unpack(packed[name], shape)))
     for parameter, keep in todo:
         parameter.masked_fill_(~keep.to(parameter.device), 0)

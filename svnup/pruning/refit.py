@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from svnup.pruning import Pruner
+from svnup.pruning import Pruner, workspace
 from svnup.pruning.masks import zeroed
 from svnup.pruning.sparsegpt import Hessian, cholesky
 
@@ -21,6 +21,10 @@ class RefitStats:
 
     hessian: Hessian
     base: Any
+
+    @property
+    def fallback(self) -> str | None:
+        return self.hessian.fallback or getattr(self.base, "fallback", None)
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class Refit:
     def observe(self, stats: RefitStats, x: Tensor) -> None:
         stats.hessian.add(x)
         self.base.observe(stats.base, x)
+
+    def workspace(self, d_out: int, d_in: int) -> int:
+        """Bytes that `prune` takes for one matrix, by measurement: four times the systems that are solved at once."""
+        own = 4 * (4 * min(CHUNK, d_out * d_in**2) + 5 * d_out * d_in + 3 * d_in**2)
+        return max(own, workspace(self.base, d_out, d_in))
 
     def prune(self, weight: Tensor, stats: RefitStats, sparsity: float) -> Tensor:
         if sparsity == 0:

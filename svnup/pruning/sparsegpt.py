@@ -23,6 +23,7 @@ class Hessian:
 
     xtx: Tensor
     n_tokens: int = 0
+    fallback: str | None = None
     _known: tuple[Any, Any] | None = None  # the last factor, with what it was asked for by
 
     @classmethod
@@ -40,8 +41,8 @@ class Hessian:
         """H = X^T X / n_tokens + damp * mean(diag) I (d_in, d_in), its factor, and which inputs are dead, bool (d_in,).
 
         Of a dead input, which was zero in every token, the diagonal is 1. Where `factor` fails, which it tells by None, damping
-        grows tenfold, at most 4 times, then ValueError gives the range of the diagonal. Linears that read the same input share
-        the factor as well.
+        grows tenfold, at most 4 times, which `fallback` tells; then ValueError gives the range of the diagonal. Linears that
+        read the same input share the factor as well.
         """
         if self._known is None or self._known[0] != (damp, factor):
             self._known = (damp, factor), self._factored(damp, factor)
@@ -53,9 +54,10 @@ class Hessian:
         damping = damp * (h.diagonal().mean() if not dead.all() else 1.0)
         h.diagonal()[dead] = 1  # not before the mean: in which unit inputs are measured must not matter
         diagonal = h.diagonal().clone()
-        for _ in range(5):
+        for tries in range(5):
             h.diagonal().copy_(diagonal + damping)
             if (factored := factor(h)) is not None:
+                self.fallback = f"damping {damp * 10**tries:g} instead of {damp:g}" if tries else None
                 return h, factored, dead
             damping = damping * 10
         raise ValueError(
@@ -114,6 +116,10 @@ class SparseGPT:
 
     def observe(self, stats: Hessian, x: Tensor) -> None:
         stats.add(x)
+
+    def workspace(self, d_out: int, d_in: int) -> int:
+        """Bytes that `prune` takes for one matrix, by measurement."""
+        return 4 * (5 * d_out * d_in + 6 * d_in**2)
 
     def prune(self, weight: Tensor, stats: Hessian, sparsity: float) -> Tensor:
         group = steps_of(self.pattern, sparsity)
