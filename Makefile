@@ -48,9 +48,10 @@ study: $(READY)  ## make study NAME=estimators|games|pruners: remake a study's t
 	@test -f experiments/$(NAME)/run.py || { echo "NAME=$(NAME): choose estimators, games or pruners" >&2; exit 2; }
 	$(OFFLINE) $(BIN)/python experiments/$(NAME)/run.py
 
-benchmarks: $(READY)  ## cost of Shapley values and of pruning against the straightforward ways (about 20 minutes)
+benchmarks: $(READY)  ## cost of Shapley values, pruning and offloading (about 25 minutes)
 	$(OFFLINE) $(BIN)/python experiments/benchmarks/shapley_cost.py --output results/benchmarks/shapley_cost.md
 	$(OFFLINE) $(BIN)/python experiments/benchmarks/pruning_cost.py --output results/benchmarks/pruning_cost.md
+	$(OFFLINE) $(BIN)/python experiments/benchmarks/offload.py --output results/benchmarks/offload.md
 
 clean:  ## remove the environment and everything that runs wrote (not the committed tables)
 	rm -rf $(VENV) results/demo results/runs results/cache results/sweeps *.egg-info build

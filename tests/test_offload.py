@@ -607,8 +607,8 @@ def test_buffers_that_a_checkpoint_has_are_read(saved, tmp_path, monkeypatch):
         block.gain.fill_(0.25 + index)
     lm.save(tmp_path / "dense")
     lm.save(tmp_path / "bits", "bitmask")
-    for folder, offload in ((tmp_path / "dense", "disk"), (tmp_path / "bits", "none"), (tmp_path / "bits", "disk")):
-        again = load(folder, offload)
+    for folder, where in ((tmp_path / "dense", "disk"), (tmp_path / "bits", "none"), (tmp_path / "bits", "disk")):
+        again = load(folder, where)
         assert [block.gain[0].item() for block in again.blocks] == [0.25, 1.25, 2.25, 3.25][: again.n_blocks]
         assert again.fingerprint() == lm.fingerprint()
 
@@ -632,5 +632,5 @@ def test_two_processes_do_not_share_a_folder(saved, tmp_path):
 
 def test_stand_ins_of_an_offloaded_model_are_refused(saved):
     lm = load(saved("llama"), "disk")
-    with pytest.raises(ValueError, match="offload: .*use offload=none"):
+    with pytest.raises(ValueError, match=r"offload: .*use offload=none"):
         LayerGame(lm, TEXT, pruned=[{} for _ in range(lm.n_blocks)])
