@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY)  ## Shapley values, budgets and perplexities of the built-in model (under 90 s once installed)
+demo: $(READY)  ## Shapley values, budgets and perplexities of the built-in model (one to two minutes once installed)
 	$(OFFLINE) $(BIN)/svnup -m experiment=smoke results_dir=results/demo cache_dir=results/cache
 	$(BIN)/svnup-results table results/demo
 
