@@ -67,7 +67,8 @@ class ParkedBatch(MicroBatch):
         if place is not None:  # bytes, since numpy has no bfloat16
             with tempfile.NamedTemporaryFile(dir=place) as file:  # gone with the process, however that ends
                 n_bytes = batch.hidden.numel() * batch.hidden.element_size()
-                os.posix_fallocate(file.fileno(), 0, n_bytes)  # a full disk is an error here, and no crash later
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and no crash later
+                    os.posix_fallocate(file.fileno(), 0, n_bytes)
                 self._file = np.memmap(file, np.uint8, "w+", shape=(n_bytes,))
         self._dtype, self._shape = batch.hidden.dtype, batch.hidden.shape
         self.hidden = batch.hidden
