@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cli import SMALL_W2, read_once
 
-from svnup.__main__ import main
 from svnup.config import CONF
-from svnup.data import Docs
 from svnup.scoring import AlphaPruning, BlockInfluence, Context, Dlp, Owl, Random, hill
 from svnup.tables import describe
 from svnup.types import ResultRow
@@ -202,26 +197,6 @@ def test_random_scores_differ_by_seed(lm, tokens):
 
 
 # -- whole jobs
-
-
-@pytest.fixture
-def svnup(tmp_path, monkeypatch, capsys):
-    """The command in this process and an empty folder: arguments to (exit code, standard output, errors)."""
-    monkeypatch.setattr(Docs, "read", read_once)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    logger = logging.getLogger("svnup")
-    before = (logger.handlers[:], logger.propagate, logger.level)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["svnup", *SMALL_W2, *args])
-        code = main()
-        return (code, *capsys.readouterr())
-
-    yield run
-    logger.handlers[:], logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
 
 
 def rows():
