@@ -63,17 +63,16 @@ class Checkpoint:
         """Names of the tensors, those of one file together."""
         groups: dict[str, list[str]] = {}
         for name in self.names():
-            groups.setdefault(self._files[f"{name}.values" if name in self._shapes else name], []).append(name)
+            groups.setdefault(self._files[self._key(name)], []).append(name)
         return list(groups.values())
 
     def read(self, names: Iterable[str]) -> Tensors:
         """The tensors of these names on the CPU, packed ones as the dense matrices that they were; each file is opened once."""
         groups: dict[str, list[str]] = {}
         for name in names:
-            stored = f"{name}.values" if name in self._shapes else name
-            if stored not in self._files:
+            if self._key(name) not in self._files:
                 raise ValueError(f"{self.folder}: the checkpoint has no tensor {name}")
-            groups.setdefault(self._files[stored], []).append(name)
+            groups.setdefault(self._files[self._key(name)], []).append(name)
         out: Tensors = {}
         for file_name, wanted in groups.items():
             with _opened(self.folder / file_name) as file:
@@ -85,6 +84,10 @@ class Checkpoint:
         """Of the first tensor of floating point, as `from_pretrained` takes it where the configuration names none."""
         tensors = (self.read([name])[name] for name in self.names())
         return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+
+    def _key(self, name: str) -> str:
+        """Under which a tensor, or its kept values, is stored."""
+        return f"{name}.values" if name in self._shapes else name
 
     def _stored(self, file: Any, name: str) -> Tensor:
         try:

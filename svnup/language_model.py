@@ -216,8 +216,7 @@ class LanguageModel:
         kept = set(model.state_dict())  # buffers that a checkpoint has, some of them in blocks, stay on the device
         for name, value in read([n for n, _ in model.named_buffers() if n in kept and n in stored]).items():
             model.get_buffer(name).copy_(value)
-        for module in model.modules():
-            module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
+        _buffers_to(model, device)
         if offload == "disk":
             lm._put_on(DiskShelf(lm.blocks, read_block, device, scratch, f"{checkpoint.identity()} {config.dtype}"))
             return lm
@@ -236,8 +235,7 @@ class LanguageModel:
         for p in self.model.parameters():
             if id(p) not in blocks:
                 p.data = p.data.to(device)
-        for module in self.model.modules():
-            module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
+        _buffers_to(self.model, device)
         self._put_on(HostShelf(self.blocks, device))
 
     def _put_on(self, shelf: Shelf) -> None:
@@ -614,6 +612,11 @@ def _same(a: Any, b: Any) -> bool:
         if not equal[pair]:
             return False
     return True
+
+
+def _buffers_to(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
 
 
 @contextlib.contextmanager

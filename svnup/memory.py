@@ -32,14 +32,19 @@ def reset_peak() -> None:
 
 def resident() -> int:
     """Bytes of this process that are in memory now; 0 where the system does not say."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", STATUS.read_text()) if STATUS.is_file() else None
-    return int(found[1]) * 1024 if found else 0
+    return _status("VmRSS") or 0
 
 
 def peak_memory(device: torch.device) -> int:
     """Peak bytes since `reset_peak`: allocated on all CUDA devices; on a CPU resident in the process, with its libraries."""
     if device.type == "cuda":
         return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-    if STATUS.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())):
-        return int(found[1]) * 1024
+    if (peak := _status("VmHWM")) is not None:
+        return peak
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _status(name: str) -> int | None:
+    """Bytes by a line of the process's status; None where the system has none."""
+    found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text()) if STATUS.is_file() else None
+    return int(found[1]) * 1024 if found else None

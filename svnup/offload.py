@@ -100,17 +100,20 @@ class DiskShelf:
     def settle(self, index: int, key: str, note: str) -> None:
         self.bring(index)
         weights = {name: p.data.cpu() for name, p in self._blocks[index].named_parameters()}
-        save_tensors(weights, self._path(index), {"key": f"{self._identity} {key}", "note": note})
+        save_tensors(weights, self._path(index), {"key": self._full(key), "note": note})
         self._changed.add(index)
 
     def settled(self, index: int, key: str) -> str | None:
         metadata = read_metadata(self._path(index)) if self._path(index).is_file() else {}
-        if metadata.get("key") != f"{self._identity} {key}":
+        if metadata.get("key") != self._full(key):
             return None
         self._leave()
         self._put(index, read_tensors(self._path(index)))
         self._changed.add(index)
         return metadata["note"]
+
+    def _full(self, key: str) -> str:
+        return f"{self._identity} {key}"
 
     def _path(self, index: int) -> Path:
         return self._scratch / f"block-{index:05d}.safetensors"
@@ -122,7 +125,6 @@ class DiskShelf:
         self._here = None
 
     def _put(self, index: int, weights: Tensors) -> None:
-        self._leave()
         fill(self._blocks[index], weights, self._device)
         self._here = index
 
@@ -145,11 +147,11 @@ def fill(module: nn.Module, weights: Tensors, device: torch.device) -> None:
     """
     for name, value in weights.items():
         owner, leaf = _owner(module, name)
-        empty = owner._parameters[leaf]
-        assert empty is not None
-        if value.shape != empty.shape:
-            raise ValueError(f"{name} has shape {list(value.shape)} in the checkpoint, and {list(empty.shape)} in the model")
-        owner._parameters[leaf] = nn.Parameter(value.to(device, empty.dtype), requires_grad=False)
+        place = owner._parameters[leaf]
+        assert place is not None
+        if value.shape != place.shape:
+            raise ValueError(f"{name} has shape {list(value.shape)} in the checkpoint, and {list(place.shape)} in the model")
+        owner._parameters[leaf] = nn.Parameter(value.to(device, place.dtype), requires_grad=False)
 
 
 def empty(module: nn.Module) -> None:

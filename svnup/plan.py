@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from svnup.allocation import Chooser
 from svnup.language_model import BATCH_TOKENS, HEAD_TOKENS, LanguageModel, matrix, pick_device
 from svnup.memory import resident
 from svnup.pruning import ERROR_TOKENS, Inputs, workspace
+from svnup.pruning.nothing import Nothing
 
 if TYPE_CHECKING:
     from svnup.config import Job
@@ -39,7 +40,7 @@ def plan(job: Job) -> dict[str, int]:
         in_blocks = sum(p.numel() for p in lm.blocks.parameters()) * size
         resident_weights = weights - in_blocks + block * (2 if job.offload == "disk" else 1)  # one is read or written
 
-    n_calibration = (job.dataset.n_seq or 0) * job.dataset.seq_len if job.calibrates else 0
+    n_calibration = _n_tokens(job) if job.calibrates else 0
     batch = max(BATCH_TOKENS[device.type], job.dataset.seq_len)
     shapes = {tuple(matrix(m).shape) for i in range(lm.n_blocks) for m in lm.linears(i).values()}
     inner = max(map(max, shapes))
@@ -81,7 +82,7 @@ def _itemsize(lm: LanguageModel, dtype: str) -> int:
 def _statistics(job: Job, lm: LanguageModel) -> int:
     """Bytes of what a pruner gathers for a block, with the first tokens of each distinct input, found by running one block."""
     probe = job.model.one_block()
-    inputs = Inputs(probe.linears(0), _Nothing())
+    inputs = Inputs(probe.linears(0), Nothing())  # which linears read the same input is all that is asked
     with torch.inference_mode():
         for visit in probe.walk(np.zeros((1, 2), dtype=np.int64)):
             inputs.collect(visit, advance=False)
@@ -103,18 +104,3 @@ def _n_bytes(stats: Any) -> int:
     if isinstance(stats, Tensor):
         return stats.numel() * stats.element_size()
     return sum(_n_bytes(getattr(stats, f.name)) for f in fields(stats)) if is_dataclass(stats) else 0
-
-
-class _Nothing:
-    """Gathers nothing: only which linears read the same input is of interest."""
-
-    pattern = "unstructured"
-    needs_inputs: ClassVar[bool] = True
-    prunes: ClassVar[bool] = False
-
-    def new_stats(self, weight: Tensor) -> None: ...
-
-    def observe(self, stats: None, x: Tensor) -> None: ...
-
-    def prune(self, weight: Tensor, stats: None, sparsity: float) -> Tensor:
-        return weight

@@ -44,7 +44,7 @@ def frame(rows: list[ResultRow]) -> pd.DataFrame:
 def _pruners(rows: list[ResultRow]) -> list[str]:
     """The pruner of each run, with those options in which runs of the same pruner differ."""
     nodes = [{k: v for k, v in row.config["pruner"].items() if k not in ("_target_", "pattern", "base")} for row in rows]
-    names = [describe(row)["pruner"] for row in rows]
+    names = [method_name(row.config["pruner"]) for row in rows]
     values: dict[tuple[str, str], set[str]] = {}
     for name, node in zip(names, nodes, strict=True):
         for key, value in node.items():
