@@ -1,14 +1,12 @@
-"""One folder with one JSON per run, written atomically; and the `svnup-results` command that reads them."""
+"""One folder with one JSON per run, written atomically."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -128,33 +126,3 @@ def _hardware() -> dict[str, Any]:
         "gpus": gpus,
         "threads": torch.get_num_threads(),
     }
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The `svnup-results` command."""
-    from svnup.tables import FORMATS, render
-
-    parser = argparse.ArgumentParser(prog="svnup-results", description="Tables of finished svnup runs.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    table = commands.add_parser("table", help="render the runs that lie in a results folder")
-    table.add_argument("results_dir")
-    table.add_argument("--format", choices=FORMATS, default="terminal")
-    table.add_argument("--output", type=Path, help="write the table to a file instead of standard output")
-    table.add_argument("--title", help="a heading above a Markdown table")
-    table.add_argument("--command", dest="made_by", help="the command that makes the table, named below its title")
-    options = parser.parse_args(argv)
-
-    rows = load(options.results_dir)
-    if not rows:
-        print(
-            f"svnup-results: {options.results_dir}: no result.json below this folder; run svnup first, or name another",
-            file=sys.stderr,
-        )
-        return 2
-    text = render(rows, options.format, title=options.title, command=options.made_by)
-    if options.output is None:
-        sys.stdout.write(text)
-    else:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text, encoding="utf-8")
-    return 0

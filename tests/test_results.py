@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from svnup import results
-from svnup.results import RunFolder, load, main, provenance
+from svnup.results import RunFolder, load, provenance
+from svnup.results_cli import main
 from svnup.tables import FORMATS, frame, render
 from svnup.types import ResultRow
 
