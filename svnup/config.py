@@ -622,6 +622,13 @@ def _nearest_key(key: str, known: list[str]) -> str:
     return did_you_mean(last, siblings).replace("did you mean ", f"did you mean {parent}." if parent else "did you mean ")
 
 
+def defaults() -> dict[str, Any]:
+    """The resolved configuration of a job without any override."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return typing.cast(dict[str, Any], OmegaConf.to_container(compose("config"), resolve=True))
+
+
 def _known_keys(overrides: list[str]) -> list[str]:
     """Every key of the configuration with the given choices of groups, as far as it composes."""
     groups = {p.name for p in CONF.iterdir() if p.is_dir()}

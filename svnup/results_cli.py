@@ -6,21 +6,30 @@ import argparse
 import sys
 from pathlib import Path
 
+from svnup.grid import FORMATS, csv_text
 from svnup.results import load
 from svnup.types import ResultRow
+
+Options = argparse.Namespace
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; a ValueError is the user's mistake: one line, exit code 2."""
-    parser = argparse.ArgumentParser(prog="svnup-results", description="What to do with finished svnup runs.")
+    parser = argparse.ArgumentParser(prog="svnup-results", description="What to do with the runs in a results folder.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _table_options(commands.add_parser("table", help="render the runs that lie in a results folder"))
+    _table_options(commands.add_parser("table", help="a table of runs: flat, or methods down and models or tasks across"))
+    _list_options(commands.add_parser("list", help="one line per run, failed and running ones too"))
+    _show_options(commands.add_parser("show", help="all that is known of one run"))
+    _compare_options(
+        commands.add_parser("compare", help="which numbers of two folders or two tables differ (then exit code 1)")
+    )
+    _export_options(commands.add_parser("export", help="every metric of every run with its whole configuration"))
     options = parser.parse_args(argv)
     try:
         code: int = options.run(options)
         return code
     except ValueError as error:
-        print(f"svnup-results: {error}", file=sys.stderr)
+        print(f"svnup-results: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -39,19 +48,127 @@ def _write(text: str, output: Path | None) -> None:
         output.write_text(text, encoding="utf-8")
 
 
-def _table_options(parser: argparse.ArgumentParser) -> None:
-    from svnup.tables import FORMATS
+def _keys(text: str) -> list[str]:
+    return [key.strip() for key in text.split(",") if key.strip()]
 
-    parser.add_argument("results_dir")
+
+def _where(pairs: list[str]) -> dict[str, list[str]]:
+    """`key=value,value ...` as a mapping."""
+    out = {}
+    for pair in pairs:
+        key, equals, values = pair.partition("=")
+        if not (key and equals and values):
+            raise ValueError(f"--where {pair}: write key=value, or key=value,value")
+        out[key] = _keys(values)
+    return out
+
+
+def _where_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--where", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="only runs with these settings (a,b: or)"
+    )
+
+
+def _output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=FORMATS, default="terminal")
-    parser.add_argument("--output", type=Path, help="write the table to a file instead of standard output")
-    parser.add_argument("--title", help="a heading above a Markdown table")
+    parser.add_argument("--output", type=Path, help="write to a file instead of standard output")
+    parser.add_argument("--title", help="a heading")
     parser.add_argument("--command", dest="made_by", help="the command that makes the table, named below its title")
+
+
+def _ansi(options: Options) -> bool:
+    return options.output is None and sys.stdout.isatty()
+
+
+def _table_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results_dir")
+    parser.add_argument("--rows", type=_keys, default=[], metavar="KEYS", help="what goes down, such as pruner,allocator")
+    parser.add_argument("--columns", type=_keys, default=[], metavar="KEYS", help="what goes across, such as model,sparsity")
+    parser.add_argument(
+        "--metric", type=_keys, default=[], metavar="NAMES", help="names or patterns, such as docs/ppl or '*/acc'"
+    )
+    parser.add_argument("--baseline", type=_keys, default=[], metavar="KEY=VALUE", help="changes against this row, in %%")
+    _where_option(parser)
+    _output_options(parser)
     parser.set_defaults(run=_table)
 
 
-def _table(options: argparse.Namespace) -> int:
-    from svnup.tables import render
+def _table(options: Options) -> int:
+    from svnup import pivot, tables
 
-    _write(render(_rows(options.results_dir), options.format, title=options.title, command=options.made_by), options.output)
+    where = _where(options.where)
+    runs = pivot.runs_of(_rows(options.results_dir), where)
+    rows = [run.row for run in runs]
+    if not (options.rows or options.columns):
+        for name in ("metric", "baseline"):
+            if getattr(options, name):
+                raise ValueError(f"--{name}: goes with --rows and --columns, such as --rows pruner,allocator --columns model")
+        text = tables.render(rows, options.format, options.title, options.made_by, _ansi(options))
+    else:
+        metrics = pivot.metrics_of(runs, options.metric)
+        baseline = {key: values[0] for key, values in _where(options.baseline).items()}
+        table = pivot.pivot(runs, options.rows, options.columns, metrics, where=where, baseline=baseline)
+        text = pivot.grid(table, options.title, tables.about(rows, options.made_by)).render(options.format, _ansi(options))
+    _write(text, options.output)
+    return 0
+
+
+def _list_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results_dir")
+    parser.add_argument("--sort", metavar="COLUMN", help="a column, such as docs/ppl or seconds")
+    _where_option(parser)
+    _output_options(parser)
+    parser.set_defaults(run=_list)
+
+
+def _list(options: Options) -> int:
+    from svnup import pivot, tables
+
+    runs = pivot.runs_of(_rows(options.results_dir), _where(options.where))
+    grid = tables.listing([run.row for run in runs], options.sort)
+    _write(grid.render(options.format, _ansi(options)), options.output)
+    return 0
+
+
+def _show_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results_dir")
+    parser.add_argument("id", help="the key of a run, or how it begins")
+    parser.set_defaults(run=_show)
+
+
+def _show(options: Options) -> int:
+    from svnup import config, runs
+
+    sys.stdout.write(runs.show(runs.find(_rows(options.results_dir), options.id), config.defaults()))
+    return 0
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", type=Path, help="a results folder, or a table (.md, .csv)")
+    parser.add_argument("b", type=Path, help="another")
+    parser.add_argument("--tolerance", type=float, default=0.01, help="relative difference that is none (default 0.01)")
+    parser.set_defaults(run=_compare)
+
+
+def _compare(options: Options) -> int:
+    from svnup.comparison import compare
+
+    found = compare(options.a, options.b, options.tolerance)
+    sys.stdout.write("".join(f"{line}\n" for line in [*found.different, f"{options.a}, {options.b}: {found.summary()}"]))
+    return int(bool(found.different))
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results_dir")
+    parser.add_argument("--format", choices=("csv", "jsonl"), default="csv")
+    parser.add_argument("--output", type=Path, help="write to a file instead of standard output")
+    _where_option(parser)
+    parser.set_defaults(run=_export)
+
+
+def _export(options: Options) -> int:
+    from svnup import pivot, runs
+
+    chosen = [run.row for run in pivot.runs_of(_rows(options.results_dir), _where(options.where))]
+    _write((csv_text if options.format == "csv" else runs.jsonl)(runs.records(chosen)), options.output)
     return 0

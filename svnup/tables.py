@@ -1,18 +1,19 @@
-"""Tables of results: terminal, Markdown, CSV, LaTeX. Numbers measured under different protocols never share a column."""
+"""The flat table of results, one line per run. Numbers measured under different protocols never share a column."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from io import StringIO
 from typing import Any
 
 import pandas as pd
 
 from svnup.allocation import name_of
+from svnup.grid import Cell, Grid
+from svnup.pivot import fallback_of, model_of, short_names
 from svnup.types import UNSTRUCTURED, ResultRow, method_name, moving_numbers
 
-FORMATS = ("terminal", "markdown", "csv", "latex")
+LIMITED = " (limit "  # such numbers stand in columns of their own, without a change
 IDENTITY = ["model", "pruner", "allocator", "sparsity", "pattern", "seed"]
 
 
@@ -22,12 +23,14 @@ def frame(rows: list[ResultRow]) -> pd.DataFrame:
     lines = []
     for row, pruner in zip(rows, _pruners(rows), strict=True):
         line: dict[str, Any] = describe(row) | {"pruner": pruner, "status": row.status, "setting": _setting(row)}
-        if any(linear.get("fallback") for linear in (row.pruning or {}).get("per_linear", [])):
+        if fallback_of(row):
             lines.append(line | {"status": "fallback", "seconds": round(row.seconds, 1), "key": row.config_key})
             continue  # something was not done as asked: its numbers are in its result, and in no table
         if row.sparsity is not None:
             line |= {"actual": row.sparsity["actual"]}
         for name, metric in row.metrics.items():
+            if metric.get("secondary"):
+                continue
             column = names[name, _digest(metric["protocol"])]
             line |= {
                 column: metric["value"],
@@ -35,9 +38,7 @@ def frame(rows: list[ResultRow]) -> pd.DataFrame:
             }
         lines.append(line | {"seconds": round(row.seconds, 1), "key": row.config_key})
     data = pd.DataFrame(lines)
-    short = data["model"].str.rstrip("/").str.rpartition("/")[2]
-    ambiguous = data["model"].groupby(short).transform("nunique") > 1  # saved models are all called model
-    data["model"] = data["model"].where(ambiguous, short)
+    data["model"] = data["model"].map(short_names(data["model"]))  # saved models are all called model
     return data.sort_values(IDENTITY, kind="stable").reset_index(drop=True)
 
 
@@ -56,7 +57,6 @@ def _pruners(rows: list[ResultRow]) -> list[str]:
 def describe(row: ResultRow) -> dict[str, Any]:
     """The names by which people know a run."""
     config = row.config
-    model = config["model"].get("pretrained_model_name_or_path") or f"random {config['model'].get('model_type')}"
     scorer = config["allocator"].get("scorer")
     words = [_method(scorer) if "game" in scorer else _options(scorer)] if scorer else []
     split = config.get("split", {"_target_": "UniformSplit"})  # results of earlier versions have none
@@ -64,7 +64,7 @@ def describe(row: ResultRow) -> dict[str, Any]:
         words.append(", ".join(filter(None, (f"split by {inside}", _options(split)))))
     words = [word for word in (*words, _options(config["allocator"])) if word]
     return {
-        "model": model,
+        "model": model_of(config),
         "pruner": method_name(config["pruner"]),
         "allocator": name_of(config["allocator"]) + (f" ({', '.join(words)})" if words else ""),
         "sparsity": config["sparsity"],
@@ -107,29 +107,42 @@ def _setting(row: ResultRow) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def render(rows: list[ResultRow], form: str, title: str | None = None, command: str | None = None) -> str:
+def render(rows: list[ResultRow], form: str, title: str | None = None, command: str | None = None, ansi: bool = False) -> str:
     """The table of some runs as text; columns that say the same in every line and no more are left out except in CSV."""
     data = frame(rows)
     if form == "csv":
         return data.drop(columns="setting").to_csv(index=False)
     drop = [c for c, same in (("seed", 0), ("pattern", UNSTRUCTURED), ("status", "finished")) if (data[c] == same).all()]
-    shown = _with_change(data).drop(columns=[*drop, "setting", "seconds", "key"]).astype(object)
-    for column in shown.columns:
-        shown[column] = [_cell(column, value) for value in shown[column]]
-    if form == "latex":
-        return shown.to_latex(index=False, escape=True)
-    if form == "terminal":
-        return _terminal(shown)
-    lines = [f"# {title}\n" if title else "", _provenance(rows, command), "| " + " | ".join(shown.columns) + " |"]
-    lines.append("|" + "|".join(" --- " for _ in shown.columns) + "|")
-    lines += ["| " + " | ".join(line) + " |" for line in shown.itertuples(index=False)]
-    return "\n".join(line for line in lines if line) + "\n"
+    shown = _with_change(data).drop(columns=[*drop, "setting", "seconds", "key"])
+    return flat(shown, title, about(rows, command)).render(form, ansi)
+
+
+def listing(rows: list[ResultRow], sort: str | None = None) -> Grid:
+    """One line per run, failed and running ones too, in the order of what they are or of a column `sort`.
+
+    Raises ValueError where there is no such column.
+    """
+    data = frame(rows)
+    if sort is not None and sort not in data.columns:
+        raise ValueError(f"--sort {sort}: choose {', '.join(c for c in data.columns if c != 'setting')}")
+    if sort is not None:
+        data = data.sort_values([sort, *IDENTITY, "key"], kind="stable", na_position="last")
+    first = ["key", "status"]
+    rest = [c for c in data.columns if c not in (*first, "setting", "actual") and not c.endswith(" dense")]
+    return flat(data[first + rest])
+
+
+def flat(data: pd.DataFrame, title: str | None = None, about: str = "") -> Grid:
+    """Lines and columns of data as they are."""
+    shown = data.astype(object)
+    lines = [[Cell(_cell(c, v)) for c, v in zip(shown.columns, line, strict=True)] for line in shown.itertuples(index=False)]
+    return Grid([(column,) for column in shown.columns], lines, title, about, records=shown.to_dict("records"))  # type: ignore[arg-type]
 
 
 def _with_change(data: pd.DataFrame) -> pd.DataFrame:
     """Beside each metric its change against the uniform budget under the same setting, allocator apart."""
     out = data.copy()
-    for column in [c for c in data.columns if "/" in c and not c.endswith("dense")]:
+    for column in [c for c in data.columns if "/" in c and not c.endswith("dense") and LIMITED not in c]:
         uniform = (
             data[(data["allocator"] == "uniform") & data[column].notna()]
             .drop_duplicates("setting")
@@ -151,33 +164,22 @@ def _cell(column: str, value: Any) -> str:
     return f"{value:.2f}" if "/" in column else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _terminal(shown: pd.DataFrame) -> str:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in shown.columns:
-        table.add_column(column, justify="left" if column in ("model", "pruner", "allocator", "pattern", "status") else "right")
-    for line in shown.itertuples(index=False):
-        table.add_row(*line)
-    console = Console(file=StringIO(), width=200)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n") + "\n"  # type: ignore[attr-defined]
-
-
-def _provenance(rows: list[ResultRow], command: str | None) -> str:
-    """Who made the numbers: command, machines, versions and protocols, as Markdown."""
+def about(rows: list[ResultRow], command: str | None = None) -> str:
+    """Who made the numbers: command, machines, versions and protocols."""
     hardware = {f"{r.provenance['hardware']['cpu']}, {r.provenance['hardware']['cores']} cores" for r in rows}
     hardware |= {gpu for r in rows for gpu in r.provenance["hardware"]["gpus"]}
     versions = {f"svnup {v.get('svnup')}, torch {v.get('torch')}" for r in rows for v in [r.provenance["versions"]]}
-    protocols = {
-        f"{name}: {m['protocol']['n_windows']} windows of {m['protocol']['seq_len']} tokens ({m['protocol']['role']} text)"
-        for row in rows
-        for name, m in row.metrics.items()
-    }
+    protocols = {_in_words(name, m["protocol"]) for row in rows for name, m in row.metrics.items() if not m.get("secondary")}
     made = f"Made by `{command}`. " if command else ""
-    return f"{made}Machine: {'; '.join(sorted(hardware))}. {'; '.join(sorted(versions))}. {'; '.join(sorted(protocols))}.\n"
+    return f"{made}Machine: {'; '.join(sorted(hardware))}. {'; '.join(sorted(versions))}. {'; '.join(sorted(protocols))}."
+
+
+def _in_words(name: str, protocol: dict[str, Any]) -> str:
+    if "n_windows" in protocol:
+        return f"{name}: {protocol['n_windows']} windows of {protocol['seq_len']} tokens ({protocol['role']} text)"
+    limit = "" if protocol["complete"] else f", limit {protocol['limit']}"
+    what = f"mean over {', '.join(protocol['tasks'])}" if "tasks" in protocol else f"{protocol['n_items']} items"
+    return f"{name}: {what}, {protocol['num_fewshot']}-shot, in %{limit}"
 
 
 def _digest(protocol: dict[str, Any]) -> str:
@@ -185,9 +187,13 @@ def _digest(protocol: dict[str, Any]) -> str:
 
 
 def _metric_columns(rows: list[ResultRow]) -> dict[tuple[str, str], str]:
-    """Column of a metric under a protocol: its name, with the protocol's digest where there are several."""
-    seen: dict[str, set[str]] = {}
+    """Column of a metric under a protocol: its name, with the protocol's digest where there are several, and its limit."""
+    seen: dict[str, dict[str, Any]] = {}
     for row in rows:
         for name, metric in row.metrics.items():
-            seen.setdefault(name, set()).add(_digest(metric["protocol"]))
-    return {(name, d): name if len(ds) == 1 else f"{name} [{d}]" for name, ds in seen.items() for d in ds}
+            seen.setdefault(name, {})[_digest(metric["protocol"])] = metric["protocol"].get("limit")
+    return {
+        (name, digest): name + (f" [{digest}]" if len(limits) > 1 else "") + (f"{LIMITED}{limit})" if limit is not None else "")
+        for name, limits in seen.items()
+        for digest, limit in limits.items()
+    }

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from svnup import results
+from svnup.grid import FORMATS
 from svnup.results import RunFolder, load, provenance
 from svnup.results_cli import main
-from svnup.tables import FORMATS, frame, render
+from svnup.tables import frame, render
 from svnup.types import ResultRow
 
 HARDWARE = {"cpu": "Abacus 9000", "cores": 2, "gpus": [], "threads": 1}
@@ -343,8 +344,8 @@ def test_every_format_through_the_command(some_results, capsys):
         shown[form] = capsys.readouterr().out
         assert "30.0" in shown[form]
         assert "40.0" in shown[form]
-    assert set(shown) == {"terminal", "markdown", "csv", "latex"}
-    assert len(set(shown.values())) == 4
+    assert set(shown) == {"terminal", "markdown", "csv", "latex", "html"}
+    assert len(set(shown.values())) == 5
     assert main(["table", str(some_results)]) == 0
     assert capsys.readouterr().out == shown["terminal"]
 

@@ -1,0 +1,602 @@
+"""Runs by their settings, and tables of them: methods down, models or tasks across.
+
+A cell is the mean over seeds of runs that agree in everything else. What cannot be compared is refused with the way out, and
+what was not done as asked stays visible but out of every mean: nothing is averaged or dropped in silence.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from functools import cached_property
+from typing import Any
+
+from svnup.allocation import name_of
+from svnup.grid import Cell, Grid
+from svnup.types import ResultRow, method_name, moving_numbers
+
+Label = tuple[str, ...]
+Where = Mapping[str, Sequence[str]]
+
+MISSING = "-"
+METRIC = "metric"  # a key of tables of several metrics
+OF_MODEL = ("tokens_sha256", "n_windows", "n_tokens", "n_truncated", "batch_size")  # of a protocol: a model brings them
+DIGESTS = ("text", "tokens_sha256", "items_sha256")
+LOWER_IS_BETTER = ("ppl", "perplexity", "nll", "loss", "bits_per_byte")
+CONDITIONS = ("model", "sparsity", "pattern", METRIC)  # methods are compared under the same of these
+STATES = ("running", "fail", "fallback", "limit", "protocol")  # why a run has no number in a table
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as tables see it: `settings` are all keys of its configuration that can move a number, as words."""
+
+    row: ResultRow
+    settings: Mapping[str, str]
+    metrics: Mapping[str, dict[str, Any]]
+    dense: Mapping[str, dict[str, Any]]
+
+    def state(self, metric: str) -> str | None:
+        """Why the run has no number of a metric in a table; None where it has one, '-' where it was not asked for."""
+        if self.row.status != "finished":
+            return "fail" if self.row.status == "failed" else "running"
+        if fallback_of(self.row):
+            return "fallback"
+        if metric not in self.metrics:
+            return MISSING
+        if self.metrics[metric]["protocol"].get("limit") is not None:
+            return "limit"
+        return "fail" if self.metrics[metric]["value"] is None else None
+
+    def seeds(self) -> Label:
+        return tuple(f"{k}={v}" for k, v in self.settings.items() if is_seed(k))
+
+
+def fallback_of(row: ResultRow) -> str | None:
+    """What pruning had to do otherwise than asked, if anything."""
+    return next((r["fallback"] for r in (row.pruning or {}).get("per_linear", []) if r.get("fallback")), None)
+
+
+def is_seed(key: str) -> bool:
+    return key == "seed" or (key.endswith(".seed") and not key.startswith("model."))
+
+
+def model_of(config: Mapping[str, Any]) -> str:
+    """The model of a configuration, in full."""
+    return str(config["model"].get("pretrained_model_name_or_path") or f"random {config['model'].get('model_type')}")
+
+
+def short_names(models: Iterable[str]) -> dict[str, str]:
+    """Models without their folders or owners, where that says which is meant."""
+    names = set(models)
+    short = {name: name.rstrip("/").rpartition("/")[2] for name in names}
+    return {name: s if list(short.values()).count(s) == 1 else name for name, s in short.items()}
+
+
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    out: dict[str, Any] = {}
+    for name, value in node.items():
+        out |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return out
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """Words for every key that can move a number: a group is called by its method, its options are dotted keys.
+
+    The estimator of a Shapley budget counts as `shapley` and its options as `shapley.*`, as they are set, and only where they
+    are used; copies that a configuration makes of its own parts are left out.
+    """
+    kept = moving_numbers(dict(config))
+    kept.setdefault("split", {"_target_": "UniformSplit"})  # results of earlier versions have none
+    allocator = dict(kept["allocator"])
+    if "selection" in config:
+        kept["selection"] = config["selection"]
+    if (scorer := allocator.get("scorer")) and "game" in scorer:
+        del allocator["scorer"]
+        game = {k: v for k, v in scorer["game"].items() if not (k == "pruner" and v == kept["pruner"])}
+        kept |= {"allocator": allocator, "shapley": {k: v for k, v in scorer.items() if k != "shard"} | {"game": game}}
+    out: dict[str, str] = {}
+
+    def visit(node: Any, key: str) -> None:
+        if not isinstance(node, dict):
+            out[key] = word(node)
+            return
+        if "_target_" in node:
+            out[key] = method_name(node)
+        for name, value in node.items():
+            if name != "_target_":
+                visit(value, f"{key}.{name}")
+
+    for name, value in kept.items():
+        visit(value, name)
+    own = {"model": model_of(config), "allocator": name_of(config["allocator"]), "split": out["split"].removesuffix("split")}
+    return out | own
+
+
+def word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def runs_of(rows: Iterable[ResultRow], where: Where | None = None) -> list[Run]:
+    """The runs whose settings are among those asked for, by key: `status`, `key` (a prefix), a key of the configuration, or
+    `protocol.<field>` of their metrics.
+
+    Raises ValueError where no run has such a key or value.
+    """
+    rows = list(rows)
+    short = short_names(model_of(row.config) for row in rows)
+    runs = []
+    for row in rows:
+        words = settings(row.config)
+        words |= {"model": short[words["model"]], "status": row.status, "key": row.config_key}
+        runs.append(Run(row, words, row.metrics, row.dense))
+    for key, wanted in (where or {}).items():
+        runs = _protocol_is(runs, key, wanted) if key.startswith("protocol.") else _setting_is(runs, key, wanted)
+    return runs
+
+
+def _setting_is(runs: list[Run], key: str, wanted: Sequence[str]) -> list[Run]:
+    check_key(key, runs, "--where")
+    there = {run.settings.get(key, MISSING) for run in runs}
+    for value in wanted:
+        if not any(_same(key, text, value) for text in there):
+            raise ValueError(f"--where {key}={value}: no run has it; there {_are(there, value)}")
+    return [run for run in runs if any(_same(key, run.settings.get(key, MISSING), value) for value in wanted)]
+
+
+def _protocol_is(runs: list[Run], key: str, wanted: Sequence[str]) -> list[Run]:
+    name = key.removeprefix("protocol.")
+
+    def kept(metrics: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        fields = {k: flatten(metric["protocol"]) for k, metric in metrics.items()}
+        return {k: m for k, m in metrics.items() if any(_same(key, word(fields[k].get(name)), value) for value in wanted)}
+
+    there = {word(flatten(m["protocol"]).get(name)) for run in runs for m in run.metrics.values()}
+    left = [replace(run, metrics=kept(run.metrics), dense=kept(run.dense)) for run in runs]
+    left = [new for new, old in zip(left, runs, strict=True) if new.metrics or not old.metrics]
+    if not any(run.metrics for run in left):
+        raise ValueError(f"--where {key}={','.join(wanted)}: no metric was measured so; there {_are(there, wanted[0])}")
+    return left
+
+
+def _same(key: str, text: str, wanted: str) -> bool:
+    if key == "key":
+        return bool(wanted) and text.startswith(wanted)
+    try:
+        return text == wanted or float(text) == float(wanted)
+    except ValueError:
+        return False
+
+
+def _are(there: set[str], given: str) -> str:
+    close = difflib.get_close_matches(given, there, n=1)
+    shown = sorted(there)
+    listed = ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "")
+    return f"{'is' if len(there) == 1 else 'are'} {listed}" + (f"; did you mean {close[0]}?" if close else "")
+
+
+def check_key(key: str, runs: Iterable[Run], option: str) -> None:
+    """Raise ValueError where no run has a key."""
+    known = {name for run in runs for name in run.settings} | ({METRIC} if option != "--where" else set())
+    if key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else "svnup-results show DIR ID lists the keys of a run"
+        raise ValueError(f"{option} {key}: no run has such a key; {hint}")
+
+
+def metrics_of(runs: Iterable[Run], asked: Sequence[str] = ()) -> list[str]:
+    """The metrics of a table: those asked for, by name or pattern (`*/acc`), or the only one that there is.
+
+    A secondary metric has to be named. Raises ValueError where there is a choice, or none has a name or pattern.
+    """
+    runs = list(runs)
+    there = sorted({name for run in runs for name in run.metrics})
+    first = sorted({name for run in runs for name, metric in run.metrics.items() if not metric.get("secondary")})
+    if not there:
+        return list(asked) or ["no metric"]
+    if not asked:
+        if len(first) > 1:
+            raise ValueError(f"--metric: the runs have {', '.join(first)}; choose some, by name or by a pattern as '*/acc'")
+        return first
+    found: list[str] = []
+    for pattern in asked:
+        names = [pattern] if pattern in there else [name for name in first if fnmatch(name, pattern)]
+        if not names:
+            raise ValueError(f"--metric {pattern}: no run has it; there {_are(set(there), pattern)}")
+        found += [name for name in names if name not in found]
+    return found
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The numbers of one cell, one per seed, and why other runs of it have none."""
+
+    values: tuple[float, ...] = ()
+    states: tuple[str, ...] = ()
+
+    @property
+    def n(self) -> int:
+        return len(self.values)
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation over the seeds as a sample; None of a single one."""
+        return statistics.stdev(self.values) if self.n > 1 else None
+
+    @property
+    def state(self) -> str:
+        """Why there is no number: of several reasons the gravest."""
+        return next((state for state in reversed(STATES) if state in self.states), MISSING)
+
+
+@dataclass(frozen=True)
+class Pivot:
+    """Runs by row and column: `cells[row, column]`; `dense` by the labels of the models, `order` sorts the values of a key."""
+
+    by: tuple[str, ...]
+    across: tuple[str, ...]
+    metrics: tuple[str, ...]
+    units: tuple[str, ...]  # the metrics with their units
+    cells: Mapping[tuple[Label, Label], Summary]
+    dense: Mapping[Label, Summary]
+    baseline: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    where: Where = field(default_factory=dict)
+
+    @cached_property
+    def rows(self) -> list[Label]:
+        return self._sorted({row for row, _ in self.cells}, self.by)
+
+    @cached_property
+    def columns(self) -> list[Label]:
+        return self._sorted({column for _, column in self.cells}, self.across)
+
+    def _sorted(self, labels: Iterable[Label], keys: Sequence[str]) -> list[Label]:
+        """As --where or --metric name the values, then the baseline, then numbers by size, then words."""
+        given = {**self.where, METRIC: self.metrics}
+
+        def place(key: str, text: str) -> tuple[int, bool, float, str]:
+            named = [i for i, value in enumerate(given.get(key, ())) if _same(key, text, value)]
+            first = not any(_same(key, text, value) for value in [self.baseline[key]]) if key in self.baseline else True
+            try:
+                return (named or [len(given.get(key, ()))])[0], first, float(text), ""
+            except ValueError:
+                return (named or [len(given.get(key, ()))])[0], first, math.inf, text
+
+        return sorted(labels, key=lambda label: [place(k, t) for k, t in zip(keys, label, strict=True)])
+
+    def labels(self, row: Label, column: Label) -> dict[str, str]:
+        return dict(zip(self.by + self.across, row + column, strict=True))
+
+    def metric(self, row: Label, column: Label) -> str:
+        return self.labels(row, column).get(METRIC, self.metrics[0] if self.metrics else "")
+
+    def change(self, row: Label, column: Label) -> float | None:
+        """Relative change of a cell's mean against that of its baseline, which differs from it in the baseline's keys alone.
+
+        Options of these keys' groups (`allocator.lam` of `allocator`) may differ. Raises ValueError where several would do.
+        """
+        if not self.baseline or (mean := self.cells[row, column].mean) is None:
+            return None
+        mine = self.labels(row, column)
+        fixed = [k for k in mine if k not in self.baseline and not any(_within(k, group) for group in self.baseline)]
+        found = []
+        for (r, c), summary in self.cells.items():
+            labels = self.labels(r, c)
+            if all(_same(k, labels[k], v) for k, v in self.baseline.items()) and all(labels[k] == mine[k] for k in fixed):
+                found.append(((r, c), summary))
+        if len(found) > 1:
+            free = [k for k in mine if k not in self.baseline and k not in fixed]
+            raise ValueError(f"--baseline: {len(found)} cells would do; name {', '.join(free)} in it too")
+        base = found[0][1].mean if found else None
+        return None if not base else mean / base - 1
+
+    def best(self) -> set[tuple[Label, Label]]:
+        """The cells with the best number, as it is shown, of each column (of each row, where only conditions go down)."""
+        down = any(not _condition(key) for key in self.by)
+        groups: dict[Label, list[tuple[Label, Label]]] = {}
+        for row, column in self.cells:
+            own, other = (column, row) if down else (row, column)
+            keys = self.by if down else self.across
+            groups.setdefault(own + tuple(t for k, t in zip(keys, other, strict=True) if _condition(k)), []).append(
+                (row, column)
+            )
+        best = set()
+        for places in groups.values():
+            means = {place: mean for place in places if (mean := self.cells[place].mean) is not None}
+            if len(means) < 2:
+                continue
+            metric = self.metric(*places[0])
+            pick = min if lower_is_better(metric) else max
+            top = number(pick(means.values()))
+            best |= {place for place, mean in means.items() if number(mean) == top}
+        return best
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric.rpartition("/")[2] in LOWER_IS_BETTER
+
+
+def _condition(key: str) -> bool:
+    return key.partition(".")[0] in CONDITIONS
+
+
+def _within(key: str, group: str) -> bool:
+    """Whether a key is an option of a group; those of the estimator and of the selection text are the allocator's."""
+    return key.startswith(f"{group}.") or (group == "allocator" and key.partition(".")[0] in ("shapley", "selection"))
+
+
+def pivot(
+    runs: Sequence[Run],
+    by: Sequence[str],
+    across: Sequence[str],
+    metrics: Sequence[str],
+    *,
+    where: Where | None = None,
+    baseline: Mapping[str, str] | None = None,
+) -> Pivot:
+    """Sort runs into the cells of a table with the keys `by` down and `across` across.
+
+    Raises ValueError where runs differ in a key that is
+    neither row, column nor seed, and where a metric was measured under several protocols.
+    """
+    by, across = tuple(by), tuple(across)
+    if METRIC not in by + across and (len(metrics) > 1 or not across):
+        across = (*across, METRIC)
+    for option, keys in (("--rows", by), ("--columns", across), ("--baseline", tuple(baseline or ()))):
+        for key in keys:
+            check_key(key, runs, option)
+    if twice := next((key for key in by + across if (by + across).count(key) > 1), None):
+        raise ValueError(f"--rows, --columns: {twice} is there twice; name each key once")
+    for key, value in (baseline or {}).items():
+        if key not in by + across:
+            raise ValueError(f"--baseline {key}={value}: {key} is no row or column; add it to --rows, or choose one of them")
+        there = set(metrics) if key == METRIC else {run.settings.get(key, MISSING) for run in runs}
+        if not any(_same(key, text, value) for text in there):
+            raise ValueError(f"--baseline {key}={value}: no run has it; there {_are(there, value)}")
+    check_settings(runs, by, across)
+    for metric in metrics:
+        check_protocols(runs, metric)
+
+    cells: dict[tuple[Label, Label], list[tuple[Run, str]]] = {}
+    dense: dict[Label, list[tuple[Run, str]]] = {}
+    for run, metric in ((run, metric) for run in runs for metric in metrics):
+        labels = {**run.settings, METRIC: metric}
+        row, column = (tuple(labels.get(key, MISSING) for key in keys) for keys in (by, across))
+        cells.setdefault((row, column), []).append((run, metric))
+        of_model = tuple(labels.get(key, MISSING) for key in by + across if _of_dense(key))
+        dense.setdefault(of_model, []).append((run, metric))
+    summaries = {place: summarize(entries) for place, entries in cells.items()}
+    before = {label: Summary(tuple(sorted(_dense(entries)))) for label, entries in dense.items()}
+    notes = tuple(dict.fromkeys(_notes(runs, metrics)))
+    percent = {name for run in runs for name, metric in run.metrics.items() if metric["protocol"].get("unit") == "%"}
+    names = tuple(f"{name} (%)" if name in percent else name for name in metrics)
+    return Pivot(by, across, tuple(metrics), names, summaries, before, dict(baseline or {}), notes, dict(where or {}))
+
+
+def _of_dense(key: str) -> bool:
+    return key == METRIC or key.partition(".")[0] == "model"
+
+
+def _dense(entries: Iterable[tuple[Run, str]]) -> set[float]:
+    return {
+        run.dense[metric]["value"]
+        for run, metric in entries
+        if metric in run.dense and run.dense[metric]["protocol"].get("limit") is None and run.dense[metric]["value"] is not None
+    }
+
+
+def summarize(entries: Sequence[tuple[Run, str]]) -> Summary:
+    """The numbers of runs that differ in their seeds alone.
+
+    A number that lies there twice, bit for bit, counts once; raises ValueError where one seed has two numbers.
+    """
+    values: dict[Label, tuple[float, str]] = {}
+    states: dict[Label, str] = {}
+    for run, metric in entries:
+        seeds, key = run.seeds(), run.row.config_key
+        if (state := run.state(metric)) is not None:
+            states[seeds] = max(state, states.get(seeds, MISSING), key=[MISSING, *STATES].index)
+            continue
+        value = run.metrics[metric]["value"]
+        other, other_key = values.setdefault(seeds, (value, key))
+        if other != value:
+            first, second = sorted((key, other_key))
+            way = f"keep one with --where key={first}" if first != second else "name the folder of one"
+            low, high = sorted((value, other))
+            raise ValueError(
+                f"{metric}: runs {first} and {second} have the same settings and seeds and different numbers, {low:g} "
+                f"and {high:g} (other code, inputs or machine); {way}"
+            )
+    left = sorted(state for seeds, state in states.items() if seeds not in values and state != MISSING)
+    numbers = sorted(values.values())
+    return Summary(tuple(value for value, _ in numbers), tuple(left))
+
+
+def check_settings(runs: Sequence[Run], by: Sequence[str], across: Sequence[str]) -> None:
+    """Raise ValueError where runs differ in a key that the table does not show.
+
+    Options of a row's or column's group may differ between its methods (Wanda has other options than SparseGPT), and a model
+    brings its own texts and lengths; `evaluation` is left to the protocols.
+    """
+    shown = (*by, *across)
+    names = {key: None for run in runs for key in run.settings}
+    hidden = [k for k in names if k not in (*shown, "status", "key") and not is_seed(k) and k.partition(".")[0] != "evaluation"]
+    columns = {key: [run.settings.get(key, MISSING) for run in runs] for key in names}
+    differing = []
+    for key in hidden:
+        if any(columns[key] == columns[other] for other in shown if other in columns):
+            continue  # a copy of what is shown
+        owners = [k for k in shown if _within(key, k) or (k == "model" and _comes_with_model(key))]
+        values: dict[Label, set[str]] = {}
+        for index, text in enumerate(columns[key]):
+            values.setdefault(tuple(columns[owner][index] for owner in owners), set()).add(text)
+        if any(len(texts) > 1 for texts in values.values()):
+            differing.append(key)
+    if not differing:
+        return
+    differing.sort(key=lambda k: (k.count("."), k))
+    key = differing[0]
+    texts = sorted(set(columns[key]), key=_by_size)
+    others = [k for k in differing if k != key and not any(_within(k, group) for group in differing)]
+    keep = next(text for text in texts if text != MISSING) + (f",{MISSING}" if MISSING in texts else "")
+    also = f" (also in {', '.join(others[:4])})" if others else ""
+    raise ValueError(
+        f"the runs differ in {key} ({', '.join(texts[:6])}{', ...' if len(texts) > 6 else ''}), which is neither row, column "
+        f"nor seed{also}: add it, --rows {','.join([*by, key])}, or keep one, --where {key}={keep}"
+    )
+
+
+def _comes_with_model(key: str) -> bool:
+    return key.startswith(("dataset", "selection", "shapley.game.data")) and not key.endswith(".n_seq")
+
+
+def _by_size(text: str) -> tuple[float, str]:
+    try:
+        return float(text), ""
+    except ValueError:
+        return math.inf, text
+
+
+def check_protocols(runs: Sequence[Run], metric: str) -> None:
+    """Raise ValueError where protocols of a metric differ in more than follows from the models."""
+    entries = [
+        (run.settings["model"], flatten(of[metric]["protocol"]))
+        for run in runs
+        if run.state(metric) in (None, "fail")
+        for of in (run.metrics, run.dense)
+        if metric in of and of[metric]["protocol"].get("limit") is None
+    ]
+    differing: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for _, protocol in entries for name in protocol):
+        texts: dict[str, set[str]] = {}
+        for model, protocol in entries:
+            last = name.rpartition(".")[2]
+            brought = last in OF_MODEL and (protocol.get("complete", True) or last == "tokens_sha256")
+            texts.setdefault(model if brought else "", set()).add(word(protocol.get(name)))
+        if any(len(found) > 1 for found in texts.values()):
+            differing[name] = sorted(set().union(*texts.values()), key=_by_size)
+    if not differing:
+        return
+    said = {name: texts for name, texts in differing.items() if name not in DIGESTS} or differing
+    name, values = next(iter(said.items()))
+    what = "; ".join(f"{k} is {' or '.join(text[:40] for text in texts[:4])}" for k, texts in list(said.items())[:3])
+    ways = " and once with ".join(f"--where protocol.{name}={text}" for text in values[:4])
+    raise ValueError(
+        f"{metric} was measured under different protocols, which never share a table: {what}; make one with {ways}"
+    )
+
+
+def _notes(runs: Sequence[Run], metrics: Sequence[str]) -> Iterable[str]:
+    """What is left out of the numbers and why, and how exactly the sparsity was met."""
+    actual: dict[float, list[float]] = {}
+    for run in sorted(runs, key=lambda run: run.row.config_key):
+        name = f"{run.row.config_key} ({run.settings['model']}, {run.settings['pruner']}, {run.settings['allocator']})"
+        for metric in metrics:
+            state = run.state(metric)
+            if state == "limit":
+                limit = run.metrics[metric]["protocol"]["limit"]
+                yield f"Left out: {name}, {metric} was measured on limit={limit} items."
+            elif state == "fallback":
+                yield f"Left out: {name}, its pruning fell back: {fallback_of(run.row)}."
+            elif state == "fail":
+                reason = run.metrics[metric].get("reason") if metric in run.metrics else run.row.error
+                yield f"Failed: {name}, {' '.join(str(reason).split())[:160]}."
+            elif state is None and run.row.sparsity is not None:
+                actual.setdefault(run.row.sparsity["target"], []).append(run.row.sparsity["actual"])
+    met = [f"{target:g}: {min(a):.4f} to {max(a):.4f}" for target, a in sorted(actual.items())]
+    if met:
+        yield f"Actual sparsity, by target: {', '.join(met)}."
+
+
+def number(value: float) -> str:
+    """A metric as papers print it: perplexities, and accuracies in percent, with two digits."""
+    return f"{value:.2f}"
+
+
+def shown(summary: Summary, change: float | None = None, with_n: bool = False) -> str:
+    """A cell in words: mean, standard deviation over seeds, their number, change against the baseline; or why there is none."""
+    if summary.mean is None:
+        return summary.state
+    parts = [number(summary.mean)]
+    parts += [f"± {number(summary.std)}"] if summary.std is not None else []
+    inside = [f"n={summary.n}"] if with_n else []
+    inside += [f"{summary.states.count(s)} {s}" for s in STATES if s in summary.states]
+    parts += [f"({', '.join(inside)})"] if inside else []
+    parts += [f"{100 * change:+.1f} %"] if change is not None else []
+    return " ".join(parts)
+
+
+def grid(table: Pivot, title: str | None = None, about: str = "") -> Grid:
+    """A pivoted table as a grid: dense first (a column where models go down), the best of each column marked."""
+    counts = {s.n for s in table.cells.values() if s.n}
+    with_n = len(counts) > 1
+    best = table.best()
+    baseline = ", ".join(f"{k}={v}" for k, v in table.baseline.items())
+    what = ", ".join(table.units)
+    what += "" if counts <= {1} else ": mean ± standard deviation over seeds" + ("" if with_n else f" (n={max(counts)})")
+    what += f"; changes against {baseline}" if baseline else ""
+    notes = [f"{what}. The best of each column is marked, dense apart.", *table.notes]
+
+    dense_down = not any(_of_dense(key) for key in table.by)
+    dense_across = not any(_of_dense(key) for key in table.across if key != METRIC or len(table.metrics) > 1)
+    levels = max(1, len(table.across))
+    head = [("",) * (levels - 1) + (key,) for key in table.by]
+    has_dense = any(s.n for s in table.dense.values())
+
+    def dense_of(row: Label, column: Label) -> Summary:
+        labels = dict(zip(table.by + table.across, row + column, strict=True))
+        return table.dense.get(tuple(labels[k] for k in table.by + table.across if _of_dense(k)), Summary())
+
+    def dense_text(row: Label, column: Label) -> str:
+        values = dense_of(row, column)
+        return MISSING if values.mean is None else number(values.mean)
+
+    lines, records = [], []
+    if not table.rows:
+        return Grid(head, [], title, about, notes)
+    if dense_down and has_dense:
+        labels = [Cell("dense"), *(Cell("") for _ in table.by[1:])]
+        lines.append(labels + [Cell(dense_text(table.rows[0], column)) for column in table.columns])
+    add_column = not dense_down and dense_across and has_dense
+    head += [("",) * (levels - 1) + ("dense",)] if add_column else []
+    head += [tuple(_header(k, t) for k, t in zip(table.across, column, strict=True)) for column in table.columns]
+    for row in table.rows:
+        line = [Cell(text) for text in row]
+        line += [Cell(dense_text(row, table.columns[0]))] if add_column else []
+        for column in table.columns:
+            summary = table.cells.get((row, column), Summary())
+            change = table.change(row, column) if (row, column) in table.cells else None
+            place, metric = (row, column), table.metric(row, column)
+            line.append(Cell(shown(summary, change, with_n), place in best))
+            records.append(
+                {
+                    **{k: v for k, v in table.labels(row, column).items() if k != METRIC},
+                    "metric": metric,
+                    "mean": summary.mean,
+                    "std": summary.std,
+                    "n": summary.n,
+                    **({"change": change} if table.baseline else {}),
+                    "dense": dense_of(row, column).mean,
+                    "best": place in best,
+                    "state": "finished" if summary.n else summary.state.replace(MISSING, "missing"),
+                }
+            )
+        lines.append(line)
+    return Grid(head, lines, title, about, notes, int(dense_down and has_dense), records)
+
+
+def _header(key: str, text: str) -> str:
+    """A column's label, with the name of its key where it would be a bare number."""
+    bare = not any(c.isalpha() for c in text) or text in ("true", "false", "null")
+    return f"{key.rpartition('.')[2]} {text}" if bare and key != "pattern" else text
