@@ -125,7 +125,7 @@ class Grid:
 
         table = Table(box=box.SIMPLE_HEAD)
         for column, numeric in zip(self.head, self._numeric, strict=True):
-            table.add_column(Text("\n".join(column)), justify="right" if numeric else "left")
+            table.add_column(Text("\n".join(column)), justify="right" if numeric else "left", no_wrap=True)
         mark = "" if ansi or not any(c.best for line in self.lines for c in line) else " "
         for index, line in enumerate(self.lines):
             words = [
@@ -134,7 +134,7 @@ class Grid:
             ]
             table.add_row(*words, end_section=index == self.n_first - 1)
         out = StringIO()
-        Console(file=out, width=200, force_terminal=ansi, color_system="standard" if ansi else None).print(table)
+        Console(file=out, width=10_000, force_terminal=ansi, color_system="standard" if ansi else None).print(table)
         lines = [line.rstrip() for line in out.getvalue().splitlines()]
         top = [self.title, ""] if self.title else []
         return "\n".join([*top, "\n".join(lines).strip("\n"), *self.notes]) + "\n"

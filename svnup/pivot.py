@@ -123,12 +123,7 @@ def word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def runs_of(rows: Iterable[ResultRow], where: Where | None = None) -> list[Run]:
-    """The runs whose settings are among those asked for, by key: `status`, `key` (a prefix), a key of the configuration, or
-    `protocol.<field>` of their metrics.
-
-    Raises ValueError where no run has such a key or value.
-    """
+def runs_of(rows: Iterable[ResultRow]) -> list[Run]:
     rows = list(rows)
     short = short_names(model_of(row.config) for row in rows)
     runs = []
@@ -136,7 +131,16 @@ def runs_of(rows: Iterable[ResultRow], where: Where | None = None) -> list[Run]:
         words = settings(row.config)
         words |= {"model": short[words["model"]], "status": row.status, "key": row.config_key}
         runs.append(Run(row, words, row.metrics, row.dense))
-    for key, wanted in (where or {}).items():
+    return runs
+
+
+def choose(runs: list[Run], where: Where) -> list[Run]:
+    """The runs whose settings are among those asked for, by key: `status`, `key` (a prefix), a key of the configuration, or
+    `protocol.<field>` of their metrics.
+
+    Raises ValueError where no run has such a key or value.
+    """
+    for key, wanted in where.items():
         runs = _protocol_is(runs, key, wanted) if key.startswith("protocol.") else _setting_is(runs, key, wanted)
     return runs
 
@@ -145,9 +149,9 @@ def _setting_is(runs: list[Run], key: str, wanted: Sequence[str]) -> list[Run]:
     check_key(key, runs, "--where")
     there = {run.settings.get(key, MISSING) for run in runs}
     for value in wanted:
-        if not any(_same(key, text, value) for text in there):
+        if not any(same(key, text, value) for text in there):
             raise ValueError(f"--where {key}={value}: no run has it; there {_are(there, value)}")
-    return [run for run in runs if any(_same(key, run.settings.get(key, MISSING), value) for value in wanted)]
+    return [run for run in runs if any(same(key, run.settings.get(key, MISSING), value) for value in wanted)]
 
 
 def _protocol_is(runs: list[Run], key: str, wanted: Sequence[str]) -> list[Run]:
@@ -155,7 +159,7 @@ def _protocol_is(runs: list[Run], key: str, wanted: Sequence[str]) -> list[Run]:
 
     def kept(metrics: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         fields = {k: flatten(metric["protocol"]) for k, metric in metrics.items()}
-        return {k: m for k, m in metrics.items() if any(_same(key, word(fields[k].get(name)), value) for value in wanted)}
+        return {k: m for k, m in metrics.items() if any(same(key, word(fields[k].get(name)), value) for value in wanted)}
 
     there = {word(flatten(m["protocol"]).get(name)) for run in runs for m in run.metrics.values()}
     left = [replace(run, metrics=kept(run.metrics), dense=kept(run.dense)) for run in runs]
@@ -165,7 +169,7 @@ def _protocol_is(runs: list[Run], key: str, wanted: Sequence[str]) -> list[Run]:
     return left
 
 
-def _same(key: str, text: str, wanted: str) -> bool:
+def same(key: str, text: str, wanted: str) -> bool:
     if key == "key":
         return bool(wanted) and text.startswith(wanted)
     try:
@@ -266,8 +270,8 @@ class Pivot:
         given = {**self.where, METRIC: self.metrics}
 
         def place(key: str, text: str) -> tuple[int, bool, float, str]:
-            named = [i for i, value in enumerate(given.get(key, ())) if _same(key, text, value)]
-            first = not any(_same(key, text, value) for value in [self.baseline[key]]) if key in self.baseline else True
+            named = [i for i, value in enumerate(given.get(key, ())) if same(key, text, value)]
+            first = not any(same(key, text, value) for value in [self.baseline[key]]) if key in self.baseline else True
             try:
                 return (named or [len(given.get(key, ()))])[0], first, float(text), ""
             except ValueError:
@@ -281,6 +285,10 @@ class Pivot:
     def metric(self, row: Label, column: Label) -> str:
         return self.labels(row, column).get(METRIC, self.metrics[0] if self.metrics else "")
 
+    def dense_of(self, row: Label, column: Label) -> Summary:
+        """The numbers of the dense model of a cell."""
+        return self.dense.get(tuple(t for k, t in self.labels(row, column).items() if _of_dense(k)), Summary())
+
     def change(self, row: Label, column: Label) -> float | None:
         """Relative change of a cell's mean against that of its baseline, which differs from it in the baseline's keys alone.
 
@@ -293,7 +301,7 @@ class Pivot:
         found = []
         for (r, c), summary in self.cells.items():
             labels = self.labels(r, c)
-            if all(_same(k, labels[k], v) for k, v in self.baseline.items()) and all(labels[k] == mine[k] for k in fixed):
+            if all(same(k, labels[k], v) for k, v in self.baseline.items()) and all(labels[k] == mine[k] for k in fixed):
                 found.append(((r, c), summary))
         if len(found) > 1:
             free = [k for k in mine if k not in self.baseline and k not in fixed]
@@ -362,7 +370,7 @@ def pivot(
         if key not in by + across:
             raise ValueError(f"--baseline {key}={value}: {key} is no row or column; add it to --rows, or choose one of them")
         there = set(metrics) if key == METRIC else {run.settings.get(key, MISSING) for run in runs}
-        if not any(_same(key, text, value) for text in there):
+        if not any(same(key, text, value) for text in there):
             raise ValueError(f"--baseline {key}={value}: no run has it; there {_are(there, value)}")
     check_settings(runs, by, across)
     for metric in metrics:
@@ -554,12 +562,8 @@ def grid(table: Pivot, title: str | None = None, about: str = "") -> Grid:
     head = [("",) * (levels - 1) + (key,) for key in table.by]
     has_dense = any(s.n for s in table.dense.values())
 
-    def dense_of(row: Label, column: Label) -> Summary:
-        labels = dict(zip(table.by + table.across, row + column, strict=True))
-        return table.dense.get(tuple(labels[k] for k in table.by + table.across if _of_dense(k)), Summary())
-
     def dense_text(row: Label, column: Label) -> str:
-        values = dense_of(row, column)
+        values = table.dense_of(row, column)
         return MISSING if values.mean is None else number(values.mean)
 
     lines, records = [], []
@@ -587,7 +591,7 @@ def grid(table: Pivot, title: str | None = None, about: str = "") -> Grid:
                     "std": summary.std,
                     "n": summary.n,
                     **({"change": change} if table.baseline else {}),
-                    "dense": dense_of(row, column).mean,
+                    "dense": table.dense_of(row, column).mean,
                     "best": place in best,
                     "state": "finished" if summary.n else summary.state.replace(MISSING, "missing"),
                 }

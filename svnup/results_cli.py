@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     _compare_options(
         commands.add_parser("compare", help="which numbers of two folders or two tables differ (then exit code 1)")
     )
+    _published_options(commands.add_parser("published", help="a table of the field: ours, published and the difference"))
     _export_options(commands.add_parser("export", help="every metric of every run with its whole configuration"))
     options = parser.parse_args(argv)
     try:
@@ -97,7 +98,7 @@ def _table(options: Options) -> int:
     from svnup import pivot, tables
 
     where = _where(options.where)
-    runs = pivot.runs_of(_rows(options.results_dir), where)
+    runs = pivot.choose(pivot.runs_of(_rows(options.results_dir)), where)
     rows = [run.row for run in runs]
     if not (options.rows or options.columns):
         for name in ("metric", "baseline"):
@@ -124,7 +125,7 @@ def _list_options(parser: argparse.ArgumentParser) -> None:
 def _list(options: Options) -> int:
     from svnup import pivot, tables
 
-    runs = pivot.runs_of(_rows(options.results_dir), _where(options.where))
+    runs = pivot.choose(pivot.runs_of(_rows(options.results_dir)), _where(options.where))
     grid = tables.listing([run.row for run in runs], options.sort)
     _write(grid.render(options.format, _ansi(options)), options.output)
     return 0
@@ -158,6 +159,31 @@ def _compare(options: Options) -> int:
     return int(bool(found.different))
 
 
+def _published_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results_dir")
+    parser.add_argument("--table", default="llama_70", help="llama_70 (default), sparsities, zero_shot_70, nm, an ablation")
+    parser.add_argument("--model", type=_keys, default=[], metavar="NAMES", help="other models than the table's, such as tiny")
+    parser.add_argument("--metric", type=_keys, default=[], metavar="NAMES", help="other metrics than the table's")
+    parser.add_argument("--headline", action="store_true", help="only the change that SV-NUP brings to SparseGPT, per model")
+    _where_option(parser)
+    _output_options(parser)
+    parser.set_defaults(run=_published)
+
+
+def _published(options: Options) -> int:
+    from svnup import published, tables
+
+    table = published.Published.load("llama_70" if options.headline else options.table, options.model, options.metric)
+    rows, where = load(options.results_dir), _where(options.where)
+    ours = table.ours(rows, where)
+    about = tables.about([run.row for run in ours.runs], options.made_by)
+    parts = [] if options.headline else [published.side_by_side(table, ours, options.title, about)]
+    if options.headline or (options.table == "llama_70" and options.format != "csv"):
+        parts.append(published.headline(table, ours, options.title if options.headline else None))
+    _write("\n".join(part.render(options.format, _ansi(options)) for part in parts), options.output)
+    return 0
+
+
 def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results_dir")
     parser.add_argument("--format", choices=("csv", "jsonl"), default="csv")
@@ -169,6 +195,6 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
 def _export(options: Options) -> int:
     from svnup import pivot, runs
 
-    chosen = [run.row for run in pivot.runs_of(_rows(options.results_dir), _where(options.where))]
+    chosen = [run.row for run in pivot.choose(pivot.runs_of(_rows(options.results_dir)), _where(options.where))]
     _write((csv_text if options.format == "csv" else runs.jsonl)(runs.records(chosen)), options.output)
     return 0
