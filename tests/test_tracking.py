@@ -103,7 +103,7 @@ class Logged:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.id = folder.name.rpartition("-")[2]
+        self.id = folder.name.split("-", 3)[3]
         self.config: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.artifacts: list[Any] = []
@@ -135,8 +135,18 @@ class Logged:
     def table(self, key: str) -> dict[str, Any]:
         return json.loads((self.folder / "files" / self.step[key]["path"]).read_text())
 
+    def artifact(self, kind: str) -> Any:
+        """The one artifact of a type that the run has made or used."""
+        (found,) = [a for a in self.artifacts if a.type == kind]
+        return found
+
 
 def logged(results: Path) -> list[Logged]:
+    """Every W&B run of a job below a results folder, without those of its stages."""
+    return [run for run in all_logged(results) if run.run.job_type not in ("shapley", "score", "allocate")]
+
+
+def all_logged(results: Path) -> list[Logged]:
     """Every offline run below a results folder, finished; W&B's service writes the last records shortly after `finish()`."""
     deadline = time.monotonic() + 30
     while True:
@@ -170,12 +180,15 @@ def test_config_is_the_resolved_one_with_its_key(tracked):
     for name in ("model", "dataset", "pruner", "allocator", "evaluation", "shapley"):
         assert run.config[name] == row["config"][name], name
     assert run.config["dataset"]["seq_len"] == 32  # ${model.seq_len}, resolved
+    assert run.config["names"] == {"model": "random llama", "pruner": "wanda", "allocator": "shapley", "sparsity": "0.7"}
+    for name in ("command", "git", "dirty", "versions", "hardware", "seeds"):
+        assert run.config["provenance"][name] == row["provenance"][name], name
 
 
 def test_names_under_which_the_run_is_found(tracked):
     _, run, _ = tracked
     assert (run.run.project, run.run.run_group, run.run.job_type) == ("p1", "g1", "j1")
-    assert sorted(run.run.tags) == ["t1", "t2"]
+    assert list(run.run.tags) == ["t1", "t2", "random llama", "wanda", "shapley", "0.7"]
     assert run.run.display_name == "random_llama_3x32 wanda shapley 0.7"
     assert run.run.run_id == run.id
 
@@ -188,6 +201,12 @@ def test_metrics(tracked):
     assert run.step["sparsity/target"] == 0.7
     for name in ("v_empty", "v_full", "efficiency_gap", "n_evaluations", "n_block_forwards"):
         assert run.step[f"shapley/{name}"] == row["shapley"][name], name
+    assert run.step["vs_dense/docs/ppl"] == row["metrics"]["docs/ppl"]["value"] / row["dense"]["docs/ppl"]["value"] - 1
+    assert run.step["cost/seconds"] == row["seconds"]
+    assert run.step["cost/peak_memory_gib"] == row["peak_memory_bytes"] / 2**30
+    assert {k for k in run.step if k.endswith("_seconds")} == {f"cost/{stage}_seconds" for stage in row["stages"]}
+    for name in ("docs/ppl", "dense/docs/ppl", "vs_dense/docs/ppl", "sparsity/actual", "cost/seconds"):
+        assert isinstance(run.step[name], float), "columns of numbers sort"
 
 
 def test_tables_and_charts_per_layer(tracked):
@@ -213,14 +232,51 @@ def test_figures(tracked):
         assert (run.folder / "files" / image["path"]).read_bytes() == (own / f"{name}.png").read_bytes()
 
 
-def test_the_profile_is_an_artifact(tracked):
-    _, run, row = tracked
-    (artifact,) = [a for a in run.artifacts if a.type == "profile"]
-    assert artifact.name == f"profile-{row['config_key']}"
+def content_is(artifact: Any, name: str, content: bytes) -> None:
     (entry,) = artifact.manifest.contents
-    content = json.dumps(row["profile"]).encode()
-    assert (entry.path, entry.size) == ("profile.json", len(content))
+    assert (entry.path, entry.size) == (name, len(content))
     assert entry.digest == base64.b64encode(hashlib.md5(content).digest()).decode()
+
+
+def test_artifacts_tell_the_lineage(tracked):
+    """values -> profile -> result: each run but the first uses what the one before it has made."""
+    folder, run, row = tracked
+    stages = {r.run.job_type: r for r in all_logged(folder / "results")}
+    assert set(stages) == {"shapley", "allocate", "j1"}
+    assert {r.run.run_group for r in stages.values()} == {"g1"}
+    assert {r.exit_code for r in stages.values()} == {0}
+    kinds = {name: {a.type: (a.name, a.use_after_commit) for a in r.artifacts} for name, r in stages.items()}
+    values, profile = kinds["shapley"]["values"][0], kinds["allocate"]["profile"][0]
+    assert kinds["shapley"] == {"values": (values, False)}
+    assert kinds["allocate"] == {"values": (values, True), "profile": (profile, False)}
+    assert kinds["j1"] == {"profile": (profile, True), "result": (f"result-{row['config_key']}", False)}
+    assert profile == f"profile-{row['config_key']}"
+    digests = {r.artifact(kind).digest for r, kind in ((stages["shapley"], "values"), (stages["allocate"], "values"))}
+    assert len(digests) == 1, "the same content is the same version"
+    content_is(run.artifact("profile"), "profile.json", json.dumps(row["profile"]).encode())
+    (result,) = (folder / "results").glob("runs/*/result.json")
+    content_is(run.artifact("result"), "result.json", result.read_bytes())
+
+
+def test_stages_log_what_is_theirs(tracked):
+    folder, _, row = tracked
+    stages = {r.run.job_type: r for r in all_logged(folder / "results")}
+    assert stages["shapley"].table("layers/shapley")["data"] == [[i, v, None] for i, v in enumerate(row["shapley"]["values"])]
+    assert stages["shapley"].step["cost/scores_seconds"] == row["stages"]["scores"]["seconds"]
+    assert stages["allocate"].table("layers/sparsity")["data"] == [[i, s] for i, s in enumerate(row["profile"]["sparsity"])]
+    assert stages["shapley"].run.display_name == "random_llama_3x32 wanda shapley 0.7 (shapley)"
+    for stage in ("shapley", "allocate"):
+        assert not [key for key in stages[stage].step if "ppl" in key]
+        assert stages[stage].config["pruner"] == row["config"]["pruner"]
+
+
+def test_an_offline_run_says_how_to_sync_it(tracked):
+    folder, *_ = tracked
+    (log,) = (folder / "results").glob("runs/*/svnup.log")
+    (line,) = [line for line in log.read_text().splitlines() if "wandb sync" in line]
+    named = line.partition("wandb sync ")[2].split()
+    assert {Path(p) for p in named} == {r.folder for r in all_logged(folder / "results")}
+    assert [p[-7:] for p in named[:2]] == ["-scores", "profile"], "what others come from goes first"
 
 
 def test_the_run_was_finished(tracked):
@@ -252,7 +308,7 @@ def test_ids_belong_to_run_folders_and_force_gets_another(tmp_path):
         assert len(first) == 2, "two jobs are two runs"
         assert {r.config["sparsity"] for r in first} == {0.5, 0.6}
         assert {r.exit_code for r in first} == {0}
-        stored = {p.parent.name: json.loads(p.read_text())["id"] for p in (tmp_path / "results").glob("runs/*/wandb_id.json")}
+        stored = {p.parent.name: json.loads(p.read_text())["id"] for p in (tmp_path / "results").glob("runs/*/wandb.json")}
         assert {r.config["config_key"]: r.id for r in first} == stored
         assert len(set(stored.values())) == 2
 
