@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,7 +116,9 @@ class WandbTracker:
         title = self.name or row.provenance.get("name") or " ".join(names.values())
         made = {k: row.provenance.get(k) for k in ("command", "git", "dirty", "versions", "hardware", "seeds")}
         config = {"config_key": row.config_key, "names": names, "provenance": made, **row.config}
+        argv = sys.argv  # which W&B notes
         try:
+            sys.argv = [redact(word) for word in argv]
             run = wandb.init(
                 id=run_id,
                 resume="allow",
@@ -135,6 +138,8 @@ class WandbTracker:
             raise ValueError(
                 f"tracker: W&B does not start ({' '.join(str(error).split())}); run `wandb login`, or use its mode offline"
             ) from error
+        finally:
+            sys.argv = argv
         failed = True
         try:
             yield run

@@ -24,11 +24,14 @@ METHODS = [wr.Config("names.model"), wr.Config("names.pruner"), wr.Config("names
 
 def leaderboard(metric: str) -> list[Any]:
     """Methods by the mean of a metric over their runs, and what each run costs."""
+
+    def by(name: str) -> Any:
+        group = wr.Config(f"names.{name}")
+        return wr.BarPlot(title=f"{metric} by {name}", metrics=[metric], groupby=group, groupby_aggfunc="mean")
+
     return [
-        wr.BarPlot(
-            title=f"{metric} by allocator", metrics=[metric], groupby=wr.Config("names.allocator"), groupby_aggfunc="mean"
-        ),
-        wr.BarPlot(title=f"{metric} by pruner", metrics=[metric], groupby=wr.Config("names.pruner"), groupby_aggfunc="mean"),
+        by("allocator"),
+        by("pruner"),
         wr.BarPlot(title="Seconds", metrics=["cost/seconds"]),
         wr.BarPlot(title="Peak memory (GiB)", metrics=["cost/peak_memory_gib"]),
     ]
@@ -71,7 +74,7 @@ def workspace(entity: str, project: str, metric: str) -> ws.Workspace:
             ws.Section(name="Shapley values and budgets", panels=layers(), is_open=True),
         ],
         runset_settings=ws.RunsetSettings(
-            filters=[expr.Metric("JobType") == "prune"],
+            filters=expr.And(expr.Metric("JobType") == "prune"),
             order=[expr.Ordering(expr.Summary(metric), ascending=True)],
             pinned_columns=["run:displayName", f"summary:{metric}", f"summary:vs_dense/{metric}", "summary:sparsity/actual"],
         ),
@@ -83,7 +86,7 @@ def report(entity: str, project: str, metric: str) -> wr.Report:
     columns = [f"summary:{metric}", f"summary:vs_dense/{metric}", "summary:sparsity/actual", "summary:cost/seconds"]
     runs = wr.Runset(  # of the report's own project: to name it takes a server that knows its number
         name="finished jobs",
-        filters=[expr.Metric("JobType") == "prune", expr.Metric("State") == "finished"],
+        filters=expr.And(expr.Metric("JobType") == "prune", expr.Metric("State") == "finished"),
         order=[wr.OrderBy(wr.SummaryMetric(metric), ascending=True)],
         pinned_columns=columns,
     )
