@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup import config
-from svnup.results import RunFolder, provenance
+from svnup.provenance import provenance, redact
+from svnup.results import RunFolder
 from svnup.types import ResultRow
 
 logger = logging.getLogger("svnup")
@@ -34,7 +35,7 @@ def main() -> int:
     texts: config.Texts = {}  # the jobs of a sweep read the same texts
 
     def task(cfg: Any) -> None:
-        codes.append(_job(cfg, texts))
+        codes.append(_job(cfg, texts, overrides))
 
     try:
         hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")(task)()
@@ -50,11 +51,14 @@ class JobFailed(Exception):
     """A job of a sweep failed, which it has already told; the other jobs have run."""
 
 
-def _job(cfg: Any, texts: config.Texts) -> int:
+def _job(cfg: Any, texts: config.Texts, given: list[str]) -> int:
     """One job of a sweep, or the only one; a user's mistake is told at once, since a sweep goes on."""
     hydra_cfg = HydraConfig.get()
+    sweep = None
+    if hydra_cfg.mode == RunMode.MULTIRUN:
+        sweep = hydra_cfg.runtime.choices["experiment"] or _sweep_name(given)
     try:
-        _run(cfg, list(hydra_cfg.overrides.task), texts)
+        _run(cfg, list(hydra_cfg.overrides.task), texts, sweep)
         return 0
     except ValueError as error:
         message = str(error)
@@ -65,16 +69,30 @@ def _job(cfg: Any, texts: config.Texts) -> int:
     return 2
 
 
+def _sweep_name(overrides: list[str]) -> str:
+    """What people call a sweep that is no experiment: what it sweeps, in at most 120 characters, and a digest of all of it."""
+    digest = hashlib.sha256(" ".join(overrides).encode()).hexdigest()[:6]
+    return f"{' '.join(o for o in overrides if ',' in o)[:112]} {digest}".strip()
+
+
 def _tell(message: str) -> None:
-    sys.stderr.write(f"svnup: {' '.join(message.split())}\n")
+    sys.stderr.write(redact(f"svnup: {' '.join(message.split())}\n"))
 
 
-def _run(cfg: Any, overrides: list[str], texts: config.Texts) -> None:
+def _run(cfg: Any, overrides: list[str], texts: config.Texts, sweep: str | None) -> None:
     job = config.build(cfg, texts)
     if job.dry_run:
         job.check_texts()
         _print_plan(job)
         return
+    execute(job, overrides, sweep)
+
+
+def execute(job: config.Job, overrides: list[str], sweep: str | None = None) -> None:
+    """Run a job that is not finished yet, and record it in its run folder and where it is tracked.
+
+    `overrides` are those that composed it, `sweep` is the name of the sweep that it belongs to.
+    """
     folder = RunFolder.of(job.results_dir, job.key)
     sharded = job.shapley is not None and job.shapley.shard is not None
     earlier, prints = folder.read(), job.fingerprints()
@@ -85,6 +103,11 @@ def _run(cfg: Any, overrides: list[str], texts: config.Texts) -> None:
         folder.clear_scratch()  # of a process that ended between its result and this
         _say(f"already finished, not run again (force=true redoes it): {folder.path}")
         _print_result(earlier)
+        if job.tracker.awaited:
+            from svnup import plots
+
+            with job.tracker.run(folder.path, earlier, fresh=True) as log:
+                log(earlier, plots.figures(earlier, folder.path / "figures"))
         return
     job.check_texts()
     job.check_shapes()
@@ -101,15 +124,15 @@ def _run(cfg: Any, overrides: list[str], texts: config.Texts) -> None:
 
     from svnup import pipeline, plots
 
-    made_by = provenance(["svnup", *map(shlex.quote, overrides)], overrides, job.seed)
+    made_by = provenance(overrides, job.config, name=job.name, sweep=sweep, texts=job.texts())
     blank = ResultRow("running", job.key, job.config, made_by, prints)
     if not stands:  # one that is only run to save its model stays until it has the same again
         folder.write(blank)
-    folder.write_text("config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    folder.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(job.config)))
     handler = _log_to(folder.path / "svnup.log")
     row = None
     try:
-        with job.tracker.run(folder.path, job.key, job.config, job.name, fresh=job.force or changed) as log:
+        with job.tracker.run(folder.path, blank, fresh=job.force or changed) as log:
             row = pipeline.run(job, folder.path, blank)
             folder.write(row)
             folder.clear_scratch()
@@ -125,17 +148,22 @@ def _run(cfg: Any, overrides: list[str], texts: config.Texts) -> None:
     _print_result(row)
 
 
+class _Redacted(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 def _log_to(path: Path) -> logging.Handler:
     """Send what the library logs to the run's own file, and to the console."""
     logger.setLevel(logging.INFO)
     logger.propagate = False
     if not any(getattr(h, "svnup_console", False) for h in logger.handlers):
         console = logging.StreamHandler(sys.stderr)
-        console.setFormatter(logging.Formatter("%(message)s"))
+        console.setFormatter(_Redacted("%(message)s"))
         console.svnup_console = True  # type: ignore[attr-defined]
         logger.addHandler(console)
     handler = logging.FileHandler(path, mode="w", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_Redacted("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     return handler
 

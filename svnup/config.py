@@ -144,6 +144,14 @@ class Job:
             prints["allocator.path"] = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
         return prints
 
+    def texts(self) -> dict[str, dict[str, Any]]:
+        """What was read of each text, by the key of its source, for the record: after `check_texts`, which reads them."""
+        read = {key: source.tokens(self.model.tokenizer) for key, source in self.sources().items()}
+        return {
+            key: {"tokens_sha256": hashlib.sha256(ids.tobytes()).hexdigest()[:16], "n_seq": len(ids), "seq_len": ids.shape[1]}
+            for key, ids in read.items()
+        }
+
     def scorer_seconds(self) -> float:
         """Time that Shapley values will take, measured on one block of the model's shape with random weights."""
         assert self.shapley is not None
@@ -296,6 +304,17 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
         key=key,
         **scalars,
     )
+
+
+def stored(config: dict[str, Any], **changes: Any) -> Any:
+    """The configuration that lies in a result, to build its job anew, with changes at its top.
+
+    Keys that svnup did not have when the result was made are as by default.
+    """
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        usual = compose("config", overrides=["~local"] if (CONF / "local" / "default.yaml").is_file() else [])
+    defaults = typing.cast(dict[str, Any], OmegaConf.to_container(usual, resolve=False))
+    return OmegaConf.create({k: v for k, v in defaults.items() if k not in config} | config | changes)
 
 
 def config_key(config: dict[str, Any], chooses: bool) -> str:

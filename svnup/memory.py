@@ -1,4 +1,4 @@
-"""How much memory something took at its peak."""
+"""How much memory something took at its peak, and how long it took."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import ctypes
 import re
 import resource
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,6 +44,24 @@ def peak_memory(device: torch.device) -> int:
     if (peak := _status("VmHWM")) is not None:
         return peak
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Stages:
+    """Seconds of each stage of a job, and the peak of its memory until the stage ended: called at the end of each, by name."""
+
+    def __init__(self) -> None:
+        reset_peak()
+        self._start = self._last = time.perf_counter()
+        self.done: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, name: str, device: torch.device) -> None:
+        now = time.perf_counter()
+        self.done[name] = {"seconds": now - self._last, "peak_memory_bytes": peak_memory(device)}
+        self._last = now
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
 
 
 def _status(name: str) -> int | None:

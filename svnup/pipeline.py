@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -16,7 +15,7 @@ from svnup import NUMBERS_VERSION
 from svnup.allocation import Uniform
 from svnup.evaluation import check_dense
 from svnup.game import StandIns
-from svnup.memory import peak_memory, reset_peak
+from svnup.memory import Stages, peak_memory
 from svnup.pruning import prune_model, pruned_weights, save_masks, temporarily_pruned
 from svnup.results import SCRATCH
 from svnup.scoring import Context
@@ -36,18 +35,20 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
 
     `folder` takes the model, if it is saved; `blank` is the row of the job as it started, which the result completes.
     """
-    start = time.perf_counter()
-    reset_peak()
+    ended = Stages()
     lm = job.model.load(job.offload, folder / SCRATCH)
     tokens = job.tokens()
+    ended("load", lm.device)
     logger.info("%s: %d blocks, %s prunable weights, on %s", job.name, lm.n_blocks, f"{lm.block_params.sum():,}", lm.device)
 
     dense = job.evaluation.dense(lm, job.cache_dir)
     check_dense(dense, job.model.dense_ppl, job.protocol_gate, job.model.name)
+    ended("dense", lm.device)
     logger.info("dense: %s", ", ".join(f"{k} {m.value:.4g}" for k, m in dense.items()) or "not evaluated")
 
     scores = job.scorer.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm))) if job.scorer is not None else None
     if scores is not None:
+        ended("scores", lm.device)
         cost = scores.cost
         logger.info(
             "%s: %d evaluations (%d new), %d block-forwards, in %.1f s",
@@ -63,16 +64,21 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     loss = held_out_loss(job, lm, tokens)
     profile = job.allocator.allocate(per_part, params, job.sparsity, job.pattern, loss)
     profile = job.split.divide(lm, profile, job.pruner, tokens)
+    ended("allocation", lm.device)
     report = prune_model(lm, profile, job.pruner, tokens)
+    ended("pruning", lm.device)
     logger.info("pruned: %.2f %% zeros in %.1f s", 100 * report.sparsity, report.seconds["total"])
 
     metrics = job.evaluation.run(lm)
+    ended("evaluation", lm.device)
     logger.info("pruned: %s", ", ".join(f"{k} {m.value:.4g}" for k, m in metrics.items()) or "not evaluated")
     if job.save_model:
         lm.save(folder / "model", job.save_format)
         (folder / "model" / "profile.json").write_text(json.dumps(profile.to_dict(), indent=1) + "\n", encoding="utf-8")
     if job.save_masks:
         save_masks(lm, folder / "masks.safetensors")
+    if job.save_model or job.save_masks:
+        ended("saving", lm.device)
 
     stored: dict[str, Any] = {scores.stored_as: scores.to_dict()} if scores is not None else {}
     return replace(
@@ -86,7 +92,8 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
         tuning=loss.to_dict(),
         pruning=report.to_dict(),
         peak_memory_bytes=peak_memory(lm.device),
-        seconds=time.perf_counter() - start,
+        stages=ended.done,
+        seconds=ended.seconds,
     )
 
 

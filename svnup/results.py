@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
-import subprocess
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
+from svnup.provenance import redact
 from svnup.types import ResultRow
-
-PACKAGES = ("svnup", "torch", "transformers", "datasets", "numpy", "hydra-core", "omegaconf", "safetensors", "wandb")
 
 SCRATCH = "offload"  # in the run's folder: the blocks that an interrupted job has pruned, and hidden states
 
@@ -66,63 +61,15 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         temporary = self.path / f".{name}.{os.getpid()}"
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(redact(text), encoding="utf-8")
         temporary.replace(self.path / name)
+
+
+def run_folders(results_dir: str | Path) -> list[RunFolder]:
+    """Every folder with a result below a folder, in the order of their paths."""
+    return [RunFolder(folder) for folder in sorted({path.parent for path in Path(results_dir).rglob("result.json")})]
 
 
 def load(results_dir: str | Path) -> list[ResultRow]:
     """Every readable result below a folder, in the order of their keys."""
-    folders = sorted({path.parent for path in Path(results_dir).rglob("result.json")})
-    return [row for folder in folders if (row := RunFolder(folder).read()) is not None]
-
-
-def provenance(command: list[str], overrides: list[str], seed: int) -> dict[str, Any]:
-    """Where a number came from: code, packages, machine, and the command that repeats it."""
-    return {
-        "command": " ".join(command),
-        "overrides": overrides,
-        "seed": seed,
-        **_git(),
-        "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p)) is not None},
-        "hardware": _hardware(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git() -> dict[str, Any]:
-    """Commit of svnup's own checkout, and whether it differs from it; None where svnup is installed from a wheel."""
-    here = Path(__file__).parent
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, timeout=10, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", "types.py") is None:
-        return {"git": None, "dirty": None}
-    return {"git": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
-
-
-def _hardware() -> dict[str, Any]:
-    import torch
-
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "gpus": gpus,
-        "threads": torch.get_num_threads(),
-    }
+    return [row for folder in run_folders(results_dir) if (row := folder.read()) is not None]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from svnup.grid import FORMATS, csv_text
-from svnup.results import load
+from svnup.results import load, run_folders
 from svnup.types import ResultRow
 
 Options = argparse.Namespace
@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     _published_options(commands.add_parser("published", help="a table of the field: ours, published and the difference"))
     _export_options(commands.add_parser("export", help="every metric of every run with its whole configuration"))
+    _rerun_options(commands.add_parser("rerun", help="repeat a run from its result, and compare the numbers"))
+    _wandb_options(commands.add_parser("wandb", help="upload finished runs to W&B, each once"))
     options = parser.parse_args(argv)
     try:
         code: int = options.run(options)
@@ -197,4 +199,49 @@ def _export(options: Options) -> int:
 
     chosen = [run.row for run in pivot.choose(pivot.runs_of(_rows(options.results_dir)), _where(options.where))]
     _write((csv_text if options.format == "csv" else runs.jsonl)(runs.records(chosen)), options.output)
+    return 0
+
+
+def _rerun_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("key", help="the key of a run, or its beginning")
+    parser.add_argument("--results-dir", default="results")
+    parser.add_argument("--into", help="where the repetition goes; by default beside the results: RESULTS_DIR-rerun")
+    parser.set_defaults(run=_rerun)
+
+
+def _rerun(options: Options) -> int:
+    """0 where all numbers came out equal or within 1 %, else 1."""
+    from svnup.rerun import find, rerun
+
+    place = Path(options.results_dir).resolve()
+    row = find(place, options.key)
+    try:
+        repeated = rerun(row, options.into or place.with_name(f"{place.name}-rerun"))
+    except RuntimeError as error:
+        print(f"svnup-results: {error}", file=sys.stderr)
+        return 1
+    _write(repeated.report(), None)
+    return 0 if repeated.same else 1
+
+
+def _wandb_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results_dir")
+    parser.add_argument("--project", help="by default the one that the run was configured with, else svnup")
+    parser.add_argument("--entity")
+    parser.add_argument("--group", help="by default the sweep that the run belonged to")
+    parser.add_argument("--mode", choices=("online", "offline"), help="by default as WANDB_MODE says")
+    parser.add_argument("--force", action="store_true", help="upload also what has been, as new W&B runs")
+    parser.set_defaults(run=_wandb)
+
+
+def _wandb(options: Options) -> int:
+    from svnup import plots
+    from svnup.tracking import upload
+
+    _rows(options.results_dir)
+    given = {k: v for k in ("project", "entity", "group", "mode") if (v := getattr(options, k)) is not None}
+    for folder in run_folders(options.results_dir):
+        row = folder.read()
+        if row is not None and row.status == "finished":
+            print(f"{row.config_key}  {upload(folder.path, row, plots.figures, options.force, **given)}")
     return 0

@@ -33,7 +33,7 @@ def show(row: ResultRow, defaults: Mapping[str, Any]) -> str:
         "sparsity": {} if row.sparsity is None else {k: word(v) for k, v in row.sparsity.items()},
         "layers": _layers(row),
         "cost": _cost(row),
-        "provenance": {k: word(v) for k, v in flatten(row.provenance).items() if v is not None},
+        "provenance": _provenance(row),
         "inputs": row.fingerprints,
     }
     for title, content in sections.items():
@@ -43,6 +43,14 @@ def show(row: ResultRow, defaults: Mapping[str, Any]) -> str:
             width = max(map(len, content))
             out += ["", title, *(f"  {name:{width}}  {text}" for name, text in content.items())]
     return "\n".join(out) + "\n"
+
+
+def _provenance(row: ResultRow) -> dict[str, str]:
+    """All of it but the text of the difference to the commit, which result.json has."""
+    found = dict(row.provenance)
+    diff = found.pop("diff", None)
+    shown = {k: word(v) for k, v in flatten(found).items() if v is not None}
+    return shown | ({"diff": f"{len(diff):,} characters, in result.json"} if diff else {})
 
 
 def _changes(mine: Mapping[str, str], usual: Mapping[str, str]) -> dict[str, str]:

@@ -366,6 +366,7 @@ class ResultRow:
     scores: dict[str, Any] | None = None  # of a method that is not a Shapley value
     tuning: dict[str, Any] | None = None
     pruning: dict[str, Any] | None = None
+    stages: dict[str, Any] | None = None  # by name: seconds, and peak memory until its end
     peak_memory_bytes: int | None = None
     seconds: float = 0.0
     error: str | None = None

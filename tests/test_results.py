@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -13,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from svnup import results
 from svnup.grid import FORMATS
-from svnup.results import RunFolder, load, provenance
+from svnup.results import RunFolder, load
 from svnup.results_cli import main
 from svnup.tables import frame, render
 from svnup.types import ResultRow
@@ -179,30 +177,6 @@ def test_load_finds_every_run_below_a_folder(tmp_path):
     assert load(tmp_path) == [UNIFORM, SHAPLEY]
     assert load(tmp_path / "y") == [SHAPLEY]
     assert load(tmp_path / "nothing") == []
-
-
-def test_provenance():
-    made = provenance(["svnup", "seed=3"], ["seed=3"], 3)
-    assert (made["command"], made["overrides"], made["seed"]) == ("svnup seed=3", ["seed=3"], 3)
-    assert made["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert {"svnup", "torch", "transformers", "numpy", "hydra-core"} <= set(made["versions"])
-    assert made["hardware"]["cores"] == len(os.sched_getaffinity(0))
-    assert made["hardware"]["cpu"]
-    head = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(results.__file__).parent, capture_output=True, text=True, check=False
-    )
-    assert made["git"] == (head.stdout.strip() or None)
-    assert json.loads(json.dumps(made)) == made
-
-
-def test_provenance_outside_a_checkout(tmp_path, monkeypatch):
-    """Installed below another project's checkout, svnup does not take that project's commit for its own."""
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    monkeypatch.setattr(results, "__file__", str(tmp_path / "lib" / "svnup" / "results.py"))
-    (tmp_path / "lib" / "svnup").mkdir(parents=True)
-    (tmp_path / "lib" / "svnup" / "types.py").write_text("")
-    made = provenance([], [], 0)
-    assert (made["git"], made["dirty"]) == (None, None)
 
 
 # -- tables

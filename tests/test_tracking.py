@@ -3,15 +3,19 @@
 import base64
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import logging
 import os
+import re
+import shutil
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,8 @@ from cli import SMALL_W2, Done, read_once
 
 from svnup.__main__ import main
 from svnup.data import Docs
+from svnup.results import RunFolder
+from svnup.types import ResultRow
 
 JOB = SMALL_W2
 
@@ -103,7 +109,7 @@ class Logged:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.id = folder.name.rpartition("-")[2]
+        self.id = folder.name.split("-", 3)[3]
         self.config: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.artifacts: list[Any] = []
@@ -135,8 +141,18 @@ class Logged:
     def table(self, key: str) -> dict[str, Any]:
         return json.loads((self.folder / "files" / self.step[key]["path"]).read_text())
 
+    def artifact(self, kind: str) -> Any:
+        """The one artifact of a type that the run has made or used."""
+        (found,) = [a for a in self.artifacts if a.type == kind]
+        return found
+
 
 def logged(results: Path) -> list[Logged]:
+    """Every W&B run of a job below a results folder, without those of its stages."""
+    return [run for run in all_logged(results) if run.run.job_type not in ("shapley", "score", "allocate")]
+
+
+def all_logged(results: Path) -> list[Logged]:
     """Every offline run below a results folder, finished; W&B's service writes the last records shortly after `finish()`."""
     deadline = time.monotonic() + 30
     while True:
@@ -170,12 +186,15 @@ def test_config_is_the_resolved_one_with_its_key(tracked):
     for name in ("model", "dataset", "pruner", "allocator", "evaluation", "shapley"):
         assert run.config[name] == row["config"][name], name
     assert run.config["dataset"]["seq_len"] == 32  # ${model.seq_len}, resolved
+    assert run.config["names"] == {"model": "random llama", "pruner": "wanda", "allocator": "shapley", "sparsity": "0.7"}
+    for name in ("command", "git", "dirty", "versions", "hardware", "seeds"):
+        assert run.config["provenance"][name] == row["provenance"][name], name
 
 
 def test_names_under_which_the_run_is_found(tracked):
     _, run, _ = tracked
     assert (run.run.project, run.run.run_group, run.run.job_type) == ("p1", "g1", "j1")
-    assert sorted(run.run.tags) == ["t1", "t2"]
+    assert list(run.run.tags) == ["t1", "t2", "random llama", "wanda", "shapley", "0.7"]
     assert run.run.display_name == "random_llama_3x32 wanda shapley 0.7"
     assert run.run.run_id == run.id
 
@@ -188,6 +207,12 @@ def test_metrics(tracked):
     assert run.step["sparsity/target"] == 0.7
     for name in ("v_empty", "v_full", "efficiency_gap", "n_evaluations", "n_block_forwards"):
         assert run.step[f"shapley/{name}"] == row["shapley"][name], name
+    assert run.step["vs_dense/docs/ppl"] == row["metrics"]["docs/ppl"]["value"] / row["dense"]["docs/ppl"]["value"] - 1
+    assert run.step["cost/seconds"] == row["seconds"]
+    assert run.step["cost/peak_memory_gib"] == row["peak_memory_bytes"] / 2**30
+    assert {k for k in run.step if k.endswith("_seconds")} == {f"cost/{stage}_seconds" for stage in row["stages"]}
+    for name in ("docs/ppl", "dense/docs/ppl", "vs_dense/docs/ppl", "sparsity/actual", "cost/seconds"):
+        assert isinstance(run.step[name], float), "columns of numbers sort"
 
 
 def test_tables_and_charts_per_layer(tracked):
@@ -213,14 +238,52 @@ def test_figures(tracked):
         assert (run.folder / "files" / image["path"]).read_bytes() == (own / f"{name}.png").read_bytes()
 
 
-def test_the_profile_is_an_artifact(tracked):
-    _, run, row = tracked
-    (artifact,) = [a for a in run.artifacts if a.type == "profile"]
-    assert artifact.name == f"profile-{row['config_key']}"
+def content_is(artifact: Any, name: str, content: bytes) -> None:
     (entry,) = artifact.manifest.contents
-    content = json.dumps(row["profile"]).encode()
-    assert (entry.path, entry.size) == ("profile.json", len(content))
+    assert (entry.path, entry.size) == (name, len(content))
     assert entry.digest == base64.b64encode(hashlib.md5(content).digest()).decode()
+
+
+def test_artifacts_tell_the_lineage(tracked):
+    """values -> profile -> result: each run but the first uses what the one before it has made."""
+    folder, run, row = tracked
+    stages = {r.run.job_type: r for r in all_logged(folder / "results")}
+    assert set(stages) == {"shapley", "allocate", "j1"}
+    assert {r.run.run_group for r in stages.values()} == {"g1"}
+    assert {r.exit_code for r in stages.values()} == {0}
+    own = {name: [a for a in r.artifacts if a.type != "run_table"] for name, r in stages.items()}  # W&B keeps tables as those
+    kinds = {name: {a.type: (a.name, a.use_after_commit) for a in made} for name, made in own.items()}
+    values, profile = kinds["shapley"]["values"][0], kinds["allocate"]["profile"][0]
+    assert kinds["shapley"] == {"values": (values, False)}
+    assert kinds["allocate"] == {"values": (values, True), "profile": (profile, False)}
+    assert kinds["j1"] == {"profile": (profile, True), "result": (f"result-{row['config_key']}", False)}
+    assert profile == f"profile-{row['config_key']}"
+    digests = {r.artifact(kind).digest for r, kind in ((stages["shapley"], "values"), (stages["allocate"], "values"))}
+    assert len(digests) == 1, "the same content is the same version"
+    content_is(run.artifact("profile"), "profile.json", json.dumps(row["profile"]).encode())
+    (result,) = (folder / "results").glob("runs/*/result.json")
+    content_is(run.artifact("result"), "result.json", result.read_bytes())
+
+
+def test_stages_log_what_is_theirs(tracked):
+    folder, _, row = tracked
+    stages = {r.run.job_type: r for r in all_logged(folder / "results")}
+    assert stages["shapley"].table("layers/shapley")["data"] == [[i, v, None] for i, v in enumerate(row["shapley"]["values"])]
+    assert stages["shapley"].step["cost/scores_seconds"] == row["stages"]["scores"]["seconds"]
+    assert stages["allocate"].table("layers/sparsity")["data"] == [[i, s] for i, s in enumerate(row["profile"]["sparsity"])]
+    assert stages["shapley"].run.display_name == "random_llama_3x32 wanda shapley 0.7 (shapley)"
+    for stage in ("shapley", "allocate"):
+        assert not [key for key in stages[stage].step if "ppl" in key]
+        assert stages[stage].config["pruner"] == row["config"]["pruner"]
+
+
+def test_an_offline_run_says_how_to_sync_it(tracked):
+    folder, *_ = tracked
+    (log,) = (folder / "results").glob("runs/*/svnup.log")
+    (line,) = [line for line in log.read_text().splitlines() if "wandb sync" in line]
+    named = line.partition("wandb sync ")[2].split()
+    assert {Path(p) for p in named} == {r.folder for r in all_logged(folder / "results")}
+    assert [p[-7:] for p in named[:2]] == ["-scores", "profile"], "what others come from goes first"
 
 
 def test_the_run_was_finished(tracked):
@@ -252,7 +315,7 @@ def test_ids_belong_to_run_folders_and_force_gets_another(tmp_path):
         assert len(first) == 2, "two jobs are two runs"
         assert {r.config["sparsity"] for r in first} == {0.5, 0.6}
         assert {r.exit_code for r in first} == {0}
-        stored = {p.parent.name: json.loads(p.read_text())["id"] for p in (tmp_path / "results").glob("runs/*/wandb_id.json")}
+        stored = {p.parent.name: json.loads(p.read_text())["id"] for p in (tmp_path / "results").glob("runs/*/wandb.json")}
         assert {r.config["config_key"]: r.id for r in first} == stored
         assert len(set(stored.values())) == 2
 
@@ -368,3 +431,147 @@ def test_a_missing_wandb_is_told_before_anything_runs(key, tmp_path, monkeypatch
     assert key in done.err
     assert "pip install" in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+# -- groups, modes, uploads afterwards, agents, secrets
+
+
+def test_jobs_of_a_sweep_share_a_group(tmp_path):
+    from svnup.__main__ import _sweep_name
+
+    sweep = ["-m", *JOB, "tracker=wandb", "tracker.stages=false", "allocator=uniform"]
+    with a_place(tmp_path):
+        assert command(*sweep, "sparsity=0.5,0.6").code == 0
+        runs = logged(tmp_path / "results")
+    (group,) = {r.run.run_group for r in runs}
+    assert len(runs) == 2
+    assert re.fullmatch(r"sparsity=0\.5,0\.6 [0-9a-f]{6}", group)
+    names = [_sweep_name(["model=tiny", f"sparsity=0.{n},0.9"]) for n in range(9)]
+    assert len(set(names)) == 9
+    assert len(_sweep_name([f"seed={','.join(map(str, range(99)))}"])) <= 120  # W&B takes 128
+    (made,) = {json.loads(p.read_text())["provenance"]["sweep"] for p in (tmp_path / "results").glob("runs/*/result.json")}
+    assert made == group
+
+
+def plain(step: dict[str, Any]) -> dict[str, Any]:
+    """What was logged, without W&B's own keys and where on the disk its media lie."""
+    kept = {k: v for k, v in step.items() if not k.startswith("_")}
+    return {k: {n: v[n] for n in ("sha256", "_type") if n in v} if isinstance(v, dict) else v for k, v in kept.items()}
+
+
+def test_finished_runs_are_uploaded_afterwards_once_each_with_the_same_records(tracked, tmp_path, capsys):
+    folder, live, _ = tracked
+    with a_place(tmp_path):
+        results_cli = importlib.import_module("svnup.results_cli")
+        shutil.copytree(folder / "results", "results", ignore=shutil.ignore_patterns("wandb*"))
+        (run_folder,) = Path("results/runs").iterdir()
+        RunFolder(Path("results/runs/failed")).write(replace(RunFolder(run_folder).read(), status="failed", config_key="f0"))
+        upload = ["wandb", "results", "--mode", "offline", "--group", "later"]
+        assert results_cli.main(upload) == 0
+        said = capsys.readouterr().out
+        (line,) = said.splitlines()
+        runs = {r.run.job_type: r for r in all_logged(Path("results"))}
+        assert set(runs) == {"shapley", "allocate", "j1"}, "with the options of its own configuration"
+        late = runs["j1"]
+        assert f"{live.config['config_key']}  logged as {late.id}, offline; to upload it: wandb sync results/" in line
+        assert plain(late.step) == plain(live.step)
+        assert {k: v for k, v in late.config.items() if k != "_wandb"} == {
+            k: v for k, v in live.config.items() if k != "_wandb"
+        }
+        assert (late.run.run_group, list(late.run.tags)) == ("later", list(live.run.tags))
+        assert [a.digest for a in late.artifacts if a.type == "result"] == [live.artifact("result").digest]
+
+        assert results_cli.main(upload) == 0
+        assert f"is there already as {late.id}" in capsys.readouterr().out
+        assert len(all_logged(Path("results"))) == 3
+        assert results_cli.main([*upload, "--force"]) == 0
+        assert late.id not in capsys.readouterr().out
+        assert len({r.id for r in logged(Path("results"))}) == 2
+
+        shutil.copytree(folder / "results", "tracked")
+        assert results_cli.main(["wandb", "tracked", "--mode", "offline"]) == 0
+        assert f"is there already as {live.id}; it was offline: wandb sync tracked/" in capsys.readouterr().out
+
+
+def test_uploading_without_an_account_or_without_runs_is_a_mistake_in_one_line(tracked, tmp_path, capsys):
+    folder, *_ = tracked
+    with a_place(tmp_path) as patch:
+        results_cli = importlib.import_module("svnup.results_cli")
+        import wandb
+
+        def refuse(**kwargs: Any) -> None:
+            raise wandb.errors.UsageError("No API key configured.")
+
+        patch.setattr(wandb, "init", refuse)
+        shutil.copytree(folder / "results", "results", ignore=shutil.ignore_patterns("wandb*"))
+        assert results_cli.main(["wandb", "results"]) == 2
+        error = capsys.readouterr().err
+        assert "No API key configured." in error
+        assert "wandb login" in error
+        assert error.count("\n") == 1
+        (mark,) = Path("results").glob("runs/*/wandb.json")
+        assert "logged" not in json.loads(mark.read_text())
+        Path("empty").mkdir()
+        assert results_cli.main(["wandb", "empty"]) == 2
+
+
+def test_disabled_leaves_nothing_but_an_id(tmp_path):
+    with a_place(tmp_path):
+        done = command(*JOB, "tracker=wandb", "tracker.mode=disabled")
+        assert done.code == 0, done.err
+    assert "wandb sync" not in done.err
+    assert not list(tmp_path.glob("results/runs/*/wandb"))
+    (mark,) = tmp_path.glob("results/runs/*/wandb.json")
+    assert set(json.loads(mark.read_text())) == {"id"}, "it may be uploaded later"
+
+
+def in_a_process(folder: Path, *args: str, **env: str) -> str:
+    """The command in a process of its own: W&B reads its variables once."""
+    code = f"import sys; from svnup.__main__ import main; sys.argv = {['svnup', *args]!r}; sys.exit(main())"
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    home = {f"WANDB_{k}_DIR": str(folder / "home") for k in ("CONFIG", "CACHE", "DATA", "ARTIFACT")}
+    env = kept | home | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"} | env
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_an_agent_of_a_sweep_gets_its_run_and_no_key_is_written(tmp_path):
+    """It has chosen the run's id, and waits for numbers also of a job that is finished already."""
+    with a_place(tmp_path):
+        assert command(*JOB, "allocator=uniform").code == 0
+    key = "0123456789abcdef0123456789abcdef01234567"
+    agent = {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "trial1", "WANDB_API_KEY": key}
+    options = ["allocator=uniform", "results_dir=results", "cache_dir=cache", f"+hydra.job.env_set.WANDB_API_KEY={key}"]
+    said = in_a_process(tmp_path, *JOB, "tracker=wandb", *options, **agent)
+    assert "already finished" in said
+    (run,) = all_logged(tmp_path / "results")
+    assert run.id == "trial1"
+    (result,) = (tmp_path / "results").glob("runs/*/result.json")
+    row = json.loads(result.read_text())
+    assert run.step["docs/ppl"] == row["metrics"]["docs/ppl"]["value"]
+    assert {a.type for a in run.artifacts if a.type != "run_table"} == {"profile", "result"}
+    assert json.loads((result.parent / "wandb.json").read_text())["id"] == "trial1"
+
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert any(p.suffix == ".wandb" for p in files)
+    assert [str(p) for p in files if key.encode() in p.read_bytes()] == []
+    assert key not in said
+
+
+# -- what is not measured
+
+
+def test_numbers_that_could_not_be_measured_are_absent_and_say_why(tracked):
+    from svnup.tracking import _numbers
+
+    _, _, row = tracked
+    known = {k: v for k, v in row.items() if k != "schema_version"}
+    metric = {"value": None, "protocol": {}, "reason": "it diverged"}
+    record = _numbers(
+        ResultRow(**known | {"metrics": {"docs/ppl": metric, "docs.selection/ppl": {"value": 2.0, "protocol": {}}}})
+    )
+    assert "docs/ppl" not in record
+    assert record["reason/docs/ppl"] == "it diverged"
+    assert record["docs/selection/ppl"] == 2.0
+    assert not [k for k in record if "." in k], "a dot makes a nested key"

@@ -24,7 +24,7 @@ import torch
 from svnup.checkpoint import Tensors, write_dense
 from svnup.language_model import LanguageModel, make_config
 from svnup.model import BUILT_IN_FOLDER
-from svnup.results import provenance
+from svnup.provenance import hardware
 
 WIDTH, INNER, HEADS = 1024, 2816, 16
 JOB = ["dataset.n_seq=8", "evaluation.n_seq=8", "dataset=docs", "evaluation.datasets=[docs]", "allocator=uniform"]
@@ -88,12 +88,12 @@ def main() -> None:
             print(lines[-1], flush=True)
     if len(values) != 1:
         raise SystemExit(f"the perplexities differ: {values}")
-    hardware = provenance([], [], 0)["hardware"]
+    machine = hardware()
     text = [
         "# A model that stays on disk",
         "",
         f"Made by `python experiments/benchmarks/offload.py --blocks {options.blocks} --pruner {options.pruner}`. "
-        f"{hardware['cpu']}, {hardware['cores']} cores, torch {torch.__version__}, float32. A Llama of {options.blocks} blocks "
+        f"{machine['cpu']}, {machine['cores']} cores, torch {torch.__version__}, float32. A Llama of {options.blocks} blocks "
         f"of width {WIDTH}, pruned at 70 % on 8 x 256 tokens, evaluated dense and pruned, and saved; both ways give the same "
         "perplexity.",
         "",

@@ -25,12 +25,12 @@ from svnup.allocation import Uniform
 from svnup.data import Docs
 from svnup.language_model import LanguageModel
 from svnup.model import Pretrained
+from svnup.provenance import hardware
 from svnup.pruning import Pruner, temporarily_pruned
 from svnup.pruning.column_block import can_build_kernels
 from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.sparsegpt import Hessian, SparseGPT, cholesky_of_inverse
 from svnup.pruning.wanda import Wanda
-from svnup.results import provenance
 
 SPARSITY = 0.5
 
@@ -275,14 +275,14 @@ def main() -> None:
     parser.add_argument("--n-seq", type=int, default=128, help="calibration sequences of the model")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    hardware = provenance([], [], 0)["hardware"]
-    device = torch.cuda.get_device_name() if options.device != "cpu" else f"{hardware['cpu']}, {hardware['cores']} cores"
+    machine = hardware()
+    device = torch.cuda.get_device_name() if options.device != "cpu" else f"{machine['cpu']}, {machine['cores']} cores"
     kernel = options.device != "cpu" and can_build_kernels()
     lines = [
         "# Cost of pruning",
         "",
         f"Made by `make benchmarks`: median of {options.repeats} after a warm-up, ways taking turns. {device}, "
-        f"{hardware['threads']} threads, torch {torch.__version__}, float32, columns settled by "
+        f"{machine['threads']} threads, torch {torch.__version__}, float32, columns settled by "
         f"{'Triton' if kernel else 'torch'}. Sparsity {SPARSITY}.",
     ]
     for shape in options.shapes.split(","):

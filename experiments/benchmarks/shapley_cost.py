@@ -26,9 +26,9 @@ from svnup.data import Docs
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
 from svnup.model import BUILT_IN_FOLDER
+from svnup.provenance import hardware
 from svnup.pruning import pruned_weights
 from svnup.pruning.magnitude import Magnitude
-from svnup.results import provenance
 from svnup.shapley import Estimator, block_forwards
 from svnup.shapley.exact import Exact
 from svnup.shapley.sliding_window import SlidingWindow
@@ -180,12 +180,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     lm = LanguageModel.load(str(BUILT_IN_FOLDER), dtype="float32", device="cpu")
-    hardware = provenance([], [], 0)["hardware"]
+    machine = hardware()
     lines = [
         "# Cost of Shapley values on the built-in model, 12 blocks",
         "",
-        f"Made by `make benchmarks`: median of {options.repeats}, ways taking turns. {hardware['cpu']}, "
-        f"{hardware['cores']} cores, {hardware['threads']} threads, torch {torch.__version__}, float32. Payoff: sequences of "
+        f"Made by `make benchmarks`: median of {options.repeats}, ways taking turns. {machine['cpu']}, "
+        f"{machine['cores']} cores, {machine['threads']} threads, torch {torch.__version__}, float32. Payoff: sequences of "
         f"256 tokens, {options.exact_n_seq} for exact, {options.window_n_seq} for the window.",
         "",
         "| values | way | evaluations | block-forwards | seconds | times svnup | over floor | largest difference |",

@@ -26,9 +26,9 @@ from svnup.data import Docs
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
 from svnup.model import BUILT_IN_FOLDER
+from svnup.provenance import hardware
 from svnup.pruning import pruned_weights
 from svnup.pruning.wanda import Wanda
-from svnup.results import provenance
 from svnup.shapley.exact import Exact
 from svnup.shapley.gates import Gates
 from svnup.shapley.kernel import Kernel
@@ -180,11 +180,11 @@ def main() -> None:
     for title, game in games.items():
         lines, points[title] = study(title, game, units)
         text += lines
-    hardware = provenance([], [], 0)["hardware"]
+    machine = hardware()
     head = [
         "# Estimators against exact Shapley values, built-in model",
         "",
-        f"Made by `make study NAME=estimators`. {hardware['cpu']}, {hardware['threads']} threads, torch {torch.__version__}, "
+        f"Made by `make study NAME=estimators`. {machine['cpu']}, {machine['threads']} threads, torch {torch.__version__}, "
         f"float32; payoff text: {options.n_seq} sequences of 256 tokens. {len(SEEDS)} seeds for the random estimators, mean ± "
         "standard deviation.",
         "",

@@ -30,10 +30,10 @@ from svnup.evaluation import perplexity
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
 from svnup.model import BUILT_IN_FOLDER
+from svnup.provenance import hardware
 from svnup.pruning import pruned_weights, temporarily_pruned
 from svnup.pruning.sparsegpt import SparseGPT
 from svnup.pruning.wanda import Wanda
-from svnup.results import provenance
 from svnup.shapley import Estimator
 from svnup.shapley.exact import Exact
 from svnup.shapley.gates import Gates
@@ -211,13 +211,13 @@ def finals(bench: Bench, chosen: list[tuple[Setting | None, str]]) -> dict[Any, 
 
 
 def report(bench: Bench, screened: list[Any], losses: dict[Any, list[float]], chosen: list[Any], tests: dict[Any, Any]) -> str:
-    hardware = provenance([], [], 0)["hardware"]
+    machine = hardware()
     uniform = next(loss for loss, setting, _ in screened if setting is None)
     better = sum(loss < uniform for loss, *_ in screened)
     text = [
         "# Games, payoffs, estimators and scales: which budget prunes best",
         "",
-        f"Made by `make study NAME=games`. {hardware['cpu']}, {hardware['cores']} cores, torch {torch.__version__}, float32. "
+        f"Made by `make study NAME=games`. {machine['cpu']}, {machine['cores']} cores, torch {torch.__version__}, float32. "
         "Built-in model, lam 0.15, 32 x 256 calibration tokens, payoff text of 16 x 256 tokens, selection text of 48 x 256.",
         "",
         "## Screen: perplexity on the selection text, Wanda, 70 %, seed 0",

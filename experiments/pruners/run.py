@@ -28,8 +28,8 @@ from svnup.data import Docs
 from svnup.evaluation import perplexity
 from svnup.language_model import LanguageModel, matrix
 from svnup.model import BUILT_IN_FOLDER
+from svnup.provenance import hardware
 from svnup.pruning import Inputs, Pruner, temporarily_pruned
-from svnup.results import provenance
 
 SETTINGS = {"70 %": ("unstructured", 0.7), "2:4": ("2:4", 0.5)}
 ON_MODEL = {"50 %": ("unstructured", 0.5), "70 %": ("unstructured", 0.7), "2:4": ("2:4", 0.5), "4:8": ("4:8", 0.5)}
@@ -139,11 +139,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="calibration seeds on the whole model")
     options = parser.parse_args()
     lm = LanguageModel.load(str(BUILT_IN_FOLDER), dtype="float32", device="cpu")
-    hardware = provenance([], [], 0)["hardware"]
+    machine = hardware()
     text = [
         "# Pruners against each other",
         "",
-        f"Made by `make study NAME=pruners`. {hardware['cpu']}, {hardware['cores']} cores, torch {torch.__version__}, float32; "
+        f"Made by `make study NAME=pruners`. {machine['cpu']}, {machine['cores']} cores, torch {torch.__version__}, float32; "
         f"{options.n_seq} x 256 calibration tokens.",
         "",
         "## Layer by layer",

@@ -1,0 +1,181 @@
+"""Repeat a run from its result alone, and say number by number whether it came out equal."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from svnup import runs
+from svnup.provenance import MOVES_NUMBERS
+from svnup.results import load
+from svnup.types import ResultRow
+
+Verdict = Literal["equal", "within 1 %", "different", "other protocol"]
+VERDICTS: tuple[Verdict, ...] = typing.get_args(Verdict)
+TOLERANCE = 0.01
+ENDS = ("git", "dirty", "diff_sha256", "untracked", "versions", "hardware", "environment", "texts")  # of provenance, compared
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """The `first` result and its repetition `again`, which lies in `folder`."""
+
+    first: ResultRow
+    again: ResultRow
+    folder: Path
+
+    def verdicts(self) -> dict[str, tuple[Any, Any, Verdict]]:
+        """By name the number of the first run, that of the second, and how they compare: equal in every bit, within 1 % (lists:
+        of their largest), or different, as a number is that only one has; or they were measured under other protocols."""
+        first, again = _numbers(self.first), _numbers(self.again)
+        return {
+            name: (first.get(name), again.get(name), _compare(first.get(name), again.get(name)))
+            for name in dict.fromkeys([*first, *again])
+        }
+
+    @property
+    def same(self) -> bool:
+        """Whether every number is equal or within 1 %."""
+        return all(verdict in ("equal", "within 1 %") for *_, verdict in self.verdicts().values())
+
+    def differences(self) -> dict[str, tuple[Any, Any]]:
+        """What differs in where the two came from, by key; keys that a result of an earlier version lacks are not compared."""
+        known = {k: self.first.provenance[k] for k in ENDS if k in self.first.provenance}
+        first = dict(_flat(known | {"inputs": self.first.fingerprints, "config_key": self.first.config_key}))
+        again = dict(_flat({k: self.again.provenance[k] for k in known} | {"inputs": self.again.fingerprints}))
+        again["config_key"] = self.again.config_key
+        both = [k for k in first if k in again or k.startswith(("versions", "environment", "inputs"))]
+        both += [k for k in again if k not in first and k.startswith("environment")]
+        return {k: (first.get(k), again.get(k)) for k in both if first.get(k) != again.get(k)}
+
+    def report(self) -> str:
+        """Both, as text."""
+        lines = [f"rerun of {self.first.config_key}: {self.folder}"]
+        verdicts = self.verdicts()
+        width = max(map(len, verdicts), default=0)
+        lines += [f"  {n:{width}}  {_shown(a):>24}  {_shown(b):>24}  {verdict}" for n, (a, b, verdict) in verdicts.items()]
+        differences = self.differences()
+        lines += ["where they came from differs in" if differences else "they came from the same code, packages and machine"]
+        lines += [f"  {key}: {_shown(a)} -> {_shown(b)}" for key, (a, b) in differences.items()]
+        counts = {v: sum(one == v for *_, one in verdicts.values()) for v in VERDICTS}
+        return "\n".join([*lines, ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)]) + "\n"
+
+
+def find(results_dir: str | Path, key: str) -> ResultRow:
+    """The finished result below a folder whose key begins so; raises ValueError where there is none, or more than one."""
+    row = runs.find(sorted(load(results_dir), key=lambda row: row.status == "finished"), key)
+    if row.status != "finished":
+        raise ValueError(f"{key}: this run is {row.status}, so there are no numbers to compare; run it first")
+    return row
+
+
+def rerun(row: ResultRow, into: str | Path) -> Repeated:
+    """Run the configuration of a result again, with empty caches, in a new folder below `into`, and compare.
+
+    It runs in a process of its own: with the variables of the environment that can move a number as they were, and, where
+    that folder still exists, in the working directory of the first, so that relative paths lead where they led.
+    Raises ValueError where it cannot run as it is, RuntimeError where it fails.
+    """
+    Path(into).mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=f"{row.config_key}-", dir=into)).resolve()
+    original = place / "original.json"
+    original.write_text(row.to_json(), encoding="utf-8")
+    env = dict(os.environ)
+    if (was := row.provenance.get("environment")) is not None:  # results of earlier versions do not tell
+        env = {k: v for k, v in env.items() if k not in MOVES_NUMBERS} | {k: was[k] for k in MOVES_NUMBERS if k in was}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), env.get("PYTHONPATH"))))
+    with tempfile.TemporaryDirectory(prefix="cache-", dir=place) as cache_dir:
+        command = [sys.executable, "-P", "-m", "svnup.rerun", str(original), str(place), cache_dir]
+        code = subprocess.run(command, env=env, check=False).returncode
+    again = load(place)
+    if code == 2:
+        raise ValueError(f"{row.config_key}: it cannot be repeated as it was; the reason stands above")
+    if code or [one.status for one in again] != ["finished"]:
+        raise RuntimeError(f"{row.config_key}: its repetition failed; what it left is in {place}")
+    return Repeated(row, again[0], place)
+
+
+def _again(result: Path, into: str, cache_dir: str) -> int:
+    """In the process of the repetition: build the job of a result and run it by the door of the `svnup` command."""
+    import torch
+
+    from svnup import config
+    from svnup.__main__ import execute
+
+    row = ResultRow.from_json(result.read_text(encoding="utf-8"))
+    threads = row.provenance.get("hardware", {}).get("threads")
+    if threads and threads <= (os.cpu_count() or 1):
+        torch.set_num_threads(threads)
+    where = row.provenance.get("cwd")
+    if where and Path(where).is_dir():
+        os.chdir(where)
+    changes: dict[str, Any] = {"results_dir": into, "cache_dir": cache_dir, "force": True, "dry_run": False}
+    changes["tracker"] = {"_target_": "svnup.tracking.NoTracker"}
+    if row.config.get("offload") != "disk":  # which has to write a checkpoint; others repeat the numbers only
+        changes |= {"save_model": False, "save_masks": False, "save_format": "dense"}
+    config.register()
+    try:
+        job = config.build(config.stored(row.config, **changes))
+        execute(job, row.provenance.get("overrides", []), row.provenance.get("sweep"))
+    except ValueError as error:
+        sys.stderr.write(f"svnup-results: {' '.join(str(error).split())}\n")
+        return 2
+    return 0
+
+
+def _numbers(row: ResultRow) -> dict[str, Any]:
+    """Every number that a repetition should bring again, by name; with the metrics their protocols."""
+    out: dict[str, Any] = {}
+    for prefix, metrics in (("", row.metrics), ("dense ", row.dense)):
+        out |= {prefix + name: (metric["value"], metric["protocol"]) for name, metric in metrics.items()}
+    if row.sparsity:
+        out["sparsity"] = row.sparsity["actual"]
+    for name, scores in (("Shapley values", row.shapley), ("scores", row.scores)):
+        out |= {name: scores["values"]} if scores else {}
+    return out | ({"profile": row.profile["sparsity"]} if row.profile else {})
+
+
+def _compare(first: Any, again: Any) -> Verdict:
+    if first == again:
+        return "equal"
+    if first is None or again is None:
+        return "different"
+    if isinstance(first, tuple):
+        (first, was), (again, now) = first, again
+        if any(was[k] != now[k] for k in was if k in now):
+            return "other protocol"
+        return _compare(first, again)
+    a, b = (v if isinstance(v, list) else [v] for v in (first, again))
+    if len(a) != len(b):
+        return "different"
+    scale = max(map(abs, a))
+    close = all(math.isfinite(y) and abs(x - y) <= TOLERANCE * scale for x, y in zip(a, b, strict=True))
+    return "within 1 %" if close else "different"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = value[0]
+    if isinstance(value, list) and value and isinstance(value[0], float):
+        return f"{len(value)} numbers"
+    return f"{value!r}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+if __name__ == "__main__":
+    sys.exit(_again(Path(sys.argv[1]), *sys.argv[2:]))

@@ -1,0 +1,188 @@
+"""A run is repeated from its result alone, and the verdict is about its numbers."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cli import last_row
+
+from svnup.config import build, register, stored
+from svnup.provenance import provenance
+from svnup.rerun import Repeated, find
+from svnup.results import RunFolder
+from svnup.types import ResultRow
+
+
+def metric(value, **protocol):
+    return {"value": value, "protocol": {"dataset": "docs", "seq_len": 8} | protocol}
+
+
+def result(value=10.0, status="finished", key="abc123", **changes):
+    made = provenance([], {"seed": 0})
+    row = ResultRow(status, key, {}, made, {"weights": "w"}, {"docs/ppl": metric(value)}, {"docs/ppl": metric(5.0)})
+    return replace(row, sparsity={"target": 0.5, "actual": 0.5}, profile={"sparsity": [0.25, 0.75]}, **changes)
+
+
+def verdicts(first, again):
+    repeated = Repeated(first, again, Path("there"))
+    return {name: verdict for name, (_, _, verdict) in repeated.verdicts().items()}, repeated.same
+
+
+def test_equal_means_every_bit():
+    found, same = verdicts(result(), result())
+    assert (set(found.values()), same) == ({"equal"}, True)
+    assert set(found) == {"docs/ppl", "dense docs/ppl", "sparsity", "profile"}
+    found, same = verdicts(result(), result(10.0 + 2e-15))
+    assert (found["docs/ppl"], same) == ("within 1 %", True)
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"), [(10.0999, "within 1 %"), (9.9001, "within 1 %"), (10.11, "different"), (None, "different")]
+)
+def test_one_percent(value, verdict):
+    found, same = verdicts(result(), result(value))
+    assert (found["docs/ppl"], same) == (verdict, verdict == "within 1 %")
+    assert found["dense docs/ppl"] == "equal"
+
+
+def test_what_only_one_has_is_different():
+    for first, again in ((result(), replace(result(), metrics={})), (replace(result(), metrics={}), result())):
+        found, same = verdicts(first, again)
+        assert (found["docs/ppl"], same) == ("different", False)
+
+
+def test_lists_are_judged_by_their_largest():
+    def near(*sparsity):
+        return verdicts(result(), replace(result(), profile={"sparsity": list(sparsity)}))[0]["profile"]
+
+    assert near(0.2501, 0.7499) == "within 1 %"
+    assert near(0.26, 0.74) == "different"
+    assert near(0.25, 0.75, 0.75) == "different"
+
+
+def test_the_same_number_under_another_protocol_is_not_the_same():
+    found, same = verdicts(result(), replace(result(), metrics={"docs/ppl": metric(10.0, seq_len=9)}))
+    assert (found["docs/ppl"], same) == ("other protocol", False)
+    newer = replace(result(), metrics={"docs/ppl": metric(10.0, told_since="then")})
+    assert verdicts(result(), newer)[1]
+
+
+def test_differences_of_provenance():
+    first = result()
+    made = json.loads(json.dumps(first.provenance))
+    made["versions"]["torch"] = "9.9"
+    made["hardware"]["cpu"] = "Abacus 9000"
+    made["git"] = "f00"
+    made["environment"]["OMP_NUM_THREADS"] = "77"
+    repeated = Repeated(first, replace(first, provenance=made, fingerprints={"weights": "v"}), Path("there"))
+    assert set(repeated.differences()) == {
+        *("versions.torch", "hardware.cpu", "git", "environment.OMP_NUM_THREADS", "inputs.weights")
+    }
+    assert repeated.differences()["hardware.cpu"] == (first.provenance["hardware"]["cpu"], "Abacus 9000")
+    assert "hardware.cpu: " in repeated.report()
+    assert "same code, packages and machine" in Repeated(first, first, Path("there")).report()
+
+
+def test_a_run_is_found_by_the_beginning_of_its_key(tmp_path):
+    for key, status in (("abc1", "finished"), ("abd1", "finished"), ("b1", "failed")):
+        RunFolder.of(tmp_path, key).write(result(key=key, status=status))
+    assert find(tmp_path, "abc").config_key == "abc1"
+    for key, words in (
+        ("ab", "several runs begin so: abc1, abd1"),
+        ("x", "no run has a key that begins so"),
+        ("b", "this run is failed"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            find(tmp_path, key)
+
+
+# -- by the command
+
+
+@pytest.fixture
+def ran(svnup, tmp_path):
+    """A finished run that reads a text by a relative path."""
+    Path("mine.txt").write_text("All the words of a small text of one's own, again and again. " * 200)
+    options = ["dataset=text_file", "dataset.path=mine.txt", "dataset.n_seq=3", "tracker=wandb", "tracker.mode=offline"]
+    code, _, err = svnup(*options, "save_masks=true", "cache_dir=cache")
+    assert code == 0, err
+    return last_row()
+
+
+def rerun(*args):
+    """The command in a process of its own, since it starts another whose output is part of its own."""
+    program = "import sys; from svnup.results_cli import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", program, "rerun", *args], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_run_repeats_from_its_result_alone(ran, monkeypatch, tmp_path):
+    (folder,) = Path("results/runs").iterdir()
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    kept = tmp_path / "elsewhere" / "kept"
+    (kept / "runs" / "x").mkdir(parents=True)
+    shutil.copy(folder / "result.json", kept / "runs" / "x")  # nothing else of it
+    cached = set((tmp_path / "cache").rglob("*"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    code, out, err = rerun(ran["config_key"][:5], "--results-dir", "kept")
+    assert code == 0, out + err
+    assert "docs/ppl" in out
+    assert f"{ran['metrics']['docs/ppl']['value']!r}" in out
+    assert " 0 different" not in out
+    (again,) = (tmp_path / "elsewhere" / "kept-rerun").glob("*/runs/*/result.json")
+    row = json.loads(again.read_text())
+    assert row["metrics"] == ran["metrics"]
+    assert row["shapley"]["n_new_evaluations"] == row["shapley"]["n_evaluations"] > 0, "nothing comes from a cache"
+    assert not list(again.parent.glob("masks*"))
+    assert not list(again.parent.glob("wandb*"))
+    assert set((tmp_path / "cache").rglob("*")) == cached
+    assert {p.name for p in again.parents[2].iterdir()} == {"original.json", "runs"}
+    monkeypatch.chdir(tmp_path)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_another_number_is_exit_code_1_and_the_environment_is_as_it_was(ran, monkeypatch):
+    (path,) = Path("results/runs").glob("*/result.json")
+    ran["metrics"]["docs/ppl"]["value"] *= 1.02
+    ran["provenance"]["versions"]["torch"] = "1.0"
+    ran["provenance"]["environment"] = {"OMP_NUM_THREADS": "1"}
+    path.write_text(json.dumps(ran))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.setenv(name, "2")
+    code, out, _ = rerun(ran["config_key"])
+    assert code == 1
+    (line,) = [line for line in out.splitlines() if line.strip().startswith("docs/ppl ") and "different" in line]
+    assert repr(ran["metrics"]["docs/ppl"]["value"]) in line
+    assert "versions.torch: 1.0 -> " in out
+    (again,) = Path("results-rerun").glob("*/runs/*/result.json")
+    made = json.loads(again.read_text())["provenance"]
+    assert made["environment"]["OMP_NUM_THREADS"] == "1"
+    assert "MKL_NUM_THREADS" not in made["environment"]
+    assert made["hardware"]["threads"] == ran["provenance"]["hardware"]["threads"]
+
+
+def test_what_cannot_be_repeated_is_exit_code_2(ran):
+    Path("mine.txt").unlink()
+    code, _, err = rerun(ran["config_key"])
+    assert code == 2
+    assert "dataset.path=mine.txt: there is no such file" in err
+    assert "Traceback" not in err
+    code, _, err = rerun("zz")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "zz: no run begins so" in err
+
+
+def test_a_configuration_of_an_earlier_version_builds_the_same_job(svnup):
+    """It lacks keys that came later."""
+    assert svnup("allocator=uniform")[0] == 0
+    row = last_row()
+    older = {k: v for k, v in row["config"].items() if k not in ("split", "save_masks", "offload", "selection")}
+    register()
+    assert build(stored(older)).key == build(stored(row["config"])).key == row["config_key"]
+    job = build(stored(older, results_dir="there"))
+    assert (job.results_dir, job.offload, job.save_masks) == ("there", "none", False)
