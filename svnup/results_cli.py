@@ -15,6 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="svnup-results", description="What to do with finished svnup runs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _table_options(commands.add_parser("table", help="render the runs that lie in a results folder"))
+    _report_options(commands.add_parser("report", help="write one HTML page about the runs that lie in a results folder"))
     options = parser.parse_args(argv)
     try:
         code: int = options.run(options)
@@ -54,4 +55,19 @@ def _table(options: argparse.Namespace) -> int:
     from svnup.tables import render
 
     _write(render(_rows(options.results_dir), options.format, title=options.title, command=options.made_by), options.output)
+    return 0
+
+
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results_dir")
+    parser.add_argument("--output", type=Path, help="by default report.html in the results folder")
+    parser.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from svnup.report import report
+
+    output = options.output or Path(options.results_dir) / "report.html"
+    _write(report(_rows(options.results_dir)), output)
+    print(output)
     return 0
