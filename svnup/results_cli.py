@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     _export_options(commands.add_parser("export", help="every metric of every run with its whole configuration"))
     _rerun_options(commands.add_parser("rerun", help="repeat a run from its result, and compare the numbers"))
     _wandb_options(commands.add_parser("wandb", help="upload finished runs to W&B, each once"))
+    _report_options(commands.add_parser("report", help="write one HTML page about the runs that lie in a results folder"))
     options = parser.parse_args(argv)
     try:
         code: int = options.run(options)
@@ -244,4 +245,19 @@ def _wandb(options: Options) -> int:
         row = folder.read()
         if row is not None and row.status == "finished":
             print(f"{row.config_key}  {upload(folder.path, row, plots.figures, options.force, **given)}")
+    return 0
+
+
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results_dir")
+    parser.add_argument("--output", type=Path, help="by default report.html in the results folder")
+    parser.set_defaults(run=_report)
+
+
+def _report(options: Options) -> int:
+    from svnup.report import report
+
+    output = options.output or Path(options.results_dir) / "report.html"
+    _write(report(_rows(options.results_dir)), output)
+    print(output)
     return 0
