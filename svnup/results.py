@@ -16,7 +16,7 @@ from typing import Any
 
 from svnup.types import ResultRow
 
-PACKAGES = ("svnup", "torch", "transformers", "datasets", "numpy", "hydra-core", "omegaconf", "safetensors", "wandb")
+PACKAGES = ("svnup", "torch", "transformers", "datasets", "numpy", "hydra-core", "omegaconf", "safetensors", "wandb", "lm_eval")
 
 SCRATCH = "offload"  # in the run's folder: the blocks that an interrupted job has pruned, and hidden states
 

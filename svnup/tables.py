@@ -28,6 +28,8 @@ def frame(rows: list[ResultRow]) -> pd.DataFrame:
         if row.sparsity is not None:
             line |= {"actual": row.sparsity["actual"]}
         for name, metric in row.metrics.items():
+            if metric.get("secondary"):
+                continue
             column = names[name, _digest(metric["protocol"])]
             line |= {
                 column: metric["value"],
@@ -171,13 +173,17 @@ def _provenance(rows: list[ResultRow], command: str | None) -> str:
     hardware = {f"{r.provenance['hardware']['cpu']}, {r.provenance['hardware']['cores']} cores" for r in rows}
     hardware |= {gpu for r in rows for gpu in r.provenance["hardware"]["gpus"]}
     versions = {f"svnup {v.get('svnup')}, torch {v.get('torch')}" for r in rows for v in [r.provenance["versions"]]}
-    protocols = {
-        f"{name}: {m['protocol']['n_windows']} windows of {m['protocol']['seq_len']} tokens ({m['protocol']['role']} text)"
-        for row in rows
-        for name, m in row.metrics.items()
-    }
+    protocols = {_in_words(name, m["protocol"]) for row in rows for name, m in row.metrics.items() if not m.get("secondary")}
     made = f"Made by `{command}`. " if command else ""
     return f"{made}Machine: {'; '.join(sorted(hardware))}. {'; '.join(sorted(versions))}. {'; '.join(sorted(protocols))}.\n"
+
+
+def _in_words(name: str, protocol: dict[str, Any]) -> str:
+    if "n_windows" in protocol:
+        return f"{name}: {protocol['n_windows']} windows of {protocol['seq_len']} tokens ({protocol['role']} text)"
+    limit = "" if protocol["complete"] else f", limit {protocol['limit']}"
+    what = f"mean over {', '.join(protocol['tasks'])}" if "tasks" in protocol else f"{protocol['n_items']} items"
+    return f"{name}: {what}, {protocol['num_fewshot']}-shot, in %{limit}"
 
 
 def _digest(protocol: dict[str, Any]) -> str:
