@@ -192,7 +192,9 @@ def _print_result(row: ResultRow) -> None:
             _say(f"  {index:>5}  {value:>13.4f}  {share:>8.3f}  {'█' * round(40 * (1 - share))}")
     for name, metric in row.metrics.items():
         dense = f"  (dense {row.dense[name]['value']:.2f})" if name in row.dense else ""
-        _say(f"  {name} {metric['value']:.2f}{dense} at {100 * row.sparsity['actual']:.2f} % zeros" if row.sparsity else name)
+        error = f" ± {metric['stderr']:.2f}" if "stderr" in metric else ""
+        zeros = f" at {100 * row.sparsity['actual']:.2f} % zeros" if row.sparsity else ""
+        _say(f"  {name} {metric['value']:.2f}{error}{dense}{zeros}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from svnup import NUMBERS_VERSION
 from svnup.allocation import Allocator, Chooser, Granularity, Tuned, name_of
 from svnup.data import TokenSource
-from svnup.evaluation import NoEvaluation, Perplexity
+from svnup.evaluation import Evaluation
 from svnup.model import Pretrained, Random
 from svnup.scoring import GameOptions, Scorer, ShapleyScorer
 from svnup.splitting import Split
@@ -103,7 +103,7 @@ class Job:
     selection: TokenSource | None
     split: Split
     pruner: Pruner
-    evaluation: Perplexity | NoEvaluation
+    evaluation: Evaluation
     tracker: NoTracker | WandbTracker
     sparsity: float
     pattern: str
@@ -142,7 +142,7 @@ class Job:
         path = self.config["allocator"].get("path")
         if path is not None:
             prints["allocator.path"] = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
-        return prints
+        return prints | self.evaluation.fingerprints()
 
     def texts(self) -> dict[str, dict[str, Any]]:
         """What was read of each text, by the key of its source, for the record: after `check_texts`, which reads them."""
@@ -180,12 +180,14 @@ class Job:
         return self.dataset.tokens(self.model.tokenizer)
 
     def check_texts(self) -> None:
-        """Read and tokenize every text, before any weight is loaded; raises ValueError with the key at fault."""
+        """Read every text and task, before any weight is loaded; raises ValueError with the key at fault."""
         with _blame("model"):
             tokenizer = self.model.tokenizer
         for key, source in self.sources().items():
             with _blame(key):
                 source.tokens(tokenizer)
+        with _blame("evaluation"):
+            self.evaluation.check()
 
     def check_shapes(self) -> LanguageModel:
         """Check pattern and budget against the real shapes of the model; returns the skeleton without weights that has them."""
@@ -215,7 +217,7 @@ def _texts(
     dataset: TokenSource | None,
     shapley: ShapleyScorer | None,
     selection: TokenSource | None,
-    evaluation: Perplexity | NoEvaluation,
+    evaluation: Evaluation,
 ) -> dict[str, TokenSource]:
     texts = {"dataset": dataset} if dataset is not None else {}
     if shapley is not None:
@@ -251,12 +253,14 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     split: Split = construct(config["split"], "split")
     if config["allocator"].get("granularity") == "sublayer":
         _check_sublayers(config, shapley, split)
-    evaluation = _evaluation(config["evaluation"], known)
+    evaluation: Evaluation = _evaluation(config["evaluation"], known)
+    with _blame("evaluation"):
+        online = evaluation.from_hub
     tracker = construct(config["tracker"], "tracker")
     with _blame("tracker", ("tracker",)):
         tracker.check()
     texts = _texts(dataset, shapley, _shared(selection, known) if chooses else None, evaluation)
-    if model.from_hub or any(source.from_hub for source in texts.values()):
+    if online or model.from_hub or any(source.from_hub for source in texts.values()):
         _go_offline_if_unreachable()
     with _blame("model"):
         n_blocks = model.n_blocks()
@@ -285,6 +289,10 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
                 f"shapley.game.absence=prune: absent blocks would not be pruned (pruner {stand_in}, "
                 f"sparsity={config['sparsity']:g}); choose another pruner: +pruner@shapley.game.pruner=wanda, or absence=skip"
             )
+    if config["offload"] != "none" and evaluation.needs_whole_model:
+        raise ValueError(
+            f"offload={config['offload']}: lm-eval needs the whole model in memory; use offload=none, or evaluation=ppl"
+        )
     _check_memory(config, pruner, split, shapley, chooses)
     with _blame("model"):
         model.check_device()

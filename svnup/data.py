@@ -151,12 +151,15 @@ class C4(TokenSource):
 
 def _hub_fingerprint(path: str, revision: str | None) -> str:
     """The name and revision of a data set of the hub; the content where a folder of that name is read instead."""
-    if not Path(path).is_dir():
-        return f"{path}@{revision or 'main'}"
+    return folder_digest(Path(path)) if Path(path).is_dir() else f"{path}@{revision or 'main'}"
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over names and contents of all files below a folder but Python's caches."""
     total = hashlib.sha256()
-    for file in sorted(p for p in Path(path).rglob("*") if p.is_file()):
+    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.parent.name != "__pycache__"):
         with file.open("rb") as data:
-            total.update(str(file.relative_to(path)).encode() + hashlib.file_digest(data, "sha256").digest())
+            total.update(str(file.relative_to(folder)).encode() + hashlib.file_digest(data, "sha256").digest())
     return total.hexdigest()
 
 

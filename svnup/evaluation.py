@@ -1,20 +1,31 @@
-"""How good a model is: perplexity under a written-down protocol, and the gate that a known dense number must pass."""
+"""How good a model is: perplexity and zero-shot accuracy under written-down protocols, and the gate for known dense numbers."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import difflib
 import hashlib
+import io
+import itertools
 import json
 import logging
 import math
 import os
+import re
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
 from svnup import NUMBERS_VERSION
-from svnup.data import Role, TokenSource
+from svnup.data import Role, TokenSource, folder_digest
 from svnup.types import Ints, Metric, Metrics
 
 if TYPE_CHECKING:
@@ -23,6 +34,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DENSE_TOLERANCE = 0.02
+
+OWN_TASKS = Path(__file__).parent / "assets" / "tasks"
+# Sets of tasks, each with the metric that its tables show: accuracy, or accuracy with log-likelihoods per character.
+TASK_SETS = {
+    "cloze": {"docs_cloze": "acc"},
+    # Wanda (arXiv 2306.11695) and its successors; plain accuracy throughout: github.com/locuslab/wanda/issues/31
+    "with_rte": dict.fromkeys(("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"), "acc"),
+    # LLM-Pruner (arXiv 2305.11627) and its successors; which metric of which task: github.com/horseee/LLM-Pruner/issues/25
+    "with_piqa": dict.fromkeys(("boolq", "piqa", "winogrande", "arc_easy"), "acc")
+    | dict.fromkeys(("hellaswag", "arc_challenge", "openbookqa"), "acc_norm"),
+}
+ACCURACIES = ("acc", "acc_norm")
+FEWSHOT_SEED = 1234  # lm-eval's own
 
 
 def perplexity(lm: LanguageModel, tokens: Ints) -> float:
@@ -36,12 +60,35 @@ def perplexity(lm: LanguageModel, tokens: Ints) -> float:
     return math.exp(nll)
 
 
-@dataclass(frozen=True)
-class NoEvaluation:
-    """Measures nothing."""
+class Evaluation(Protocol):
+    """What a model is judged by: texts to be tokenized, tasks of lm-eval, or nothing."""
+
+    from_hub: ClassVar[bool] = False  # besides its texts
+    needs_whole_model: ClassVar[bool] = False
 
     def sources(self) -> list[TokenSource]:
+        """The texts that it reads."""
         return []
+
+    def fingerprints(self) -> dict[str, str]:
+        """What its other inputs are by content, by the key under which they were configured."""
+        return {}
+
+    def check(self) -> None:
+        """Read the other inputs, before any weight is loaded; raises ValueError with the option at fault."""
+
+    def run(self, lm: LanguageModel) -> Metrics:
+        """The metrics of a model as it is now."""
+        ...
+
+    def dense(self, lm: LanguageModel, cache_dir: str | Path) -> Metrics:
+        """The same, measured once per model, evaluation and kind of device, then read from the cache."""
+        ...
+
+
+@dataclass(frozen=True)
+class NoEvaluation(Evaluation):
+    """Measures nothing."""
 
     def run(self, lm: LanguageModel) -> Metrics:
         return Metrics()
@@ -51,7 +98,7 @@ class NoEvaluation:
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class Perplexity(Evaluation):
     """Perplexity on each data set, in non-overlapping windows of `seq_len` of its text for `role`, all or the first `n_seq`."""
 
     datasets: list[TokenSource]
@@ -79,19 +126,258 @@ class Perplexity:
         return metrics
 
     def dense(self, lm: LanguageModel, cache_dir: str | Path) -> Metrics:
-        """The same on the model as it is, measured once per model, evaluation and kind of device, then read from the cache."""
         protocols = [_protocol(s, s.tokens(lm.tokenizer)) for s in self.datasets]
-        identity = [lm.fingerprint(), protocols, lm.device.type, NUMBERS_VERSION]
-        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-        path = Path(cache_dir) / "dense" / f"{key}.json"
-        if path.is_file():
-            return Metrics.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        metrics = self.run(lm)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(metrics.to_dict()), encoding="utf-8")
-        temporary.replace(path)
+        return _measured_once(lm, protocols, cache_dir, self.run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShot(Evaluation):
+    """Accuracies, in percent, on multiple-choice tasks of lm-eval, with the model that is in memory.
+
+    `tasks` is the name of a set (TASK_SETS), a list of lm-eval's names, or a mapping of them to the metric that tables show
+    (`acc`, as for a list, or `acc_norm`). Each of at most `limit` items has `num_fewshot` examples before it; `include_path`
+    is a folder with tasks of your own in lm-eval's form. Raises ValueError where lm-eval is missing or a task is no such task.
+    """
+
+    tasks: str | list[str] | dict[str, str]
+    num_fewshot: int = 0
+    batch_size: int = 8
+    limit: int | None = None
+    include_path: str | None = None
+    needs_whole_model: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tasks, str) and self.tasks not in TASK_SETS:
+            raise ValueError(f"tasks={self.tasks}: choose a set, {', '.join(TASK_SETS)}, or list tasks, such as [boolq,piqa]")
+        names = list(self.shown) if isinstance(self.tasks, str | list | dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"tasks={self.tasks}: list names of lm-eval's tasks, such as [boolq,piqa]")
+        if wrong := next((f"{n}: {m}" for n, m in self.shown.items() if m not in ACCURACIES), None):
+            raise ValueError(f"tasks={{{wrong}}}: choose acc or acc_norm")
+        for name, least in (("num_fewshot", 0), ("batch_size", 1), ("limit", 1)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: choose {least} or more")
+        if self.include_path is not None and not Path(self.include_path).expanduser().is_dir():
+            raise ValueError(f"include_path={self.include_path}: no such folder; give one with tasks in lm-eval's form")
+        if find_spec("lm_eval") is None or find_spec("accelerate") is None:
+            raise ValueError(f"tasks={self.tasks}: needs lm-eval; pip install 'svnup[zero_shot]', or evaluation=ppl")
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """The tasks, with the metric that tables show."""
+        if isinstance(self.tasks, str):
+            return TASK_SETS[self.tasks]
+        return dict(self.tasks) if isinstance(self.tasks, dict) else dict.fromkeys(self.tasks, "acc")
+
+    @property
+    def from_hub(self) -> bool:  # type: ignore[override]
+        return any(path.parent != OWN_TASKS for path in self._files.values())
+
+    def fingerprints(self) -> dict[str, str]:
+        parts = [folder_digest(folder) for folder in sorted({path.parent for path in self._files.values()})]
+        return {"evaluation.tasks": hashlib.sha256(json.dumps(parts).encode()).hexdigest()}
+
+    def check(self) -> None:
+        _ = self._loaded
+
+    def run(self, lm: LanguageModel) -> Metrics:
+        """Metrics `<task>/acc` and, where the task has it, `<task>/acc_norm`, each with its protocol, and of several tasks
+        `zero_shot/mean`, of those that tables show.
+
+        Raises ValueError where a log-likelihood is nan or infinite, or a choice alone is longer than the model's context.
+        """
+        if lm.offloaded:
+            raise ValueError("offload: lm-eval needs the whole model in memory; use offload=none, or evaluation=ppl")
+        from lm_eval.evaluator import evaluate
+
+        model, metrics = _harness_model(lm, self.batch_size), Metrics()
+        for name, task in self._loaded.items():
+            model.task, model.n_truncated = name, 0
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            options = {"limit": self.limit, "bootstrap_iters": 0, "log_samples": False}
+            with _quietly():
+                found = evaluate(lm=model, task_dict={"tasks": {name: task}}, **options)["results"][name]
+            values = {key.partition(",")[0]: value for key, value in found.items()}
+            protocol = self._protocols[name] | {"n_truncated": model.n_truncated}
+            for metric in (m for m in ACCURACIES if m in values):
+                metrics[f"{name}/{metric}"] = Metric(
+                    100 * values[metric],
+                    protocol | {"metric": metric},
+                    stderr=100 * math.sqrt(values[metric] * (1 - values[metric]) / max(1, protocol["n_items"] - 1)),
+                    secondary=metric != self.shown[name],
+                )
+        shown = [metrics[f"{name}/{metric}"] for name, metric in self.shown.items()]
+        if len(shown) > 1:
+            metrics["zero_shot/mean"] = _mean(shown)
         return metrics
+
+    def dense(self, lm: LanguageModel, cache_dir: str | Path) -> Metrics:
+        return _measured_once(lm, [self.shown, self._protocols, version("lm_eval")], cache_dir, self.run)
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        """The yaml file of each task: svnup's own, lm-eval's, or one below `include_path`, which goes before both."""
+        known = _task_files(OWN_TASKS)
+        if self.include_path is not None:
+            known |= _task_files(Path(self.include_path).expanduser())
+        if set(self.shown) - set(known):
+            spec = find_spec("lm_eval.tasks")  # found, not imported
+            known = _task_files(Path(str(spec and spec.origin)).parent) | known
+        for name in self.shown:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else "; of a group, list the tasks; add include_path for your own"
+                raise ValueError(f"tasks={name}: lm-eval has no such task{hint}")
+        return {name: known[name] for name in self.shown}
+
+    @cached_property
+    def _loaded(self) -> dict[str, Any]:
+        """lm-eval's tasks by name, with their data sets."""
+        with _quietly():
+            return {name: self._load(name, path) for name, path in self._files.items()}
+
+    def _load(self, name: str, path: Path) -> Any:
+        from lm_eval.tasks import TaskManager
+
+        here = contextlib.chdir(OWN_TASKS) if path.parent == OWN_TASKS else contextlib.nullcontext()  # where its items lie
+        try:
+            with here:
+                task = TaskManager(include_defaults=False).load([str(path)])["tasks"][name]
+        except Exception as error:  # tasks are other people's code
+            raise ValueError(
+                f"tasks={name}: cannot be loaded ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}); its "
+                "data set needs the hub, a filled datasets cache, or a local copy in a folder of that name"
+            ) from error
+        has = task.aggregation() if task.OUTPUT_TYPE == "multiple_choice" else {}
+        if self.shown[name] not in has:
+            raise ValueError(
+                f"tasks={name}: has no {self.shown[name]} ({task.OUTPUT_TYPE}: {', '.join(has) or 'not multiple choice'}); "
+                "choose another metric or task"
+            )
+        task.set_config(key="num_fewshot", value=self.num_fewshot)
+        return task
+
+    @cached_property
+    def _protocols(self) -> dict[str, dict[str, Any]]:
+        """What determines the numbers of each task, as far as it is known without the model."""
+        return {name: self._protocol(name, task) for name, task in self._loaded.items()}
+
+    def _protocol(self, name: str, task: Any) -> dict[str, Any]:
+        docs = list(itertools.islice(task.task_docs, self.limit))
+        return {
+            "dataset": name,
+            "role": "test",
+            "task_version": task.VERSION,
+            "num_fewshot": self.num_fewshot,
+            "fewshot_seed": FEWSHOT_SEED if self.num_fewshot else None,
+            "items_sha256": hashlib.sha256(json.dumps(docs, sort_keys=True, default=str).encode()).hexdigest()[:16],
+            "n_items": len(docs),
+            "limit": self.limit,
+            "complete": self.limit is None,
+            "batch_size": self.batch_size,
+            "log_softmax": "float32",
+            "unit": "%",
+            "higher_is_better": True,
+        }
+
+
+@dataclass(frozen=True)
+class Full(Perplexity, ZeroShot):
+    """Perplexities and zero-shot accuracies."""
+
+    def __post_init__(self) -> None:
+        Perplexity.__post_init__(self)
+        ZeroShot.__post_init__(self)
+
+    def run(self, lm: LanguageModel) -> Metrics:
+        return Metrics(Perplexity.run(self, lm) | ZeroShot.run(self, lm))
+
+    def dense(self, lm: LanguageModel, cache_dir: str | Path) -> Metrics:
+        return Metrics(Perplexity.dense(self, lm, cache_dir) | ZeroShot.dense(self, lm, cache_dir))
+
+
+def _measured_once(lm: LanguageModel, protocols: Any, cache_dir: str | Path, run: Callable[[Any], Metrics]) -> Metrics:
+    """The metrics of a model under the given protocols, from the cache if they have been measured on such a device."""
+    identity = [lm.fingerprint(), protocols, lm.device.type, NUMBERS_VERSION]
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    path = Path(cache_dir) / "dense" / f"{key}.json"
+    if path.is_file():
+        return Metrics.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    metrics = run(lm)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(metrics.to_dict()), encoding="utf-8")
+    temporary.replace(path)
+    return metrics
+
+
+def _mean(metrics: list[Metric]) -> Metric:
+    """The mean over tasks, each weighing the same; its protocol holds theirs, with one entry for what all have in common."""
+    protocols = [m.protocol for m in metrics]
+    common = {k: v for k, v in protocols[0].items() if all(p[k] == v for p in protocols)}
+    apart = {p["dataset"]: {k: v for k, v in p.items() if k not in common} for p in protocols}
+    stderr = math.sqrt(sum((m.stderr or 0.0) ** 2 for m in metrics)) / len(metrics)
+    value = sum(m.value for m in metrics) / len(metrics)
+    return Metric(value, common | {"dataset": "zero_shot", "mean": "over tasks", "tasks": apart}, stderr=stderr)
+
+
+def _task_files(folder: Path) -> dict[str, Path]:
+    """The yaml file of every task in a folder, by its `task:` line: lm-eval's own index parses them all, which takes 11 s."""
+    line = re.compile(r"""^["']?task["']?:[ \t]*["']?([^\s"'#\[]+)""", re.MULTILINE)
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("**/*.yaml")):
+        if match := line.search(path.read_text(encoding="utf-8")):
+            found.setdefault(match[1], path)
+    return found
+
+
+def _harness_model(lm: LanguageModel, batch_size: int) -> Any:
+    """The model in memory as lm-eval takes it."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    class InMemory(HFLM):
+        """Counts the requests whose beginning does not fit the model's context, and takes no answer that is not a number."""
+
+        task, n_truncated = "", 0
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            for _, context, continuation in requests:
+                if len(continuation) > self.max_length:
+                    raise ValueError(
+                        f"evaluation.tasks={self.task}: a choice has {len(continuation)} tokens, the model {self.max_length} "
+                        "positions; choose other tasks"
+                    )
+                self.n_truncated += len(context) + len(continuation) > self.max_length + 1
+            answers = super()._loglikelihood_tokens(requests, *args, **kwargs)
+            if wrong := next((value for value, _ in answers if not math.isfinite(value)), None):
+                raise ValueError(
+                    f"stage evaluation: a log-likelihood of {self.task} is {wrong}, so there is no accuracy; "
+                    "try model.dtype=float32"
+                )
+            return answers
+
+    with _quietly():
+        return InMemory(
+            pretrained=lm.model,
+            tokenizer=copy.deepcopy(lm.tokenizer),  # lm-eval gives it a token for padding
+            batch_size=batch_size,
+            softmax_dtype=torch.float32,
+        )
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep lm-eval's warnings away, whose matter is in the protocols, and its bars where there is no terminal."""
+    harness = logging.getLogger("lm_eval")
+    level = harness.level
+    harness.setLevel(logging.ERROR)
+    away = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    try:
+        with away:
+            yield
+    finally:
+        harness.setLevel(level)
 
 
 def check_dense(dense: Metrics, known: list[dict[str, Any]], gate: Literal["error", "warn", "off"], model: str) -> None:
@@ -101,7 +387,7 @@ def check_dense(dense: Metrics, known: list[dict[str, Any]], gate: Literal["erro
     """
     for name, metric in dense.items():
         for row in known:
-            same = (row["dataset"], row["seq_len"]) == (metric.protocol["dataset"], metric.protocol["seq_len"])
+            same = (row["dataset"], row["seq_len"]) == (metric.protocol["dataset"], metric.protocol.get("seq_len"))
             same = same and row.get("model", model) == model
             complete = metric.protocol["role"] == "test" and metric.protocol["complete"]
             if gate == "off" or not same or not complete or abs(metric.value / row["ppl"] - 1) <= DENSE_TOLERANCE:

@@ -41,8 +41,8 @@ def _check_device_name(device: str) -> None:
 class Pretrained:
     """A checkpoint folder, a hub model or the built-in model `svnup/tiny`; names as in transformers' `from_pretrained`.
 
-    `seq_len` is the model's default sequence length, `test_text` the data set whose perplexity is reported by default, and
-    `dense_ppl` lists known dense perplexities as {dataset, seq_len, ppl, source}.
+    `seq_len` is the model's default sequence length, `test_text` the data set whose perplexity is reported by default,
+    `test_tasks` the tasks whose accuracy is, and `dense_ppl` lists known dense perplexities as {dataset, seq_len, ppl, source}.
     """
 
     pretrained_model_name_or_path: str
@@ -55,6 +55,7 @@ class Pretrained:
     blocks_path: str | None = None
     seq_len: int = 2048
     test_text: str = "wikitext2"
+    test_tasks: str = "with_rte"
     dense_ppl: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -232,6 +233,7 @@ class Random:
     device: str = "auto"
     seq_len: int = 128
     test_text: str = "docs"
+    test_tasks: str = "cloze"
     dense_ppl: list[dict[str, Any]] = field(default_factory=list)
     from_hub: ClassVar[bool] = False
 

@@ -27,7 +27,7 @@ NOT_IN_KEY = (
     *("results_dir", "cache_dir", "force", "dry_run", "save_model", "save_masks", "save_format", "offload"),
     *("tracker", "protocol_gate", "shapley", "selection"),
 )
-NOT_IN_MODEL_KEY = ("device", "device_map", "trust_remote_code", "test_text", "dense_ppl")
+NOT_IN_MODEL_KEY = ("device", "device_map", "trust_remote_code", "test_text", "test_tasks", "dense_ppl")
 
 CHOICES = 4  # endings that the accuracy payoff of a game tells apart
 
@@ -318,11 +318,16 @@ class PruneReport:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number and the protocol under which it was measured; nan only with a `reason`."""
+    """A number and the protocol under which it was measured; nan only with a `reason`.
+
+    `stderr` in the unit of the value, where the number is a mean over items; a `secondary` number is kept, and is in no table.
+    """
 
     value: float
     protocol: dict[str, Any]
     reason: str | None = None
+    stderr: float | None = None
+    secondary: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value) and self.reason is None:
@@ -330,12 +335,12 @@ class Metric:
 
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {"value": self.value if self.reason is None else None, "protocol": self.protocol}
-        return out if self.reason is None else out | {"reason": self.reason}
+        given = {"reason": self.reason, "stderr": self.stderr, "secondary": self.secondary or None}
+        return out | {name: value for name, value in given.items() if value is not None}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        value = data["value"]
-        return cls(math.nan if value is None else value, data["protocol"], data.get("reason"))
+        return cls(**data | {"value": math.nan if data["value"] is None else data["value"]})
 
 
 class Metrics(dict[str, Metric]):

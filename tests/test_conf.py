@@ -121,6 +121,14 @@ def test_hub_models_follow_the_field_s_protocol(model):
         assert set(known) == {"dataset", "seq_len", "ppl", "source"}
 
 
+@pytest.mark.parametrize(("model", "tasks"), [("tiny", "cloze"), ("random", "cloze"), ("llama2_7b", "with_rte")])
+def test_tasks_go_by_the_model_and_by_the_command_line(model, tasks):
+    assert plain(f"model={model}", "evaluation=zero_shot")["evaluation"]["tasks"] == tasks
+    full = plain(f"model={model}", "evaluation=full", "evaluation.tasks=[boolq,piqa]", "evaluation.n_seq=4")["evaluation"]
+    assert full["tasks"] == ["boolq", "piqa"]
+    assert full == plain(f"model={model}", "evaluation.n_seq=4")["evaluation"] | full
+
+
 @pytest.mark.parametrize("shapley", ["exact", "sliding_window", "permutation"])
 def test_the_payoff_text_of_hub_models_is_c4_with_every_estimator(shapley):
     cfg = plain("model=llama_7b", f"shapley={shapley}")
@@ -223,6 +231,7 @@ def base_key(_hydra) -> str:
         "save_model=true",
         "tracker=wandb",
         "model.device=cpu",
+        "model.test_tasks=with_rte",  # counts where it is evaluated
         "shapley.window=2",  # what it is anyway
     ],
 )
@@ -252,6 +261,8 @@ def test_key_is_unchanged_by_what_changes_no_number(given, base_key):
         "model.num_hidden_layers=4",
         "evaluation.n_seq=4",
         "evaluation=none",
+        "evaluation=zero_shot",
+        "evaluation=full",
         "evaluation.role=selection",
     ],
 )

@@ -65,6 +65,17 @@ CONFIG_ALONE = {
     "unknown evaluation data set": (["evaluation.datasets=[doc]"], ["evaluation.datasets=doc", "did you mean docs?"]),
     "evaluation data sets not a list": (["evaluation.datasets=docs"], ["evaluation.datasets=docs", "[docs]"]),
     "no evaluation data set": (["evaluation.datasets=[]"], ["evaluation.datasets=[]", "evaluation=none"]),
+    "unknown task": (
+        ["evaluation=zero_shot", "evaluation.tasks=[bolq]"],
+        ["evaluation.tasks=bolq", "no such task", "did you mean boolq?"],
+    ),
+    "unknown set of tasks": (
+        ["evaluation=zero_shot", "evaluation.tasks=boolq"],
+        ["evaluation.tasks=boolq", "choose a set", "or list tasks"],
+    ),
+    "task option typo": (["evaluation=zero_shot", "+evaluation.limt=5"], ["evaluation.limt=5", "did you mean limit?"]),
+    "limit zero": (["evaluation=full", "evaluation.limit=0"], ["evaluation.limit=0", "1 or more"]),
+    "tasks, offloaded": (["evaluation=zero_shot", "offload=cpu"], ["offload=cpu", "whole model", "evaluation=ppl"]),
     "sparsity in percent": (["sparsity=70"], ["sparsity=70", "[0, 1)", "did you mean sparsity=0.7?"]),
     "sparsity 1": (["sparsity=1"], ["sparsity=1", "[0, 1)"]),
     "sparsity negative": (["sparsity=-0.1"], ["sparsity=-0.1", "[0, 1)"]),
@@ -164,7 +175,8 @@ CONFIG_ALONE = {
 @pytest.mark.parametrize("case", CONFIG_ALONE)
 def test_config_mistakes(case, capsys, monkeypatch):
     args, said = CONFIG_ALONE[case]
-    line = refused(capsys, monkeypatch, *SMALL_W2, "results_dir=results", "cache_dir=cache", *args)
+    small = [a for a in SMALL_W2 if args[0] != "evaluation=zero_shot" or not a.startswith("evaluation.")]  # it has no windows
+    line = refused(capsys, monkeypatch, *small, "results_dir=results", "cache_dir=cache", *args)
     assert [s for s in said if s not in line] == [], line
 
 

@@ -1,0 +1,460 @@
+"""Zero-shot accuracy by the released lm-eval: its numbers against their definition, protocols, the field's tasks offline."""
+
+import gzip
+import importlib.util
+import json
+import math
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cli import RANDOM, last_row
+
+from svnup.__main__ import main
+from svnup.data import TEXTS, Docs
+from svnup.evaluation import OWN_TASKS, TASK_SETS, Full, Perplexity, ZeroShot
+from svnup.language_model import LanguageModel
+from svnup.model import Random
+from svnup.tables import render
+from svnup.types import Metric, Metrics, ResultRow
+
+ROOT = Path(__file__).parent.parent
+CLOZE = OWN_TASKS / "docs_cloze.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def _own_datasets_cache(tmp_path_factory, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    def refuse(self: socket.socket, address: Any) -> None:
+        raise AssertionError(f"{address} was to be reached")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def cloze(**options: Any) -> ZeroShot:
+    return ZeroShot(**({"tasks": "cloze", "limit": 12} | options))
+
+
+@pytest.fixture
+def evaluations(monkeypatch) -> list[str]:
+    """The tasks that lm-eval evaluated, in their order."""
+    import lm_eval.evaluator
+
+    calls: list[str] = []
+    evaluate = lm_eval.evaluator.evaluate
+
+    def spy(**kwargs: Any) -> Any:
+        calls.extend(kwargs["task_dict"]["tasks"])
+        return evaluate(**kwargs)
+
+    monkeypatch.setattr(lm_eval.evaluator, "evaluate", spy)
+    return calls
+
+
+# -- the built-in set
+
+
+def items() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in CLOZE.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_items_are_built_again_to_the_same_bytes(monkeypatch):
+    spec = importlib.util.spec_from_file_location("build_cloze", ROOT / "experiments" / "cloze" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "build_cloze", module)  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    assert module.build().encode() == CLOZE.read_bytes()
+
+
+def test_only_the_true_choice_goes_on_as_the_text_does():
+    with gzip.open(TEXTS / "test.txt.gz", "rt", encoding="utf-8") as file:
+        text = file.read()
+    rows = items()
+    assert len(rows) >= 500
+    for row in rows:
+        assert len(set(row["choices"])) == 4
+        assert [f"{row['context']} {choice}" in text for choice in row["choices"]] == [i == row["label"] for i in range(4)]
+        assert all(choice in text and len(choice.split()) == 8 for choice in row["choices"])
+
+
+def test_neither_place_nor_length_gives_the_answer_away():
+    rows = items()
+    chance, error = 1 / 4, math.sqrt(3 / 16 / len(rows))
+    labels = [row["label"] for row in rows]
+    assert all(abs(labels.count(i) / len(rows) - chance) < 3 * error for i in range(4))
+    for pick in (min, max):
+        right = [pick(range(4), key=lambda i, row=row: len(row["choices"][i])) == row["label"] for row in rows]
+        assert np.mean(right) < chance + 3 * error
+
+
+# -- the number
+
+
+def log_likelihood(lm: LanguageModel, context: str, choice: str) -> float:
+    """Sum over the tokens of ' choice' of their log-probabilities after the context, by the model's own code."""
+    before, whole = (lm.tokenizer(text)["input_ids"] for text in (context, f"{context} {choice}"))
+    with torch.inference_mode():
+        log_p = lm.model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+    return sum(log_p[i - 1, whole[i]].item() for i in range(len(before), len(whole)))
+
+
+def test_accuracy_is_the_share_of_items_whose_true_choice_is_the_likeliest(tiny):
+    rows = items()[:16]
+    scores = [[log_likelihood(tiny, row["context"], choice) for choice in row["choices"]] for row in rows]
+    right = [int(np.argmax(s)) == row["label"] for s, row in zip(scores, rows, strict=True)]
+    per_character = [[v / len(c) for v, c in zip(s, row["choices"], strict=True)] for s, row in zip(scores, rows, strict=True)]
+    right_norm = [int(np.argmax(s)) == row["label"] for s, row in zip(per_character, rows, strict=True)]
+    assert 0 < sum(right) < len(rows)
+    metrics = cloze(limit=16).run(tiny)
+    assert metrics["docs_cloze/acc"].value == pytest.approx(100 * np.mean(right))
+    assert metrics["docs_cloze/acc_norm"].value == pytest.approx(100 * np.mean(right_norm))
+
+
+def test_standard_errors_are_those_of_lm_eval(tiny):
+    from lm_eval.api.metrics import mean_stderr
+
+    metric = cloze(limit=16).run(tiny)["docs_cloze/acc"]
+    n_right = round(metric.value * 16 / 100)
+    assert metric.stderr == pytest.approx(100 * mean_stderr([1.0] * n_right + [0.0] * (16 - n_right)))
+
+
+def test_batches_do_not_matter_but_for_rounding(lm):
+    one, many = (cloze(batch_size=size).run(lm) for size in (1, 8))
+    assert {k: m.value for k, m in one.items()} == {k: m.value for k, m in many.items()}
+    assert one["docs_cloze/acc"].protocol != many["docs_cloze/acc"].protocol
+
+
+def test_the_model_and_its_tokenizer_stay_as_they_are(lm):
+    before, pad, state = lm.fingerprint(), lm.tokenizer.pad_token, torch.get_rng_state()
+    cloze(num_fewshot=1, limit=4).run(lm)
+    assert (lm.fingerprint(), lm.tokenizer.pad_token) == (before, pad)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_examples_before_the_items_are_the_same_each_time(lm):
+    evaluation = cloze(num_fewshot=2, limit=6)
+    first = evaluation.run(lm)
+    assert evaluation.run(lm) == first == cloze(num_fewshot=2, limit=6).run(lm)
+    assert first["docs_cloze/acc"].protocol["fewshot_seed"] == 1234
+
+
+# -- metrics and their protocol
+
+
+def test_protocol_of_an_accuracy(lm):
+    metrics = cloze().run(lm)
+    assert list(metrics) == ["docs_cloze/acc", "docs_cloze/acc_norm"]
+    protocol = metrics["docs_cloze/acc"].protocol
+    expected = {"dataset": "docs_cloze", "metric": "acc", "task_version": 1.0, "num_fewshot": 0, "batch_size": 8}
+    expected |= {"limit": 12, "complete": False, "n_items": 12, "n_truncated": 0, "unit": "%", "higher_is_better": True}
+    assert {k: protocol[k] for k in expected} == expected
+    assert protocol == json.loads(json.dumps(protocol))
+
+
+def test_protocols_tell_tasks_limits_and_examples_apart(lm):
+    def protocol(**options: Any) -> str:
+        return json.dumps(cloze(**options).run(lm)["docs_cloze/acc"].protocol, sort_keys=True)
+
+    assert len({protocol(), protocol(limit=13), protocol(num_fewshot=1), protocol(batch_size=4)}) == 4
+
+
+def test_metrics_survive_json():
+    metrics = Metrics({"a/acc": Metric(50.0, {"limit": 3}, stderr=2.5), "a/acc_norm": Metric(40.0, {}, secondary=True)})
+    assert Metrics.from_dict(json.loads(json.dumps(metrics.to_dict()))) == metrics
+    assert set(Metric(1.0, {}).to_dict()) == {"value", "protocol"}
+
+
+def test_truncated_items_are_counted():
+    lm = Random(num_hidden_layers=1, hidden_size=32, intermediate_size=64, num_attention_heads=2, max_position_embeddings=44)
+    metrics = cloze(limit=8).run(lm.load())
+    assert 0 < metrics["docs_cloze/acc"].protocol["n_truncated"] < 4 * 8
+
+
+def test_a_choice_longer_than_the_model_s_context_is_an_error():
+    lm = Random(num_hidden_layers=1, hidden_size=32, intermediate_size=64, num_attention_heads=2, max_position_embeddings=8)
+    with pytest.raises(ValueError, match=r"^evaluation\.tasks=docs_cloze: a choice has \d+ tokens, the model 8 positions; "):
+        cloze().run(lm.load())
+
+
+def test_a_log_likelihood_that_is_no_number_is_an_error(random_model):
+    lm = random_model(2)
+    lm.blocks[1].mlp.down_proj.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"^stage evaluation: a log-likelihood of docs_cloze is nan.*model\.dtype=float32"):
+        cloze().run(lm)
+
+
+# -- the dense number
+
+
+def test_the_dense_number_is_measured_once(tmp_path, lm, random_model, evaluations):
+    first = cloze().dense(lm, tmp_path)
+    assert cloze().dense(lm, tmp_path) == first
+    assert evaluations == ["docs_cloze"]
+    cloze(limit=11).dense(lm, tmp_path)
+    cloze(batch_size=4).dense(lm, tmp_path)
+    cloze(tasks={"docs_cloze": "acc_norm"}).dense(lm, tmp_path)
+    cloze().dense(random_model(seed=1), tmp_path)
+    assert len(evaluations) == 5
+    assert len(list((tmp_path / "dense").iterdir())) == 5
+
+
+def test_full_is_both_and_shares_their_dense_numbers(tmp_path, lm, evaluations):
+    texts = [Docs(n_seq=3, seq_len=32, role="test")]
+    ppl, full = Perplexity(texts, 32, 3), Full(texts, 32, 3, tasks="cloze", limit=12)
+    assert full.run(lm) == {**ppl.run(lm), **cloze().run(lm)}
+    evaluations.clear()
+    apart = {**ppl.dense(lm, tmp_path), **cloze().dense(lm, tmp_path)}
+    assert full.dense(lm, tmp_path) == apart
+    assert evaluations == ["docs_cloze"]
+    assert full.sources() == texts
+
+
+# -- the field's tasks, on local copies in the layout that `datasets` reads offline
+
+
+def choices(texts: list[str]) -> dict[str, list[str]]:
+    return {"text": texts, "label": list("ABCD")[: len(texts)]}
+
+
+def question(key: str, stem: str, i: int) -> dict[str, Any]:
+    return {key: f"{stem} {i}?", "choices": choices(["a thing", "another", "none", "all of them"]), "answerKey": "ABCD"[i % 4]}
+
+
+# repository, configuration, split, and the i-th row
+DATA: list[tuple[str, str, str, Callable[[int], dict[str, Any]]]] = [
+    (
+        "aps/super_glue",
+        "boolq",
+        "validation",
+        lambda i: {"passage": f"The value is {i}.", "question": f"is it {i % 3}", "label": i % 2},
+    ),
+    (
+        "nyu-mll/glue",
+        "rte",
+        "validation",
+        lambda i: {"sentence1": f"The array has {i} rows.", "sentence2": "It has rows.", "label": i % 2},
+    ),
+    (
+        "Rowan/hellaswag",
+        "default",
+        "validation",
+        lambda i: {
+            "activity_label": "Coding",
+            "ctx_a": f"A person opens file {i}.",
+            "ctx_b": "then they",
+            "endings": ["close it.", "read it all.", "eat.", "sing along."],
+            "label": str(i % 4),
+        },
+    ),
+    (
+        "allenai/winogrande",
+        "winogrande_xl",
+        "validation",
+        lambda i: {
+            "sentence": f"The list did not fit the box because _ had {i} items.",
+            "option1": "the list",
+            "option2": "the box",
+            "answer": "12"[i % 2],
+        },
+    ),
+    ("allenai/ai2_arc", "ARC-Easy", "test", lambda i: question("question", "Which of these is", i)),
+    ("allenai/ai2_arc", "ARC-Challenge", "test", lambda i: question("question", "Why is", i)),
+    ("allenai/openbookqa", "main", "test", lambda i: question("question_stem", "A function returns", i)),
+    (
+        "baber/piqa",
+        "default",
+        "validation",
+        lambda i: {"goal": f"To sort {i} values", "sol1": "call sort.", "sol2": "call the function sort.", "label": i % 2},
+    ),
+]
+N_ROWS = 6
+
+
+@pytest.fixture
+def hub_copies(tmp_path, monkeypatch):
+    """Folders `org/name` under the working directory: parquet files, and a README that says which is which split."""
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    readmes: dict[str, list[str]] = {}
+    for repository, name, split, row in DATA:
+        folder = tmp_path / repository
+        folder.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list([row(i) for i in range(N_ROWS)]).to_parquet(folder / f"{name}-{split}.parquet")
+        lines = readmes.setdefault(repository, ["---", "configs:"])
+        lines += [f"- config_name: {name}", "  data_files:"]
+        lines += [f"  - split: {s}\n    path: {name}-{split}.parquet" for s in dict.fromkeys(("train", split))]
+    for repository, lines in readmes.items():
+        (tmp_path / repository / "README.md").write_text("\n".join([*lines, "---", ""]))
+    return tmp_path
+
+
+@pytest.mark.parametrize("tasks", ["with_rte", "with_piqa"])
+def test_the_field_s_sets_offline(tasks, hub_copies, lm):
+    metrics = ZeroShot(tasks=tasks).run(lm)
+    shown = {f"{name}/{metric}" for name, metric in TASK_SETS[tasks].items()}
+    assert {name for name, m in metrics.items() if not m.secondary} == shown | {"zero_shot/mean"}
+    assert all(metrics[name].protocol["n_items"] == N_ROWS and metrics[name].protocol["complete"] for name in shown)
+    with_norm = {"hellaswag", "arc_easy", "arc_challenge", "openbookqa", "piqa"} & set(TASK_SETS[tasks])
+    assert all({f"{name}/acc", f"{name}/acc_norm"} <= set(metrics) for name in with_norm)
+    mean = metrics["zero_shot/mean"]
+    assert mean.value == pytest.approx(np.mean([metrics[name].value for name in shown]))
+    assert mean.stderr == pytest.approx(math.hypot(*(metrics[name].stderr for name in shown)) / 7)
+    assert set(mean.protocol["tasks"]) == set(TASK_SETS[tasks])
+    assert mean.protocol["tasks"]["boolq"]["task_version"] == 2.0
+    assert mean.protocol["limit"] is None
+
+
+def test_a_limit_is_in_the_protocol_of_the_mean(hub_copies, lm):
+    both = ["boolq", "winogrande"]
+    whole, part = (ZeroShot(tasks=both, limit=limit).run(lm)["zero_shot/mean"].protocol for limit in (None, 4))
+    assert whole != part
+    assert (part["limit"], part["complete"]) == (4, False)
+
+
+def test_boolq_is_scored_by_hand(hub_copies, lm):
+    """The standard prompt of the task: passage, question, and ' no' or ' yes' after 'Answer:'."""
+    right = []
+    for i in range(N_ROWS):
+        row = DATA[0][3](i)
+        prompt = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
+        no, yes = (log_likelihood(lm, prompt, choice) for choice in ("no", "yes"))
+        right.append((yes > no) == row["label"])
+    assert ZeroShot(tasks=["boolq"]).run(lm)["boolq/acc"].value == pytest.approx(100 * np.mean(right))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        (["bolq"], r"^tasks=bolq: lm-eval has no such task; did you mean boolq\?"),
+        (["mmlu_nothing_like_it_at_all_xyz"], r"^tasks=mmlu_nothing_like_it_at_all_xyz: lm-eval has no such task"),
+        ({"boolq": "acc_norm"}, r"^tasks=boolq: has no acc_norm \(multiple_choice: acc\); choose another"),
+    ],
+)
+def test_tasks_that_cannot_be_had(tasks, said, hub_copies):
+    with pytest.raises(ValueError, match=said):
+        ZeroShot(tasks=tasks).check()
+
+
+def test_a_data_set_that_is_not_there_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^tasks=piqa: cannot be loaded \(.*the hub, a filled datasets cache, or a local copy"
+    ):
+        ZeroShot(tasks=["piqa"]).check()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tasks": "with_rtw"}, r"^tasks=with_rtw: choose a set, cloze, with_rte, with_piqa, or list tasks, such as \["),
+        ({"tasks": []}, r"^tasks=\[\]: list names"),
+        ({"tasks": None}, r"^tasks=None: list names"),
+        ({"tasks": [3]}, r"^tasks=\[3\]: list names"),
+        ({"tasks": {"boolq": "f1"}}, r"^tasks=\{boolq: f1\}: choose acc or acc_norm"),
+        ({"limit": 0}, r"^limit=0: choose 1 or more"),
+        ({"batch_size": 0}, r"^batch_size=0: choose 1 or more"),
+        ({"num_fewshot": -1}, r"^num_fewshot=-1: choose 0 or more"),
+        ({"include_path": "nowhere"}, r"^include_path=nowhere: no such folder"),
+    ],
+)
+def test_options_that_make_no_sense(options, said):
+    with pytest.raises(ValueError, match=said):
+        cloze(**options)
+
+
+def test_lm_eval_is_asked_for_in_one_line(monkeypatch):
+    monkeypatch.setattr("svnup.evaluation.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^tasks=cloze: needs lm-eval; pip install 'svnup\[zero_shot\]', or evaluation=ppl"):
+        cloze()
+
+
+# -- tasks of one's own, and the command
+
+
+OWN = """task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: sums.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: label
+metric_list: [{metric: acc}]
+metadata: {version: 3.0}
+"""
+
+
+@pytest.fixture
+def own_tasks(tmp_path):
+    """A folder with a task; its items lie where it is run, as lm-eval has it."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "sums.yaml").write_text(OWN)
+    rows = [{"question": f"{i} + 1 =", "choices": [str(i + 1), str(i + 2)], "label": 0} for i in range(5)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_tasks_of_one_s_own(own_tasks, tmp_path, lm, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluation = ZeroShot(tasks=["sums", "docs_cloze"], include_path="mine", limit=5)
+    before = evaluation.fingerprints()
+    metrics = evaluation.run(lm)
+    assert metrics["sums/acc"].protocol["task_version"] == 3.0
+    assert set(metrics) == {"sums/acc", "docs_cloze/acc", "docs_cloze/acc_norm", "zero_shot/mean"}
+    (tmp_path / "mine" / "sums.yaml").write_text(OWN.replace("3.0", "3.1"))
+    again = ZeroShot(tasks=["sums", "docs_cloze"], include_path="mine", limit=5)
+    assert again.fingerprints() != before
+    assert again.run(lm)["sums/acc"].protocol["task_version"] == 3.1
+
+
+def test_only_multiple_choice_has_an_accuracy(own_tasks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = OWN.replace("multiple_choice", "generate_until").replace("doc_to_choice: choices\n", "").replace("{metric: acc}", "")
+    (tmp_path / "mine" / "sums.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"^tasks=sums: has no acc \(generate_until: not multiple choice\); choose another"):
+        ZeroShot(tasks=["sums"], include_path="mine").check()
+
+
+JOB = [*RANDOM, "model.seq_len=32", "dataset.n_seq=4", "pruner=magnitude", "allocator=uniform", "results_dir=results"]
+
+
+def test_the_command(tmp_path, monkeypatch, capsys, svnup):
+    """The harness within a job; a finished one runs no more, and the table shows one accuracy per task."""
+
+    def run(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["svnup", *JOB, "cache_dir=cache", *args])
+        code = main()
+        return (code, *capsys.readouterr())
+
+    code, out, err = run("evaluation=zero_shot", "evaluation.limit=8")
+    assert code == 0, err
+    assert "docs_cloze/acc " in out
+    assert " ± " in out
+    assert "Building" not in err, "lm-eval's bars stay out of logs"
+    row = last_row()
+    assert row["metrics"]["docs_cloze/acc"]["protocol"]["limit"] == 8
+    assert set(row["dense"]) == set(row["metrics"]) == {"docs_cloze/acc", "docs_cloze/acc_norm"}
+    assert set(row["fingerprints"]) >= {"evaluation.tasks"}
+    code, out, err = run("evaluation=zero_shot", "evaluation.limit=8")
+    assert "already finished" in out
+    table = render([ResultRow(**row)], "markdown")
+    assert "docs_cloze/acc dense" in table
+    assert "acc_norm" not in table
+    assert "docs_cloze/acc: 8 items, 0-shot, in %, limit 8" in table
+    code, out, err = run(
+        "evaluation=full", "evaluation.limit=8", "evaluation.n_seq=4", "evaluation.tasks={docs_cloze: acc_norm}"
+    )
+    assert code == 0, err
+    assert set(last_row()["metrics"]) == {"docs/ppl", "docs_cloze/acc", "docs_cloze/acc_norm"}
+    assert "secondary" not in last_row()["metrics"]["docs_cloze/acc_norm"]
