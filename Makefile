@@ -3,10 +3,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+STUDY  = $(firstword $(wildcard experiments/$(NAME)/run.py experiments/leaderboard/$(NAME).py))
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format tables study benchmarks clean
+.PHONY: help install demo test test-all lint format table tables study benchmarks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -40,15 +41,29 @@ format: $(READY)  ## let ruff rewrite the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-tables: $(READY)  ## remake the committed tables under results/tables
+# One table of the field, on its own models or on MODEL; on the built-in one with less text. A failed job is a cell of the table.
+FIELD    := llama_70 sparsities nm window_ablation payoff_ablation calibration zero_shot_70
+LESS      = $(if $(filter zero_shot_70,$(NAME)),,evaluation.n_seq=128) $(if $(filter calibration,$(NAME)),,dataset.n_seq=32)
+ON_MODEL  = hydra.sweeper.params.model=$(MODEL) $(if $(filter tiny%,$(MODEL)),$(LESS))
+METRIC    = $(if $(filter zero_shot_70,$(NAME)),docs_cloze/acc,docs/ppl)
+RUNS      = results/$(if $(MODEL),tables_$(MODEL),tables_field)/$(NAME)
+
+table: $(READY)  ## make table NAME=llama_70 [MODEL=tiny]: run what is missing of a published table, render it beside the published numbers
+	@test -f "conf/experiment/$(NAME).yaml" || { echo "NAME=$(NAME): choose $(FIELD)" >&2; exit 2; }
+	-$(if $(filter tiny%,$(MODEL)),$(OFFLINE)) $(BIN)/svnup -m experiment=$(NAME) $(if $(MODEL),$(ON_MODEL)) results_dir=$(RUNS) cache_dir=results/cache
+	$(BIN)/svnup-results published $(RUNS) --table $(NAME) $(if $(MODEL),--model $(MODEL)) $(if $(filter tiny%,$(MODEL)),--metric $(METRIC)) \
+		--format markdown --output results/tables/$(NAME)$(if $(MODEL),_$(MODEL)).md --command 'make table NAME=$(NAME)$(if $(MODEL), MODEL=$(MODEL))'
+
+tables: $(READY)  ## remake every committed table of the built-in model, and a report about their runs
 	$(OFFLINE) $(BIN)/svnup -m experiment=smoke results_dir=results/demo cache_dir=results/cache
 	$(BIN)/svnup-results table results/demo --format markdown --output results/tables/smoke.md \
 		--title 'Smoke experiment' --command 'make tables'
-	$(BIN)/svnup-results report results/demo
+	for name in $(FIELD); do $(MAKE) --no-print-directory table NAME=$$name MODEL=tiny || exit 1; done
+	$(BIN)/svnup-results report results/tables_tiny
 
-study: $(READY)  ## make study NAME=estimators|games|pruners: remake a study's table and figure
-	@test -f experiments/$(NAME)/run.py || { echo "NAME=$(NAME): choose estimators, games or pruners" >&2; exit 2; }
-	$(OFFLINE) $(BIN)/python experiments/$(NAME)/run.py
+study: $(READY)  ## make study NAME=estimators|games|pruners|budgets|leaderboard: remake a study's table and figure
+	@test -f "$(STUDY)" || { echo "NAME=$(NAME): choose estimators, games, pruners, budgets or leaderboard" >&2; exit 2; }
+	$(OFFLINE) $(BIN)/python $(STUDY)
 
 benchmarks: $(READY)  ## cost of Shapley values, pruning and offloading (about 25 minutes)
 	$(OFFLINE) $(BIN)/python experiments/benchmarks/shapley_cost.py --output results/benchmarks/shapley_cost.md
@@ -56,4 +71,4 @@ benchmarks: $(READY)  ## cost of Shapley values, pruning and offloading (about 2
 	$(OFFLINE) $(BIN)/python experiments/benchmarks/offload.py --output results/benchmarks/offload.md
 
 clean:  ## remove the environment and everything that runs wrote (not the committed tables)
-	rm -rf $(VENV) results/demo results/runs results/cache results/sweeps *.egg-info build
+	rm -rf $(VENV) results/demo results/tables_* results/runs results/cache results/sweeps *.egg-info build

@@ -1,0 +1,452 @@
+"""The leaderboard: every allocator with three pruners, on the built-in model and on one on which nothing was chosen.
+
+A cell is a model, a pruner and a sparsity. In each, an allocator's knob is chosen once, on the selection text with the first
+calibration seed (seven losses, uniform among them); then the model is pruned with three calibration seeds and read on test
+text. Search gets about twenty times what the Shapley budget cost, in losses on the same text. The controls take the
+amplitude of the Shapley budget. 0.6 and 0.7 have all allocators, 0.5 and 0.8 the five that are best at these. Writes
+results/tables/leaderboard.md and .csv and the figures; what is measured is kept in the cache, and a killed run goes on.
+
+    python experiments/leaderboard/run.py [--cache results/cache] [--workers 2] [--models tiny,tiny_opt] [--no-search]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+
+from svnup import NUMBERS_VERSION, config
+from svnup.allocation import Tuned, Uniform
+from svnup.config import CONF, Job
+from svnup.language_model import LanguageModel
+from svnup.pipeline import held_out_loss, stand_ins
+from svnup.provenance import hardware
+from svnup.pruning import temporarily_pruned
+from svnup.scoring import Context
+from svnup.types import Floats, SparsityProfile
+
+MODELS = ("tiny", "tiny_opt")
+PRUNERS = ("magnitude", "wanda", "sparsegpt")
+SPARSITIES, MORE_SPARSITIES = (0.7, 0.6), (0.5, 0.8)
+SEEDS = (0, 1, 2)
+TUNED = ("shapley", "leave_one_out", "owl", "alpha_pruning", "dlp", "atp", "block_influence")
+CONTROLS = ("random", "reversed")
+SEARCHED = ("curves", "search")
+ALLOCATORS = ("uniform", *TUNED, *CONTROLS, *SEARCHED)
+SEARCH_CELLS = {("wanda", 0.7), ("sparsegpt", 0.7)}  # a search costs as much as all else in a cell
+N_CALIBRATION, N_SELECTION, N_TEST, N_PAYOFF = 32, 48, 128, 16
+BUDGET = 20  # of search, in costs of the Shapley budget
+Cell = tuple[str, str, float]  # model, pruner, sparsity
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One allocator in one cell: test NLL in nats per seed and window (3, n), profile per seed (3, n_blocks), what was chosen
+    and what it cost, in forward passes of the model over the calibration text."""
+
+    cell: Cell
+    allocator: str
+    chosen: str
+    losses: Floats
+    profiles: Floats
+    n_losses: int
+    cost: float
+    curve: list[dict[str, Any]]
+
+    @property
+    def perplexities(self) -> Floats:
+        return np.exp(self.losses.mean(axis=1))
+
+
+class Bench:
+    """The models, and what was measured once ever: one JSON line each, in a file per process."""
+
+    def __init__(self, cache: str) -> None:
+        self.cache = Path(cache)
+        self.folder = self.cache / "leaderboard"
+        self.known: dict[str, Any] = {}
+        for path in sorted(self.folder.glob("*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    key, value = json.loads(line)
+                    self.known[key] = value
+                except ValueError:
+                    continue  # torn by a kill: computed again
+        self.models: dict[str, LanguageModel] = {}
+        self.texts: config.Texts = {}
+
+    def remembered(self, what: list[Any]) -> Any:
+        return self.known.get(self._key(what))
+
+    def remember(self, what: list[Any], value: Any) -> None:
+        self.known[self._key(what)] = value
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps([self._key(what), value]) + "\n")
+
+    def _key(self, what: list[Any]) -> str:
+        return hashlib.sha256(json.dumps([NUMBERS_VERSION, *what]).encode()).hexdigest()[:24]
+
+    def job(self, cell: Cell, allocator: str, seed: int, *overrides: str) -> Job:
+        """What the command would run: `svnup` with these overrides."""
+        model, pruner, sparsity = cell
+        sizes = [f"dataset.n_seq={N_CALIBRATION}", f"selection.n_seq={N_SELECTION}", f"shapley.game.data.n_seq={N_PAYOFF}"]
+        base = [f"model={model}", f"pruner={pruner}", f"sparsity={sparsity}", f"allocator={allocator}", f"seed={seed}", *sizes]
+        cfg = compose(
+            "config", [*base, "model.device=cpu", f"evaluation.n_seq={N_TEST}", f"cache_dir={self.cache}", *overrides]
+        )
+        return config.build(cfg, self.texts)
+
+    def model(self, job: Job, name: str) -> LanguageModel:
+        if name not in self.models:
+            self.models[name] = job.model.load()
+        return self.models[name]
+
+    def entry(self, cell: Cell, allocator: str, compute: bool = True) -> Entry | None:
+        """The measured entry, from the cache where it is there; None where it is not and `compute` is false."""
+        lam = None
+        if allocator in (*CONTROLS, "search"):
+            shapley = self.entry(cell, "shapley", compute)
+            if shapley is None:
+                return None
+            lam = shapley.chosen.partition("=")[2]
+        overrides = self._overrides(cell, allocator, lam, shapley.cost if allocator == "search" else 0.0)
+        what = [*cell, allocator, N_CALIBRATION, N_SELECTION, N_TEST, N_PAYOFF, overrides]
+        found = self.remembered(what)
+        if found is None and compute:
+            found = self._measure(cell, allocator, overrides)
+            self.remember(what, found)
+        if found is None:
+            return None
+        arrays = {name: np.array(found[name]) for name in ("losses", "profiles")}
+        return Entry(cell, allocator, **(found | arrays))
+
+    def _overrides(self, cell: Cell, allocator: str, lam: str | None, cost: float) -> list[str]:
+        if allocator in TUNED:
+            knob = {"alpha_pruning": "epsilon", "atp": "beta"}.get(allocator, "lam")
+            return [f"allocator.{knob}=auto"]
+        if allocator in CONTROLS:
+            return [f"allocator.lam={lam}"]
+        if allocator == "search":  # as many generations as 20 times the cost pays for, and at least one
+            search: Any = self.job(cell, "search", 0).allocator
+            widths = [search.offspring, *search.survivors]
+            lengths = [*search.sequences, N_SELECTION]
+            generation = sum(w * loss_cost(cell[1], n) for w, n in zip(widths, lengths, strict=True))
+            return [f"allocator.generations={max(1, round(BUDGET * cost / generation))}"]
+        return []
+
+    def _measure(self, cell: Cell, allocator: str, overrides: list[str]) -> dict[str, Any]:
+        chosen, tuning, cost = "-", None, 0.0
+        losses, profiles = [], []
+        for seed in SEEDS:
+            job = self.job(cell, allocator, seed, *overrides)
+            lm, tokens = self.model(job, cell[0]), job.tokens()
+            scores = None
+            if job.scorer is not None:
+                scores = job.scorer.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm)))
+            if seed == SEEDS[0]:
+                loss = held_out_loss(job, lm, tokens)
+                profile = job.allocator.allocate(scores, lm.block_params, job.sparsity, job.pattern, loss)
+                tuning = loss.to_dict()
+                cost = score_cost(job, scores, lm.n_blocks) + sum(
+                    loss_cost(cell[1], call.get("n_seq", N_SELECTION)) for call in (tuning or {"curve": []})["curve"]
+                )
+                if isinstance(job.allocator, Tuned):
+                    assert tuning is not None
+                    chosen = min(tuning["curve"], key=lambda call: math.inf if call["loss"] is None else call["loss"])["label"]
+            elif isinstance(job.allocator, Tuned):
+                fixed = job.allocator.candidates(lm.n_blocks, job.sparsity)[chosen]
+                profile = fixed.allocate(scores, lm.block_params, job.sparsity, job.pattern)
+            elif allocator not in SEARCHED:  # whose profile is a choice too, made once
+                profile = job.allocator.allocate(scores, lm.block_params, job.sparsity, job.pattern)
+            losses.append(self._test(job, lm, profile))
+            profiles.append(profile.sparsity.tolist())
+        return {
+            "chosen": chosen if chosen != "-" else ", ".join(o.partition(".")[2] for o in overrides) or "-",
+            "losses": losses,
+            "profiles": profiles,
+            "n_losses": tuning["n_evaluations"] if tuning else 0,
+            "cost": cost,
+            "curve": tuning["curve"] if tuning else [],
+        }
+
+    def _test(self, job: Job, lm: LanguageModel, profile: SparsityProfile) -> list[float]:
+        """NLL per window of test text; the same profile, weights and calibration are pruned once."""
+        tokens = job.tokens() if job.pruner.needs_inputs else None
+        calibration = hashlib.sha256(tokens.tobytes()).hexdigest() if tokens is not None else None
+        what = ["test", lm.fingerprint(), repr(job.pruner), np.round(profile.sparsity, 12).tolist(), calibration, N_TEST]
+        found = self.remembered(what)
+        if found is None:
+            (source,) = job.evaluation.sources()
+            with temporarily_pruned(lm, profile, job.pruner, job.tokens()):
+                found = [round(float(v), 9) for v in lm.nll(source.tokens(lm.tokenizer))]
+            self.remember(what, found)
+        return found
+
+
+def loss_cost(pruner: str, n_seq: int) -> float:
+    """Of one loss on `n_seq` sequences: pruning runs each block twice over the calibration text, unless it needs no inputs."""
+    return (0 if pruner == "magnitude" else 2) + n_seq / N_CALIBRATION
+
+
+def score_cost(job: Job, scores: Any, n_blocks: int) -> float:
+    if scores is None:
+        return 0.0
+    share = N_PAYOFF / N_CALIBRATION if job.shapley is not None else 1.0
+    return float(scores.cost.n_block_forwards / n_blocks * share)
+
+
+def entries(allocators: Iterable[str], cells: Iterable[Cell], search: bool) -> Iterator[tuple[Cell, str]]:
+    for cell in cells:
+        for allocator in allocators:
+            if allocator not in SEARCHED or (search and (allocator != "search" or cell[1:] in SEARCH_CELLS)):
+                yield cell, allocator
+
+
+def measure(task: tuple[str, Cell, str]) -> None:
+    cache, cell, allocator = task
+    torch.set_num_threads(1)
+    bench = _benches.setdefault(cache, Bench(cache))
+    entry = bench.entry(cell, allocator)
+    assert entry is not None
+    print(f"{' '.join(map(str, cell))} {allocator}: {entry.perplexities.mean():.2f} ({entry.chosen})", flush=True)
+
+
+_benches: dict[str, Bench] = {}  # of a worker: its models stay loaded
+
+
+def start() -> None:
+    config.register()
+    initialize_config_dir(str(CONF), version_base="1.3")
+
+
+def run_all(todo: list[tuple[Cell, str]], cache: str, workers: int) -> None:
+    """The Shapley budgets first, whose choices controls and search need."""
+    first = [entry for entry in todo if entry[1] == "shapley"]
+    for part in (first, [entry for entry in todo if entry not in first]):
+        with multiprocessing.get_context("spawn").Pool(workers, start) as pool:
+            for _ in pool.imap_unordered(measure, [(cache, *entry) for entry in part]):
+                pass
+
+
+# -- what the numbers say
+
+
+def change(entry: Entry, other: Entry) -> tuple[float, float, float, float]:
+    """Perplexity of an entry against another's in percent: mean over seeds, its standard error over seeds, and the 95 %
+    interval of a bootstrap over test windows (both are read in the same windows, so differences are paired)."""
+    difference = entry.losses - other.losses
+    per_seed = difference.mean(axis=1)
+    windows = difference.mean(axis=0)
+    rng = np.random.default_rng(0)
+    means = windows[rng.integers(len(windows), size=(2000, len(windows)))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    mean = math.expm1(per_seed.mean())
+    return (
+        100 * mean,
+        100 * (1 + mean) * per_seed.std(ddof=1) / math.sqrt(len(per_seed)),
+        *(100 * math.expm1(x) for x in (low, high)),
+    )
+
+
+def ranking(board: dict[tuple[Cell, str], Entry], models: Iterable[str], among: Iterable[str]) -> list[str]:
+    """Allocators from the lowest loss, averaged over models, pruners and the two main sparsities."""
+    cells = [(m, p, s) for m in models for p in PRUNERS for s in SPARSITIES]
+    mean = {a: np.mean([board[cell, a].losses.mean() for cell in cells]) for a in among}
+    return sorted(mean, key=lambda a: mean[a])
+
+
+def table(board: dict[tuple[Cell, str], Entry], model: str, sparsity: float) -> list[str]:
+    """Perplexities of one model at one sparsity; the lowest that was not searched for is bold."""
+    lines = ["| allocator | " + " | ".join(f"{p} | vs uniform | cost" for p in PRUNERS) + " |"]
+    lines.append("| --- |" + " ---: |" * (3 * len(PRUNERS)))
+    names = [a for a in ALLOCATORS if any(((model, p, sparsity), a) in board for p in PRUNERS)]
+    least = {
+        p: min((a for a in names if a not in SEARCHED), key=lambda a: board[(model, p, sparsity), a].losses.mean())
+        for p in PRUNERS
+    }
+    for name in names:
+        cells = [name]
+        for pruner in PRUNERS:
+            entry = board.get(((model, pruner, sparsity), name))
+            if entry is None:
+                cells += ["-", "-", "-"]
+                continue
+            shown = f"{entry.perplexities.mean():.2f} ± {entry.perplexities.std(ddof=1):.2f}"
+            mean, _, low, high = change(entry, board[(model, pruner, sparsity), "uniform"])
+            cells += [
+                f"**{shown}**" if name == least[pruner] else shown,
+                "" if name == "uniform" else f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]",
+                f"{entry.cost:.0f}",
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def against_shapley(board: dict[tuple[Cell, str], Entry], models: Iterable[str]) -> list[str]:
+    """How much more perplexity each allocator leaves than the Shapley budget."""
+    cells = [(m, p, s) for s in SPARSITIES for m in models for p in PRUNERS]
+    lines = ["| allocator | " + " | ".join(f"{m}, {p}, {100 * s:.0f} %" for m, p, s in cells) + " |"]
+    lines.append("| --- |" + " ---: |" * len(cells))
+    for name in ALLOCATORS:
+        shown = []
+        for cell in cells:
+            if name == "shapley" or (cell, name) not in board:
+                shown.append("-")
+                continue
+            mean, error, low, high = change(board[cell, name], board[cell, "shapley"])
+            shown.append(f"{mean:+.1f} ± {error:.1f} % [{low:+.1f}, {high:+.1f}]")
+        if name != "shapley":
+            lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def choices(board: dict[tuple[Cell, str], Entry], models: Iterable[str]) -> list[str]:
+    """The knob that the selection text chose, with the number of its losses."""
+    cells = [(m, p, s) for m in models for p in PRUNERS for s in SPARSITIES]
+    lines = ["| allocator | losses | " + " | ".join(f"{m}, {p}, {100 * s:.0f} %" for m, p, s in cells) + " |"]
+    lines.append("| --- | ---: |" + " --- |" * len(cells))
+    for name in ALLOCATORS:
+        found = [board.get((cell, name)) for cell in cells]
+        counts = sorted({entry.n_losses for entry in found if entry is not None})
+        shown = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1]))) if counts else "-"
+        lines.append(f"| {name} | {shown} | " + " | ".join(e.chosen if e else "-" for e in found) + " |")
+    return lines
+
+
+def report(board: dict[tuple[Cell, str], Entry], dense: dict[str, float], models: tuple[str, ...], best: list[str]) -> str:
+    machine = hardware()
+    text = [
+        "# Leaderboard: allocators, pruners, sparsities",
+        "",
+        f"Made by `make study NAME=leaderboard`. {machine['cpu']}, one thread a worker, torch {torch.__version__}, float32. "
+        f"Calibration {N_CALIBRATION} x 256 tokens, seeds {', '.join(map(str, SEEDS))}; selection text {N_SELECTION} x 256, "
+        f"payoff text {N_PAYOFF} x 256; perplexity on the first {N_TEST} windows of 256 tokens of the test text, mean ± "
+        "standard deviation over the seeds.",
+        "",
+        "'vs uniform': relative change of perplexity, with the 95 % interval of a paired bootstrap over test windows. Cost: of "
+        "the allocation, choice of its knob included, in forward passes of the whole model over the calibration text. Bold: "
+        "the lowest that does not search (curves and search do, on the selection text).",
+    ]
+    for model in models:
+        for sparsity in sorted((*SPARSITIES, *MORE_SPARSITIES)):
+            if any(cell[0] == model and cell[2] == sparsity for cell, _ in board):
+                title = f"{model}, {100 * sparsity:.0f} % (dense {dense[model]:.2f})"
+                text += ["", f"## {title}", "", *table(board, model, sparsity)]
+    text += ["", "## Perplexity against the Shapley budget's", "", "Mean ± standard error over seeds, and the interval.", ""]
+    text += against_shapley(board, models)
+    text += ["", "## What was chosen on the selection text", "", *choices(board, models), ""]
+    text += [f"From the lowest loss over all cells of 60 and 70 %: {', '.join(best)}."]
+    return "\n".join(text) + "\n"
+
+
+def csv(board: dict[tuple[Cell, str], Entry]) -> str:
+    lines = ["model,pruner,sparsity,allocator,seed,ppl,chosen,n_losses,cost"]
+    for (cell, name), entry in board.items():
+        for seed, ppl in zip(SEEDS, entry.perplexities, strict=True):
+            lines.append(
+                f'{cell[0]},{cell[1]},{cell[2]},{name},{seed},{ppl:.6g},"{entry.chosen}",{entry.n_losses},{entry.cost:.4g}'
+            )
+    return "\n".join(lines) + "\n"
+
+
+def draw_front(board: dict[tuple[Cell, str], Entry], models: tuple[str, ...], path: Path) -> None:
+    """Perplexity against cost at 70 %, and the Pareto front."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4 * len(models)), layout="constrained")
+    grid = np.atleast_2d(figure.subplots(len(models), 2))
+    for row, model in zip(grid, models, strict=True):
+        for axes, pruner in zip(row, ("wanda", "sparsegpt"), strict=True):
+            found = [
+                (board[cell, a].cost, float(board[cell, a].perplexities.mean()), a)
+                for cell, a in board
+                if cell == (model, pruner, 0.7)
+            ]
+            front, least = [], math.inf
+            for cost, ppl, _ in sorted(found):
+                if ppl < least:
+                    front.append((cost, ppl))
+                    least = ppl
+            axes.plot(*zip(*front, strict=True), color="0.7", drawstyle="steps-post", zorder=1)
+            for cost, ppl, name in found:
+                ours = name in ("shapley", "leave_one_out")
+                axes.plot(cost, ppl, "o", color="#c1666b" if ours else "0.5" if name in CONTROLS else "#3b6ea5")
+                axes.annotate(name, (cost, ppl), xytext=(4, 3), textcoords="offset points", fontsize=7)
+            axes.set(xscale="symlog", yscale="log", title=f"{model}, {pruner}, 70 %", ylabel="perplexity (test)")
+            axes.set_xlabel("cost of the allocation (forward passes over the calibration text)")
+            axes.grid(color="0.92", which="both")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def draw_profiles(board: dict[tuple[Cell, str], Entry], models: tuple[str, ...], path: Path) -> None:
+    """Sparsity per block of each allocator at 70 % with Wanda."""
+    from matplotlib.figure import Figure
+
+    names = [a for a in ALLOCATORS if a not in ("uniform", *CONTROLS)]
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    for axes, name in zip(figure.subplots(2, (len(names) + 1) // 2, sharex=True, sharey=True).flat, names, strict=False):
+        for model, color in zip(models, ("#3b6ea5", "#c1666b"), strict=False):
+            entry = board.get(((model, "wanda", 0.7), name))
+            if entry is not None:
+                axes.plot(100 * entry.profiles.mean(axis=0), marker="o", markersize=3, color=color, label=model)
+        axes.axhline(70, color="0.6", linewidth=0.8, linestyle="--")
+        axes.set_title(name, fontsize=9)
+        axes.grid(color="0.92")
+    figure.axes[0].legend(fontsize=8)
+    figure.supxlabel("layer (transformer block, counted from 0)", fontsize=9)
+    figure.supylabel("sparsity (% zeros)", fontsize=9)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", default="results/cache")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--search", action=argparse.BooleanOptionalAction, default=True, help="with curves and search")
+    parser.add_argument("--stage", choices=("main", "all"), default="all", help="main: no other sparsities than 0.6 and 0.7")
+    options = parser.parse_args()
+    models = tuple(options.models.split(","))
+    cells = [(model, pruner, sparsity) for sparsity in SPARSITIES for model in models for pruner in PRUNERS]
+    todo = [*entries(ALLOCATORS, cells, options.search)]
+    run_all(todo, options.cache, options.workers)
+    start()
+    torch.set_num_threads(1)
+    bench = Bench(options.cache)
+    board = {(cell, a): entry for cell, a in todo if (entry := bench.entry(cell, a, compute=False)) is not None}
+    best = ranking(board, models, [a for a in ALLOCATORS if a not in ("search", *CONTROLS)])
+    if options.stage == "all":
+        cells = [(model, pruner, sparsity) for sparsity in MORE_SPARSITIES for model in models for pruner in PRUNERS]
+        more = [*entries(dict.fromkeys(["uniform", "shapley", *best[:5]]), cells, False)]
+        run_all(more, options.cache, options.workers)
+        bench = Bench(options.cache)
+        board |= {(cell, a): entry for cell, a in more if (entry := bench.entry(cell, a, compute=False)) is not None}
+    dense = {}
+    for model in models:
+        job = bench.job((model, "none", 0.7), "uniform", 0)
+        dense[model] = float(
+            np.exp(
+                bench._test(job, bench.model(job, model), Uniform().allocate(None, bench.model(job, model).block_params, 0.0))
+            ).mean()
+        )
+    Path("results/tables").mkdir(parents=True, exist_ok=True)
+    Path("results/tables/leaderboard.md").write_text(report(board, dense, models, best), encoding="utf-8")
+    Path("results/tables/leaderboard.csv").write_text(csv(board), encoding="utf-8")
+    draw_front(board, models, Path("docs/figures/leaderboard.png"))
+    draw_profiles(board, models, Path("docs/figures/profiles.png"))
+
+
+if __name__ == "__main__":
+    main()
