@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from svnup import runs
 from svnup.provenance import MOVES_NUMBERS
 from svnup.results import load
 from svnup.types import ResultRow
@@ -69,14 +68,6 @@ class Repeated:
         return "\n".join([*lines, ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)]) + "\n"
 
 
-def find(results_dir: str | Path, key: str) -> ResultRow:
-    """The finished result below a folder whose key begins so; raises ValueError where there is none, or more than one."""
-    row = runs.find(sorted(load(results_dir), key=lambda row: row.status == "finished"), key)
-    if row.status != "finished":
-        raise ValueError(f"{key}: this run is {row.status}, so there are no numbers to compare; run it first")
-    return row
-
-
 def rerun(row: ResultRow, into: str | Path) -> Repeated:
     """Run the configuration of a result again, with empty caches, in a new folder below `into`, and compare.
 
@@ -84,6 +75,8 @@ def rerun(row: ResultRow, into: str | Path) -> Repeated:
     that folder still exists, in the working directory of the first, so that relative paths lead where they led.
     Raises ValueError where it cannot run as it is, RuntimeError where it fails.
     """
+    if row.status != "finished":
+        raise ValueError(f"{row.config_key}: this run is {row.status}, so there are no numbers to compare; run it first")
     Path(into).mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix=f"{row.config_key}-", dir=into)).resolve()
     original = place / "original.json"

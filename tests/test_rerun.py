@@ -12,8 +12,7 @@ from cli import last_row
 
 from svnup.config import build, register, stored
 from svnup.provenance import provenance
-from svnup.rerun import Repeated, find
-from svnup.results import RunFolder
+from svnup.rerun import Repeated, rerun
 from svnup.types import ResultRow
 
 
@@ -87,17 +86,10 @@ def test_differences_of_provenance():
     assert "same code, packages and machine" in Repeated(first, first, Path("there")).report()
 
 
-def test_a_run_is_found_by_the_beginning_of_its_key(tmp_path):
-    for key, status in (("abc1", "finished"), ("abd1", "finished"), ("b1", "failed")):
-        RunFolder.of(tmp_path, key).write(result(key=key, status=status))
-    assert find(tmp_path, "abc").config_key == "abc1"
-    for key, words in (
-        ("ab", "several runs begin so: abc1, abd1"),
-        ("x", "no run has a key that begins so"),
-        ("b", "this run is failed"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            find(tmp_path, key)
+def test_a_run_that_is_not_finished_has_nothing_to_compare(tmp_path):
+    with pytest.raises(ValueError, match="abc123: this run is failed"):
+        rerun(result(status="failed"), tmp_path / "there")
+    assert not list(tmp_path.iterdir())
 
 
 # -- by the command
@@ -113,7 +105,7 @@ def ran(svnup, tmp_path):
     return last_row()
 
 
-def rerun(*args):
+def again_by_command(*args):
     """The command in a process of its own, since it starts another whose output is part of its own."""
     program = "import sys; from svnup.results_cli import main; sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", program, "rerun", *args], capture_output=True, text=True, check=False)
@@ -129,7 +121,7 @@ def test_a_run_repeats_from_its_result_alone(ran, monkeypatch, tmp_path):
     cached = set((tmp_path / "cache").rglob("*"))
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    code, out, err = rerun(ran["config_key"][:5], "--results-dir", "kept")
+    code, out, err = again_by_command(ran["config_key"][:5], "--results-dir", "kept")
     assert code == 0, out + err
     assert "docs/ppl" in out
     assert f"{ran['metrics']['docs/ppl']['value']!r}" in out
@@ -154,7 +146,7 @@ def test_another_number_is_exit_code_1_and_the_environment_is_as_it_was(ran, mon
     path.write_text(json.dumps(ran))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.setenv(name, "2")
-    code, out, _ = rerun(ran["config_key"])
+    code, out, _ = again_by_command(ran["config_key"])
     assert code == 1
     (line,) = [line for line in out.splitlines() if line.strip().startswith("docs/ppl ") and "different" in line]
     assert repr(ran["metrics"]["docs/ppl"]["value"]) in line
@@ -168,13 +160,13 @@ def test_another_number_is_exit_code_1_and_the_environment_is_as_it_was(ran, mon
 
 def test_what_cannot_be_repeated_is_exit_code_2(ran):
     Path("mine.txt").unlink()
-    code, _, err = rerun(ran["config_key"])
+    code, _, err = again_by_command(ran["config_key"])
     assert code == 2
     assert "dataset.path=mine.txt: there is no such file" in err
     assert "Traceback" not in err
-    code, _, err = rerun("zz")
+    code, _, err = again_by_command("zz")
     assert (code, err.count("\n")) == (2, 1)
-    assert "zz: no run begins so" in err
+    assert "zz: no run has a key that begins so" in err
 
 
 def test_a_configuration_of_an_earlier_version_builds_the_same_job(svnup):
