@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from svnup.language_model import LanguageModel
     from svnup.types import Offload
 
-BUILT_IN = "svnup/tiny"
+BUILT_IN, BUILT_IN_OPT = "svnup/tiny", "svnup/tiny_opt"
 BUILT_IN_FOLDER = Path(__file__).parent / "assets" / "tiny"
+SHIPPED = {BUILT_IN: BUILT_IN_FOLDER, BUILT_IN_OPT: BUILT_IN_FOLDER.with_name("tiny_opt")}
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
@@ -39,7 +40,7 @@ def _check_device_name(device: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """A checkpoint folder, a hub model or the built-in model `svnup/tiny`; names as in transformers' `from_pretrained`.
+    """A checkpoint folder, a hub model, or a built-in one (`SHIPPED`); names as in transformers' `from_pretrained`.
 
     `seq_len` is the model's default sequence length, `test_text` the data set whose perplexity is reported by default,
     `test_tasks` the tasks whose accuracy is, and `dense_ppl` lists known dense perplexities as {dataset, seq_len, ppl, source}.
@@ -81,14 +82,16 @@ class Pretrained:
     def _source(self) -> str:
         """What transformers is given."""
         given = self.pretrained_model_name_or_path
-        return str(BUILT_IN_FOLDER) if given == BUILT_IN else str(Path(given).expanduser()) if self._is_local else given
+        if given in SHIPPED:
+            return str(SHIPPED[given])
+        return str(Path(given).expanduser()) if self._is_local else given
 
     @property
     def _is_local(self) -> bool:
         """A folder, or something that can only be meant as one: hub names are `name` or `organisation/name`."""
         given = self.pretrained_model_name_or_path
         looks_local = given.startswith((".", "/", "~")) or given.count("/") > 1
-        return given == BUILT_IN or looks_local or Path(given).expanduser().exists()
+        return given in SHIPPED or looks_local or Path(given).expanduser().exists()
 
     @cached_property
     def _config_file(self) -> Path:

@@ -212,10 +212,11 @@ def _rerun_options(parser: argparse.ArgumentParser) -> None:
 
 def _rerun(options: Options) -> int:
     """0 where all numbers came out equal or within 1 %, else 1."""
-    from svnup.rerun import find, rerun
+    from svnup import runs
+    from svnup.rerun import rerun
 
     place = Path(options.results_dir).resolve()
-    row = find(place, options.key)
+    row = runs.find(_rows(str(place)), options.key)
     try:
         repeated = rerun(row, options.into or place.with_name(f"{place.name}-rerun"))
     except RuntimeError as error:
