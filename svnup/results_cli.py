@@ -204,7 +204,7 @@ def _export(options: Options) -> int:
 
 
 def _rerun_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("key", help="the key of a run, or its beginning")
+    parser.add_argument("id", help="the key of a run, or how it begins")
     parser.add_argument("--results-dir", default="results")
     parser.add_argument("--into", help="where the repetition goes; by default beside the results: RESULTS_DIR-rerun")
     parser.set_defaults(run=_rerun)
@@ -216,7 +216,7 @@ def _rerun(options: Options) -> int:
     from svnup.rerun import rerun
 
     place = Path(options.results_dir).resolve()
-    row = runs.find(_rows(str(place)), options.key)
+    row = runs.find(_rows(options.results_dir), options.id)
     try:
         repeated = rerun(row, options.into or place.with_name(f"{place.name}-rerun"))
     except RuntimeError as error:
