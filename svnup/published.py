@@ -225,7 +225,7 @@ def _left_out(ours: Ours, theirs: Mapping[tuple[Label, Label], Number]) -> list[
             f"Not compared: {len(other)} published numbers at seq_len {', '.join(dict.fromkeys(other))}; ours is {seq_len}."
         )
     notes += [] if ours.whole else [f"{PARTIAL}: no differences."]
-    return notes + ([f"{ours.n_others} other runs of this folder are not part of this table."] if ours.n_others else [])
+    return notes + ([f"Runs in this folder that are not of this table: {ours.n_others}."] if ours.n_others else [])
 
 
 def headline(field: Published, ours: Ours, title: str | None = None) -> Grid:

@@ -1,0 +1,140 @@
+"""What counts as the same number, in folders and in tables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rows import run, write
+
+from svnup.comparison import compare, difference
+from svnup.results_cli import main
+from svnup.types import ResultRow
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "apart"),
+    [
+        ("16.55", "16.55", 0.0),
+        ("16.55", "16.72", 0.17 / 16.72),
+        ("**16.55**", "16.55", 0.0),
+        ("16.55*", "16.55", 0.0),
+        ("16.55 ± 0.10", "16.55 ± 0.20", 0.1 / 16.55),
+        ("-10.7 %", "-9.7 %", (90.3 / 89.3 - 1) / 2),
+        ("16.55 (n=3)", "16.55 (n=2)", 1 / 3),
+        ("0.00", "0.00", 0.0),
+        ("fail", "fail", 0.0),
+        ("fail", "16.55", None),
+        ("-", "16.55", None),
+        ("0", "1", 1.0),
+    ],
+)
+def test_how_far_cells_are_apart(a, b, apart):
+    for found in (difference(a, b), difference(b, a)):
+        assert found == (None if apart is None else pytest.approx(apart, rel=0.02))
+
+
+@given(st.floats(0.01, 1e6), st.floats(-0.2, 0.2))
+def test_a_difference_is_relative_and_symmetric(x, change):
+    a, b = f"{x!r}", f"{x * (1 + change)!r}"
+    assert difference(a, b) == pytest.approx(abs(change) / max(1, 1 + change), abs=1e-9)
+    assert difference(a, b) == difference(b, a)
+
+
+ROWS = [run(30.0), run(20.0, allocator="shapley"), run(status="failed", allocator="owl")]
+
+
+def told(tmp_path, capsys, a: list[ResultRow], b: list[ResultRow], *options: str) -> tuple[int, str]:
+    code = main(["compare", write(tmp_path / "a", *a), write(tmp_path / "b", *b), *options])
+    return code, capsys.readouterr().out
+
+
+def test_equal_folders(tmp_path, capsys):
+    code, out = told(tmp_path, capsys, ROWS, ROWS)
+    assert (code, out.count("\n")) == (0, 1)
+    assert "equal to the last digit" in out
+
+
+def test_numbers_within_the_tolerance_and_beyond(tmp_path, capsys):
+    moved = [*ROWS[:1], replace(ROWS[1], metrics={"docs/ppl": {**ROWS[1].metrics["docs/ppl"], "value": 20.15}}), ROWS[2]]
+    code, out = told(tmp_path, capsys, ROWS, moved)
+    assert code == 0
+    assert "within 1 %; the largest difference is 0.74 %" in out
+    code, out = told(tmp_path, capsys, ROWS, moved, "--tolerance", "0.005")
+    assert code == 1
+    assert out.startswith(f"{ROWS[1].config_key} (svnup/tiny wanda shapley 0.7 unstructured, seed 0), docs/ppl: 20.0 | 20.15")
+    assert "1 of 9 cells differ by more than 0.5 %" in out
+
+
+def test_runs_are_matched_by_what_they_are_not_by_their_keys(tmp_path, capsys):
+    code, out = told(tmp_path, capsys, ROWS, [replace(row, config_key=f"other{i}") for i, row in enumerate(ROWS)])
+    assert code == 0, out
+
+
+def test_what_one_side_lacks_and_other_protocols_are_differences(tmp_path, capsys):
+    other = [replace(run(30.0, measured={"seq_len": 128}), config_key="x"), run(status="failed", allocator="shapley")]
+    code, out = told(tmp_path, capsys, ROWS, other)
+    assert code == 1
+    assert "under different protocols, seq_len 256 | seq_len 128" in out
+    assert "status: finished | failed" in out
+    assert "owl 0.7 unstructured, seed 0): only in" in out
+
+
+def test_tables_in_files(tmp_path, capsys):
+    folder = write(tmp_path / "results", *ROWS, run(21.0, allocator="shapley", seed=1))
+    layout = ["--rows", "allocator", "--columns", "sparsity", "--baseline", "allocator=uniform"]
+    other = write(
+        tmp_path / "moved", run(30.1), run(20.0, allocator="shapley"), ROWS[2], run(21.1, allocator="shapley", seed=1)
+    )
+    worse = write(tmp_path / "worse", run(33.0), run(20.0, allocator="shapley"), run(19.0, allocator="owl"))
+    for form, flat in (("markdown", "md"), ("csv", "csv")):
+        files = {}
+        for name, of in (("a", folder), ("moved", other), ("worse", worse)):
+            for kind, options in (("pivot", layout), ("flat", [])):
+                files[name, kind] = str(tmp_path / f"{name}_{kind}.{flat}")
+                assert main(["table", of, *options, "--format", form, "--output", files[name, kind]]) == 0
+        for kind in ("pivot", "flat"):
+            assert main(["compare", files["a", kind], files["a", kind]]) == 0
+            assert "byte-equal" in capsys.readouterr().out
+            assert main(["compare", files["a", kind], files["moved", kind]]) == 0
+            assert "within 1 %" in capsys.readouterr().out
+            assert main(["compare", files["a", kind], files["worse", kind]]) == 1
+            assert "uniform" in capsys.readouterr().out
+
+
+def test_lines_and_columns_of_one_table_alone(tmp_path, capsys):
+    (tmp_path / "a.md").write_text("| m | x | y |\n| --- | --- | --- |\n| p | 1.0 | 2.0 |\n| q | 3.0 | 4.0 |\n")
+    (tmp_path / "b.md").write_text("Text.\n\n| m | x |\n| --- | --- |\n| q | 3.0 |\n| r | 5.0 |\n")
+    assert main(["compare", str(tmp_path / "a.md"), str(tmp_path / "b.md")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:-1] == ["p: only in the first", "q, y: only in the first", "r: only in the second"]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "words"),
+    [
+        ("none", "t.md", "none: no such file or folder"),
+        ("", "t.md", "one is a folder and one a file"),
+        ("t.tex", "t.tex", "only tables in Markdown (.md) and CSV (.csv) are compared"),
+        ("empty.md", "t.md", "empty.md: no table in this file"),
+        ("", "", "no result.json below this folder"),
+    ],
+)
+def test_a_mistake_is_one_line(a, b, words, tmp_path, capsys):
+    (tmp_path / "t.md").write_text("| m | x |\n| --- | --- |\n| p | 1.0 |\n")
+    (tmp_path / "t.tex").write_text("\\toprule\n")
+    (tmp_path / "empty.md").write_text("nothing\n")
+    assert main(["compare", str(tmp_path / a), str(tmp_path / b)]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_the_committed_table_is_compared_with_itself():
+    smoke = Path(__file__).parent.parent / "results" / "tables" / "smoke.md"
+    found = compare(smoke, smoke)
+    assert found.byte_equal
+    assert found.n == 4 * 8
