@@ -239,10 +239,8 @@ class ZeroShot(Evaluation):
     def _load(self, name: str, path: Path) -> Any:
         from lm_eval.tasks import TaskManager
 
-        here = contextlib.chdir(OWN_TASKS) if path.parent == OWN_TASKS else contextlib.nullcontext()  # where its items lie
         try:
-            with here:
-                task = TaskManager(include_defaults=False).load([str(path)])["tasks"][name]
+            task = TaskManager(include_defaults=False).load([str(path)])["tasks"][name]
         except Exception as error:  # tasks are other people's code
             raise ValueError(
                 f"tasks={name}: cannot be loaded ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}); its "

@@ -21,7 +21,7 @@ ONLY_IN = {
     "lm_eval": {"evaluation"},
     "pandas": {"results", "tables"},
     "matplotlib": {"plots"},
-    "datasets": {"data"},
+    "datasets": {"data", "assets/tasks/docs_cloze"},
     "shapiq": {"shapley/library"},
     "triton": {"pruning/column_block_triton"},  # itself imported lazily
 }

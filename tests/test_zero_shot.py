@@ -36,10 +36,20 @@ def _own_datasets_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
-    def refuse(self: socket.socket, address: Any) -> None:
-        raise AssertionError(f"{address} was to be reached")
+    """Nothing is reached for, even where nobody said that there is no network."""
+    import datasets
 
+    reached: list[Any] = []
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        reached.append(args)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)  # of tasks whose data a hub has
+    yield
+    assert reached == []
 
 
 def cloze(**options: Any) -> ZeroShot:
@@ -147,6 +157,16 @@ def test_examples_before_the_items_are_the_same_each_time(lm):
     first = evaluation.run(lm)
     assert evaluation.run(lm) == first == cloze(num_fewshot=2, limit=6).run(lm)
     assert first["docs_cloze/acc"].protocol["fewshot_seed"] == 1234
+
+
+def test_the_built_in_set_needs_no_hub_and_no_working_directory(lm, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    assert cloze(limit=2).run(lm)["docs_cloze/acc"].protocol["n_items"] == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- metrics and their protocol
