@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     _published_options(commands.add_parser("published", help="a table of the field: ours, published and the difference"))
     _export_options(commands.add_parser("export", help="every metric of every run with its whole configuration"))
+    _report_options(commands.add_parser("report", help="write one HTML page about the runs that lie in a results folder"))
     options = parser.parse_args(argv)
     try:
         code: int = options.run(options)
@@ -197,4 +198,19 @@ def _export(options: Options) -> int:
 
     chosen = [run.row for run in pivot.choose(pivot.runs_of(_rows(options.results_dir)), _where(options.where))]
     _write((csv_text if options.format == "csv" else runs.jsonl)(runs.records(chosen)), options.output)
+    return 0
+
+
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results_dir")
+    parser.add_argument("--output", type=Path, help="by default report.html in the results folder")
+    parser.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from svnup.report import report
+
+    output = options.output or Path(options.results_dir) / "report.html"
+    _write(report(_rows(options.results_dir)), output)
+    print(output)
     return 0
