@@ -23,6 +23,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## Shapley values, budgets and perplexities of the built-in model (one to two minutes once installed)
 	$(OFFLINE) $(BIN)/svnup -m experiment=smoke results_dir=results/demo cache_dir=results/cache
 	$(BIN)/svnup-results table results/demo
+	@$(BIN)/svnup-results report results/demo
 
 test: $(READY)  ## the test suite, without its slow part
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow and not gpu'
@@ -43,6 +44,7 @@ tables: $(READY)  ## remake the committed tables under results/tables
 	$(OFFLINE) $(BIN)/svnup -m experiment=smoke results_dir=results/demo cache_dir=results/cache
 	$(BIN)/svnup-results table results/demo --format markdown --output results/tables/smoke.md \
 		--title 'Smoke experiment' --command 'make tables'
+	$(BIN)/svnup-results report results/demo
 
 study: $(READY)  ## make study NAME=estimators|games|pruners: remake a study's table and figure
 	@test -f experiments/$(NAME)/run.py || { echo "NAME=$(NAME): choose estimators, games or pruners" >&2; exit 2; }

@@ -199,7 +199,9 @@ class Page:
 def _named(rows: dict[str, ResultRow], lines: list[dict[Any, Any]]) -> list[Run]:
     """Runs with names for model and method; where one name stands for several, that in which they differ is added."""
     configs = [moving_numbers(rows[line["key"]].config) for line in lines]
-    models = _told_apart([str(line["model"]) for line in lines], [_flat(config["model"]) for config in configs])
+    weights = [{"weights": str(rows[line["key"]].fingerprints.get("weights"))[:8]} for line in lines]
+    nodes = [_flat(config["model"]) | prints for config, prints in zip(configs, weights, strict=True)]
+    models = _told_apart([str(line["model"]) for line in lines], nodes)
     common = [_flat({k: v for k, v in c.items() if k not in ("sparsity", "evaluation")}, without=("seed",)) for c in configs]
     said = ("model.", "pruner.", "allocator.scorer.game.pruner.", "pattern")  # by other names
     rest = [{k.removeprefix("allocator.scorer."): v for k, v in node.items() if not k.startswith(said)} for node in common]
@@ -214,12 +216,15 @@ def _named(rows: dict[str, ResultRow], lines: list[dict[Any, Any]]) -> list[Run]
 
 def _told_apart(names: list[str], nodes: list[dict[str, str]], form: str = "{} [{}]") -> list[str]:
     """Names, each with those entries of its node in which it differs from others of the same name."""
-    out = []
+    alike: dict[str, list[dict[str, str]]] = {}
     for name, node in zip(names, nodes, strict=True):
-        others = [other for same, other in zip(names, nodes, strict=True) if same == name]
-        words = [f"{k}={node[k]}" for k in node if len({other.get(k) for other in others}) > 1]
-        out.append(form.format(name, ", ".join(words)) if words else name)
-    return out
+        alike.setdefault(name, []).append(node)
+    differ = {
+        name: [key for key in dict.fromkeys(k for node in same for k in node) if len({node.get(key) for node in same}) > 1]
+        for name, same in alike.items()
+    }
+    words = [[f"{key}={node[key]}" for key in differ[name] if key in node] for name, node in zip(names, nodes, strict=True)]
+    return [form.format(name, ", ".join(more)) if more else name for name, more in zip(names, words, strict=True)]
 
 
 def _flat(node: Any, prefix: str = "", without: tuple[str, ...] = ()) -> dict[str, str]:
@@ -271,7 +276,7 @@ def _badge(status: str) -> Markup:
 def _scroll(label: str, head: Sequence[Markup], body: Sequence[Markup], **attributes: object) -> Markup:
     caption = element("caption", label, class_="unseen")
     rows = element("thead", element("tr", *head)), element("tbody", *body, **attributes)
-    return element("div", element("table", caption, *rows), class_="scroll", tabindex=0, role="region", aria_label=label)
+    return element("div", element("table", caption, *rows), class_="scroll", tabindex=0, role="group", aria_label=label)
 
 
 def _table(label: str, head: Sequence[object], body: Iterable[Sequence[object]]) -> Markup:
@@ -283,8 +288,8 @@ def _figure(title: str, *parts: object) -> Markup:
     return element("figure", element("figcaption", title), *parts)
 
 
-def _charts(*figures: object) -> Markup:
-    return element("div", *figures, class_="charts")
+def _charts(*figures: object, class_: str = "charts") -> Markup:
+    return element("div", *figures, class_=class_)
 
 
 def _numbers(series: Sequence[Series], x: str, show: Callable[[float], str] = "{:g}".format) -> Markup:
@@ -408,7 +413,7 @@ def _number(stat: Stat | None, show: Callable[[float], str], kind: str = "") -> 
 def _link(run: Run, among: list[Run]) -> Markup:
     seed = str(run.line["seed"])
     text = seed if [str(one.line["seed"]) for one in among].count(seed) == 1 else run.row.config_key[:6]
-    link = element("a", text, href=f"#{run.anchor}", aria_label=f"run {run.row.config_key}, seed {seed}")
+    link = element("a", text, href=f"#{run.anchor}", aria_label=f"{text}: run {run.row.config_key}, seed {seed}")
     return Markup(link + ("" if run.line["status"] == "finished" else _badge(run.line["status"])) + " ")
 
 
@@ -484,7 +489,7 @@ def _curves(page: Page, runs: list[Run], column: str) -> Markup:
             there.sort(key=lambda one: one.points[0].x)
             near = svg.logarithmic(column, [one.points[0].x for one in there] + ([dense] if dense else []))
             figures.append(_figure(f"{pruner} at {at:g} %", svg.ranking(f"{title} at {at:g} %", near, there, reference)))
-    return element("div", _charts(*figures), _legend(used.values()) if used else "", class_="panel")
+    return element("div", _charts(*figures, class_="charts flowing"), _legend(used.values()) if used else "", class_="panel")
 
 
 # -- layers: Shapley values and profiles
@@ -492,7 +497,7 @@ def _curves(page: Page, runs: list[Run], column: str) -> Markup:
 
 def _layers(page: Page) -> Markup:
     shown = []
-    for runs in _together((run for run in page.runs if run.row.profile), lambda run: run.model):
+    for runs in _together((run for run in page.runs if run.row.profile), lambda run: (run.model, _n_blocks(run))):
         plain = [run for run in runs if not run.row.shapley]
         played = _together((run for run in runs if run.row.shapley), _game)
         names = _told_apart([runs[0].model] * len(played), [_game(those[0]) for those in played], "{} · {}")
@@ -515,7 +520,15 @@ def _game(run: Run) -> dict[str, str]:
     prunes = game.get("absence", "skip") != "skip"
     more = {key: config.get(key) for key in ("sparsity", "pattern", "dataset")} if prunes else {}
     game = game if prunes else {key: value for key, value in game.items() if key != "pruner"}
-    return _flat({"model": config["model"], "weights": run.row.fingerprints.get("weights"), **more, "game": game})
+    return _flat(
+        {
+            "model": config["model"],
+            "weights": run.row.fingerprints.get("weights"),
+            **more,
+            "game": game,
+            "layers": _n_blocks(run),
+        }
+    )
 
 
 def _estimator(run: Run) -> str:
@@ -653,7 +666,7 @@ def _protocols(page: Page) -> Markup:
         return _note("Left out: nothing was evaluated.")
     flat = [_flat(protocol) for protocol in page.protocols.values()]
     keys = dict.fromkeys(key for one in flat for key in one)
-    table = _table("Protocols", ["", *page.protocols], [[key, *(one.get(key, "–") for one in flat)] for key in keys])
+    table = _table("Protocols", ["protocol", *page.protocols], [[key, *(one.get(key, "–") for one in flat)] for key in keys])
     note = "Numbers are compared only with numbers of the same protocol; those of another have a column of their own."
     return Markup(_note(note) + table)
 
@@ -690,7 +703,7 @@ def _run(page: Page, run: Run) -> Markup:
     parts = [
         element("p", trouble, class_="error", role="note") if (trouble := _trouble(row, status)) else "",
         _metrics(page, run),
-        element("div", element("h4", "Command"), *command, class_="command"),
+        element("div", element("h3", "Command"), *command, class_="command"),
         _charts(*_run_figures(run)),
         _listing("Configuration", row.config),
         _listing("Protocol", {name: metric["protocol"] for name, metric in row.metrics.items()}),
@@ -718,7 +731,7 @@ def _metrics(page: Page, run: Run) -> Markup:
         body.append([column or name, pruned, "–" if dense is None else f"{dense:.4f}", against])
     if run.row.sparsity:
         body.append(["sparsity", f"{run.row.sparsity['actual']:.6f}", f"target {run.row.sparsity['target']:g}", ""])
-    return _table(f"Numbers of {run.row.config_key}", ["", "pruned", "dense", "vs uniform"], body) if body else Markup()
+    return _table(f"Numbers of {run.row.config_key}", ["metric", "pruned", "dense", "vs uniform"], body) if body else Markup()
 
 
 def _run_figures(run: Run) -> list[Markup]:

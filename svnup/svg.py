@@ -113,9 +113,11 @@ def logarithmic(label: str, values: Sequence[float]) -> Axis:
 
 def _decade_ticks(low: float, high: float, wanted: int) -> list[float]:
     """Round numbers between two, of the coarsest kind of which there are as many as wanted; eight at most."""
+    if high < 3 * low:
+        return [tick for tick in linear("", [low, high]).ticks if low <= tick <= high]
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     few: list[float] = []
-    for digits in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0), [1 + i / 10 for i in range(90)]):
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)):
         few = [t for t in (round(d * 10.0**e, 12) for e in decades for d in digits) if low <= t <= high]
         if len(few) >= wanted:
             break
