@@ -99,7 +99,7 @@ class Run:
 
     @property
     def budget(self) -> str:
-        return f"{100 * self.sparsity:g} %" + ("" if self.pattern == UNSTRUCTURED else f" {self.pattern}")
+        return f"{100 * self.sparsity:g}\N{NO-BREAK SPACE}%" + ("" if self.pattern == UNSTRUCTURED else f" {self.pattern}")
 
     @property
     def name(self) -> str:
@@ -254,10 +254,6 @@ def _is_ppl(column: str) -> bool:
     return _metric(column).endswith("ppl")  # of any other metric more is better
 
 
-def _is_limited(column: str) -> bool:
-    return " (limit " in column  # a part of a task: in no comparison
-
-
 def _signed(percent: float, digits: int = 1) -> str:
     return f"{percent:+.{digits}f} %".replace("-", "−")
 
@@ -354,12 +350,13 @@ def _machines(page: Page) -> str:
 
 def _leaderboard(page: Page) -> Markup:
     """One line per configuration, over its seeds; of each model, pattern and sparsity the best is marked in every column."""
-    best: dict[tuple[str, str, str], float] = {}
+    means: dict[tuple[str, str, str], list[float]] = {}
     for runs in page.settings:
         for column in page.metrics:
-            if (stat := page.stat(runs, column)) is not None and not _is_limited(column):
-                place = runs[0].model, runs[0].budget, column
-                best[place] = (min if _is_ppl(column) else max)(best.get(place, stat.mean), stat.mean)
+            limited = page.protocols.get(column, {}).get("limit") is not None  # part of a task: in no comparison
+            if (stat := page.stat(runs, column)) is not None and not limited:
+                means.setdefault((runs[0].model, runs[0].budget, column), []).append(stat.mean)
+    best = {at: (min if _is_ppl(at[2]) else max)(found) for at, found in means.items() if len(found) > 1}
     several = len({run.model for run in page.runs}) > 1
     body = []
     for runs in page.settings:
@@ -376,7 +373,7 @@ def _leaderboard(page: Page) -> Markup:
         for column in page.metrics:
             stat = page.stat(runs, column)
             first = stat is not None and stat.mean == best.get((run.model, run.budget, column))
-            cells.append(_number(stat, f"{{:.{_digits(column)}f}}".format, "best" if first else ""))
+            cells.append(_number(stat, "{:.2f}".format, "best" if first else ""))
             if _is_ppl(column):
                 change, dense = page.change(runs, column), page.dense(runs, column)
                 cells.append(_number(change, _signed, "" if change is None else "gain" if change.mean < 0 else "loss"))
@@ -396,10 +393,6 @@ def _leaderboard(page: Page) -> Markup:
     table = element("div", _scroll("Leaderboard", head, body, id="board"), class_="board")
     note = _note("Mean ± standard deviation over seeds. ", *best_of)
     return Markup(note + element("ul", *measured, class_="note") + _filters(page) + table)
-
-
-def _digits(column: str) -> int:
-    return 2 if _is_ppl(column) else 4
 
 
 def _number(stat: Stat | None, show: Callable[[float], str], kind: str = "") -> Markup:
@@ -448,11 +441,13 @@ def _sparsity(page: Page) -> Markup:
         for runs in _together(measured, lambda run: (run.model, run.pattern)):
             about = [column] if len(page.protocols) > 1 else []
             about += [runs[0].model] + ([] if runs[0].pattern == UNSTRUCTURED else [runs[0].pattern])
-            shown.append(element("h3", " · ".join(about)) + _curves(page, runs, column))
+            charts = _curves(page, runs, column)
+            wide = " wide" if charts.count("<figure") > 1 else ""
+            shown.append(element("div", element("h3", " · ".join(about)), charts, class_=f"part{wide}"))
     if not shown:
         return _note("Left out: no finished run has a perplexity.")
     note = _note("Lines are means over seeds, bands one standard deviation. Each chart holds numbers of one protocol.")
-    return Markup(note + "".join(shown))
+    return Markup(note + element("div", *shown, class_="parts"))
 
 
 def _curves(page: Page, runs: list[Run], column: str) -> Markup:
@@ -726,7 +721,8 @@ def _metrics(page: Page, run: Run) -> Markup:
     for name, metric in run.row.metrics.items():
         column, value, dense = page.column(run, name), metric["value"], run.row.dense.get(name, {}).get("value")
         change = page.changes.get((run.row.config_key, column)) if column else None
-        pruned = f"none: {metric.get('reason')}" if value is None else f"{value:.4f}"
+        error = f" ± {metric['stderr']:.4f} (standard error)" if metric.get("stderr") is not None else ""
+        pruned = f"none: {metric.get('reason')}" if value is None else f"{value:.4f}{error}"
         against = "–" if change is None else _signed(change, 2)
         body.append([column or name, pruned, "–" if dense is None else f"{dense:.4f}", against])
     if run.row.sparsity:

@@ -50,7 +50,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         for node in self.open:
-            node["text"] += data
+            node["text"] += data.replace("\N{NO-BREAK SPACE}", " ")
 
     def all(self, tag, **attributes):
         wanted = {k.rstrip("_"): v for k, v in attributes.items()}
@@ -417,6 +417,21 @@ def test_a_metric_without_a_value_says_why():
     broken = row("a")
     broken.metrics["docs/ppl"] = broken.metrics["docs/ppl"] | {"value": None, "reason": "the loss is nan"}
     assert "none: the loss is nan" in Page(report([broken])).by_id("run-a")["text"]
+
+
+def test_of_accuracies_more_is_better_and_a_part_of_a_task_is_compared_with_nothing():
+    rows = []
+    for key, accuracy in (("a", 40.0), ("b", 60.0)):
+        one = row(key, allocator="uniform" if key == "a" else "shapley")
+        for name, limit in (("boolq/acc", None), ("piqa/acc", 10)):
+            protocol = {"task": name, "num_fewshot": 0, "limit": limit}
+            one.metrics[name] = {"value": accuracy, "protocol": protocol, "stderr": 1.5}
+        rows.append(one)
+    page = Page(report(rows))
+    best = {name: [line[name] for line in page.board()] for name in ("boolq/acc", "piqa/acc")}
+    assert sorted(best["boolq/acc"]) == ["40.00", "best60.00"]
+    assert sorted(best["piqa/acc"]) == ["40.00", "60.00"]
+    assert "60.0000 ± 1.5000" in page.by_id("run-b")["text"]
 
 
 def test_five_hundred_runs_of_a_deep_model_are_a_page_of_a_few_megabytes():
