@@ -338,6 +338,7 @@ def test_protocols_share_neither_a_chart_nor_a_ranking():
     rows = [row(f"a{s}", 111.11 + 100 * s, sparsity=s) for s in sparsities]
     rows += [row(f"b{s}", 22.22 + s, sparsity=s, seq_len=128) for s in sparsities]
     rows += [row(f"c{s}", 211.11 + 100 * s, sparsity=s, allocator="shapley") for s in sparsities]
+    rows += [row(f"d{s}", 21.11 + s, sparsity=s, allocator="shapley", seq_len=128) for s in sparsities]
     page = Page(report(rows))
     columns = [
         n["text"] for n in page.inside(page.by_id("leaderboard"), "button") if re.fullmatch(r"docs/ppl \[\w+\]", n["text"])
@@ -346,17 +347,16 @@ def test_protocols_share_neither_a_chart_nor_a_ranking():
     board = page.board()
     marked = {(line["sparsity"], c) for line in board for c in columns if line[c].startswith("best")}
     assert marked == {(f"{100 * s:g} %", c) for s in sparsities for c in columns}, "each protocol has its own best"
-    for line in board:
-        assert "–" not in line[columns[0]] or "–" not in line[columns[1]]
+    changes = {line[f"vs uniform of {c}"][0] for line in board for c in columns}
+    assert changes == {"–", "+", "−"}, "worse under one protocol, better under the other"
     charts = [n for n in page.inside(page.by_id("sparsity"), "svg") if n.get("role") == "img"]
     tips = [{p["data-tip"] for p in page.inside(n, "path") if "data-tip" in p} for n in charts]
     assert len(charts) == 2
-    assert sorted(len(t) for t in tips) == [3, 6]
+    assert [len(t) for t in tips] == [6, 6]
     for chart, shown in zip(charts, tips, strict=True):
         named = [c for c in columns if c in chart["aria-label"]]
         assert len(named) == 1
-        short = len(shown) == 3
-        assert all((float(t.rpartition(": ")[2]) < 30) == short for t in shown)
+        assert len({float(t.rpartition(": ")[2]) < 30 for t in shown}) == 1
     assert set(columns) <= {n["text"] for n in page.inside(page.by_id("protocols"), "th")}
 
 
