@@ -207,7 +207,7 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_report)
 
 
-def _report(options: argparse.Namespace) -> int:
+def _report(options: Options) -> int:
     from svnup.report import report
 
     output = options.output or Path(options.results_dir) / "report.html"
