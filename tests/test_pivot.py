@@ -177,6 +177,12 @@ def test_a_fallback_and_a_limit_stay_out_of_the_means_visibly():
     assert of.best() == set()
 
 
+def test_a_run_that_failed_and_was_run_again_has_not_failed():
+    rows = [run(status="failed", evaluation__seq_len=512), run(30.0)]  # another evaluation is another run of the same settings
+    (cell,) = table(rows).cells.values()
+    assert (cell.values, cell.states) == ((30.0,), ())
+
+
 def test_the_same_number_twice_counts_once_and_two_numbers_of_one_seed_are_refused():
     row = run(30.0)
     (cell,) = table([row, row]).cells.values()
