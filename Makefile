@@ -21,8 +21,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY)  ## Shapley values, budgets and perplexities of the built-in model (one to two minutes once installed)
+demo: $(READY)  ## Shapley values, budgets, perplexities and accuracy of the built-in model (two to three minutes once installed)
 	$(OFFLINE) $(BIN)/svnup -m experiment=smoke results_dir=results/demo cache_dir=results/cache
+	$(OFFLINE) $(BIN)/svnup evaluation=zero_shot dataset.n_seq=64 results_dir=results/demo_zero_shot cache_dir=results/cache
 	$(BIN)/svnup-results table results/demo
 	@$(BIN)/svnup-results report results/demo
 
@@ -43,7 +44,7 @@ format: $(READY)  ## let ruff rewrite the code
 
 # One table of the field, on its own models or on MODEL; on the built-in one with less text. A failed job is a cell of the table.
 FIELD    := llama_70 sparsities nm window_ablation payoff_ablation calibration zero_shot_70
-LESS      = $(if $(filter zero_shot_70,$(NAME)),,evaluation.n_seq=128) $(if $(filter calibration,$(NAME)),,dataset.n_seq=32)
+LESS      = $(if $(filter zero_shot_70,$(NAME)),,evaluation.n_seq=64) $(if $(filter calibration,$(NAME)),,dataset.n_seq=32)
 ON_MODEL  = hydra.sweeper.params.model=$(MODEL) $(if $(filter tiny%,$(MODEL)),$(LESS))
 METRIC    = $(if $(filter zero_shot_70,$(NAME)),docs_cloze/acc,docs/ppl)
 RUNS      = results/$(if $(MODEL),tables_$(MODEL),tables_field)/$(NAME)
@@ -71,4 +72,4 @@ benchmarks: $(READY)  ## cost of Shapley values, pruning and offloading (about 2
 	$(OFFLINE) $(BIN)/python experiments/benchmarks/offload.py --output results/benchmarks/offload.md
 
 clean:  ## remove the environment and everything that runs wrote (not the committed tables)
-	rm -rf $(VENV) results/demo results/tables_* results/runs results/cache results/sweeps *.egg-info build
+	rm -rf $(VENV) results/demo results/demo_zero_shot results/tables_* results/runs results/cache results/sweeps *.egg-info build
