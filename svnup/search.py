@@ -127,7 +127,8 @@ class Curves:
     The curve of a block is the held-out loss with it alone pruned, to each of `levels` sparsities evenly from `lower` to
     `upper`, and the other blocks dense (under a pattern 'mixed:M' to those that are multiples of 1/M); its lower convex hull
     is used. From `lower` on, weights go where a hull is flattest per weight until the budget is met; segments as steep as the
-    last are taken by equal shares. That is the exact optimum of the hulls' sum: as good as losses add up over blocks.
+    last are taken by equal shares. That is the exact optimum of the hulls' sum: as good as losses add up over blocks. Where the
+    model pruned by it loses no less than by the uniform profile, that is taken instead.
 
     Raises ValueError where a loss is not finite. Source: our choice; the greedy way is that of Fox, Discrete optimization via
     marginal analysis, 1966.
@@ -147,7 +148,7 @@ class Curves:
         check_bounds(*bounds_of(sparsity, self.lower, self.upper), sparsity)
 
     def n_losses(self, n_blocks: int, sparsity: float) -> int:
-        return n_blocks * self.levels
+        return n_blocks * self.levels + 2  # the budget that follows, and the uniform one
 
     def allocate(
         self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
@@ -166,7 +167,9 @@ class Curves:
                 "choose a smaller upper"
             )
         wish = water_fill(grid, curves, params, sparsity)
-        return to_budget(wish, params, sparsity, pattern, (float(grid[0]), float(grid[-1])))
+        filled = to_budget(wish, params, sparsity, pattern, (float(grid[0]), float(grid[-1])))
+        uniform = Uniform().allocate(None, params, sparsity, pattern)
+        return filled if loss(filled, "water-filling") < loss(uniform, "uniform") else uniform
 
     def _grid(self, sparsity: float, pattern: str) -> Floats:
         lower, upper = bounds_of(sparsity, self.lower, self.upper)

@@ -219,8 +219,8 @@ def test_each_block_is_pruned_alone():
     loss = Toy(A)
     params = np.array([10, 30, 20, 40])
     Curves(levels=3).allocate(None, params, 0.7, loss=loss)
-    assert len(loss.calls) == Curves(levels=3).n_losses(4, 0.7) == 12
-    for k, (profile, label, n_seq) in enumerate(loss.calls):
+    assert len(loss.calls) == Curves(levels=3).n_losses(4, 0.7) == 12 + 2
+    for k, (profile, label, n_seq) in enumerate(loss.calls[:12]):
         wanted = np.zeros(4)
         wanted[k // 3] = (0.4, 0.65, 0.9)[k % 3]
         np.testing.assert_allclose(profile.sparsity, wanted)
@@ -288,6 +288,26 @@ def test_the_budget_of_curves_is_exact(params, sparsity, pattern):
     np.testing.assert_allclose(equal.sparsity, sparsity, atol=1e-9)  # nothing tells the blocks apart
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "mixed:8"])
+def test_curves_that_mislead_lead_to_the_uniform_budget(pattern):
+    """Losses that do not add up: what they are together is said by label."""
+
+    def misleading(together):
+        def loss(profile, label, n_seq=None):
+            asked.append(label)
+            return together.get(label, float(A @ np.exp(C * profile.sparsity)))
+
+        return loss
+
+    asked, params = [], np.array([10, 30, 20, 40])
+    uniform = Uniform().allocate(None, params, 0.7, pattern)
+    for filled, of_uniform in ((2.0, 1.0), (1.0, 1.0), (math.inf, 1.0), (math.inf, math.inf), (1.0, 2.0)):
+        loss = misleading({"water-filling": filled, "uniform": of_uniform})
+        chosen = Curves(levels=3).allocate(None, params, 0.7, pattern, loss)
+        assert (chosen.sparsity.tolist() == uniform.sparsity.tolist()) == (filled >= of_uniform)
+    assert asked[-2:] == ["water-filling", "uniform"]
+
+
 def test_curves_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match=r"allocator.upper=0.9: the loss with layer 1 alone at 0.9 is not finite"):
         Curves().allocate(None, np.array([5, 5]), 0.7, loss=lambda p, label, n=None: math.inf if p.sparsity[1] > 0.8 else 1.0)
@@ -297,11 +317,13 @@ def test_a_job_by_curves(svnup):
     args = ["allocator=curves", "allocator.levels=3", "pruner=magnitude"]
     assert svnup(*args)[0] == 0
     row = last_row()
-    assert (row["tuning"]["n_evaluations"], row["tuning"]["n_new_evaluations"]) == (9, 9)
+    assert (row["tuning"]["n_evaluations"], row["tuning"]["n_new_evaluations"]) == (11, 11)
+    *_, filled, uniform = row["tuning"]["curve"]
+    assert (filled["label"], uniform["label"]) == ("water-filling", "uniform")
     assert row["tuning"]["curve"][0]["label"] == "layer 0 at 0.4"
     assert row["tuning"]["best"] == [], "of different budgets none is best"
     assert np.average(row["profile"]["sparsity"], weights=row["profile"]["params"]) == pytest.approx(0.7)
-    assert np.ptp(row["profile"]["sparsity"]) > 0
+    assert (np.ptp(row["profile"]["sparsity"]) > 0) == (filled["loss"] < uniform["loss"])
     assert svnup(*args, "force=true")[0] == 0
     assert last_row()["tuning"]["n_new_evaluations"] == 0
     assert last_row()["profile"] == row["profile"]
