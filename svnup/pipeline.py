@@ -7,7 +7,6 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from svnup.allocation import Uniform
 from svnup.evaluation import check_dense
 from svnup.game import StandIns
 from svnup.memory import peak_memory, reset_peak
-from svnup.pruning import prune_model, pruned_weights, save_masks, temporarily_pruned
+from svnup.pruning import prune_model, pruned_weights, save_masks
 from svnup.results import SCRATCH
 from svnup.scoring import Context
 from svnup.tuning import HeldOutLoss
@@ -93,8 +92,8 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
 def held_out_loss(job: Job, lm: LanguageModel, tokens: Ints) -> HeldOutLoss:
     """The loss of a profile as this job would prune by it, on its selection text; nothing is read before it is asked for."""
 
-    def pruned(profile: SparsityProfile) -> AbstractContextManager[Any]:
-        return temporarily_pruned(lm, job.split.divide(lm, profile, job.pruner, tokens), job.pruner, tokens)
+    def divide(profile: SparsityProfile) -> SparsityProfile:
+        return job.split.divide(lm, profile, job.pruner, tokens)
 
     def text() -> Ints:
         assert job.selection is not None
@@ -102,7 +101,7 @@ def held_out_loss(job: Job, lm: LanguageModel, tokens: Ints) -> HeldOutLoss:
 
     calibration = hashlib.sha256(tokens.tobytes()).hexdigest()
     name = f"{job.pruner!r} {job.split!r} {calibration} {NUMBERS_VERSION}"
-    return HeldOutLoss(lm, pruned, text, name, job.cache_dir)
+    return HeldOutLoss(lm, job.pruner, tokens, text, name, job.cache_dir, divide)
 
 
 def run_shard(job: Job) -> int:

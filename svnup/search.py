@@ -75,10 +75,10 @@ class Search:
             label = f"generation {generation}"
             left = self._offspring(parent, rng)
             for n_seq, n_left in zip(self.sequences, self.survivors, strict=True):
-                losses = [loss(profile, label, n_seq) for profile in left]
+                losses = loss.many([(label, profile) for profile in left], n_seq)
                 left = [left[i] for i in np.argsort(losses, kind="stable")[:n_left]]
-            for profile in left:
-                if (value := loss(profile, label)) < least:
+            for profile, value in zip(left, loss.many([(label, profile) for profile in left]), strict=True):
+                if value < least:
                     parent, least = profile, value
         return parent
 
@@ -92,7 +92,7 @@ class Search:
             if _levels(moved) in tried:
                 continue
             tried.add(_levels(moved))
-            mutant = to_budget(moved, parent.params, parent.target, parent.pattern, self._bounds(parent))
+            mutant = in_steps(np.clip(moved, *self._bounds(parent)), parent.params, parent.target, parent.pattern)
             if _levels(mutant.sparsity) != _levels(parent.sparsity):  # under steps of a pattern
                 mutants.setdefault(_levels(mutant.sparsity), mutant)
             if len(mutants) == self.offspring:
@@ -114,7 +114,7 @@ class Search:
             i, j = pairs[rng.integers(len(pairs))]
             out[i] += less[i, j]
             out[j] -= more[i, j]
-        return out
+        return np.where(np.abs(out - budget) < 1e-9, budget, out)  # who came back is where it was, to the last bit
 
     def _bounds(self, profile: SparsityProfile) -> tuple[float, float]:
         return bounds_of(profile.target, self.lower, self.upper)
@@ -155,11 +155,12 @@ class Curves:
     ) -> SparsityProfile:
         assert loss is not None
         grid = self._grid(sparsity, pattern)
-        curves = np.empty((len(params), len(grid)))
-        for block, level in np.ndindex(curves.shape):
+        tried = []
+        for block, level in np.ndindex(len(params), len(grid)):
             alone = np.where(np.arange(len(params)) == block, grid[level], 0.0)
             mean = float(np.average(alone, weights=params))
-            curves[block, level] = loss(in_steps(alone, params, mean, pattern), f"layer {block} at {grid[level]:.3g}")
+            tried.append((f"layer {block} at {grid[level]:.3g}", in_steps(alone, params, mean, pattern)))
+        curves = np.reshape(loss.many(tried), (len(params), len(grid)))
         if not np.isfinite(curves).all():
             block, level = np.argwhere(~np.isfinite(curves))[0]
             raise ValueError(
@@ -169,7 +170,8 @@ class Curves:
         wish = water_fill(grid, curves, params, sparsity)
         filled = to_budget(wish, params, sparsity, pattern, (float(grid[0]), float(grid[-1])))
         uniform = Uniform().allocate(None, params, sparsity, pattern)
-        return filled if loss(filled, "water-filling") < loss(uniform, "uniform") else uniform
+        of_filled, of_uniform = loss.many([("water-filling", filled), ("uniform", uniform)])
+        return filled if of_filled < of_uniform else uniform
 
     def _grid(self, sparsity: float, pattern: str) -> Floats:
         lower, upper = bounds_of(sparsity, self.lower, self.upper)

@@ -241,6 +241,11 @@ class SparsityProfile:
         """The sparsity asked of a linear."""
         return float(self.sparsity[block]) if self.linears is None else self.linears[block][linear].sparsity
 
+    def levels(self, block: int) -> tuple[float, ...]:
+        """All that is asked of a block: its sparsity, or those of its linears."""
+        shares = self.linears[block].values() if self.linears is not None else None
+        return (float(self.sparsity[block]),) if shares is None else tuple(share.sparsity for share in shares)
+
     @property
     def mean(self) -> float:
         return float(np.average(self.sparsity, weights=self.params))
