@@ -18,7 +18,7 @@ Granularity = Literal["block", "sublayer"]
 
 
 class Loss(Protocol):
-    """How bad the model pruned by a profile is on held-out text, in nats per token; `label` says what is tried.
+    """How bad the model pruned by a profile is on held-out text, in nats per token (NLL or KL); `label` says what is tried.
 
     `n_seq`: on the first so many sequences of the text only, or on all where it has fewer.
     """

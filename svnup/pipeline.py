@@ -101,7 +101,7 @@ def held_out_loss(job: Job, lm: LanguageModel, tokens: Ints) -> HeldOutLoss:
 
     calibration = hashlib.sha256(tokens.tobytes()).hexdigest()
     name = f"{job.pruner!r} {job.split!r} {calibration} {NUMBERS_VERSION}"
-    return HeldOutLoss(lm, job.pruner, tokens, text, name, job.cache_dir, divide)
+    return HeldOutLoss(lm, job.pruner, tokens, text, name, job.cache_dir, divide, kind=job.selection_loss)
 
 
 def run_shard(job: Job) -> int:

@@ -25,8 +25,9 @@ class Search:
     are not measured again, so that a search that was interrupted goes on. Under a pattern 'mixed:M' a step is at least 1/M.
 
     Source: EvoPress, arXiv 2410.14649, algorithm 1 and its multi-step selection. There levels belong to linears, all of one
-    size, the fitness is the KL divergence to the dense model, and weights are pruned in advance, each linear on the dense
-    model; here levels belong to blocks, the fitness is the NLL, and every profile is pruned anew, block after block.
+    size, the fitness is the KL divergence to the dense model (here `selection_loss=kl`), and weights are pruned in advance,
+    each linear on the dense model; here levels belong to blocks, the fitness is the NLL by default, and every profile is
+    pruned anew, block after block.
     """
 
     generations: int = 25

@@ -21,14 +21,16 @@ from svnup.game import Memo, WalkPlan, max_states
 from svnup.language_model import LanguageModel, MicroBatch
 from svnup.progress import stage
 from svnup.pruning import Pruner, block_pruned, check_profile
-from svnup.types import Ints, SparsityProfile
+from svnup.types import Ints, SelectionLoss, SparsityProfile
 
 logger = logging.getLogger(__name__)
 
 
 class HeldOutLoss:
-    """Mean next-token NLL in nats on selection text of the model pruned by a profile, on calibration text (n_seq, seq_len).
+    """The loss in nats per token, on selection text, of the model pruned by a profile on calibration text (n_seq, seq_len).
 
+    `kind`: `nll`, the mean negative log-likelihood of the next token; `kl`, the mean divergence KL(dense || pruned) of the
+    predictions, with the dense model's last hidden states kept.
     `text` gives the selection tokens (n_seq, seq_len) when the first loss is asked for, `divide` what a profile asks of the
     linears. Losses are kept under `cache_dir` by model, text, profile and `name`, which says how profiles are pruned: jobs of a
     sweep share them and a killed one goes on. A loss that is not finite is infinite. Asked for `n_seq`, it is that of the first
@@ -36,8 +38,8 @@ class HeldOutLoss:
 
     Profiles that are asked for together are walked depth first: blocks that they begin with in common are pruned and run once,
     and one block at a time is not dense. Hidden states at the doors of blocks take at most `state_bytes` (None: as in a
-    game), beyond which they are computed again. The losses are those of `prune_model` and `LanguageModel.nll`,
-    bit for bit. Raises ValueError where a block cannot be pruned, and where the model is offloaded.
+    game), beyond which they are computed again. The losses are those of `prune_model` and `LanguageModel.nll`
+    (or `token_kl`), bit for bit. Raises ValueError where a block cannot be pruned, and where the model is offloaded.
     """
 
     def __init__(
@@ -50,9 +52,11 @@ class HeldOutLoss:
         cache_dir: str | Path,
         divide: Callable[[SparsityProfile], SparsityProfile] = lambda profile: profile,
         state_bytes: int | None = None,
+        kind: SelectionLoss = "nll",
     ) -> None:
         self._lm, self._pruner, self._calibration, self._divide = lm, pruner, calibration, divide
         self._text, self._name, self._cache_dir, self._state_bytes = text, name, cache_dir, state_bytes
+        self._kind, self._dense_states = kind, dict[int, list[Tensor]]()  # by the number of sequences
         self._calls: list[dict[str, Any]] = []
         self._targets: set[float] = set()
         self._n_new, self._seconds = 0, 0.0
@@ -65,7 +69,8 @@ class HeldOutLoss:
     @cached_property
     def _memo(self) -> Memo:
         tokens = hashlib.sha256(self._tokens.tobytes()).hexdigest()
-        identity = json.dumps([self._lm.fingerprint(), self._name, tokens, list(self._tokens.shape)])
+        kind = [] if self._kind == "nll" else [self._kind]
+        identity = json.dumps([self._lm.fingerprint(), self._name, tokens, list(self._tokens.shape), *kind])
         folder = Path(self._cache_dir) / "losses" / hashlib.sha256(identity.encode()).hexdigest()[:32]
         return Memo(folder, self._lm.device.type)
 
@@ -115,11 +120,29 @@ class HeldOutLoss:
                         stack[visit.index + 1] = (_hidden(inputs), states)
                     self._n_calibration += visit.n_runs
                     self._n_selection += len(tokens) / len(self._tokens)
-                losses = [lm.token_nll(h, b).double().mean(1).cpu() for h, b in zip(states, selection, strict=True)]
-                loss = float(np.mean(torch.cat(losses).numpy()))
+                loss = self._loss(states, selection)
                 self._memo.add(keys[i], loss if math.isfinite(loss) else math.inf)
                 self._n_new += 1
                 advance(1)
+
+    def _loss(self, states: list[Tensor], batches: list[MicroBatch]) -> float:
+        """Of the hidden states after the last block."""
+        if self._kind == "kl":
+            trios = zip(states, self._dense(batches), batches, strict=True)
+            losses = [self._lm.token_kl(h, dense, b) for h, dense, b in trios]
+        else:
+            losses = [self._lm.token_nll(h, b) for h, b in zip(states, batches, strict=True)]
+        return float(np.mean(torch.cat([loss.double().mean(1).cpu() for loss in losses]).numpy()))
+
+    def _dense(self, batches: list[MicroBatch]) -> list[Tensor]:
+        """Hidden states of the dense model after its last block, outside the counts."""
+        n_seq = sum(len(batch.tokens) for batch in batches)
+        if n_seq not in self._dense_states:
+            states = _hidden(batches)
+            for index in range(self._lm.n_blocks):
+                states = [self._lm.run_block(index, h, b) for h, b in zip(states, batches, strict=True)]
+            self._dense_states[n_seq] = states
+        return self._dense_states[n_seq]
 
     def to_dict(self) -> dict[str, Any] | None:
         """The whole curve, in the order in which it was asked for, and what it cost; None where nothing was tried.
@@ -137,6 +160,7 @@ class HeldOutLoss:
         n_read = sum(call.get("n_seq", len(self._tokens)) for call in self._calls)
         counts = {"n_evaluations": len(self._calls), "n_new_evaluations": self._n_new, "n_sequences": len(self._tokens)}
         return {
+            "kind": self._kind,
             "curve": self._calls,
             "best": [{"label": label, "loss": loss} for label, loss in best.items()],
             **counts,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cli import last_row
 from games import LossOf
 
+from svnup import NUMBERS_VERSION
 from svnup.allocation import Atp, Ratios, ScoreBudget, Tuned
 from svnup.offload import HostShelf
 from svnup.pruning import prune_model, temporarily_pruned
@@ -19,8 +23,9 @@ from svnup.pruning.nothing import Nothing
 from svnup.pruning.sparsegpt import SparseGPT
 from svnup.pruning.wanda import Wanda
 from svnup.splitting import ErrorSplit, OutlierSplit, UniformSplit
+from svnup.tables import render
 from svnup.tuning import HeldOutLoss
-from svnup.types import BlockScores, SparsityProfile
+from svnup.types import BlockScores, ResultRow, SparsityProfile, moving_numbers
 
 PARAMS, SCORES = np.array([100, 200, 100]), BlockScores([1.0, 2.0, 3.0], "x")
 
@@ -213,6 +218,34 @@ def test_a_block_that_cannot_be_pruned_leaves_the_model_as_it_was_and_what_was_m
     assert again.to_dict()["n_new_evaluations"] == 1
 
 
+def test_divergence_from_the_dense_model(random_model, tokens, tmp_path):
+    """Against probabilities written out; kept apart from the NLL, and on parts of the text from those of the same part."""
+    lm, profiles = random_model(3), some_profiles(random_model(3), 6)
+
+    def log_probabilities(text):
+        with torch.no_grad():
+            return lm.model(input_ids=torch.as_tensor(text)).logits[:, :-1].double().log_softmax(-1)
+
+    def expected(profile, text):
+        dense = log_probabilities(text)
+        with temporarily_pruned(lm, profile, Wanda(), tokens):
+            return float((dense.exp() * (dense - log_probabilities(text))).sum(-1).mean())
+
+    def held_out(kind):
+        return HeldOutLoss(lm, Wanda(), tokens, lambda: tokens, "a", tmp_path, kind=kind)
+
+    kl, tried = held_out("kl"), [("", profile) for profile in profiles]
+    for n_seq in (2, None):
+        np.testing.assert_allclose(kl.many(tried, n_seq), [expected(p, tokens[:n_seq]) for p in profiles], rtol=1e-4, atol=1e-6)
+    assert max(kl.many(tried)) > 1e-3
+    assert kl.to_dict()["kind"] == "kl"
+    assert held_out("kl").many(tried) == kl.many(tried)
+    nll, again = held_out("nll"), held_out("kl")
+    assert nll.many(tried) == one_by_one(lm, Wanda(), profiles, tokens, tokens)
+    again.many(tried)
+    assert (nll.to_dict()["n_new_evaluations"], again.to_dict()["n_new_evaluations"]) == (len(profiles), 0)
+
+
 def test_offloaded_models_and_profiles_of_others_are_refused(random_model, tokens, tmp_path):
     lm = random_model(3)
     loss = HeldOutLoss(lm, Magnitude(), tokens, lambda: tokens, "a", tmp_path)
@@ -254,6 +287,26 @@ def test_the_selection_text_counts_where_it_chooses(svnup):
     assert svnup("allocator=random", "pruner=magnitude", "allocator.lam=auto")[0] == 0
     assert "already finished" not in svnup("allocator=random", "pruner=magnitude", "allocator.lam=auto", "selection.n_seq=2")[1]
     assert "tuning evaluations" in svnup("allocator=random", "allocator.lam=auto", "dry_run=true")[1]
+
+
+def test_the_loss_that_chooses_is_part_of_the_job_where_it_chooses(svnup):
+    assert svnup("allocator=random", "pruner=magnitude")[0] == 0
+    assert "already finished" in svnup("allocator=random", "pruner=magnitude", "selection_loss=kl")[1]
+    args = ("allocator=random", "pruner=magnitude", "allocator.lam=auto")
+    assert svnup(*args)[0] == 0
+    nll = last_row()
+    assert "already finished" in svnup(*args, "selection_loss=nll")[1]
+    assert svnup(*args, "selection_loss=kl")[0] == 0
+    kl = last_row()
+    assert kl["config_key"] != nll["config_key"]
+    assert (nll["tuning"]["kind"], kl["tuning"]["kind"]) == ("nll", "kl")
+    assert kl["tuning"]["n_new_evaluations"] == kl["tuning"]["n_evaluations"]
+    assert [p["loss"] for p in kl["tuning"]["curve"]] != [p["loss"] for p in nll["tuning"]["curve"]]
+    lines = [render([ResultRow.from_json(json.dumps(row))], "csv") for row in (nll, kl)]
+    assert ["by kl" in line for line in lines] == [False, True]
+    kept = moving_numbers({k: v for k, v in nll["config"].items() if k != "selection_loss"})
+    text = json.dumps([NUMBERS_VERSION, kept | {"selection": nll["config"]["selection"]}], sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest()[:12] == nll["config_key"], "as before there was a choice"
 
 
 @pytest.mark.parametrize(
