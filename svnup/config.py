@@ -36,7 +36,7 @@ from svnup.model import Pretrained, Random
 from svnup.scoring import GameOptions, Scorer, ShapleyScorer
 from svnup.splitting import Split
 from svnup.tracking import NoTracker, WandbTracker
-from svnup.types import Ints, Offload, SaveFormat, method_name, moving_numbers, parse_pattern
+from svnup.types import Ints, Offload, SaveFormat, SelectionLoss, method_name, moving_numbers, parse_pattern
 
 if TYPE_CHECKING:
     from svnup.language_model import LanguageModel
@@ -65,6 +65,7 @@ class Schema:
     pattern: str = "unstructured"
     seed: int = 0
     protocol_gate: str = "error"
+    selection_loss: str = "nll"
     results_dir: str = "results"
     cache_dir: str | None = None
     force: bool = False
@@ -109,6 +110,7 @@ class Job:
     pattern: str
     seed: int
     protocol_gate: Gate
+    selection_loss: SelectionLoss
     results_dir: str
     cache_dir: str
     force: bool
@@ -328,7 +330,7 @@ def stored(config: dict[str, Any], **changes: Any) -> Any:
 def config_key(config: dict[str, Any], chooses: bool) -> str:
     """Hash of a resolved configuration without what cannot change a number, and of the version of the numbers.
 
-    `chooses`: the selection text counts.
+    `chooses`: the selection text and the loss on it count.
     """
     kept = moving_numbers(config)
     scorer = kept["allocator"].get("scorer")
@@ -336,6 +338,8 @@ def config_key(config: dict[str, Any], chooses: bool) -> str:
         kept["allocator"] = kept["allocator"] | {"scorer": {k: v for k, v in scorer.items() if k != "shard"}}
     if chooses:
         kept["selection"] = config["selection"]
+    if chooses and config["selection_loss"] != "nll":  # as it was before there was a choice
+        kept["selection_loss"] = config["selection_loss"]
     text = json.dumps([NUMBERS_VERSION, kept], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -522,7 +526,8 @@ def _check_scalars(config: dict[str, Any]) -> None:
         hint = f"; did you mean sparsity={sparsity / 100:g}?" if 1 < sparsity < 100 else ""
         raise ValueError(f"sparsity={sparsity:g}: must be a fraction of zeros in [0, 1){hint}")
     parse_pattern(config["pattern"])
-    for name, options in (("protocol_gate", Gate), ("offload", Offload), ("save_format", SaveFormat)):
+    closed = {"protocol_gate": Gate, "offload": Offload, "save_format": SaveFormat, "selection_loss": SelectionLoss}
+    for name, options in closed.items():
         choices = typing.get_args(options)
         if config[name] not in choices:
             hint = did_you_mean(str(config[name]), list(choices))

@@ -140,7 +140,7 @@ class LayerGame:
     @torch.inference_mode()
     def _walk(self, coalitions: Bools) -> int:
         """Evaluate distinct coalitions (in lexicographic order) depth first; returns the number of block-forwards."""
-        steps = WalkPlan.of(coalitions, self.absent_costs, self._max_states())
+        steps = WalkPlan.of(coalitions, self.absent_costs, max_states(self.lm, self._batches, self._state_bytes))
         forwards = 0
         stack: dict[int, list[Tensor]] = {0: [batch.hidden for batch in self._batches]}
         with stage("coalitions", steps.n_evaluations, "coalitions") as advance:
@@ -164,14 +164,6 @@ class LayerGame:
             self.lm.run_block(player.block, hidden, batch, part=player.part, weights=weights)
             for hidden, batch in zip(states, self._batches, strict=True)
         ]
-
-    def _max_states(self) -> int:
-        """How many hidden states of the payoff batch may be held at a time, at least the first and the last."""
-        per_state = sum(b.hidden.numel() * b.hidden.element_size() for b in self._batches)
-        budget = self._state_bytes
-        if budget is None:  # what is dropped is computed again by the same operations, so this moves no number
-            budget = torch.cuda.mem_get_info(self.lm.device)[0] // 2 if self.lm.device.type == "cuda" else 2**33
-        return max(2, budget // per_state)
 
     @cached_property
     def _batches(self) -> list[MicroBatch]:
@@ -337,9 +329,22 @@ def _digest(pruned: list[Weights]) -> str:
     return total.hexdigest()
 
 
+def max_states(lm: LanguageModel, batches: list[MicroBatch], budget: int | None = None) -> int:
+    """How many hidden states of all `batches` may be held at a time in `budget` bytes (None: `state_bytes`), at least the first
+    and the last; what is dropped is computed again by the same operations, so this moves no number."""
+    per_state = sum(b.hidden.numel() * b.hidden.element_size() for b in batches)
+    return max(2, (state_bytes(lm.device) if budget is None else budget) // per_state)
+
+
+def state_bytes(device: torch.device) -> int:
+    """How many bytes of hidden states a walk may hold: half of a GPU's free memory, or 8 GiB."""
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**33
+
+
 @dataclass(frozen=True)
 class WalkPlan:
-    """A depth-first walk over distinct coalitions in lexicographic order, and what it costs.
+    """A depth-first walk over distinct coalitions in lexicographic order, and what it costs. With `absent_costs` any whole
+    numbers may stand for what a block is, and any order will do in which those with a common prefix are together.
 
     `resume` is the depth from which each coalition is computed, where it leaves the one before unless those states had to be
     dropped; bit d of `kept` says that the hidden states at depth d stay after that coalition; `peak_states` is the largest
@@ -353,7 +358,7 @@ class WalkPlan:
     peak_states: int
 
     @classmethod
-    def of(cls, coalitions: Bools, absent_costs: bool = False, max_states: int | None = None) -> WalkPlan:
+    def of(cls, coalitions: Bools | Ints, absent_costs: bool = False, max_states: int | None = None) -> WalkPlan:
         starts = branch_points(coalitions).tolist()
         kept = [0] * len(coalitions)
         for i in range(len(coalitions) - 2, -1, -1):
@@ -374,7 +379,7 @@ class WalkPlan:
         return cls(resume, kept, len(coalitions), forwards, peak + 1)
 
 
-def _n_states(row: Bools, kept: int) -> int:
+def _n_states(row: Bools | Ints, kept: int) -> int:
     """Different hidden states among the kept depths of a coalition: a skipped block hands on the same one."""
     depths: Ints = np.concatenate([[0], np.cumsum(row)])
     return len({int(depths[d]) for d in range(len(depths)) if kept >> d & 1})

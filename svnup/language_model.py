@@ -96,6 +96,7 @@ class Visit:
         self.block = lm.blocks[index]
         self.linears = lm.linears(index)
         self.advanced = False
+        self.n_runs = 0  # of the block on all inputs
 
     def run(self, advance: bool = False) -> None:
         """Run the block on all inputs, for its hooks; `advance` keeps the outputs as the next block's inputs."""
@@ -104,6 +105,7 @@ class Visit:
             if advance:
                 batch.hidden = hidden
         self.advanced = self.advanced or advance
+        self.n_runs += bool(self.batches)
 
 
 class LanguageModel:
@@ -501,14 +503,19 @@ class LanguageModel:
         return torch.cat(losses).numpy()
 
     @torch.inference_mode()
-    def walk(self, tokens: np.ndarray | Tensor) -> Iterator[Visit]:
+    def walk(self, tokens: np.ndarray | Tensor | list[MicroBatch], start: int = 0) -> Iterator[Visit]:
         """THE block-by-block loop: visit each block with the outputs of the blocks before it, as they were left.
 
-        Between two visits the block is run again with the weights it then has, unless its visitor already advanced.
+        Between two visits the block is run again with the weights it then has, unless its visitor already advanced. In place
+        of tokens it takes micro-batches that stand at the door of block `start`; a visitor who needs no more of them clears
+        the list.
         """
         shelf = self._shelf
-        batches = [batch if shelf is None else ParkedBatch(batch, shelf.states) for batch in self.micro_batches(tokens)]
-        for index in range(self.n_blocks):
+        if isinstance(tokens, list):
+            batches = tokens
+        else:
+            batches = [batch if shelf is None else ParkedBatch(batch, shelf.states) for batch in self.micro_batches(tokens)]
+        for index in range(start, self.n_blocks):
             visit = Visit(self, index, batches)
             yield visit
             if not visit.advanced and index + 1 < self.n_blocks:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from svnup.allocation import Uniform
 from svnup.evaluation import check_dense
 from svnup.game import StandIns
 from svnup.memory import Stages, peak_memory
-from svnup.pruning import prune_model, pruned_weights, save_masks, temporarily_pruned
+from svnup.pruning import prune_model, pruned_weights, save_masks
 from svnup.results import SCRATCH
 from svnup.scoring import Context
 from svnup.tuning import HeldOutLoss
@@ -100,8 +99,8 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
 def held_out_loss(job: Job, lm: LanguageModel, tokens: Ints) -> HeldOutLoss:
     """The loss of a profile as this job would prune by it, on its selection text; nothing is read before it is asked for."""
 
-    def pruned(profile: SparsityProfile) -> AbstractContextManager[Any]:
-        return temporarily_pruned(lm, job.split.divide(lm, profile, job.pruner, tokens), job.pruner, tokens)
+    def divide(profile: SparsityProfile) -> SparsityProfile:
+        return job.split.divide(lm, profile, job.pruner, tokens)
 
     def text() -> Ints:
         assert job.selection is not None
@@ -109,7 +108,7 @@ def held_out_loss(job: Job, lm: LanguageModel, tokens: Ints) -> HeldOutLoss:
 
     calibration = hashlib.sha256(tokens.tobytes()).hexdigest()
     name = f"{job.pruner!r} {job.split!r} {calibration} {NUMBERS_VERSION}"
-    return HeldOutLoss(lm, pruned, text, name, job.cache_dir)
+    return HeldOutLoss(lm, job.pruner, tokens, text, name, job.cache_dir, divide, kind=job.selection_loss)
 
 
 def run_shard(job: Job) -> int:

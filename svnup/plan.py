@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from svnup.allocation import Chooser
+from svnup.game import state_bytes
 from svnup.language_model import BATCH_TOKENS, HEAD_TOKENS, LanguageModel, matrix, pick_device
 from svnup.memory import resident
 from svnup.pruning import ERROR_TOKENS, Inputs, workspace
@@ -55,6 +56,12 @@ def plan(job: Job) -> dict[str, int]:
     out |= {"bytes of calibration states": states, "bytes of statistics of a block": statistics}
     if isinstance(job.allocator, Chooser):
         out["tuning evaluations"] = job.allocator.n_losses(lm.n_blocks, job.sparsity)
+        assert job.selection is not None
+        read = (job.selection.n_seq or 0) * job.selection.seq_len * config.hidden_size * size
+        per_state = read + states * job.pruner.needs_inputs
+        room = state_bytes(device) - (0 if here else weights // 2)
+        out["bytes of tuning states, at most"] = tuning = per_state * min(lm.n_blocks + 1, max(2, room // per_state))
+        stages["tuning"] = tuning + max(stages["pruning"] - states + block, stages["evaluation"])
     if job.scorer is not None:
         named, cost = "scores'" if job.shapley is None else "shapley", job.scorer.plan(lm.n_blocks)
         out |= {f"{named} {k.replace('_', ' ')}": v for k, v in cost.items()}
@@ -68,7 +75,7 @@ def plan(job: Job) -> dict[str, int]:
         stages["shapley"] = out["bytes of shapley states"] + stand_ins + stages["evaluation"]
     if job.scorer is not None and job.scorer.needs_inputs:  # which may hold a score of every weight of a block
         stages["scores"] = states * states_here + activations + 2 * int(lm.block_params.max()) * FLOAT
-    if job.split.trial or isinstance(job.allocator, Chooser):  # the dense weights wait beside the pruned ones
+    if job.split.trial:  # the dense weights wait beside the pruned ones
         stages["pruning"] += int(lm.block_params.sum()) * size
     out["bytes at the peak, about"] = (resident() if here else 0) + resident_weights + max(stages.values())
     return out

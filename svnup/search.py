@@ -25,8 +25,9 @@ class Search:
     are not measured again, so that a search that was interrupted goes on. Under a pattern 'mixed:M' a step is at least 1/M.
 
     Source: EvoPress, arXiv 2410.14649, algorithm 1 and its multi-step selection. There levels belong to linears, all of one
-    size, the fitness is the KL divergence to the dense model, and weights are pruned in advance, each linear on the dense
-    model; here levels belong to blocks, the fitness is the NLL, and every profile is pruned anew, block after block.
+    size, the fitness is the KL divergence to the dense model (here `selection_loss=kl`), and weights are pruned in advance,
+    each linear on the dense model; here levels belong to blocks, the fitness is the NLL by default, and every profile is
+    pruned anew, block after block.
     """
 
     generations: int = 25
@@ -75,10 +76,10 @@ class Search:
             label = f"generation {generation}"
             left = self._offspring(parent, rng)
             for n_seq, n_left in zip(self.sequences, self.survivors, strict=True):
-                losses = [loss(profile, label, n_seq) for profile in left]
+                losses = loss.many([(label, profile) for profile in left], n_seq)
                 left = [left[i] for i in np.argsort(losses, kind="stable")[:n_left]]
-            for profile in left:
-                if (value := loss(profile, label)) < least:
+            for profile, value in zip(left, loss.many([(label, profile) for profile in left]), strict=True):
+                if value < least:
                     parent, least = profile, value
         return parent
 
@@ -92,7 +93,7 @@ class Search:
             if _levels(moved) in tried:
                 continue
             tried.add(_levels(moved))
-            mutant = to_budget(moved, parent.params, parent.target, parent.pattern, self._bounds(parent))
+            mutant = in_steps(np.clip(moved, *self._bounds(parent)), parent.params, parent.target, parent.pattern)
             if _levels(mutant.sparsity) != _levels(parent.sparsity):  # under steps of a pattern
                 mutants.setdefault(_levels(mutant.sparsity), mutant)
             if len(mutants) == self.offspring:
@@ -114,7 +115,7 @@ class Search:
             i, j = pairs[rng.integers(len(pairs))]
             out[i] += less[i, j]
             out[j] -= more[i, j]
-        return out
+        return np.where(np.abs(out - budget) < 1e-9, budget, out)  # who came back is where it was, to the last bit
 
     def _bounds(self, profile: SparsityProfile) -> tuple[float, float]:
         return bounds_of(profile.target, self.lower, self.upper)
@@ -127,7 +128,8 @@ class Curves:
     The curve of a block is the held-out loss with it alone pruned, to each of `levels` sparsities evenly from `lower` to
     `upper`, and the other blocks dense (under a pattern 'mixed:M' to those that are multiples of 1/M); its lower convex hull
     is used. From `lower` on, weights go where a hull is flattest per weight until the budget is met; segments as steep as the
-    last are taken by equal shares. That is the exact optimum of the hulls' sum: as good as losses add up over blocks.
+    last are taken by equal shares. That is the exact optimum of the hulls' sum: as good as losses add up over blocks. Where the
+    model pruned by it loses no less than by the uniform profile, that is taken instead.
 
     Raises ValueError where a loss is not finite. Source: our choice; the greedy way is that of Fox, Discrete optimization via
     marginal analysis, 1966.
@@ -147,18 +149,19 @@ class Curves:
         check_bounds(*bounds_of(sparsity, self.lower, self.upper), sparsity)
 
     def n_losses(self, n_blocks: int, sparsity: float) -> int:
-        return n_blocks * self.levels
+        return n_blocks * self.levels + 2  # the budget that follows, and the uniform one
 
     def allocate(
         self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
     ) -> SparsityProfile:
         assert loss is not None
         grid = self._grid(sparsity, pattern)
-        curves = np.empty((len(params), len(grid)))
-        for block, level in np.ndindex(curves.shape):
+        tried = []
+        for block, level in np.ndindex(len(params), len(grid)):
             alone = np.where(np.arange(len(params)) == block, grid[level], 0.0)
             mean = float(np.average(alone, weights=params))
-            curves[block, level] = loss(in_steps(alone, params, mean, pattern), f"layer {block} at {grid[level]:.3g}")
+            tried.append((f"layer {block} at {grid[level]:.3g}", in_steps(alone, params, mean, pattern)))
+        curves = np.reshape(loss.many(tried), (len(params), len(grid)))
         if not np.isfinite(curves).all():
             block, level = np.argwhere(~np.isfinite(curves))[0]
             raise ValueError(
@@ -166,7 +169,10 @@ class Curves:
                 "choose a smaller upper"
             )
         wish = water_fill(grid, curves, params, sparsity)
-        return to_budget(wish, params, sparsity, pattern, (float(grid[0]), float(grid[-1])))
+        filled = to_budget(wish, params, sparsity, pattern, (float(grid[0]), float(grid[-1])))
+        uniform = Uniform().allocate(None, params, sparsity, pattern)
+        of_filled, of_uniform = loss.many([("water-filling", filled), ("uniform", uniform)])
+        return filled if of_filled < of_uniform else uniform
 
     def _grid(self, sparsity: float, pattern: str) -> Floats:
         lower, upper = bounds_of(sparsity, self.lower, self.upper)

@@ -63,6 +63,8 @@ def describe(row: ResultRow) -> dict[str, Any]:
     if (inside := method_name(split).removesuffix("split")) != "uniform":
         words.append(", ".join(filter(None, (f"split by {inside}", _options(split)))))
     words = [word for word in (*words, _options(config["allocator"])) if word]
+    if row.tuning and row.tuning.get("kind", "nll") != "nll":
+        words.append(f"by {row.tuning['kind']}")
     return {
         "model": model_of(config),
         "pruner": method_name(config["pruner"]),

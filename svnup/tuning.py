@@ -7,41 +7,60 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from svnup.game import Memo
-from svnup.language_model import LanguageModel
-from svnup.types import Ints, SparsityProfile
+from svnup.game import Memo, WalkPlan, max_states
+from svnup.language_model import LanguageModel, MicroBatch
+from svnup.progress import stage
+from svnup.pruning import Pruner, block_pruned, check_profile
+from svnup.types import Ints, SelectionLoss, SparsityProfile
 
 logger = logging.getLogger(__name__)
 
 
 class HeldOutLoss:
-    """Mean next-token NLL in nats on selection text of the model while `pruned` has pruned it by a profile.
+    """The loss in nats per token, on selection text, of the model pruned by a profile on calibration text (n_seq, seq_len).
 
-    `text` gives the tokens (n_seq, seq_len) when the first loss is asked for. Losses are kept under `cache_dir` by model, text,
-    profile and `name`, which says how profiles are pruned: jobs of a sweep share them and a killed one goes on. A loss that is
-    not finite is infinite. Asked for `n_seq`, it is that of the first sequences only, kept apart.
+    `kind`: `nll`, the mean negative log-likelihood of the next token; `kl`, the mean divergence KL(dense || pruned) of the
+    predictions, with the dense model's last hidden states kept.
+    `text` gives the selection tokens (n_seq, seq_len) when the first loss is asked for, `divide` what a profile asks of the
+    linears. Losses are kept under `cache_dir` by model, text, profile and `name`, which says how profiles are pruned: jobs of a
+    sweep share them and a killed one goes on. A loss that is not finite is infinite. Asked for `n_seq`, it is that of the first
+    sequences only, kept apart.
+
+    Profiles that are asked for together are walked depth first: blocks that they begin with in common are pruned and run once,
+    and one block at a time is not dense. Hidden states at the doors of blocks take at most `state_bytes` (None: as in a
+    game), beyond which they are computed again. The losses are those of `prune_model` and `LanguageModel.nll`
+    (or `token_kl`), bit for bit. Raises ValueError where a block cannot be pruned, and where the model is offloaded.
     """
 
     def __init__(
         self,
         lm: LanguageModel,
-        pruned: Callable[[SparsityProfile], AbstractContextManager[Any]],
+        pruner: Pruner,
+        calibration: Ints,
         text: Callable[[], Ints],
         name: str,
         cache_dir: str | Path,
+        divide: Callable[[SparsityProfile], SparsityProfile] = lambda profile: profile,
+        state_bytes: int | None = None,
+        kind: SelectionLoss = "nll",
     ) -> None:
-        self._lm, self._pruned, self._text, self._name, self._cache_dir = lm, pruned, text, name, cache_dir
+        self._lm, self._pruner, self._calibration, self._divide = lm, pruner, calibration, divide
+        self._text, self._name, self._cache_dir, self._state_bytes = text, name, cache_dir, state_bytes
+        self._kind, self._dense_states = kind, dict[int, list[Tensor]]()  # by the number of sequences
         self._calls: list[dict[str, Any]] = []
         self._targets: set[float] = set()
         self._n_new, self._seconds = 0, 0.0
+        self._n_calibration, self._n_selection = 0, 0.0  # block-forwards
 
     @cached_property
     def _tokens(self) -> Ints:
@@ -50,34 +69,87 @@ class HeldOutLoss:
     @cached_property
     def _memo(self) -> Memo:
         tokens = hashlib.sha256(self._tokens.tobytes()).hexdigest()
-        identity = json.dumps([self._lm.fingerprint(), self._name, tokens, list(self._tokens.shape)])
+        kind = [] if self._kind == "nll" else [self._kind]
+        identity = json.dumps([self._lm.fingerprint(), self._name, tokens, list(self._tokens.shape), *kind])
         folder = Path(self._cache_dir) / "losses" / hashlib.sha256(identity.encode()).hexdigest()[:32]
         return Memo(folder, self._lm.device.type)
 
     def __call__(self, profile: SparsityProfile, label: str = "", n_seq: int | None = None) -> float:
+        return self.many([(label, profile)], n_seq)[0]
+
+    def many(self, tried: Sequence[tuple[str, SparsityProfile]], n_seq: int | None = None) -> list[float]:
+        """The losses of labelled profiles, in their order."""
         start = time.perf_counter()
         tokens = self._tokens[:n_seq]
         part = {"n_seq": len(tokens)} if len(tokens) < len(self._tokens) else {}
-        same = profile.to_dict() | {"sparsity": np.round(profile.sparsity, 12).tolist(), "requested": None} | part
-        key = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
-        if key not in self._memo.values:
-            with self._pruned(profile):
-                nll = float(np.mean(self._lm.nll(tokens)))
-            self._memo.add(key, nll if math.isfinite(nll) else math.inf)
-            self._n_new += 1
-        loss = self._memo.values[key]
-        logger.info("%s: loss %.4f on %d sequences of the selection text", label or "tried", loss, len(tokens))
-        self._calls.append({"label": label, "loss": loss if math.isfinite(loss) else None} | part)
-        self._targets.add(round(profile.target, 9))
+        keys = [_key(profile, part) for _, profile in tried]
+        new = {key: profile for key, (_, profile) in zip(keys, tried, strict=True) if key not in self._memo.values}
+        if new:
+            self._measure(list(new), [self._divide(profile) for profile in new.values()], tokens)
+        losses = [self._memo.values[key] for key in keys]
+        for (label, profile), loss in zip(tried, losses, strict=True):
+            logger.info("%s: loss %.4f on %d sequences of the selection text", label or "tried", loss, len(tokens))
+            self._calls.append({"label": label, "loss": loss if math.isfinite(loss) else None} | part)
+            self._targets.add(round(profile.target, 9))
         self._seconds += time.perf_counter() - start
-        return loss
+        return losses
+
+    @torch.inference_mode()
+    def _measure(self, keys: list[str], profiles: list[SparsityProfile], tokens: Ints) -> None:
+        lm = self._lm
+        for profile in profiles:
+            check_profile(lm, profile)
+        rows = [[profile.levels(index) for index in range(lm.n_blocks)] for profile in profiles]
+        # The sparser first: of those that begin alike it then prunes farthest, and calibrates for the others as far as they go.
+        order = sorted(range(len(rows)), key=rows.__getitem__, reverse=True)
+        codes = {level: code for code, level in enumerate({level for row in rows for level in row})}
+        calibration = list(lm.micro_batches(self._calibration)) if self._pruner.needs_inputs else []
+        selection = list(lm.micro_batches(tokens))
+        held = max_states(lm, calibration + selection, self._state_bytes)
+        steps = WalkPlan.of(np.array([[codes[level] for level in rows[i]] for i in order]), absent_costs=True, max_states=held)
+        stack = {0: (_hidden(calibration), _hidden(selection))}
+        with stage("profiles", len(profiles), "profiles") as advance:
+            for i, start, kept in zip(order, steps.resume, steps.kept, strict=True):
+                of_calibration, states = stack[start]
+                stack = {depth: s for depth, s in stack.items() if kept >> depth & 1}
+                inputs = [replace(batch, hidden=h) for batch, h in zip(calibration, of_calibration, strict=False)]
+                for visit in lm.walk(inputs, start):
+                    with block_pruned(visit, profiles[i], self._pruner):
+                        states = [lm.run_block(visit.index, h, b) for h, b in zip(states, selection, strict=True)]
+                    if kept >> (visit.index + 1) & 1:
+                        stack[visit.index + 1] = (_hidden(inputs), states)
+                    self._n_calibration += visit.n_runs
+                    self._n_selection += len(tokens) / len(self._tokens)
+                loss = self._loss(states, selection)
+                self._memo.add(keys[i], loss if math.isfinite(loss) else math.inf)
+                self._n_new += 1
+                advance(1)
+
+    def _loss(self, states: list[Tensor], batches: list[MicroBatch]) -> float:
+        """Of the hidden states after the last block."""
+        if self._kind == "kl":
+            trios = zip(states, self._dense(batches), batches, strict=True)
+            losses = [self._lm.token_kl(h, dense, b) for h, dense, b in trios]
+        else:
+            losses = [self._lm.token_nll(h, b) for h, b in zip(states, batches, strict=True)]
+        return float(np.mean(torch.cat([loss.double().mean(1).cpu() for loss in losses]).numpy()))
+
+    def _dense(self, batches: list[MicroBatch]) -> list[Tensor]:
+        """Hidden states of the dense model after its last block, outside the counts."""
+        n_seq = sum(len(batch.tokens) for batch in batches)
+        if n_seq not in self._dense_states:
+            states = _hidden(batches)
+            for index in range(self._lm.n_blocks):
+                states = [self._lm.run_block(index, h, b) for h, b in zip(states, batches, strict=True)]
+            self._dense_states[n_seq] = states
+        return self._dense_states[n_seq]
 
     def to_dict(self) -> dict[str, Any] | None:
         """The whole curve, in the order in which it was asked for, and what it cost; None where nothing was tried.
 
         Losses on part of the text carry its `n_seq`; `best` is the least loss on all of it by the end of each label, none where
         profiles of different budgets were tried, of which none is best; `n_full_evaluations` weighs evaluations by their share
-        of the text (every one of them prunes the whole model).
+        of the text. Block-forwards are those that were made, for what was new: a block on the whole text, or a share of one.
         """
         if not self._calls:
             return None
@@ -88,9 +160,21 @@ class HeldOutLoss:
         n_read = sum(call.get("n_seq", len(self._tokens)) for call in self._calls)
         counts = {"n_evaluations": len(self._calls), "n_new_evaluations": self._n_new, "n_sequences": len(self._tokens)}
         return {
+            "kind": self._kind,
             "curve": self._calls,
             "best": [{"label": label, "loss": loss} for label, loss in best.items()],
             **counts,
             "n_full_evaluations": n_read / len(self._tokens),
+            "n_calibration_block_forwards": self._n_calibration,
+            "n_selection_block_forwards": self._n_selection,
             "seconds": self._seconds,
         }
+
+
+def _key(profile: SparsityProfile, part: dict[str, int]) -> str:
+    same = profile.to_dict() | {"sparsity": np.round(profile.sparsity, 12).tolist(), "requested": None} | part
+    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+
+
+def _hidden(batches: list[MicroBatch]) -> list[Tensor]:
+    return [batch.hidden for batch in batches]

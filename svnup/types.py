@@ -17,15 +17,16 @@ Bools = NDArray[np.bool_]
 
 Offload = Literal["none", "cpu", "disk"]
 SaveFormat = Literal["dense", "bitmask"]
+SelectionLoss = Literal["nll", "kl"]
 
 SCHEMA_VERSION = 1
 UNSTRUCTURED = "unstructured"
 
 # Top of a configuration that cannot change a number (`shapley` counts where an allocator
-# names it as its scorer, `selection` where it is tuned).
+# names it as its scorer, `selection` and `selection_loss` where it is tuned).
 NOT_IN_KEY = (
     *("results_dir", "cache_dir", "force", "dry_run", "save_model", "save_masks", "save_format", "offload"),
-    *("tracker", "protocol_gate", "shapley", "selection"),
+    *("tracker", "protocol_gate", "shapley", "selection", "selection_loss"),
 )
 NOT_IN_MODEL_KEY = ("device", "device_map", "trust_remote_code", "test_text", "test_tasks", "dense_ppl")
 
@@ -240,6 +241,11 @@ class SparsityProfile:
     def of(self, block: int, linear: str) -> float:
         """The sparsity asked of a linear."""
         return float(self.sparsity[block]) if self.linears is None else self.linears[block][linear].sparsity
+
+    def levels(self, block: int) -> tuple[float, ...]:
+        """All that is asked of a block: its sparsity, or those of its linears."""
+        shares = self.linears[block].values() if self.linears is not None else None
+        return (float(self.sparsity[block]),) if shares is None else tuple(share.sparsity for share in shares)
 
     @property
     def mean(self) -> float:

@@ -1,10 +1,25 @@
-"""Toy games with known Shapley values: `n_players`, `__call__(bool (m, n)) -> float64 (m,)`, closed form in `values`."""
+"""Toy games with known Shapley values: `n_players`, `__call__(bool (m, n)) -> float64 (m,)`, closed form in `values`.
+
+And losses of functions.
+"""
 
 from __future__ import annotations
 
 from itertools import permutations
 
 import numpy as np
+
+from svnup.allocation import Loss
+
+
+class LossOf(Loss):
+    """The held-out loss that a function of a profile, its label and a number of sequences makes up."""
+
+    def __init__(self, function):
+        self._function = function
+
+    def __call__(self, profile, label="", n_seq=None):
+        return self._function(profile, label, n_seq)
 
 
 class Additive:

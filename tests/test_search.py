@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli import last_row
+from games import LossOf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svnup.allocation import Chooser, Uniform, bounds_of
-from svnup.pruning import temporarily_pruned
+from svnup.allocation import Chooser, Loss, Uniform, bounds_of
 from svnup.pruning.magnitude import Magnitude
+from svnup.pruning.wanda import Wanda
 from svnup.search import Curves, Search, water_fill
 from svnup.tables import render
 from svnup.tuning import HeldOutLoss
@@ -25,7 +26,7 @@ A = np.array([8.0, 1.0, 2.0, 0.5])  # of the toy losses: how much each block mat
 C = 4.0
 
 
-class Toy:
+class Toy(Loss):
     """A separable convex loss, sum of a_l exp(c s_l); on few sequences it is off by a little of its own for each profile."""
 
     def __init__(self, a, noise=0.0):
@@ -87,6 +88,19 @@ def test_moves_are_steps_of_the_smaller_block():
         assert steps[0] == pytest.approx(round(steps[0]))
 
 
+def test_blocks_that_did_not_move_keep_their_sparsity_to_the_last_bit():
+    """Or candidates would not begin alike."""
+    params, rng = np.array([17, 30, 23, 40, 31, 29]), np.random.default_rng(0)
+    parent = Uniform().allocate(None, params, 0.7)
+    for _ in range(5):
+        mutants = Search()._offspring(parent, rng)
+        for mutant in mutants:
+            off = np.abs(mutant.sparsity - parent.sparsity)
+            assert ((off == 0) | (off > 1e-3)).all()
+            assert off.max() > 0
+        parent = mutants[-1]
+
+
 @pytest.mark.parametrize("params", [[10, 10, 10, 10], [10, 30, 20, 40]])
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_it_comes_near_the_optimum_and_is_never_worse_than_its_start(params, noise):
@@ -104,9 +118,9 @@ def test_it_comes_near_the_optimum_and_is_never_worse_than_its_start(params, noi
 
 
 def test_a_start_that_nothing_beats_stays():
-    chosen = Search(generations=3).allocate(None, np.full(4, 10), 0.7, loss=lambda p, label, n=None: float(np.ptp(p.sparsity)))
-    assert chosen.sparsity.tolist() == [0.7] * 4
-    assert Search(generations=3).allocate(None, np.array([10]), 0.7, loss=lambda *_: math.inf).sparsity.tolist() == [0.7]
+    spread, broken = LossOf(lambda profile, *_: float(np.ptp(profile.sparsity))), LossOf(lambda *_: math.inf)
+    assert Search(generations=3).allocate(None, np.full(4, 10), 0.7, loss=spread).sparsity.tolist() == [0.7] * 4
+    assert Search(generations=3).allocate(None, np.array([10]), 0.7, loss=broken).sparsity.tolist() == [0.7]
     assert Search().allocate(None, np.array([10, 10]), 0.0, loss=Toy([1, 1])).sparsity.tolist() == [0.0, 0.0]
 
 
@@ -134,7 +148,7 @@ def test_a_search_that_was_interrupted_goes_on(random_model, tokens, tmp_path):
     lm = random_model(3)
 
     def held_out():
-        return HeldOutLoss(lm, lambda p: temporarily_pruned(lm, p, Magnitude(), tokens), lambda: tokens, "a", tmp_path)
+        return HeldOutLoss(lm, Magnitude(), tokens, lambda: tokens, "a", tmp_path)
 
     def run(loss, generations):
         search = Search(generations=generations, offspring=4, sequences=[1], survivors=[2])
@@ -219,8 +233,8 @@ def test_each_block_is_pruned_alone():
     loss = Toy(A)
     params = np.array([10, 30, 20, 40])
     Curves(levels=3).allocate(None, params, 0.7, loss=loss)
-    assert len(loss.calls) == Curves(levels=3).n_losses(4, 0.7) == 12
-    for k, (profile, label, n_seq) in enumerate(loss.calls):
+    assert len(loss.calls) == Curves(levels=3).n_losses(4, 0.7) == 12 + 2
+    for k, (profile, label, n_seq) in enumerate(loss.calls[:12]):
         wanted = np.zeros(4)
         wanted[k // 3] = (0.4, 0.65, 0.9)[k % 3]
         np.testing.assert_allclose(profile.sparsity, wanted)
@@ -288,20 +302,54 @@ def test_the_budget_of_curves_is_exact(params, sparsity, pattern):
     np.testing.assert_allclose(equal.sparsity, sparsity, atol=1e-9)  # nothing tells the blocks apart
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "mixed:8"])
+def test_curves_that_mislead_lead_to_the_uniform_budget(pattern):
+    """Losses that do not add up: what they are together is said by label."""
+
+    def misleading(together):
+        def loss(profile, label, n_seq):
+            asked.append(label)
+            return together.get(label, float(A @ np.exp(C * profile.sparsity)))
+
+        return LossOf(loss)
+
+    asked, params = [], np.array([10, 30, 20, 40])
+    uniform = Uniform().allocate(None, params, 0.7, pattern)
+    for filled, of_uniform in ((2.0, 1.0), (1.0, 1.0), (math.inf, 1.0), (math.inf, math.inf), (1.0, 2.0)):
+        loss = misleading({"water-filling": filled, "uniform": of_uniform})
+        chosen = Curves(levels=3).allocate(None, params, 0.7, pattern, loss)
+        assert (chosen.sparsity.tolist() == uniform.sparsity.tolist()) == (filled >= of_uniform)
+    assert asked[-2:] == ["water-filling", "uniform"]
+
+
 def test_curves_that_are_not_finite_are_refused():
+    loss = LossOf(lambda profile, *_: math.inf if profile.sparsity[1] > 0.8 else 1.0)
     with pytest.raises(ValueError, match=r"allocator.upper=0.9: the loss with layer 1 alone at 0.9 is not finite"):
-        Curves().allocate(None, np.array([5, 5]), 0.7, loss=lambda p, label, n=None: math.inf if p.sparsity[1] > 0.8 else 1.0)
+        Curves().allocate(None, np.array([5, 5]), 0.7, loss=loss)
+
+
+def test_what_curves_cost(random_model, tokens, tmp_path):
+    """One block is pruned per point, and blocks run from there on; those before it once for all points."""
+    lm, n, points = random_model(4), 4, 3
+    loss = HeldOutLoss(lm, Wanda(), tokens, lambda: tokens, "a", tmp_path)
+    Curves(levels=points).allocate(None, lm.block_params, 0.7, loss=loss)
+    report = loss.to_dict()
+    assert report["n_new_evaluations"] == n * points + 2
+    assert report["n_calibration_block_forwards"] == n * points + n - 1 + 2 * (2 * n - 1)
+    assert report["n_selection_block_forwards"] == points * n * (n + 1) / 2 + n - 1 + 2 * n
 
 
 def test_a_job_by_curves(svnup):
     args = ["allocator=curves", "allocator.levels=3", "pruner=magnitude"]
     assert svnup(*args)[0] == 0
     row = last_row()
-    assert (row["tuning"]["n_evaluations"], row["tuning"]["n_new_evaluations"]) == (9, 9)
+    assert (row["tuning"]["n_evaluations"], row["tuning"]["n_new_evaluations"]) == (11, 11)
+    *_, filled, uniform = row["tuning"]["curve"]
+    assert (filled["label"], uniform["label"]) == ("water-filling", "uniform")
     assert row["tuning"]["curve"][0]["label"] == "layer 0 at 0.4"
     assert row["tuning"]["best"] == [], "of different budgets none is best"
     assert np.average(row["profile"]["sparsity"], weights=row["profile"]["params"]) == pytest.approx(0.7)
-    assert np.ptp(row["profile"]["sparsity"]) > 0
+    assert (np.ptp(row["profile"]["sparsity"]) > 0) == (filled["loss"] < uniform["loss"])
     assert svnup(*args, "force=true")[0] == 0
     assert last_row()["tuning"]["n_new_evaluations"] == 0
     assert last_row()["profile"] == row["profile"]

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cli import last_row
+from games import LossOf
 
+from svnup import NUMBERS_VERSION
 from svnup.allocation import Atp, Ratios, ScoreBudget, Tuned
+from svnup.offload import HostShelf
 from svnup.pruning import prune_model, temporarily_pruned
 from svnup.pruning.magnitude import Magnitude
+from svnup.pruning.nothing import Nothing
+from svnup.pruning.sparsegpt import SparseGPT
+from svnup.pruning.wanda import Wanda
+from svnup.splitting import ErrorSplit, OutlierSplit, UniformSplit
+from svnup.tables import render
 from svnup.tuning import HeldOutLoss
-from svnup.types import BlockScores, SparsityProfile
+from svnup.types import BlockScores, ResultRow, SparsityProfile, moving_numbers
 
 PARAMS, SCORES = np.array([100, 200, 100]), BlockScores([1.0, 2.0, 3.0], "x")
 
@@ -27,11 +39,11 @@ def test_the_value_with_the_least_loss_is_taken(allocator, best):
     """The loss is least where the spread of the profile is that share of the largest that is tried."""
     spreads = []
 
-    def loss(profile, label):
+    def loss(profile, label, n_seq):
         spreads.append((float(np.ptp(profile.sparsity)), label))
         return abs(spreads[-1][0] - best)
 
-    chosen = Tuned(allocator).allocate(SCORES, PARAMS, 0.6, loss=loss)
+    chosen = Tuned(allocator).allocate(SCORES, PARAMS, 0.6, loss=LossOf(loss))
     assert len(spreads) == 7  # as many for all
     assert spreads == sorted(spreads)
     assert spreads[0][0] == pytest.approx(0, abs=1e-12)
@@ -41,8 +53,8 @@ def test_the_value_with_the_least_loss_is_taken(allocator, best):
 
 
 def test_uniform_where_nothing_beats_it():
-    for loss in (lambda profile, label: 1.0, lambda profile, label: math.inf, lambda profile, label: np.ptp(profile.sparsity)):
-        chosen = Tuned(ScoreBudget("raw")).allocate(SCORES, PARAMS, 0.6, loss=loss)
+    for loss in (lambda *_: 1.0, lambda *_: math.inf, lambda profile, *_: np.ptp(profile.sparsity)):
+        chosen = Tuned(ScoreBudget("raw")).allocate(SCORES, PARAMS, 0.6, loss=LossOf(loss))
         np.testing.assert_allclose(chosen.sparsity, 0.6, atol=1e-12)
 
 
@@ -54,7 +66,7 @@ def test_the_loss_is_that_of_the_pruned_model_and_is_measured_once(random_model,
     before, profile = lm.fingerprint(), SparsityProfile([0.3, 0.5, 0.7], [10, 10, 10], 0.5)
 
     def held_out(name="a", text=tokens):
-        return HeldOutLoss(lm, lambda p: temporarily_pruned(lm, p, Magnitude(), text), lambda: text, name, tmp_path)
+        return HeldOutLoss(lm, Magnitude(), text, lambda: text, name, tmp_path)
 
     loss = held_out()
     assert loss.to_dict() is None
@@ -83,7 +95,7 @@ def test_the_loss_is_that_of_the_pruned_model_and_is_measured_once(random_model,
 def test_losses_on_the_first_sequences_are_kept_apart(random_model, tokens, tmp_path):
     lm, other = random_model(3), random_model(3)
     profiles = [SparsityProfile(s, [10, 10, 10], 0.5) for s in ([0.5, 0.5, 0.5], [0.3, 0.5, 0.7], [0.7, 0.5, 0.3])]
-    loss = HeldOutLoss(lm, lambda p: temporarily_pruned(lm, p, Magnitude(), tokens), lambda: tokens, "a", tmp_path)
+    loss = HeldOutLoss(lm, Magnitude(), tokens, lambda: tokens, "a", tmp_path)
     whole = loss(profiles[0], "start")
     prune_model(other, profiles[0], Magnitude(), tokens)
     nll = other.nll(tokens)
@@ -96,6 +108,152 @@ def test_losses_on_the_first_sequences_are_kept_apart(random_model, tokens, tmp_
     assert report["n_full_evaluations"] == pytest.approx(5 + 1 / 3 + 2 / 3)
     best = [("start", whole), ("all", whole), ("more than there are", whole), ("rest", min(whole, *others))]
     assert report["best"] == [{"label": label, "loss": value} for label, value in best]
+
+
+# -- shared prefixes
+
+
+def some_profiles(lm, n, seed=0):
+    """Profiles of few levels, so that many begin alike, dense blocks among them, and the dense model itself."""
+    rng = np.random.default_rng(seed)
+    rows = np.concatenate([np.zeros((1, lm.n_blocks)), rng.choice([0.0, 0.3, 0.7], size=(n, lm.n_blocks))])
+    rows = rng.permutation(np.unique(rows, axis=0))
+    return [SparsityProfile(row, lm.block_params, float(np.average(row, weights=lm.block_params))) for row in rows]
+
+
+def one_by_one(lm, pruner, profiles, calibration, text, divide=lambda profile: profile):
+    losses = []
+    for profile in profiles:
+        with temporarily_pruned(lm, divide(profile), pruner, calibration):
+            losses.append(float(np.mean(lm.nll(text))))
+    return losses
+
+
+@pytest.mark.parametrize("state_bytes", [None, 1, 1_200_000])
+@pytest.mark.parametrize("pruner", [Magnitude(), Wanda(), SparseGPT(), Nothing()], ids=lambda p: type(p).__name__)
+def test_losses_of_many_are_those_of_one_after_the_other(random_model, tokens, tmp_path, pruner, state_bytes):
+    lm, text = random_model(4), np.random.default_rng(1).integers(5, 2048, size=(90, 24))  # 85 + 5 sequences on a CPU
+    before, profiles = lm.fingerprint(), some_profiles(lm, 10)
+    loss = HeldOutLoss(lm, pruner, tokens, lambda: text, "a", tmp_path, state_bytes=state_bytes)
+    tried = [(f"{i}", profile) for i, profile in enumerate(profiles)]
+    assert loss.many(tried, 7) == one_by_one(lm, pruner, profiles, tokens, text[:7])
+    assert loss.many(tried) == one_by_one(lm, pruner, profiles, tokens, text)
+    assert lm.fingerprint() == before
+    assert not any(p.is_inference() for p in lm.model.parameters()), "gradients can still pass"
+    report = loss.to_dict()
+    assert [point["label"] for point in report["curve"]] == [label for label, _ in tried] * 2
+    n, n_blocks = len(profiles), lm.n_blocks
+    most = n * n_blocks * (1 + 7 / 90)
+    bound = {None: 0.8, 1_200_000: 0.95, 1: 1 + 1e-9}[state_bytes]
+    assert 0 < report["n_selection_block_forwards"] <= bound * most
+    assert report["n_calibration_block_forwards"] < 2 * n * (2 * n_blocks - 1)
+    assert (report["n_calibration_block_forwards"] > 0) == pruner.needs_inputs
+
+
+@pytest.mark.parametrize("model_type", ["opt", "gpt2"])
+def test_other_families_too(random_model, tokens, tmp_path, model_type):
+    lm = random_model(3, model_type=model_type)
+    profiles = some_profiles(lm, 8)
+    loss = HeldOutLoss(lm, Wanda(), tokens, lambda: tokens, "a", tmp_path)
+    assert loss.many([("", p) for p in profiles]) == one_by_one(lm, Wanda(), profiles, tokens, tokens)
+
+
+@pytest.mark.parametrize("split", [ErrorSplit(), OutlierSplit(), UniformSplit()], ids=lambda s: type(s).__name__)
+def test_budgets_of_linears_and_of_sublayers(random_model, tokens, tmp_path, split):
+    lm = random_model(3)
+    if split.uniform:
+        rows = [[0.2, 0.5, 0.4, 0.7, 0.6, 0.6], [0.2, 0.5, 0.4, 0.6, 0.6, 0.7], [0.2, 0.4, 0.4, 0.7, 0.6, 0.6]]
+        profiles = [SparsityProfile(r, lm.sublayer_params, np.average(r, weights=lm.sublayer_params)) for r in rows]
+    else:
+        profiles = some_profiles(lm, 8)
+
+    def divide(profile):
+        return split.divide(lm, profile, Wanda(), tokens)
+
+    loss = HeldOutLoss(lm, Wanda(), tokens, lambda: tokens, "a", tmp_path, divide)
+    expected = one_by_one(lm, Wanda(), profiles, tokens, tokens, divide)
+    assert loss.many([("", p) for p in profiles]) == expected
+    assert len(set(expected)) == len(profiles)
+    assert loss.to_dict()["n_selection_block_forwards"] < len(profiles) * 3
+
+
+def test_the_work_is_counted_as_it_is_done(random_model, tokens, tmp_path):
+    """By hand, and against the runs that the blocks themselves count."""
+    lm, runs = random_model(4), []
+    loss = HeldOutLoss(lm, Wanda(), tokens, lambda: tokens, "a", tmp_path)
+    lm.nll(tokens)  # the first use asks the blocks what they return
+    for block in lm.blocks:
+        block.mlp.register_forward_hook(lambda *_: runs.append(1))
+    a, b, c = 0.5, 0.6, 0.0
+    rows = [[a, a, a, a], [a, a, b, c], [a, a, b, a], [c, b, c, c]]
+    profiles = [SparsityProfile(r, lm.block_params, float(np.average(r, weights=lm.block_params))) for r in rows]
+    loss.many([("", p) for p in profiles])
+    report = loss.to_dict()
+    # from [a, a, b, a]: 2 for each block but the last, 1 for that; [a, a, b, c]: has all; [a, a, a, a]: 2 and 1 from block 2
+    # on; [c, b, c, c]: 1 through the dense block, 1 for the statistics of the next, and no more
+    assert report["n_calibration_block_forwards"] == (2 + 2 + 2 + 1) + 0 + (2 + 1) + (1 + 1)
+    assert report["n_selection_block_forwards"] == 4 + 1 + 2 + 4
+    assert sum(runs) == 12 + 11
+    loss.many([("", p) for p in profiles])
+    assert loss.to_dict()["n_selection_block_forwards"] == 11, "what is known costs nothing"
+
+
+def test_a_block_that_cannot_be_pruned_leaves_the_model_as_it_was_and_what_was_measured(random_model, tokens, tmp_path):
+    @dataclass(frozen=True)
+    class Refuses(Magnitude):
+        def prune(self, weight, stats, sparsity):
+            if sparsity == 0.3:
+                raise ValueError("no")
+            return super().prune(weight, stats, sparsity)
+
+    lm = random_model(3)
+    before = lm.fingerprint()
+    profiles = [SparsityProfile([0.7, 0.5, s], [10, 10, 10], (1.2 + s) / 3) for s in (0.3, 0.4)]
+    loss = HeldOutLoss(lm, Refuses(), tokens, lambda: tokens, "a", tmp_path)
+    with pytest.raises(ValueError, match=r"block 2, .*: no"):
+        loss.many([("", p) for p in profiles])
+    assert lm.fingerprint() == before
+    again = HeldOutLoss(lm, Magnitude(), tokens, lambda: tokens, "a", tmp_path)
+    again.many([("", p) for p in profiles])
+    assert again.to_dict()["n_new_evaluations"] == 1
+
+
+def test_divergence_from_the_dense_model(random_model, tokens, tmp_path):
+    """Against probabilities written out; kept apart from the NLL, and on parts of the text from those of the same part."""
+    lm, profiles = random_model(3), some_profiles(random_model(3), 6)
+
+    def log_probabilities(text):
+        with torch.no_grad():
+            return lm.model(input_ids=torch.as_tensor(text)).logits[:, :-1].double().log_softmax(-1)
+
+    def expected(profile, text):
+        dense = log_probabilities(text)
+        with temporarily_pruned(lm, profile, Wanda(), tokens):
+            return float((dense.exp() * (dense - log_probabilities(text))).sum(-1).mean())
+
+    def held_out(kind):
+        return HeldOutLoss(lm, Wanda(), tokens, lambda: tokens, "a", tmp_path, kind=kind)
+
+    kl, tried = held_out("kl"), [("", profile) for profile in profiles]
+    for n_seq in (2, None):
+        np.testing.assert_allclose(kl.many(tried, n_seq), [expected(p, tokens[:n_seq]) for p in profiles], rtol=1e-4, atol=1e-6)
+    assert max(kl.many(tried)) > 1e-3
+    assert kl.to_dict()["kind"] == "kl"
+    assert held_out("kl").many(tried) == kl.many(tried)
+    nll, again = held_out("nll"), held_out("kl")
+    assert nll.many(tried) == one_by_one(lm, Wanda(), profiles, tokens, tokens)
+    again.many(tried)
+    assert (nll.to_dict()["n_new_evaluations"], again.to_dict()["n_new_evaluations"]) == (len(profiles), 0)
+
+
+def test_offloaded_models_and_profiles_of_others_are_refused(random_model, tokens, tmp_path):
+    lm = random_model(3)
+    loss = HeldOutLoss(lm, Magnitude(), tokens, lambda: tokens, "a", tmp_path)
+    with pytest.raises(ValueError, match="a profile of 2 blocks cannot prune 3 blocks"):
+        loss(SparsityProfile([0.5, 0.5], [10, 10], 0.5))
+    lm._put_on(HostShelf(lm.blocks, lm.device))
+    with pytest.raises(ValueError, match=r"offload: .*offload=none"):
+        loss(SparsityProfile([0.5, 0.5, 0.5], [10, 10, 10], 0.5))
 
 
 # -- whole jobs
@@ -129,6 +287,26 @@ def test_the_selection_text_counts_where_it_chooses(svnup):
     assert svnup("allocator=random", "pruner=magnitude", "allocator.lam=auto")[0] == 0
     assert "already finished" not in svnup("allocator=random", "pruner=magnitude", "allocator.lam=auto", "selection.n_seq=2")[1]
     assert "tuning evaluations" in svnup("allocator=random", "allocator.lam=auto", "dry_run=true")[1]
+
+
+def test_the_loss_that_chooses_is_part_of_the_job_where_it_chooses(svnup):
+    assert svnup("allocator=random", "pruner=magnitude")[0] == 0
+    assert "already finished" in svnup("allocator=random", "pruner=magnitude", "selection_loss=kl")[1]
+    args = ("allocator=random", "pruner=magnitude", "allocator.lam=auto")
+    assert svnup(*args)[0] == 0
+    nll = last_row()
+    assert "already finished" in svnup(*args, "selection_loss=nll")[1]
+    assert svnup(*args, "selection_loss=kl")[0] == 0
+    kl = last_row()
+    assert kl["config_key"] != nll["config_key"]
+    assert (nll["tuning"]["kind"], kl["tuning"]["kind"]) == ("nll", "kl")
+    assert kl["tuning"]["n_new_evaluations"] == kl["tuning"]["n_evaluations"]
+    assert [p["loss"] for p in kl["tuning"]["curve"]] != [p["loss"] for p in nll["tuning"]["curve"]]
+    lines = [render([ResultRow.from_json(json.dumps(row))], "csv") for row in (nll, kl)]
+    assert ["by kl" in line for line in lines] == [False, True]
+    kept = moving_numbers({k: v for k, v in nll["config"].items() if k != "selection_loss"})
+    text = json.dumps([NUMBERS_VERSION, kept | {"selection": nll["config"]["selection"]}], sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest()[:12] == nll["config_key"], "as before there was a choice"
 
 
 @pytest.mark.parametrize(

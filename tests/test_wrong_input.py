@@ -116,6 +116,7 @@ CONFIG_ALONE = {
     "seed not whole": (["seed=1.5"], ["seed=1.5", "right type"]),
     "gate typo": (["protocol_gate=of"], ["protocol_gate=of", "error, warn or off"]),
     "force not a truth value": (["force=maybe"], ["force=maybe", "right type"]),
+    "selection loss typo": (["selection_loss=kll"], ["selection_loss=kll", "nll or kl", "did you mean kl?"]),
     "wandb mode typo": (["tracker=wandb", "tracker.mode=of"], ["tracker.mode=of", "offline"]),
     "text file without a path": (["dataset=text_file"], ["dataset.path", "add dataset.path="]),
     "text file missing": (

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, ClassVar, Protocol
@@ -123,7 +123,7 @@ def prune_model(lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tok
     start = time.perf_counter()
     reports: list[LinearReport] = []
     with stage("pruning", lm.n_blocks, "blocks") as advance:
-        for visit in lm.walk(tokens) if pruner.needs_inputs else _visits(lm):
+        for visit in lm.walk(tokens if pruner.needs_inputs else []):
             note = lm.settled(visit.index, key)
             if note is None:
                 of_block = _prune_block(visit, profile, pruner, clock)
@@ -184,12 +184,39 @@ def temporarily_pruned(
 
     Raises ValueError where the model is offloaded, since both versions have to be in memory.
     """
+    with _dense_again(lm, range(lm.n_blocks)):
+        yield prune_model(lm, profile, pruner, tokens)
+
+
+@contextmanager
+def block_pruned(visit: Visit, profile: SparsityProfile, pruner: Pruner) -> Iterator[None]:
+    """The visited block pruned, as `prune_model` prunes it, while the context lasts; its inputs leave through what it is then.
+
+    Behind the last block that the profile prunes inputs are of no use, and the walk's list of them is cleared. Raises
+    ValueError as `prune_model` and `temporarily_pruned` do.
+    """
+    last = max((index for index in range(visit.lm.n_blocks) if any(profile.levels(index))), default=-1)
+    if visit.index > last:
+        visit.batches.clear()
+    with _dense_again(visit.lm, [visit.index]):
+        _prune_block(visit, profile, pruner, {"inputs": 0.0, "prune": 0.0})
+        if visit.index == last:
+            visit.batches.clear()
+        elif not visit.advanced:
+            visit.run(advance=True)
+        yield
+
+
+@contextmanager
+def _dense_again(lm: LanguageModel, blocks: Iterable[int]) -> Iterator[None]:
+    """Afterwards the linears of these blocks have the weights that they had before."""
     if lm.offloaded:
         raise ValueError("offload: pruned and dense weights do not fit side by side; use offload=none")
-    linears = [m for index in range(lm.n_blocks) for m in lm.linears(index).values()]
-    dense = [m.weight.detach().clone() for m in linears]
+    linears = [m for index in blocks for m in lm.linears(index).values()]
+    with torch.inference_mode(False):  # whose tensors no gradient could pass later
+        dense = [m.weight.detach().clone() for m in linears]
     try:
-        yield prune_model(lm, profile, pruner, tokens)
+        yield
     finally:
         for m, weight in zip(linears, dense, strict=True):
             m.weight.data = weight
@@ -201,10 +228,6 @@ def pruned_weights(
     """What pruning would make of each block: its new weights by parameter name. The model itself is left as it was."""
     with temporarily_pruned(lm, profile, pruner, tokens):
         return [{f"{n}.weight": m.weight.data for n, m in lm.linears(i).items()} for i in range(lm.n_blocks)]
-
-
-def _visits(lm: LanguageModel) -> Iterator[Visit]:
-    return (Visit(lm, index, []) for index in range(lm.n_blocks))
 
 
 def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, sparsity: float) -> LinearReport:

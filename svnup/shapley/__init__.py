@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from svnup.types import Bools, Cost, Floats, ShapleyValues
+from svnup.types import Bools, Cost, Floats, Ints, ShapleyValues
 
 MAX_PLAYERS = 20  # whose coalitions are enumerated
 
@@ -43,8 +43,8 @@ def all_coalitions(n: int) -> Bools:
     return (np.arange(2**n)[:, None] >> np.arange(n)[::-1] & 1).astype(bool)
 
 
-def branch_points(ordered: Bools) -> np.ndarray:
-    """For distinct rows in lexicographic order: the index at which each row departs from the one before (0 for the first)."""
+def branch_points(ordered: Bools | Ints) -> np.ndarray:
+    """For distinct rows, those that begin alike together: the index at which each departs from the one before (or 0)."""
     departs = np.argmax(ordered[1:] != ordered[:-1], axis=1)
     return np.concatenate([np.zeros(min(1, len(ordered))), departs]).astype(np.int64)
 
