@@ -117,6 +117,7 @@ class WandbTracker:
         made = {k: row.provenance.get(k) for k in ("command", "git", "dirty", "versions", "hardware", "seeds")}
         config = {"config_key": row.config_key, "names": names, "provenance": made, **row.config}
         argv = sys.argv  # which W&B notes
+        mode: Any = self.mode or os.environ.get("WANDB_MODE") or None  # as it is now: wandb keeps what it found first
         try:
             sys.argv = [redact(word) for word in argv]
             run = wandb.init(
@@ -129,7 +130,7 @@ class WandbTracker:
                 job_type=job_type,
                 tags=[tag[:64] for tag in dict.fromkeys([*self.tags, *names.values()])],
                 name=title if job_type == self.job_type else f"{title} ({job_type})",
-                mode=self.mode,
+                mode=mode,
                 reinit="create_new",
                 config=json.loads(redact(json.dumps(config))),
                 settings=wandb.Settings(silent=True),

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli import RANDOM
+from games import LossOf
 from hydra import compose, initialize_config_dir
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -350,7 +351,8 @@ def allocator(request, _hydra, write):
     return job.allocator, job.config["allocator"], job.scorer is not None
 
 
-def toy_loss(profile, label="", n_seq=None):
+@LossOf
+def toy_loss(profile, label, n_seq):
     return float(np.exp(3 * profile.sparsity) @ np.arange(1, len(profile.sparsity) + 1))
 
 

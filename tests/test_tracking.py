@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from cli import SMALL_W2, Done, read_once
+from google.protobuf.message import DecodeError
 
 from svnup.__main__ import main
 from svnup.data import Docs
@@ -156,10 +157,11 @@ def all_logged(results: Path) -> list[Logged]:
     """Every offline run below a results folder, finished; W&B's service writes the last records shortly after `finish()`."""
     deadline = time.monotonic() + 30
     while True:
-        runs = [Logged(p) for p in sorted(results.glob("runs/*/wandb/offline-run-*"))]
-        if all(run.exit_code is not None for run in runs):
-            return runs
-        assert time.monotonic() < deadline, f"not finished: {[r.id for r in runs if r.exit_code is None]}"
+        with contextlib.suppress(DecodeError):  # of a record that is half written
+            runs = [Logged(p) for p in sorted(results.glob("runs/*/wandb/offline-run-*"))]
+            if all(run.exit_code is not None for run in runs):
+                return runs
+        assert time.monotonic() < deadline, "the runs were not finished in time"
         time.sleep(0.05)
 
 

@@ -469,7 +469,7 @@ def test_the_command(tmp_path, monkeypatch, capsys, svnup):
     code, out, err = run("evaluation=zero_shot", "evaluation.limit=8")
     assert "already finished" in out
     table = render([ResultRow(**row)], "markdown")
-    assert "docs_cloze/acc dense" in table
+    assert "docs_cloze/acc (limit 8) dense" in table
     assert "acc_norm" not in table
     assert "docs_cloze/acc: 8 items, 0-shot, in %, limit 8" in table
     code, out, err = run(
