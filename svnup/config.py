@@ -551,9 +551,10 @@ def _check_sublayers(config: dict[str, Any], shapley: ShapleyScorer | None, spli
 
 def _check_memory(config: dict[str, Any], pruner: Pruner, split: Split, shapley: ShapleyScorer | None, chooses: bool) -> None:
     """Refuse what needs two versions of the weights in memory where the model is not even once in it."""
-    if split.trial and not pruner.needs_inputs:
+    if split.needs_errors and not pruner.needs_inputs:
         raise ValueError(
-            f"split={_option(config, 'split')}: needs the errors of a pruner that reads inputs; choose another pruner"
+            f"split={_option(config, 'split')}: needs the errors of a pruner that reads inputs; choose another pruner, or "
+            "split=shapley"
         )
     if config["offload"] == "none":
         return

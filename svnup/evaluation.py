@@ -381,7 +381,8 @@ def _quietly() -> Iterator[None]:
 def check_dense(dense: Metrics, known: list[dict[str, Any]], gate: Literal["error", "warn", "off"], model: str) -> None:
     """Compare dense perplexities with known ones of the same data set and seq_len; off by more than 2 % raises ValueError.
 
-    A known row with a `model` holds only for the model of that name.
+    A known row with a `model` holds only for the model of that name; `n_windows`, where it says how many its text has, tells
+    whether the tokens can be the same.
     """
     for name, metric in dense.items():
         for row in known:
@@ -391,12 +392,25 @@ def check_dense(dense: Metrics, known: list[dict[str, Any]], gate: Literal["erro
             if gate == "off" or not same or not complete or abs(metric.value / row["ppl"] - 1) <= DENSE_TOLERANCE:
                 continue
             text = (
-                f"protocol_gate={gate}: the dense {name} is {metric.value:.4g} where {row['ppl']:g} is known "
-                f"({row['source']}), at seq_len {row['seq_len']}: check checkpoint, tokenizer, data, or set protocol_gate=warn"
+                f"protocol_gate={gate}: the dense {name} is {metric.value:.4g} ({metric.value / row['ppl'] - 1:+.1%}) where "
+                f"{row['ppl']:g} is known ({row['source']}), at seq_len {row['seq_len']}: {_what_differs(metric, row, model)}, "
+                "or set protocol_gate=warn"
             )
             if gate == "error":
                 raise ValueError(text)
             logger.warning(text)
+
+
+def _what_differs(metric: Metric, row: dict[str, Any], model: str) -> str:
+    """Of what could be compared with a known dense perplexity, what is not the same, and where to look."""
+    ours, known = metric.protocol.get("n_windows"), row.get("n_windows")
+    if known is None or ours is None:
+        return f"data set and length are the same; check the checkpoint ({model}), its tokenizer and dtype"
+    if ours != known:
+        return (
+            f"its text has {ours} windows where {known} are known; check the tokenizer of {model} and the revision of the data"
+        )
+    return f"its text has the {known} windows that are known, so weights differ; check the checkpoint ({model}) and its dtype"
 
 
 def _protocol(source: TokenSource, tokens: Ints) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class Pretrained:
     """A checkpoint folder, a hub model, or a built-in one (`SHIPPED`); names as in transformers' `from_pretrained`.
 
     `seq_len` is the model's default sequence length, `test_text` the data set whose perplexity is reported by default,
-    `test_tasks` the tasks whose accuracy is, and `dense_ppl` lists known dense perplexities as {dataset, seq_len, ppl, source}.
+    `test_tasks` the tasks whose accuracy is, and `dense_ppl` lists known dense perplexities as {dataset, seq_len, ppl, source},
+    with n_windows where it is known how many windows of that length the text has.
     """
 
     pretrained_model_name_or_path: str

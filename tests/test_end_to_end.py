@@ -544,7 +544,7 @@ def run_folder_of(found: list[dict[str, Any]], allocator: str) -> Path:
     return Path("results/runs") / row["config_key"]
 
 
-@pytest.mark.parametrize("split", ["error", "outliers"])
+@pytest.mark.parametrize("split", ["error", "outliers", "shapley"])
 def test_a_block_divided_among_its_linears_and_its_profile_fed_back(split):
     # a larger amplitude, so that linears of random weights differ, and a threshold that they reach
     more = ["split.lam=0.1", *(["split.threshold=2"] if split == "outliers" else [])]

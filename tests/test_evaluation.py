@@ -231,6 +231,20 @@ def test_the_gate_can_warn_or_be_off(caplog, monkeypatch):
     assert caplog.records == []
 
 
+@pytest.mark.parametrize(
+    ("n_windows", "known", "says"),
+    [
+        (166, 166, r"\(\+58\.5%\) .* has the 166 windows that are known, so weights differ; check the checkpoint \(llama\)"),
+        (141, 166, r"has 141 windows where 166 are known; check the tokenizer of llama"),
+        (166, None, r"data set and length are the same; check the checkpoint \(llama\), its tokenizer and dtype"),
+    ],
+)
+def test_the_gate_says_what_differs(n_windows, known, says):
+    row = KNOWN[0] | ({"n_windows": known} if known else {})
+    with pytest.raises(ValueError, match=says):
+        check_dense(dense(9.0, n_windows=n_windows), [row], "error", "llama")
+
+
 @pytest.mark.parametrize("other", [{"dataset": "c4"}, {"seq_len": 1024}, {"role": "selection"}, {"complete": False}], ids=str)
 def test_the_gate_compares_like_with_like(other):
     check_dense(dense(9.0, **other), KNOWN, "error", "llama")

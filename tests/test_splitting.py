@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from test_language_model import load as family_model
 
 from svnup.language_model import LanguageModel
-from svnup.pruning import prune_model
+from svnup.pruning import prune_model, pruned_weights
 from svnup.pruning.masks import n_zeros
 from svnup.pruning.wanda import Wanda
-from svnup.splitting import ErrorSplit, OutlierSplit, UniformSplit
+from svnup.shapley import all_coalitions, exact_values
+from svnup.splitting import ErrorSplit, OutlierSplit, ShapleySplit, UniformSplit, _output_errors
 from svnup.types import Share, SparsityProfile
 
 CONF = Path(__file__).parent.parent / "conf" / "split"
@@ -32,7 +35,7 @@ def profile(lm, sparsities=SPARSITIES):
 
 
 def test_there_are_splits():
-    assert NAMES == ["error", "outliers", "uniform"]
+    assert NAMES == ["error", "outliers", "shapley", "uniform"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -108,7 +111,52 @@ def test_outliers_are_measured_on_a_model_on_disk(tmp_path):
         ErrorSplit().divide(disk, profile(disk), Wanda(), TEXT)
 
 
+@torch.no_grad()
+def test_shapley_values_of_linears_are_those_of_the_definition(random_model):
+    """Over all orders in which the linears of a block come back, with the block's output computed by hand."""
+    lm = random_model(2)
+    lm.blocks[1].mlp.down_proj.weight.mul_(5)
+    given = profile(lm, [0.6, 0.5])
+    absent = pruned_weights(lm, given, Wanda(), TEXT)
+    for visit in lm.walk(TEXT[:2]):
+        inputs = visit.batches[0].hidden
+        names = list(visit.linears)
+        found = exact_values(_output_errors(visit, absent[visit.index], all_coalitions(len(names))))
+        dense = {n: m.weight.data for n, m in visit.linears.items()}
+        out = visit.batches[0].hidden
+
+        def payoff(present, names=names, visit=visit, dense=dense, inputs=inputs, out=out):
+            for name in names:
+                visit.linears[name].weight.data = dense[name] if name in present else absent[visit.index][f"{name}.weight"]
+            error = lm.run_block(visit.index, inputs, visit.batches[0]).double() - out.double()
+            return -float(error.square().sum() / out.double().square().sum())
+
+        known = {}
+        for size in range(8):
+            for present in combinations(names, size):
+                known[frozenset(present)] = payoff(present)
+        payoff(names)  # dense again
+        for name, value in zip(names, found, strict=True):
+            gains = [(len(c), known[c | {name}] - v) for c, v in known.items() if name not in c]
+            mean = np.mean([np.mean([gain for n, gain in gains if n == size]) for size in range(7)])
+            assert value == pytest.approx(mean, rel=1e-6, abs=1e-12)
+        assert found.sum() == pytest.approx(-known[frozenset()], rel=1e-9)
+    divided = ShapleySplit(lam=0.1, n_seq=2).divide(lm, given, Wanda(), TEXT)
+    shares = {n: divided.of(1, n) for n in lm.linears(1)}
+    per_weight = {n: v / lm.linears(1)[n].weight.numel() for n, v in zip(names, found, strict=True)}
+    assert sorted(shares, key=shares.get) == sorted(shares, key=per_weight.get, reverse=True)
+
+
+def test_a_block_of_too_many_linears_is_refused(random_model):
+    lm = random_model(1)
+    lm.blocks[0].more = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(6))
+    with pytest.raises(ValueError, match=r"split=shapley: needs 2\^13 .*split=error"):
+        ShapleySplit().divide(lm, profile(lm, [0.5]), Wanda(), TEXT)
+
+
 def test_options_are_checked():
+    with pytest.raises(ValueError, match=r"n_seq=0: .*1 or more"):
+        ShapleySplit(n_seq=0)
     for make_it in (lambda: ErrorSplit(lam=-0.1), lambda: OutlierSplit(lam=1.5), lambda: ErrorSplit(lam=float("nan"))):
         with pytest.raises(ValueError, match=r"lam=.*0 to 1"):
             make_it()

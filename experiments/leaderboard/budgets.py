@@ -50,6 +50,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "wider bounds: 0.2 to 0.95": ("allocator.lower=0.2", "allocator.upper=0.95"),
     "blocks divided among linears by error": ("split=error",),
     "blocks divided among linears by outliers": ("split=outliers",),
+    "blocks divided among linears by their Shapley values": ("split=shapley",),
 }
 
 

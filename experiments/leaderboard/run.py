@@ -436,11 +436,8 @@ def main() -> None:
     dense = {}
     for model in models:
         job = bench.job((model, "none", 0.7), "uniform", 0)
-        dense[model] = float(
-            np.exp(
-                bench._test(job, bench.model(job, model), Uniform().allocate(None, bench.model(job, model).block_params, 0.0))
-            ).mean()
-        )
+        lm = bench.model(job, model)
+        dense[model] = math.exp(np.mean(bench._test(job, lm, Uniform().allocate(None, lm.block_params, 0.0))))
     Path("results/tables").mkdir(parents=True, exist_ok=True)
     Path("results/tables/leaderboard.md").write_text(report(board, dense, models, best), encoding="utf-8")
     Path("results/tables/leaderboard.csv").write_text(csv(board), encoding="utf-8")
