@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup import config
+from svnup.progress import say
 from svnup.provenance import provenance, redact
 from svnup.results import RunFolder
 from svnup.types import ResultRow
@@ -169,7 +170,7 @@ def _log_to(path: Path) -> logging.Handler:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+    say(f"{text}\n")
 
 
 def _print_plan(job: config.Job) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from svnup.grid import FORMATS, csv_text
+from svnup.progress import say
 from svnup.results import load, run_folders
 from svnup.types import ResultRow
 
@@ -46,7 +47,7 @@ def _rows(results_dir: str) -> list[ResultRow]:
 
 def _write(text: str, output: Path | None) -> None:
     if output is None:
-        sys.stdout.write(text)
+        say(text)
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
@@ -143,7 +144,7 @@ def _show_options(parser: argparse.ArgumentParser) -> None:
 def _show(options: Options) -> int:
     from svnup import config, runs
 
-    sys.stdout.write(runs.show(runs.find(_rows(options.results_dir), options.id), config.defaults()))
+    say(runs.show(runs.find(_rows(options.results_dir), options.id), config.defaults()))
     return 0
 
 
@@ -158,7 +159,7 @@ def _compare(options: Options) -> int:
     from svnup.comparison import compare
 
     found = compare(options.a, options.b, options.tolerance)
-    sys.stdout.write("".join(f"{line}\n" for line in [*found.different, f"{options.a}, {options.b}: {found.summary()}"]))
+    say("".join(f"{line}\n" for line in [*found.different, f"{options.a}, {options.b}: {found.summary()}"]))
     return int(bool(found.different))
 
 
@@ -245,7 +246,7 @@ def _wandb(options: Options) -> int:
     for folder in run_folders(options.results_dir):
         row = folder.read()
         if row is not None and row.status == "finished":
-            print(f"{row.config_key}  {upload(folder.path, row, plots.figures, options.force, **given)}")
+            say(f"{row.config_key}  {upload(folder.path, row, plots.figures, options.force, **given)}\n")
     return 0
 
 
@@ -260,5 +261,5 @@ def _report(options: Options) -> int:
 
     output = options.output or Path(options.results_dir) / "report.html"
     _write(report(_rows(options.results_dir)), output)
-    print(output)
+    say(f"{output}\n")
     return 0

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -348,6 +349,16 @@ def test_the_console_script(tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("svnup-results: ")
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_who_leaves_is_no_error(tmp_path):
+    RunFolder.of(tmp_path, UNIFORM.config_key).write(UNIFORM)
+    program = Path(sys.executable).with_name("svnup-results")
+    reads, writes = os.pipe()
+    os.close(reads)  # as `| head -1` after its line
+    with os.fdopen(writes, "wb") as stdout:
+        done = subprocess.run([program, "table", str(tmp_path)], stdout=stdout, stderr=subprocess.PIPE, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 # -- what tells runs apart, and what is kept out
