@@ -29,6 +29,10 @@ class Loss(Protocol):
         """The losses of labelled profiles, in their order: at less cost together than one after the other."""
         return [self(profile, label, n_seq) for label, profile in tried]
 
+    def values(self, denser: SparsityProfile, sparser: SparsityProfile) -> Floats:
+        """Shapley values of the blocks in the model pruned by `denser`, where an absent block is pruned by `sparser`."""
+        ...
+
 
 class Allocator(Protocol):
     """Turns scores into a profile; `uniform_only` says that it can serve a fixed N:M pattern.
@@ -246,8 +250,10 @@ class FromFile:
 
 def name_of(node: dict[str, Any]) -> str:
     """What people call the allocator of a configuration: by its scores where it has some, else by itself."""
-    scorer = node.get("scorer")
-    return "shapley" if scorer and "game" in scorer else method_name(scorer or node)
+    scorer, own = node.get("scorer"), method_name(node)
+    if scorer and "game" in scorer:
+        return own if own.startswith("shapley") else "shapley"
+    return method_name(scorer) if scorer else own
 
 
 def to_budget(

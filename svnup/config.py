@@ -34,6 +34,7 @@ from svnup.data import TokenSource
 from svnup.evaluation import Evaluation
 from svnup.model import Pretrained, Random
 from svnup.scoring import GameOptions, Scorer, ShapleyScorer
+from svnup.search import ShapleyRounds
 from svnup.splitting import Split
 from svnup.tracking import NoTracker, WandbTracker
 from svnup.types import Ints, Offload, SaveFormat, SelectionLoss, method_name, moving_numbers, parse_pattern
@@ -255,6 +256,8 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     split: Split = construct(config["split"], "split")
     if config["allocator"].get("granularity") == "sublayer":
         _check_sublayers(config, shapley, split)
+    if isinstance(allocator, ShapleyRounds):
+        _check_rounds(shapley)
     evaluation: Evaluation = _evaluation(config["evaluation"], known)
     with _blame("evaluation"):
         online = evaluation.from_hub
@@ -547,6 +550,16 @@ def _check_sublayers(config: dict[str, Any], shapley: ShapleyScorer | None, spli
         raise ValueError(
             f"split={_option(config, 'split')}: divides the budgets of blocks, not of sublayers; use split=uniform"
         )
+
+
+def _check_rounds(shapley: ShapleyScorer | None) -> None:
+    """Refuse rounds whose values would not be those of blocks in a pruned model."""
+    if shapley is None:
+        raise ValueError("allocator.scorer: rounds need Shapley values; leave its scorer as its yaml has it")
+    if shapley.game.players != "block":
+        raise ValueError(f"shapley.game.players={shapley.game.players}: rounds correct budgets of blocks; use players=block")
+    if getattr(shapley.estimator, "gated", False):
+        raise ValueError("shapley=gates: there are no gates in a pruned model's game; use shapley=sliding_window")
 
 
 def _check_memory(config: dict[str, Any], pruner: Pruner, split: Split, shapley: ShapleyScorer | None, chooses: bool) -> None:

@@ -15,11 +15,11 @@ from svnup.allocation import Uniform
 from svnup.evaluation import check_dense
 from svnup.game import StandIns
 from svnup.memory import Stages, peak_memory
-from svnup.pruning import prune_model, pruned_weights, save_masks
+from svnup.pruning import prune_model, pruned_weights, save_masks, temporarily_pruned
 from svnup.results import SCRATCH
 from svnup.scoring import Context
 from svnup.tuning import HeldOutLoss
-from svnup.types import Ints, ResultRow, SparsityProfile
+from svnup.types import Ints, ResultRow, ShapleyValues, SparsityProfile
 
 if TYPE_CHECKING:
     from svnup.config import Job
@@ -106,9 +106,15 @@ def held_out_loss(job: Job, lm: LanguageModel, tokens: Ints) -> HeldOutLoss:
         assert job.selection is not None
         return job.selection.tokens(lm.tokenizer)
 
+    def play(denser: SparsityProfile, sparser: SparsityProfile) -> ShapleyValues:
+        assert job.shapley is not None
+        absent = pruned_weights(lm, sparser, job.pruner, tokens)
+        with temporarily_pruned(lm, denser, job.pruner, tokens):
+            return job.shapley.again(lm, absent, job.cache_dir)
+
     calibration = hashlib.sha256(tokens.tobytes()).hexdigest()
     name = f"{job.pruner!r} {job.split!r} {calibration} {NUMBERS_VERSION}"
-    return HeldOutLoss(lm, job.pruner, tokens, text, name, job.cache_dir, divide, kind=job.selection_loss)
+    return HeldOutLoss(lm, job.pruner, tokens, text, name, job.cache_dir, divide, kind=job.selection_loss, play=play)
 
 
 def run_shard(job: Job) -> int:

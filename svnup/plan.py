@@ -15,6 +15,8 @@ from svnup.language_model import BATCH_TOKENS, HEAD_TOKENS, LanguageModel, matri
 from svnup.memory import resident
 from svnup.pruning import ERROR_TOKENS, Inputs, workspace
 from svnup.pruning.nothing import Nothing
+from svnup.search import ShapleyRounds
+from svnup.shapley import block_forwards
 
 if TYPE_CHECKING:
     from svnup.config import Job
@@ -70,7 +72,12 @@ def plan(job: Job) -> dict[str, int]:
         out["bytes of shapley states"] = cost["peak_states"] * (data.n_seq or 0) * data.seq_len * config.hidden_size * size
         if job.offload == "disk":
             out["bytes that shapley reads"] = cost["block_forwards"] * block
-        stand_ins = int(lm.block_params.sum()) * size if job.game_prunes else 0
+        rounds = job.allocator.rounds if isinstance(job.allocator, ShapleyRounds) else 1
+        if rounds > 1:
+            again = job.shapley.estimator.plan(lm.n_blocks)
+            out["evaluations of later rounds"] = (rounds - 1) * len(again)
+            out["block forwards of later rounds"] = (rounds - 1) * block_forwards(again, absent_costs=True)
+        stand_ins = int(lm.block_params.sum()) * size * (2 if rounds > 1 else job.game_prunes)
         out |= {"bytes of pruned stand-ins": stand_ins} if stand_ins else {}
         stages["shapley"] = out["bytes of shapley states"] + stand_ins + stages["evaluation"]
     if job.scorer is not None and job.scorer.needs_inputs:  # which may hold a score of every weight of a block

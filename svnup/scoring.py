@@ -176,6 +176,13 @@ class ShapleyScorer:
             logger.warning("the Shapley values mix coalition values from several kinds of device: %s", game.kinds)
         return values.on(game.kinds)
 
+    def again(self, lm: LanguageModel, absent: list[dict[str, Tensor]], cache_dir: str | None) -> ShapleyValues:
+        """The values of the blocks as they are now, with `absent` in place of absent ones: same text and estimator, -NLL."""
+        from svnup.game import LayerGame
+
+        game = LayerGame(lm, self.game.data.tokens(lm.tokenizer), pruned=absent, cache_dir=cache_dir)
+        return self.estimator.estimate(game).on(game.kinds)
+
 
 def _time(work: Callable[[], Any]) -> float:
     """Seconds of a call, the least of three."""

@@ -1,4 +1,4 @@
-"""Allocators that measure profiles instead of blocks: pure numpy on a loss."""
+"""Allocators that measure profiles as well as blocks, or instead of them: pure numpy on a loss."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from svnup.allocation import Loss, Uniform, bounds_of, check_bounds, check_pattern, in_steps, to_budget
+from svnup.allocation import Loss, Scale, ScoreBudget, Uniform, bounds_of, check_bounds, check_pattern, in_steps, to_budget
 from svnup.types import UNSTRUCTURED, BlockScores, Floats, Ints, SparsityProfile, parse_pattern
 
 MOVES = 3  # the most in one mutation, as in EvoPress
+FLOOR = 1e-3  # of the largest value, for those near 0 or below it
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,82 @@ class Search:
 
     def _bounds(self, profile: SparsityProfile) -> tuple[float, float]:
         return bounds_of(profile.target, self.lower, self.upper)
+
+
+@dataclass(frozen=True)
+class ShapleyRounds:
+    """A Shapley budget that Shapley values of the model pruned by it correct, round after round, on held-out text.
+
+    The first round is `ScoreBudget`: of the amplitudes 0 (uniform), `lam` / 2 and `lam` the one with the least loss. Each other
+    plays a game in the pruned model: a present block has `delta` less sparsity than the budget gives it, an absent one `delta`
+    more, and the payoff is minus the negative log-likelihood; so a value is what sparsity costs a block where it stands. Then
+    s_l moves by `step` / 2 or `step` times ln(value per weight), centred, where that lowers the loss; else the rounds end.
+
+    Source: our choice; arXiv 2505.01731 takes the values of the dense model alone.
+    """
+
+    rounds: int = 3
+    scale: Scale = "log"
+    lam: float = 0.2
+    step: float = 0.08
+    delta: float = 0.1
+    lower: float | None = None
+    upper: float | None = None
+    uniform_only: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds}: the first is the budget by the dense model's values; choose 1 or more")
+        for name in ("lam", "step", "delta"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a difference of sparsities; choose one above 0, at most 1")
+
+    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
+        self._first(self.lam).check(n_blocks, sparsity, pattern)
+
+    def n_losses(self, n_blocks: int, sparsity: float) -> int:
+        return 3 + 2 * (self.rounds - 1)
+
+    def _first(self, lam: float) -> ScoreBudget:
+        return ScoreBudget(self.scale, lam, self.lower, self.upper)
+
+    def allocate(
+        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
+    ) -> SparsityProfile:
+        amplitudes = (0.0, self.lam / 2, self.lam)
+        tried = [(f"lam={lam:.4g}", self._first(lam).allocate(scores, params, sparsity, pattern)) for lam in amplitudes]
+        assert loss is not None
+        least, profile = _best(tried, loss)
+        for number in range(2, self.rounds + 1):
+            budget = profile.sparsity if profile.requested is None else profile.requested
+            denser, sparser = (_shifted(budget, by, params, pattern) for by in (-self.delta, self.delta))
+            values = loss.values(denser, sparser) / params
+            if values.max() <= 0:  # more weights help no block
+                break
+            z = np.log(np.maximum(values, FLOOR * values.max()))
+            z -= np.average(z, weights=params)
+            bounds = bounds_of(sparsity, self.lower, self.upper)
+            tried = [
+                (f"round {number}, step={step:.4g}", to_budget(budget - step * z, params, sparsity, pattern, bounds))
+                for step in (self.step / 2, self.step)
+            ]
+            reached, moved_to = _best(tried, loss)
+            if reached >= least:
+                break
+            least, profile = reached, moved_to
+        return profile
+
+
+def _shifted(budget: Floats, by: float, params: Ints, pattern: str) -> SparsityProfile:
+    moved = np.clip(budget + by, 0.0, 1.0)
+    return in_steps(moved, params, float(np.average(moved, weights=params)), pattern)
+
+
+def _best(tried: list[tuple[str, SparsityProfile]], loss: Loss) -> tuple[float, SparsityProfile]:
+    """The least loss and its profile, the first of equals."""
+    losses = loss.many(tried)
+    index = int(np.argmin(losses))
+    return losses[index], tried[index][1]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from svnup.game import Memo, WalkPlan, max_states
 from svnup.language_model import LanguageModel, MicroBatch
 from svnup.progress import stage
 from svnup.pruning import Pruner, block_pruned, check_profile
-from svnup.types import Ints, SelectionLoss, SparsityProfile
+from svnup.types import Floats, Ints, SelectionLoss, ShapleyValues, SparsityProfile
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,9 @@ class HeldOutLoss:
     `kind`: `nll`, the mean negative log-likelihood of the next token; `kl`, the mean divergence KL(dense || pruned) of the
     predictions, with the dense model's last hidden states kept.
     `text` gives the selection tokens (n_seq, seq_len) when the first loss is asked for, `divide` what a profile asks of the
-    linears. Losses are kept under `cache_dir` by model, text, profile and `name`, which says how profiles are pruned: jobs of a
-    sweep share them and a killed one goes on. A loss that is not finite is infinite. Asked for `n_seq`, it is that of the first
+    linears, `play` the Shapley values in the model pruned by one profile where an absent block is pruned by another.
+    Losses are kept under `cache_dir` by model, text, profile and `name`, which says how profiles are pruned: jobs of a sweep
+    share them and a killed one goes on. A loss that is not finite is infinite. Asked for `n_seq`, it is that of the first
     sequences only, kept apart.
 
     Profiles that are asked for together are walked depth first: blocks that they begin with in common are pruned and run once,
@@ -53,7 +54,9 @@ class HeldOutLoss:
         divide: Callable[[SparsityProfile], SparsityProfile] = lambda profile: profile,
         state_bytes: int | None = None,
         kind: SelectionLoss = "nll",
+        play: Callable[[SparsityProfile, SparsityProfile], ShapleyValues] | None = None,
     ) -> None:
+        self._play, self._rounds = play, list[dict[str, Any]]()
         self._lm, self._pruner, self._calibration, self._divide = lm, pruner, calibration, divide
         self._text, self._name, self._cache_dir, self._state_bytes = text, name, cache_dir, state_bytes
         self._kind, self._dense_states = kind, dict[int, list[Tensor]]()  # by the number of sequences
@@ -93,6 +96,13 @@ class HeldOutLoss:
             self._targets.add(round(profile.target, 9))
         self._seconds += time.perf_counter() - start
         return losses
+
+    def values(self, denser: SparsityProfile, sparser: SparsityProfile) -> Floats:
+        """Shapley values (n_blocks,) where a present block is pruned by `denser` and an absent one by `sparser`."""
+        assert self._play is not None
+        found = self._play(self._divide(denser), self._divide(sparser))
+        self._rounds.append(found.to_dict())
+        return found.values
 
     @torch.inference_mode()
     def _measure(self, keys: list[str], profiles: list[SparsityProfile], tokens: Ints) -> None:
@@ -149,7 +159,8 @@ class HeldOutLoss:
 
         Losses on part of the text carry its `n_seq`; `best` is the least loss on all of it by the end of each label, none where
         profiles of different budgets were tried, of which none is best; `n_full_evaluations` weighs evaluations by their share
-        of the text. Block-forwards are those that were made, for what was new: a block on the whole text, or a share of one.
+        of the text; `rounds` has the values of pruned models that were asked for. Block-forwards are those that were made, for
+        what was new: a block on the whole text, or a share of one.
         """
         if not self._calls:
             return None
@@ -168,6 +179,7 @@ class HeldOutLoss:
             "n_calibration_block_forwards": self._n_calibration,
             "n_selection_block_forwards": self._n_selection,
             "seconds": self._seconds,
+            **({"rounds": self._rounds} if self._rounds else {}),
         }
 
 

@@ -10,6 +10,7 @@ from itertools import permutations
 import numpy as np
 
 from svnup.allocation import Loss
+from svnup.types import SparsityProfile
 
 
 class LossOf(Loss):
@@ -20,6 +21,16 @@ class LossOf(Loss):
 
     def __call__(self, profile, label="", n_seq=None):
         return self._function(profile, label, n_seq)
+
+    def values(self, denser, sparser):
+        """What each block's step from one profile to the other loses while the others stay: where losses add up, its value."""
+
+        def at(sparsity):
+            mean = float(np.average(sparsity, weights=denser.params))
+            return self(SparsityProfile(sparsity, denser.params, mean))
+
+        alone = np.where(np.eye(len(denser.params), dtype=bool), sparser.sparsity, denser.sparsity)
+        return np.array([at(row) for row in alone]) - at(denser.sparsity)
 
 
 class Additive:

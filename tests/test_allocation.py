@@ -30,6 +30,7 @@ from svnup.allocation import (
     rescale,
     split_block,
 )
+from svnup.search import ShapleyRounds
 from svnup.types import BlockScores, SparsityProfile
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -372,7 +373,7 @@ def test_contract_of_every_allocator(allocator, direction):
             assert profile.sparsity.max() <= 1
             again = method.allocate(scores, np.array(params), 0.6, loss=toy_loss)
             assert profile.sparsity.tolist() == again.sparsity.tolist()
-            if scored and np.ptp(values) == 0:
+            if scored and np.ptp(values) == 0 and not isinstance(method, ShapleyRounds):  # which measures more
                 np.testing.assert_allclose(profile.sparsity, 0.6, atol=1e-12)
     if scored:
         with pytest.raises(ValueError, match=r"scorer=null: .*needs scores"):

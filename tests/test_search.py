@@ -5,22 +5,30 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from cli import last_row
 from games import LossOf
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from svnup.__main__ import main
 from svnup.allocation import Chooser, Loss, Uniform, bounds_of
+from svnup.pruning import pruned_weights, temporarily_pruned
 from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.wanda import Wanda
-from svnup.search import Curves, Search, water_fill
+from svnup.scoring import GameOptions, ShapleyScorer
+from svnup.search import Curves, Search, ShapleyRounds, water_fill
+from svnup.shapley import all_coalitions, exact_values
+from svnup.shapley.exact import Exact
 from svnup.tables import render
 from svnup.tuning import HeldOutLoss
-from svnup.types import ResultRow
+from svnup.types import BlockScores, ResultRow, SparsityProfile
 
 A = np.array([8.0, 1.0, 2.0, 0.5])  # of the toy losses: how much each block matters
 C = 4.0
@@ -36,6 +44,9 @@ class Toy(Loss):
         self.calls.append((profile, label, n_seq))
         off = 0.0 if n_seq is None else self.noise * math.sin(1e4 * float(profile.sparsity @ np.arange(1, len(self.a) + 1)))
         return float(self.a @ np.exp(C * profile.sparsity)) * (1 + off / (n_seq or 1))
+
+    def values(self, denser, sparser):
+        return self.a * (np.exp(C * sparser.sparsity) - np.exp(C * denser.sparsity))
 
 
 PARAMS = st.lists(st.integers(1, 1000), min_size=1, max_size=6)
@@ -224,6 +235,125 @@ def test_only_those_that_ask_for_losses_choose():
     assert isinstance(Search(), Chooser)
     assert isinstance(Curves(), Chooser)
     assert not isinstance(Uniform(), Chooser)
+
+
+# -- rounds
+
+
+@settings(max_examples=20)
+@given(PARAMS, st.floats(0.1, 0.94), st.integers(1, 6), st.sampled_from(["unstructured", "mixed:8"]), st.integers(0, 5))
+def test_rounds_keep_the_budget_and_never_lose_to_uniform(params, sparsity, rounds, pattern, seed):
+    params, rng = np.array(params), np.random.default_rng(seed)
+    assume(pattern == "unstructured" or sparsity <= 7 / 8)
+    loss, scores = Toy(rng.random(len(params)) + 0.01), BlockScores(rng.random(len(params)) + 0.01, "any")
+    method = ShapleyRounds(rounds=rounds)
+    profile = method.allocate(scores, params, sparsity, pattern, loss)
+    if pattern == "unstructured":
+        assert profile.mean == pytest.approx(sparsity, abs=1e-9)
+        lower, upper = bounds_of(sparsity)
+        assert ((profile.sparsity >= lower - 1e-12) & (profile.sparsity <= upper + 1e-12)).all()
+    else:
+        np.testing.assert_allclose(profile.sparsity * 8, np.round(profile.sparsity * 8), atol=1e-9)
+    assert 3 <= len(loss.calls) <= method.n_losses(len(params), sparsity)
+    least = min(Toy(loss.a)(tried) for tried, _, _ in loss.calls)
+    assert Toy(loss.a)(profile) == least <= Toy(loss.a)(Uniform().allocate(None, params, sparsity, pattern))
+
+
+def test_rounds_correct_a_budget_that_misleading_scores_gave():
+    """In the toy the least loss has equal slopes a_l exp(c s_l) per weight, from which scores that know nothing lead away."""
+    loss, params = Toy(A), np.array([10, 20, 10, 10])
+    scores = BlockScores(np.array([1.0, 3.0, 1.5, 4.0]), "misleading")
+
+    def spread(rounds):
+        profile = ShapleyRounds(rounds=rounds, step=0.2, lower=0.0, upper=1.0).allocate(scores, params, 0.6, loss=loss)
+        return np.ptp(np.log(A * np.exp(C * profile.sparsity) / params)), loss(profile)
+
+    (first, before), (second, after), (last, best) = spread(1), spread(2), spread(8)
+    assert first > 2 * second > 4 * last
+    assert before > after > best
+    assert [label for _, label, _ in loss.calls[:3]] == ["lam=0", "lam=0.1", "lam=0.2"]
+
+
+def test_rounds_end_where_neither_step_helps():
+    class Flat(Toy):
+        def values(self, denser, sparser):
+            return np.array([-1.0, -2.0])
+
+    for loss in (Toy([1.0, 1.0]), Flat([1.0, 1.0])):
+        method = ShapleyRounds(rounds=9)
+        profile = method.allocate(BlockScores(np.array([1.0, 1.0]), "equal"), np.array([5, 5]), 0.5, loss=loss)
+        assert profile.sparsity.tolist() == [0.5, 0.5]
+        assert len(loss.calls) == (3 if isinstance(loss, Flat) else 5)
+
+
+@torch.no_grad()
+def test_values_of_a_pruned_model_are_those_of_the_definition(random_model, tokens):
+    lm = random_model(3)
+    denser, sparser = (SparsityProfile([s, s + 0.1, s], lm.block_params, s + 0.1 / 3) for s in (0.3, 0.6))
+    present, absent = (pruned_weights(lm, p, Magnitude(), tokens) for p in (denser, sparser))
+    text = SimpleNamespace(n_seq=2, tokens=lambda tokenizer: tokens[:2])
+    scorer = ShapleyScorer(Exact(), GameOptions(data=text, payoff="recip_ppl"))
+    with temporarily_pruned(lm, denser, Magnitude(), tokens):
+        found = scorer.again(lm, absent, None)
+    payoffs = []
+    for coalition in all_coalitions(3):
+        for index, here in enumerate(coalition):
+            for name, linear in lm.linears(index).items():
+                linear.weight.copy_((present if here else absent)[index][f"{name}.weight"])
+        payoffs.append(-lm.nll(tokens[:2]).mean())
+    np.testing.assert_allclose(found.values, exact_values(np.array(payoffs)), atol=1e-6)
+    assert np.ptp(found.values) > 1e-3
+
+
+ROUNDS = ["allocator=shapley_rounds", "shapley.window=2"]
+
+
+def test_a_job_of_rounds(svnup):
+    code, out, _ = svnup(*ROUNDS, "dry_run=true")
+    assert code == 0
+    assert re.search(r"evaluations of later rounds +\d", out)
+    assert svnup(*ROUNDS, "allocator.step=0.01")[0] == 0
+    row = last_row()
+    tuning = row["tuning"]
+    labels = [call["label"] for call in tuning["curve"]]
+    assert labels[:5] == ["lam=0", "lam=0.1", "lam=0.2", "round 2, step=0.005", "round 2, step=0.01"]
+    assert len(tuning["rounds"]) == 1 + any("round 3" in label for label in labels)
+    for values in tuning["rounds"]:
+        assert values["n_evaluations"] == row["shapley"]["n_evaluations"]
+        assert values["n_block_forwards"] > row["shapley"]["n_block_forwards"], "absent blocks are run as well"
+    assert row["config"]["allocator"]["_target_"].endswith("ShapleyRounds")
+    assert svnup(*ROUNDS, "allocator.step=0.01", "force=true")[0] == 0
+    again = last_row()
+    assert again["tuning"]["n_new_evaluations"] == 0
+    assert [v["n_new_evaluations"] for v in again["tuning"]["rounds"]] == [0] * len(tuning["rounds"])
+    assert again["metrics"] == row["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["allocator.rounds=0"], "allocator.rounds=0: the first is"),
+        (["allocator.step=0"], "allocator.step=0"),
+        (["allocator.delta=2"], "allocator.delta=2"),
+        (["allocator.lam=auto"], "allocator.lam=auto: cannot be tuned"),
+        (["allocator.lower=0.8"], "allocator.lower=0.8"),
+        (["allocator.scorer=null"], "allocator.scorer: rounds need Shapley values"),
+        (["shapley.game.players=sublayer"], "shapley.game.players=sublayer: rounds correct budgets of blocks"),
+        (["offload=cpu"], "offload=cpu: allocator options that are auto, and allocators that try many profiles"),
+    ],
+)
+def test_mistakes_of_rounds(svnup, args, said):
+    code, _, err = svnup("allocator=shapley_rounds", *args)
+    assert code == 2
+    assert said in err.rstrip("\n").splitlines()[-1]
+    assert not Path("results").exists()
+
+
+def test_gates_give_no_rounds(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["svnup", "allocator=shapley_rounds", "shapley=gates", "shapley.game.payoff=neg_nll"])
+    assert main() == 2
+    assert "shapley=gates: there are no gates in a pruned model's game" in capsys.readouterr().err.splitlines()[-1]
 
 
 # -- curves

@@ -42,8 +42,9 @@ SPARSITIES, MORE_SPARSITIES = (0.7, 0.6), (0.5, 0.8)
 SEEDS = (0, 1, 2)
 TUNED = ("shapley", "leave_one_out", "owl", "alpha_pruning", "dlp", "atp", "block_influence")
 CONTROLS = ("random", "reversed")
+ROUNDS = "shapley_rounds"
 SEARCHED = ("curves", "search")
-ALLOCATORS = ("uniform", *TUNED, *CONTROLS, *SEARCHED)
+ALLOCATORS = ("uniform", ROUNDS, *TUNED, *CONTROLS, *SEARCHED)
 SEARCH_CELLS = {("wanda", 0.7), ("sparsegpt", 0.7)}  # a search costs as much as all else in a cell
 N_CALIBRATION, N_SELECTION, N_TEST, N_PAYOFF = 32, 48, 128, 16
 BUDGET = 20  # of search, in costs of the Shapley budget
@@ -162,13 +163,14 @@ class Bench:
                 cost = score_cost(job, scores, lm.n_blocks) + sum(
                     loss_cost(cell[1], call.get("n_seq", N_SELECTION)) for call in (tuning or {"curve": []})["curve"]
                 )
-                if isinstance(job.allocator, Tuned):
+                cost += sum(round_cost(cell[1], values, lm.n_blocks) for values in (tuning or {}).get("rounds", []))
+                if allocator == ROUNDS or isinstance(job.allocator, Tuned):
                     assert tuning is not None
                     chosen = min(tuning["curve"], key=lambda call: math.inf if call["loss"] is None else call["loss"])["label"]
             elif isinstance(job.allocator, Tuned):
                 fixed = job.allocator.candidates(lm.n_blocks, job.sparsity)[chosen]
                 profile = fixed.allocate(scores, lm.block_params, job.sparsity, job.pattern)
-            elif allocator not in SEARCHED:  # whose profile is a choice too, made once
+            elif allocator not in (ROUNDS, *SEARCHED):  # whose profile is a choice too, made once
                 profile = job.allocator.allocate(scores, lm.block_params, job.sparsity, job.pattern)
             losses.append(self._test(job, lm, profile))
             profiles.append(profile.sparsity.tolist())
@@ -205,6 +207,11 @@ def score_cost(job: Job, scores: Any, n_blocks: int) -> float:
         return 0.0
     share = N_PAYOFF / N_CALIBRATION if job.shapley is not None else 1.0
     return float(scores.cost.n_block_forwards / n_blocks * share)
+
+
+def round_cost(pruner: str, values: dict[str, Any], n_blocks: int) -> float:
+    """Of Shapley values of a pruned model: its coalitions, and two prunings."""
+    return float(values["n_block_forwards"] / n_blocks * N_PAYOFF / N_CALIBRATION) + 2 * loss_cost(pruner, 0)
 
 
 def entries(allocators: Iterable[str], cells: Iterable[Cell], search: bool) -> Iterator[tuple[Cell, str]]:
@@ -381,7 +388,7 @@ def draw_front(board: dict[tuple[Cell, str], Entry], models: tuple[str, ...], pa
                     least = ppl
             axes.plot(*zip(*front, strict=True), color="0.7", drawstyle="steps-post", zorder=1)
             for cost, ppl, name in found:
-                ours = name in ("shapley", "leave_one_out")
+                ours = name in (ROUNDS, "shapley", "leave_one_out")
                 axes.plot(cost, ppl, "o", color="#c1666b" if ours else "0.5" if name in CONTROLS else "#3b6ea5")
                 axes.annotate(name, (cost, ppl), xytext=(4, 3), textcoords="offset points", fontsize=7)
             axes.set(xscale="symlog", yscale="log", title=f"{model}, {pruner}, 70 %", ylabel="perplexity (test)")
