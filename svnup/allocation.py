@@ -210,7 +210,7 @@ class FromFile:
         try:
             data = json.loads(Path(self.path).expanduser().read_text(encoding="utf-8"))
             return SparsityProfile.from_dict(data)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"path={self.path}: not a sparsity profile ({reason}); use a profile.json of a run") from None
 

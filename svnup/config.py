@@ -29,7 +29,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup import NUMBERS_VERSION
-from svnup.allocation import Allocator, Chooser, Granularity, Tuned, name_of
+from svnup.allocation import Allocator, Chooser, Granularity, Ratios, ScoreBudget, Tuned, name_of
 from svnup.data import TokenSource
 from svnup.evaluation import Evaluation
 from svnup.model import Pretrained, Random
@@ -258,6 +258,8 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
         _check_sublayers(config, shapley, split)
     if isinstance(allocator, ShapleyRounds):
         _check_rounds(shapley)
+    if scorer is None and isinstance(getattr(allocator, "allocator", allocator), (ScoreBudget, Ratios)):
+        raise ValueError("allocator.scorer=null: this allocator needs scores; leave its scorer as its yaml has it")
     evaluation: Evaluation = _evaluation(config["evaluation"], known)
     with _blame("evaluation"):
         online = evaluation.from_hub
@@ -389,6 +391,8 @@ def construct(node: dict[str, Any], key: str) -> Any:
 
 def _arguments(node: dict[str, Any], key: str) -> tuple[Any, dict[str, Any]]:
     """The class of a node and its checked arguments, nested nodes built."""
+    if not isinstance(node, dict):
+        raise ValueError(f"{key}={node}: must be a node with a _target_; choose an option of a group, as in dataset@{key}=...")
     target = node.get("_target_")
     if target is None:
         raise ValueError(f"{key}: has no _target_; choose an option of the group: {key}=...")

@@ -59,7 +59,7 @@ def plan(job: Job) -> dict[str, int]:
     if isinstance(job.allocator, Chooser):
         out["tuning evaluations"] = job.allocator.n_losses(lm.n_blocks, job.sparsity)
         assert job.selection is not None
-        read = (job.selection.n_seq or 0) * job.selection.seq_len * config.hidden_size * size
+        read = job.selection.tokens(job.model.tokenizer).size * config.hidden_size * size
         per_state = read + states * job.pruner.needs_inputs
         room = state_bytes(device) - (0 if here else weights // 2)
         out["bytes of tuning states, at most"] = tuning = per_state * min(lm.n_blocks + 1, max(2, room // per_state))

@@ -129,7 +129,8 @@ class ShapleyRounds:
     The first round is `ScoreBudget`: of the amplitudes 0 (uniform), `lam` / 2 and `lam` the one with the least loss. Each other
     plays a game in the pruned model: a present block has `delta` less sparsity than the budget gives it, an absent one `delta`
     more, and the payoff is minus the negative log-likelihood; so a value is what sparsity costs a block where it stands. Then
-    s_l moves by `step` / 2 or `step` times ln(value per weight), centred, where that lowers the loss; else the rounds end.
+    s_l moves by `step` / 2 or `step` times the log of the value per weight that differs, centred, where that lowers the loss;
+    else the rounds end.
 
     Source: our choice; arXiv 2505.01731 takes the values of the dense model alone.
     """
@@ -152,6 +153,10 @@ class ShapleyRounds:
 
     def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
         self._first(self.lam).check(n_blocks, sparsity, pattern)
+        if pattern != UNSTRUCTURED:
+            raise ValueError(
+                f"pattern={pattern}: rounds move budgets by less than its steps; use allocator=shapley, or pattern=unstructured"
+            )
 
     def n_losses(self, n_blocks: int, sparsity: float) -> int:
         return 3 + 2 * (self.rounds - 1)
@@ -167,16 +172,15 @@ class ShapleyRounds:
         assert loss is not None
         least, profile = _best(tried, loss)
         for number in range(2, self.rounds + 1):
-            budget = profile.sparsity if profile.requested is None else profile.requested
-            denser, sparser = (_shifted(budget, by, params, pattern) for by in (-self.delta, self.delta))
-            values = loss.values(denser, sparser) / params
+            denser, sparser = (_shifted(profile, by) for by in (-self.delta, self.delta))
+            values = loss.values(denser, sparser) / (params * (sparser.sparsity - denser.sparsity))
             if values.max() <= 0:  # more weights help no block
                 break
             z = np.log(np.maximum(values, FLOOR * values.max()))
             z -= np.average(z, weights=params)
             bounds = bounds_of(sparsity, self.lower, self.upper)
             tried = [
-                (f"round {number}, step={step:.4g}", to_budget(budget - step * z, params, sparsity, pattern, bounds))
+                (f"round {number}, step={step:.4g}", to_budget(profile.sparsity - step * z, params, sparsity, pattern, bounds))
                 for step in (self.step / 2, self.step)
             ]
             reached, moved_to = _best(tried, loss)
@@ -186,9 +190,9 @@ class ShapleyRounds:
         return profile
 
 
-def _shifted(budget: Floats, by: float, params: Ints, pattern: str) -> SparsityProfile:
-    moved = np.clip(budget + by, 0.0, 1.0)
-    return in_steps(moved, params, float(np.average(moved, weights=params)), pattern)
+def _shifted(profile: SparsityProfile, by: float) -> SparsityProfile:
+    sparsity = np.clip(profile.sparsity + by, 0.0, 1.0)
+    return SparsityProfile(sparsity, profile.params, float(np.average(sparsity, weights=profile.params)))
 
 
 def _best(tried: list[tuple[str, SparsityProfile]], loss: Loss) -> tuple[float, SparsityProfile]:

@@ -91,7 +91,7 @@ class OutlierSplit:
 
     def __post_init__(self) -> None:
         _check_amplitude(self.lam)
-        if self.threshold <= 0:
+        if not self.threshold > 0:
             raise ValueError(f"threshold={self.threshold}: a multiple of the mean; choose a positive number, such as 5")
 
     def divide(self, lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: Ints) -> SparsityProfile:

@@ -114,6 +114,11 @@ CONFIG_ALONE = {
     "evaluation beyond the positions": (["evaluation.seq_len=4096"], ["seq_len=4096", "2048 positions"]),
     "role typo": (["evaluation.role=tst"], ["role=tst", "did you mean test?"]),
     "seed not whole": (["seed=1.5"], ["seed=1.5", "right type"]),
+    "selection is no option of a group": (
+        ["selection=wikitext2"],
+        ["selection=wikitext2: must be a node", "dataset@selection="],
+    ),
+    "no scores, tuned": (["allocator.scorer=null", "allocator.lam=auto"], ["allocator.scorer=null", "needs scores"]),
     "gate typo": (["protocol_gate=of"], ["protocol_gate=of", "error, warn or off"]),
     "force not a truth value": (["force=maybe"], ["force=maybe", "right type"]),
     "selection loss typo": (["selection_loss=kll"], ["selection_loss=kll", "nll or kl", "did you mean kl?"]),

@@ -1,15 +1,17 @@
 """What a better Shapley budget could be made of: each idea against the default, on the selection text alone.
 
-Every candidate is tuned alike: its amplitude is that of seven (0 is uniform) with the least loss on the same text. On the
-built-in model at 70 % with Wanda and SparseGPT, one calibration seed. Writes results/tables/budgets.md.
+Every candidate is tuned alike: its amplitude is that of seven (0 is uniform) with the least loss on the same text; rounds try
+three and then two steps each. On the built-in model at 70 % with Wanda and SparseGPT, one calibration seed. Writes
+results/tables/budgets.md.
 
-    python experiments/leaderboard/budgets.py [--cache results/cache]
+    python experiments/leaderboard/budgets.py [--cache results/cache] [--workers 2]
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,15 +19,12 @@ import numpy as np
 import torch
 from run import N_CALIBRATION, N_PAYOFF, N_SELECTION, Bench, Cell, start
 
-from svnup.allocation import GRID, bounds_of, to_budget
-from svnup.game import LayerGame
 from svnup.pipeline import held_out_loss, stand_ins
 from svnup.provenance import hardware
-from svnup.pruning import pruned_weights, temporarily_pruned
 from svnup.scoring import Context
 from svnup.shapley import Game, all_coalitions, exact_values
 from svnup.shapley.sliding_window import SlidingWindow
-from svnup.types import BlockScores, Floats, SparsityProfile
+from svnup.types import BlockScores, Floats
 
 PRUNERS = ("wanda", "sparsegpt")
 EXACT, SUBLAYERS = "shapley=exact", ("allocator.granularity=sublayer", "shapley.game.players=sublayer")
@@ -55,15 +54,15 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 
 
 def widening(game: Game) -> Floats:
-    """Values from windows of 3 blocks at the bottom to 8 at the top, the others present, averaged."""
+    """Values from windows that end at each block, of 3 blocks at the bottom to 8 at the top, the others present, averaged."""
     n = game.n_players
     total, count = np.zeros(n), np.zeros(n)
-    for first in range(n - 2):
-        width = min(3 + round(5 * first / (n - 3)), n - first)
-        rows = np.ones((2**width, n), dtype=bool)
-        rows[:, first : first + width] = all_coalitions(width)
-        total[first : first + width] += exact_values(game(rows))
-        count[first : first + width] += 1
+    for end in range(3, n + 1):
+        first = end - (3 + round(5 * (end - 3) / (n - 3)))
+        rows = np.ones((2 ** (end - first), n), dtype=bool)
+        rows[:, first:end] = all_coalitions(end - first)
+        total[first:end] += exact_values(game(rows))
+        count[first:end] += 1
     return total / count
 
 
@@ -93,39 +92,57 @@ SEMIVALUES: dict[str, Callable[[Game], Floats]] = {
 POWERS = (0.25, 0.5)
 
 
+def ideas() -> dict[str, Callable[[Bench, Cell], tuple[float, str]]]:
+    """Each idea as what measures it in a cell: the least loss, and what was chosen for it."""
+    out: dict[str, Callable[[Bench, Cell], tuple[float, str]]] = {}
+    for name, options in OPTIONS.items():
+        out[name] = lambda bench, cell, options=options: tuned(bench, cell, *options)
+    for name, values in SEMIVALUES.items():
+        out[name] = lambda bench, cell, values=values: tuned(bench, cell, scores=values)
+    for power in POWERS:
+        out[f"scale: power {power}"] = lambda bench, cell, power=power: tuned(
+            bench, cell, "allocator.scale=raw", scores=powered(power)
+        )
+    for n in (2, 3, 5):
+        name = f"{n} rounds: values of the pruned model correct the budget"
+        out[name] = lambda bench, cell, n=n: tuned(bench, cell, f"allocator.rounds={n}", allocator="shapley_rounds")
+    return out
+
+
+def measure(task: tuple[str, str, str]) -> tuple[str, str, tuple[float, str]]:
+    cache, pruner, name = task
+    torch.set_num_threads(1)
+    found = ideas()[name](_benches.setdefault(cache, Bench(cache)), ("tiny", pruner, 0.7))
+    print(f"{pruner} {name}: {math.exp(found[0]):.2f} ({found[1]})", flush=True)
+    return pruner, name, found
+
+
+_benches: dict[str, Bench] = {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", default="results/cache")
-    start()
-    torch.set_num_threads(1)
-    bench = Bench(parser.parse_args().cache)
-    found: dict[str, dict[str, tuple[float, str]]] = {}
-    for pruner in PRUNERS:
-        cell = ("tiny", pruner, 0.7)
-        for name, options in OPTIONS.items():
-            keep(found, pruner, name, tuned(bench, cell, *options))
-        for name, values in SEMIVALUES.items():
-            keep(found, pruner, name, tuned(bench, cell, scores=lambda game, values=values: values(game)))
-        for power in POWERS:
-            keep(found, pruner, f"scale: power {power}", tuned(bench, cell, "allocator.scale=raw", scores=powered(power)))
-        for round_, entry in enumerate(rounds(bench, cell), start=2):
-            keep(found, pruner, f"round {round_}: values of the pruned model correct the default budget", entry)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    options = parser.parse_args()
+    found: dict[str, dict[str, tuple[float, str]]] = {name: {} for name in ideas()}
+    with multiprocessing.get_context("spawn").Pool(options.workers, start) as pool:
+        tasks = [(options.cache, pruner, name) for name in found for pruner in PRUNERS]
+        for pruner, name, entry in pool.imap(measure, tasks):
+            found[name][pruner] = entry
     Path("results/tables").mkdir(parents=True, exist_ok=True)
     Path("results/tables/budgets.md").write_text(report(found), encoding="utf-8")
-
-
-def keep(found: dict[str, dict[str, tuple[float, str]]], pruner: str, name: str, entry: tuple[float, str]) -> None:
-    found.setdefault(name, {})[pruner] = entry
-    print(f"{pruner} {name}: {math.exp(entry[0]):.2f} ({entry[1]})", flush=True)
 
 
 def powered(power: float) -> Callable[[Game], Floats]:
     return lambda game: np.maximum(SlidingWindow().estimate(game).values, 0.0) ** power
 
 
-def tuned(bench: Bench, cell: Cell, *options: str, scores: Callable[[Game], Floats] | None = None) -> tuple[float, str]:
-    """The least loss over the grid of amplitudes, and which it was."""
-    job = bench.job(cell, "shapley", 0, "allocator.lam=auto", *options)
+def tuned(
+    bench: Bench, cell: Cell, *options: str, scores: Callable[[Game], Floats] | None = None, allocator: str = "shapley"
+) -> tuple[float, str]:
+    """The least loss of all that the allocator tried, and which it was."""
+    job = bench.job(cell, allocator, 0, *(["allocator.lam=auto"] if allocator == "shapley" else []), *options)
     lm, tokens = bench.model(job, cell[0]), job.tokens()
     assert job.shapley is not None
     if scores is None:
@@ -141,47 +158,6 @@ def tuned(bench: Bench, cell: Cell, *options: str, scores: Callable[[Game], Floa
     return best["loss"], best["label"]
 
 
-def rounds(bench: Bench, cell: Cell, n: int = 3, delta: float = 0.1) -> list[tuple[float, str]]:
-    """Budgets corrected by Shapley values of the pruned model, n - 1 times, from the tuned default on.
-
-    The game: a block that is present has `delta` less sparsity than its budget, an absent one that much more; payoff -NLL,
-    windows of 5. Its values are what a little sparsity costs each block where it stands. The correction is linear in the
-    centred logarithm of the value per weight, with as many amplitudes tried as for every budget, 0 (no correction) among them.
-    """
-    job = bench.job(cell, "shapley", 0, "allocator.lam=auto")
-    lm, tokens = bench.model(job, cell[0]), job.tokens()
-    assert job.shapley is not None
-    loss = held_out_loss(job, lm, tokens)
-    values = job.shapley.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm)))
-    profile = job.allocator.allocate(values, lm.block_params, job.sparsity, job.pattern, loss)
-    text, params = torch.as_tensor(job.shapley.game.data.tokens(lm.tokenizer)), lm.block_params
-    found = []
-
-    def shifted(by: float) -> SparsityProfile:
-        sparsity = np.clip(profile.sparsity + by, 0, 0.99)
-        return SparsityProfile(sparsity, params, float(np.average(sparsity, weights=params)))
-
-    for _ in range(n - 1):
-        what = ["round", *cell, np.round(profile.sparsity, 9).tolist(), delta, N_CALIBRATION, N_PAYOFF]
-        local = bench.remembered(what)
-        if local is None:
-            sparser = pruned_weights(lm, shifted(delta), job.pruner, tokens)
-            with temporarily_pruned(lm, shifted(-delta), job.pruner, tokens):
-                local = SlidingWindow().estimate(LayerGame(lm, text, pruned=sparser)).values.tolist()
-            bench.remember(what, local)
-        per_weight = np.array(local) / params
-        z = np.log(np.maximum(per_weight, 1e-3 * per_weight.max()))
-        z -= np.average(z, weights=params)
-        tried = []
-        for lam in GRID:
-            wish = profile.sparsity - 0.4 * lam * z
-            candidate = to_budget(wish, params, job.sparsity, job.pattern, bounds_of(job.sparsity))
-            tried.append((loss(candidate), f"step={0.4 * lam:g}", candidate))
-        least, label, profile = min(tried, key=lambda entry: entry[0])
-        found.append((least, label))
-    return found
-
-
 def report(found: dict[str, dict[str, tuple[float, str]]]) -> str:
     machine = hardware()
     default = next(iter(found.values()))
@@ -190,7 +166,8 @@ def report(found: dict[str, dict[str, tuple[float, str]]]) -> str:
         "",
         f"Made by `make study NAME=budgets`. {machine['cpu']}, one thread, torch {torch.__version__}, float32. Built-in "
         f"model, 70 %, {N_CALIBRATION} x 256 calibration tokens, payoff text {N_PAYOFF} x 256; perplexity on selection text "
-        f"({N_SELECTION} x 256), on which the amplitude of each was chosen from seven.",
+        f"({N_SELECTION} x 256), on which the amplitude of each was chosen from seven; of rounds from three, then for each "
+        "further round one of two steps.",
         "",
         "| idea | " + " | ".join(f"{p} | vs default | chosen" for p in PRUNERS) + " |",
         "| --- |" + " ---: | ---: | --- |" * len(PRUNERS),
