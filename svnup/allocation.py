@@ -82,9 +82,10 @@ class ScoreBudget:
     """Densities linear in scaled scores, then projected onto the exact budget: blocks that matter keep more weights.
 
     z = scale(scores) in [0, 1]; k_l = 2 lam z_l - mean_p(2 lam z) + 1 - S; s_l = 1 - k_l, clipped to [lower, upper] with the
-    parameter-weighted mean kept at S. `lower` and `upper` default to max(0, S - 0.3) and min(0.95, S + 0.2). `reverse` turns
-    the profile upside down afterwards, 2 S - s_l within [0, 1]: the control that a useful score has to beat. `granularity`
-    says what has scores and a budget of its own: each block, or its attention and its MLP; these then are the l above.
+    parameter-weighted mean kept at S. `lower` and `upper` default to max(0, S - 0.3) and min(0.95, S + 0.2). Two controls that
+    a useful score has to beat: `reverse` turns the profile upside down afterwards, 2 S - s_l within [0, 1]; `shuffle` is the
+    seed by which scores are dealt to the blocks at random. `granularity` says what has scores and a budget of its own: each
+    block, or its attention and its MLP; these then are the l above.
 
     Source: the amplitude form (2 lam, mean restored) is that of OWL's released code, arXiv 2310.05175; its text bounds s_l by
     S +- lam instead. Scales, bounds and the exact projection are ours, since the budget map of arXiv 2505.01731 is not public.
@@ -95,6 +96,7 @@ class ScoreBudget:
     lower: float | None = None
     upper: float | None = None
     reverse: bool = False
+    shuffle: int | None = None
     granularity: Granularity = "block"
     uniform_only: ClassVar[bool] = False
     knob: ClassVar[str] = "lam"
@@ -102,6 +104,8 @@ class ScoreBudget:
     def __post_init__(self) -> None:
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam={self.lam}: an amplitude of densities; choose 0 to 1, such as 0.15")
+        if self.shuffle is not None and self.shuffle < 0:
+            raise ValueError(f"shuffle={self.shuffle}: a seed; choose 0 or more, or null")
 
     def grid(self, n_blocks: int, sparsity: float) -> tuple[float, ...]:
         return GRID
@@ -122,6 +126,8 @@ class ScoreBudget:
         self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
     ) -> SparsityProfile:
         z = rescale(_needed(scores).values, self.scale)
+        if self.shuffle is not None:
+            z = np.random.default_rng(self.shuffle).permutation(z)
         if _needed(scores).higher_is == "sparser":
             z = 1 - z
         wish = 1 - (2 * self.lam * (z - np.average(z, weights=params)) + 1 - sparsity)
@@ -252,7 +258,8 @@ def name_of(node: dict[str, Any]) -> str:
     """What people call the allocator of a configuration: by its scores where it has some, else by itself."""
     scorer, own = node.get("scorer"), method_name(node)
     if scorer and "game" in scorer:
-        return own if own.startswith("shapley") else "shapley"
+        control = "reversed" if node.get("reverse") else "random" if node.get("shuffle") is not None else "shapley"
+        return own if own.startswith("shapley") else control
     return method_name(scorer) if scorer else own
 
 

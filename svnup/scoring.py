@@ -319,24 +319,6 @@ class AlphaPruning:
         return BlockScores(np.array(values), "AlphaPruning", "sparser", cost)
 
 
-@dataclass(frozen=True)
-class Random:
-    """Scores drawn uniformly from [0, 1) with `seed`: the control that has the spread of a Shapley budget and knows nothing."""
-
-    seed: int = 0
-    needs_inputs: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: choose 0 or more")
-
-    def plan(self, n_blocks: int) -> dict[str, int]:
-        return {}
-
-    def score(self, lm: LanguageModel, context: Context) -> BlockScores:
-        return BlockScores(np.random.default_rng(self.seed).random(lm.n_blocks), f"Random(seed={self.seed})")
-
-
 def hill(eigenvalues: Floats) -> float:
     """Exponent of the power law in the tail of a spectrum: 1 + k / sum over the k tail values of ln(x_i / x_min).
 

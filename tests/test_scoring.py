@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from svnup.config import CONF
-from svnup.scoring import AlphaPruning, BlockInfluence, Context, Dlp, Owl, Random, hill
+from svnup.scoring import AlphaPruning, BlockInfluence, Context, Dlp, Owl, hill
 from svnup.tables import describe
 from svnup.types import ResultRow
 
-SCORERS = [Owl(), Owl(2.0), Dlp(), Dlp("median"), BlockInfluence(), AlphaPruning(), Random(3)]
+SCORERS = [Owl(), Owl(2.0), Dlp(), Dlp("median"), BlockInfluence(), AlphaPruning()]
 
 
 def context(tokens):
@@ -191,11 +191,6 @@ def test_scores_repeat_and_leave_the_model_alone(lm, tokens, scorer):
     assert scorer.needs_inputs == (first.cost.n_block_forwards > 0)
 
 
-def test_random_scores_differ_by_seed(lm, tokens):
-    draws = {tuple(Random(seed).score(lm, context(tokens)).values) for seed in range(5)}
-    assert len(draws) == 5
-
-
 # -- whole jobs
 
 
@@ -207,7 +202,7 @@ def rows():
 
 
 WITHOUT_SCORES = {"uniform", "atp", "search", "curves"}
-SHAPLEY = {"shapley", "leave_one_out", "reversed"}
+SHAPLEY = {"shapley", "shapley_rounds", "leave_one_out", "random", "reversed"}
 
 
 @pytest.mark.parametrize("name", sorted({p.stem for p in (CONF / "allocator").glob("*.yaml")} - {"from_file"}))
@@ -237,10 +232,12 @@ def test_every_allocator_as_a_job(svnup, name):
 
 
 def test_random_differs_by_its_seed(svnup):
-    for given in ("allocator.scorer.seed=0", "allocator.scorer.seed=1", "seed=0"):
-        assert svnup("allocator=random", "pruner=magnitude", given)[0] == 0
-    assert len(rows()) == 2  # the job's seed is that of the scores, unless they have their own
-    assert len({tuple(row["profile"]["sparsity"]) for row in rows()}) == 2
+    for given in ("allocator.shuffle=0", "allocator.shuffle=1", "seed=0"):
+        assert svnup("allocator=random", "pruner=magnitude", "allocator.scale=rank", given)[0] == 0
+    assert len(rows()) == 2  # the job's seed is that of the order, unless it has its own
+    one, other = (row["profile"]["sparsity"] for row in rows())
+    assert one != other
+    np.testing.assert_allclose(sorted(one), sorted(other), atol=1e-12)  # blocks of one size: the same budgets, dealt otherwise
 
 
 def test_reversed_is_the_mirror_of_shapley(svnup):
@@ -327,11 +324,11 @@ MISTAKES = {
         ["allocator.epsilon=30", "0.2 to 0.3"],
     ),
     "atp too steep": (["allocator=atp", "allocator.beta=0.4"], ["allocator.beta=0.4", "choose at most 0.3"]),
-    "random, negative seed": (["allocator=random", "allocator.scorer.seed=-1"], ["allocator.scorer.seed=-1", "0 or more"]),
+    "random, negative seed": (["allocator=random", "allocator.shuffle=-1"], ["allocator.shuffle=-1", "0 or more"]),
     "scores taken away": (["allocator=owl", "allocator.scorer=null"], ["allocator.scorer=null", "needs scores"]),
     "scorer that is no node": (["allocator=owl", "allocator.scorer=dlp"], ["allocator.scorer=dlp", "_target_"]),
     "scorer that does not score": (
-        ["allocator=random", "allocator.scorer._target_=svnup.allocation.Uniform", "~allocator.scorer.seed"],
+        ["allocator=owl", "allocator.scorer._target_=svnup.allocation.Uniform", "~allocator.scorer.m"],
         ["allocator.scorer._target_=svnup.allocation.Uniform", "svnup.scoring"],
     ),
     "scorer that does not exist": (
