@@ -307,20 +307,20 @@ def table(board: dict[tuple[Cell, str], Entry], model: str, sparsity: float) -> 
     return lines
 
 
-def against_shapley(board: dict[tuple[Cell, str], Entry], models: Iterable[str]) -> list[str]:
-    """How much more perplexity each allocator leaves than the Shapley budget."""
+def against_rounds(board: dict[tuple[Cell, str], Entry], models: Iterable[str]) -> list[str]:
+    """How much more perplexity each allocator leaves than the Shapley budget in rounds."""
     cells = [(m, p, s) for s in SPARSITIES for m in models for p in PRUNERS]
     lines = ["| allocator | " + " | ".join(f"{m}, {p}, {100 * s:.0f} %" for m, p, s in cells) + " |"]
     lines.append("| --- |" + " ---: |" * len(cells))
     for name in ALLOCATORS:
         shown = []
         for cell in cells:
-            if name == "shapley" or (cell, name) not in board:
+            if (cell, name) not in board:
                 shown.append("-")
                 continue
-            mean, error, low, high = change(board[cell, name], board[cell, "shapley"])
+            mean, error, low, high = change(board[cell, name], board[cell, ROUNDS])
             shown.append(f"{mean:+.1f} ± {error:.1f} % [{low:+.1f}, {high:+.1f}]")
-        if name != "shapley":
+        if name != ROUNDS:
             lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return lines
 
@@ -359,10 +359,10 @@ def report(board: dict[tuple[Cell, str], Entry], dense: dict[str, float], models
                 text += ["", f"## {title}", "", *table(board, model, sparsity)]
     pairs = {f"{m}, {p}": (board[(m, p, 0.7), ROUNDS], board[(m, p, 0.7), "uniform"]) for m in models for p in PRUNERS}
     changes = "; ".join(f"{name} {change(*pair)[0]:+.2f} %" for name, pair in pairs.items())
-    text += ["", f"{ROUNDS} against uniform at 70 %: {changes}. For LLaMA-7B with SparseGPT arXiv 2505.01731 gives -18.01 %,"]
-    text += ["for another model on another text."]
-    text += ["", "## Perplexity against the Shapley budget's", "", "Mean ± standard error over seeds, and the interval.", ""]
-    text += against_shapley(board, models)
+    paper = "For LLaMA-7B with SparseGPT, another model on another text, arXiv 2505.01731 gives -18.01 %."
+    text += ["", f"{ROUNDS} against uniform at 70 %: {changes}. {paper}"]
+    text += ["", f"## Perplexity against that of {ROUNDS}", "", "Mean ± standard error over seeds, and the interval.", ""]
+    text += against_rounds(board, models)
     text += ["", "## What was chosen on the selection text", "", *choices(board, models), ""]
     text += [f"By the loss on selection text, averaged over all cells of 60 and 70 %: {', '.join(best)}."]
     return "\n".join(text) + "\n"
@@ -379,31 +379,32 @@ def csv(board: dict[tuple[Cell, str], Entry]) -> str:
 
 
 def draw_front(board: dict[tuple[Cell, str], Entry], models: tuple[str, ...], path: Path) -> None:
-    """Perplexity against cost at 70 %, and the Pareto front."""
+    """Perplexity against cost at 70 %, and the Pareto front; without the controls."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4 * len(models)), layout="constrained")
+    names = [a for a in ALLOCATORS if a not in CONTROLS]
+    looks = {a: ("os^Dv"[i % 5], colormaps["tab10"](i % 10)) for i, a in enumerate(names)}
+    figure = Figure(figsize=(10, 3.6 * len(models) + 0.6), layout="constrained")
     grid = np.atleast_2d(figure.subplots(len(models), 2))
     for row, model in zip(grid, models, strict=True):
         for axes, pruner in zip(row, ("wanda", "sparsegpt"), strict=True):
-            found = [
-                (board[cell, a].cost, float(board[cell, a].perplexities.mean()), a)
-                for cell, a in board
-                if cell == (model, pruner, 0.7)
-            ]
-            front, least = [], math.inf
-            for cost, ppl, _ in sorted(found):
-                if ppl < least:
-                    front.append((cost, ppl))
+            cell, front, least = (model, pruner, 0.7), [], math.inf
+            found = {a: board[cell, a] for a in names if (cell, a) in board}
+            for entry in sorted(found.values(), key=lambda e: e.cost):
+                if (ppl := float(entry.perplexities.mean())) < least:
+                    front.append((entry.cost, ppl))
                     least = ppl
             axes.plot(*zip(*front, strict=True), color="0.7", drawstyle="steps-post", zorder=1)
-            for cost, ppl, name in found:
-                ours = name in (ROUNDS, "shapley", "leave_one_out")
-                axes.plot(cost, ppl, "o", color="#c1666b" if ours else "0.5" if name in CONTROLS else "#3b6ea5")
-                axes.annotate(name, (cost, ppl), xytext=(4, 3), textcoords="offset points", fontsize=7)
-            axes.set(xscale="symlog", yscale="log", title=f"{model}, {pruner}, 70 %", ylabel="perplexity (test)")
+            for name, entry in found.items():
+                marker, color = looks[name]
+                axes.plot(entry.cost, entry.perplexities.mean(), marker, color=color, label=name, markersize=6, alpha=0.85)
+            axes.set_xscale("symlog", linthresh=10)
+            axes.set(title=f"{model}, {pruner}, 70 %", ylabel="perplexity (test)")
             axes.set_xlabel("cost of the allocation (forward passes over the calibration text)")
-            axes.grid(color="0.92", which="both")
+            axes.grid(color="0.92")
+    handles, labels = max((axes.get_legend_handles_labels() for axes in grid.flat), key=lambda found: len(found[1]))
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
@@ -422,6 +423,7 @@ def draw_profiles(board: dict[tuple[Cell, str], Entry], models: tuple[str, ...],
         axes.set_title(name, fontsize=9)
         axes.grid(color="0.92")
     figure.axes[0].legend(fontsize=8)
+    figure.axes[0].xaxis.get_major_locator().set_params(integer=True)
     figure.supxlabel("layer (transformer block, counted from 0)", fontsize=9)
     figure.supylabel("sparsity (% zeros)", fontsize=9)
     figure.savefig(path, dpi=110, metadata={"Software": None})
