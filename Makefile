@@ -51,7 +51,7 @@ RUNS      = results/$(if $(MODEL),tables_$(MODEL),tables_field)/$(NAME)
 
 table: $(READY)  ## make table NAME=llama_70 [MODEL=tiny]: run what is missing of a published table, render it beside the published numbers
 	@test -f "conf/experiment/$(NAME).yaml" || { echo "NAME=$(NAME): choose $(FIELD)" >&2; exit 2; }
-	-$(if $(filter tiny%,$(MODEL)),$(OFFLINE)) $(BIN)/svnup -m experiment=$(NAME) $(if $(MODEL),$(ON_MODEL)) results_dir=$(RUNS) cache_dir=results/cache
+	$(if $(filter tiny%,$(MODEL)),$(OFFLINE)) $(BIN)/svnup -m experiment=$(NAME) $(if $(MODEL),$(ON_MODEL)) results_dir=$(RUNS) cache_dir=results/cache || [ $$? -eq 1 ]
 	$(BIN)/svnup-results published $(RUNS) --table $(NAME) $(if $(MODEL),--model $(MODEL)) $(if $(filter tiny%,$(MODEL)),--metric $(METRIC)) \
 		--format markdown --output results/tables/$(NAME)$(if $(MODEL),_$(MODEL)).md --command 'make table NAME=$(NAME)$(if $(MODEL), MODEL=$(MODEL))'
 

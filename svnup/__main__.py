@@ -42,6 +42,8 @@ def main() -> int:
         hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")(task)()
     except JobFailed:
         return 1
+    except BrokenPipeError:  # `svnup --help | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         _tell(config.explain(error, overrides))
         return 2

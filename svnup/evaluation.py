@@ -262,13 +262,14 @@ class ZeroShot(Evaluation):
 
     def _protocol(self, name: str, task: Any) -> dict[str, Any]:
         docs = list(itertools.islice(task.task_docs, self.limit))
+        asked = [[doc, task.doc_to_text(doc), task.doc_to_choice(doc), task.config.target_delimiter] for doc in docs]
         return {
             "dataset": name,
             "role": "test",
             "task_version": task.VERSION,
             "num_fewshot": self.num_fewshot,
             "fewshot_seed": FEWSHOT_SEED if self.num_fewshot else None,
-            "items_sha256": hashlib.sha256(json.dumps(docs, sort_keys=True, default=str).encode()).hexdigest()[:16],
+            "items_sha256": hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16],
             "n_items": len(docs),
             "limit": self.limit,
             "complete": self.limit is None,

@@ -33,9 +33,18 @@ def one_block_of(config: Any) -> Any:
     return config
 
 
+def _check_known(dense_ppl: list[dict[str, Any]]) -> None:
+    for row in dense_ppl:
+        if not isinstance(row, dict) or not row.keys() >= set(KNOWN) or not row["ppl"] > 0:
+            raise ValueError(f"dense_ppl={row}: needs {', '.join(KNOWN)}, with a ppl above 0; or dense_ppl=[]")
+
+
 def _check_device_name(device: str) -> None:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ValueError(f"device={device}: choose auto, cpu, cuda or cuda:<number>")
+
+
+KNOWN = ("dataset", "seq_len", "ppl", "source")  # of a dense perplexity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +71,7 @@ class Pretrained:
 
     def __post_init__(self) -> None:
         _check_device_name(self.device)
+        _check_known(self.dense_ppl)
         if self.device_map is None:
             return
         if self.device_map not in DEVICE_MAPS:
@@ -243,6 +253,7 @@ class Random:
 
     def __post_init__(self) -> None:
         _check_device_name(self.device)
+        _check_known(self.dense_ppl)
         heads = self.num_key_value_heads
         if self.num_attention_heads < 1:
             raise ValueError(f"num_attention_heads={self.num_attention_heads}: choose at least 1")

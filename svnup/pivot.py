@@ -223,6 +223,15 @@ class Summary:
 
     values: tuple[float, ...] = ()
     states: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()  # of the jobs that the values are of
+
+    def against(self, base: Summary) -> float | None:
+        """Relative change of the mean over the jobs' seeds that both have; None where they share none."""
+        common = set(self.seeds) & set(base.seeds)
+        mine, other = (
+            [v for v, seed in zip(summary.values, summary.seeds, strict=True) if seed in common] for summary in (self, base)
+        )
+        return statistics.fmean(mine) / statistics.fmean(other) - 1 if common and any(other) else None
 
     @property
     def n(self) -> int:
@@ -290,11 +299,11 @@ class Pivot:
         return self.dense.get(tuple(t for k, t in self.labels(row, column).items() if _of_dense(k)), Summary())
 
     def change(self, row: Label, column: Label) -> float | None:
-        """Relative change of a cell's mean against that of its baseline, which differs from it in the baseline's keys alone.
+        """Relative change of a cell against its baseline, which differs from it in the baseline's keys alone, by common seeds.
 
         Options of these keys' groups (`allocator.lam` of `allocator`) may differ. Raises ValueError where several would do.
         """
-        if not self.baseline or (mean := self.cells[row, column].mean) is None:
+        if not self.baseline or not self.cells[row, column].n:
             return None
         mine = self.labels(row, column)
         fixed = [k for k in mine if k not in self.baseline and not any(_within(k, group) for group in self.baseline)]
@@ -306,12 +315,16 @@ class Pivot:
         if len(found) > 1:
             free = [k for k in mine if k not in self.baseline and k not in fixed]
             raise ValueError(f"--baseline: {len(found)} cells would do; name {', '.join(free)} in it too")
-        base = found[0][1].mean if found else None
-        return None if not base else mean / base - 1
+        return self.cells[row, column].against(found[0][1]) if found else None
+
+    @property
+    def down(self) -> bool:
+        """Whether methods are compared down the columns: so, unless only conditions go down."""
+        return any(not _condition(key) for key in self.by)
 
     def best(self) -> set[tuple[Label, Label]]:
-        """The cells with the best number, as it is shown, of each column (of each row, where only conditions go down)."""
-        down = any(not _condition(key) for key in self.by)
+        """The cells with the best number, as it is shown, of each column, or of each row."""
+        down = self.down
         groups: dict[Label, list[tuple[Label, Label]]] = {}
         for row, column in self.cells:
             own, other = (column, row) if down else (row, column)
@@ -409,7 +422,7 @@ def summarize(entries: Sequence[tuple[Run, str]]) -> Summary:
 
     A number that lies there twice, bit for bit, counts once; raises ValueError where one seed has two numbers.
     """
-    values: dict[Label, tuple[float, str]] = {}
+    values: dict[Label, tuple[float, str, int]] = {}
     states: dict[Label, str] = {}
     for run, metric in entries:
         seeds, key = run.seeds(), run.row.config_key
@@ -417,7 +430,7 @@ def summarize(entries: Sequence[tuple[Run, str]]) -> Summary:
             states[seeds] = max(state, states.get(seeds, MISSING), key=[MISSING, *STATES].index)
             continue
         value = run.metrics[metric]["value"]
-        other, other_key = values.setdefault(seeds, (value, key))
+        other, other_key, _ = values.setdefault(seeds, (value, key, run.row.config["seed"]))
         if other != value:
             first, second = sorted((key, other_key))
             way = f"keep one with --where key={first}" if first != second else "name the folder of one"
@@ -428,7 +441,7 @@ def summarize(entries: Sequence[tuple[Run, str]]) -> Summary:
             )
     left = sorted(state for seeds, state in states.items() if seeds not in values and state != MISSING)
     numbers = sorted(values.values())
-    return Summary(tuple(value for value, _ in numbers), tuple(left))
+    return Summary(tuple(value for value, _, _ in numbers), tuple(left), tuple(seed for _, _, seed in numbers))
 
 
 def check_settings(runs: Sequence[Run], by: Sequence[str], across: Sequence[str]) -> None:
@@ -554,7 +567,7 @@ def grid(table: Pivot, title: str | None = None, about: str = "") -> Grid:
     what = ", ".join(table.units)
     what += "" if counts <= {1} else ": mean ± standard deviation over seeds" + ("" if with_n else f" (n={max(counts)})")
     what += f"; changes against {baseline}" if baseline else ""
-    notes = [f"{what}. The best of each column is marked, dense apart.", *table.notes]
+    notes = [f"{what}. The best of each {'column' if table.down else 'row'} is marked, dense apart.", *table.notes]
 
     dense_down = not any(_of_dense(key) for key in table.by)
     dense_across = not any(_of_dense(key) for key in table.across if key != METRIC or len(table.metrics) > 1)

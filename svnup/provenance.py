@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
@@ -35,7 +36,7 @@ ENVIRONMENT = (
     ),
 )
 LONGEST_DIFF = 50_000  # characters
-SECRET_NAME = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD)S?$", re.IGNORECASE)
+SECRET_NAME = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|PAT)S?$", re.IGNORECASE)
 ASSIGNED = re.compile(
     r"((?:key|token|secret|password|passwd)[\"']?\s*[:=]\s*[\"']?)[\w+/.-]{16,}"  # api_key = "...", in any language
     r"|(\w+://[^\s/:@]+:)[^\s/@]+(?=@)"  # https://user:password@host
@@ -97,10 +98,16 @@ def hardware() -> dict[str, Any]:
 
 
 def redact(text: str) -> str:
-    """The text without the values of environment variables that are keys, tokens or passwords by their name."""
+    """The text without the values of environment variables that are keys, tokens or passwords by their name.
+
+    They go as they are and as JSON writes them. What could be any word stays (fewer than 8 characters, or 12 letters), and a
+    path, which says where a key lies.
+    """
     for name, value in os.environ.items():
-        if len(value) >= 12 and SECRET_NAME.search(name) and not Path(value).is_absolute():
-            text = text.replace(value, f"[{name}]")
+        plain = len(value) < 8 or (len(value) < 12 and value.isalpha())
+        if SECRET_NAME.search(name) and not plain and not Path(value).exists():
+            for form in (value, json.dumps(value)[1:-1]):
+                text = text.replace(form, f"[{name}]")
     return text
 
 

@@ -237,7 +237,7 @@ def headline(field: Published, ours: Ours, title: str | None = None) -> Grid:
         if labels.get(METRIC, field.metrics[0]) != field.metrics[0]:
             continue
         uniform, shapley = (ours.table.cells[("sparsegpt", budget), column] for budget in ("uniform", "shapley"))
-        change = shapley.mean / uniform.mean - 1 if shapley.mean and uniform.mean else None
+        change = shapley.against(uniform)
         claim = abstract.get(labels["model"], {})
         theirs = float(claim["change"]) if claim else None
         percent = [MISSING if c is None else f"{100 * c:+.2f} %" for c in (change, theirs)]

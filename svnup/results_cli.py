@@ -15,7 +15,7 @@ Options = argparse.Namespace
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; a ValueError is the user's mistake: one line, exit code 2."""
+    """Run a subcommand; a ValueError, or a file that cannot be, is the user's mistake: one line, exit code 2."""
     parser = argparse.ArgumentParser(prog="svnup-results", description="What to do with the runs in a results folder.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _table_options(commands.add_parser("table", help="a table of runs: flat, or methods down and models or tasks across"))
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code: int = options.run(options)
         return code
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"svnup-results: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -113,7 +113,7 @@ class WandbTracker:
         import wandb
 
         names = _names(row.config)
-        title = self.name or row.provenance.get("name") or " ".join(names.values())
+        title = redact(self.name or row.provenance.get("name") or " ".join(names.values()))
         made = {k: row.provenance.get(k) for k in ("command", "git", "dirty", "versions", "hardware", "seeds")}
         config = {"config_key": row.config_key, "names": names, "provenance": made, **row.config}
         argv = sys.argv  # which W&B notes
@@ -124,11 +124,11 @@ class WandbTracker:
                 id=run_id,
                 resume="allow",
                 dir=str(folder.resolve()),  # wandb's service outlives a run and would take a relative one as of its first
-                project=self.project,
+                project=redact(self.project),
                 entity=self.entity,
-                group=self.group or row.provenance.get("sweep"),
+                group=redact(self.group or row.provenance.get("sweep") or "") or None,
                 job_type=job_type,
-                tags=[tag[:64] for tag in dict.fromkeys([*self.tags, *names.values()])],
+                tags=[redact(tag)[:64] for tag in dict.fromkeys([*self.tags, *names.values()])],
                 name=title if job_type == self.job_type else f"{title} ({job_type})",
                 mode=mode,
                 reinit="create_new",

@@ -9,6 +9,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,6 +93,10 @@ def test_a_number_under_another_protocol_is_refused_whatever_the_table(rows):
         refused([*rows, odd], "different protocols", next(iter(changed)), "--where protocol.")
 
 
+def by_seed(cell):
+    return zip(cell.values, cell.seeds, strict=True)
+
+
 @given(some_rows(), st.sampled_from(["uniform", "shapley", "owl"]))
 def test_the_change_of_the_baseline_is_zero_and_others_are_against_it(rows, name):
     if not any(settings(row.config)["allocator"] == name for row in rows):
@@ -105,7 +110,17 @@ def test_the_change_of_the_baseline_is_zero_and_others_are_against_it(rows, name
         elif not cell.values or base is None or not base.values:
             assert change is None
         else:
-            assert change == pytest.approx(cell.mean / base.mean - 1)
+            pairs = [(v, w) for v, s in by_seed(cell) for w, t in by_seed(base) if s == t]
+            mine, theirs = np.sum(pairs, axis=0) if pairs else (0, 0)
+            assert change == (pytest.approx(mine / theirs - 1) if pairs else None)
+
+
+def test_changes_are_those_of_the_seeds_that_both_have():
+    """Else the luck of a seed would pass for the worth of a method."""
+    rows = [run(18.0, seed=0), run(30.0, seed=1), run(17.0, allocator="shapley", seed=0), run(5.0, allocator="owl", seed=2)]
+    of = table(rows, baseline={"allocator": "uniform"})
+    changes = {row[1]: of.change(row, column) for row, column in of.cells}
+    assert changes == {"uniform": 0, "shapley": pytest.approx(17 / 18 - 1), "owl": None}
 
 
 @given(some_rows())

@@ -100,10 +100,20 @@ def test_outside_a_checkout(tmp_path, monkeypatch):
     assert (made["git"], made["dirty"], made["diff"]) == (None, None, None)
 
 
-def test_only_variables_that_are_named_as_secrets_are_redacted(monkeypatch):
-    for name, value in (("A_TOKEN", "a" * 12), ("SHORT_KEY", "model"), ("KEY_PATH", "b" * 12), ("SSH_KEY", "/some/key")):
+def test_only_variables_that_are_named_as_secrets_are_redacted(monkeypatch, tmp_path):
+    secrets = {
+        "A_TOKEN": "a" * 12,
+        "DB_PASSWORD": 'pä"ss\\word1',
+        "AWS_SECRET": "/wJalr+XUtnFEMI/K7MDENG",
+        "GITHUB_PAT": "ghp_1234567",
+    }
+    others = {"SHORT_KEY": "model", "WORD_KEY": "magnitude", "KEY_PATH": "b" * 12, "SSH_KEY": str(tmp_path)}
+    for name, value in (secrets | others).items():
         monkeypatch.setenv(name, value)
-    assert redact(f"{'a' * 12} model {'b' * 12} /some/key") == f"[A_TOKEN] model {'b' * 12} /some/key"
+    assert redact(" ".join(secrets.values())) == "[A_TOKEN] [DB_PASSWORD] [AWS_SECRET] [GITHUB_PAT]"
+    assert redact(" ".join(others.values())) == " ".join(others.values())
+    written = redact(json.dumps([*secrets.values()]))
+    assert json.loads(written) == [f"[{name}]" for name in secrets]
 
 
 def test_stages_add_up():

@@ -351,6 +351,14 @@ def test_the_console_script(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    RunFolder.of(tmp_path, UNIFORM.config_key).write(UNIFORM)
+    for output in ("/dev/null/x", str(tmp_path)):
+        assert main(["table", str(tmp_path), "--output", output]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert output.partition("/x")[0] in line
+
+
 def test_a_reader_who_leaves_is_no_error(tmp_path):
     RunFolder.of(tmp_path, UNIFORM.config_key).write(UNIFORM)
     program = Path(sys.executable).with_name("svnup-results")

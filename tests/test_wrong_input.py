@@ -119,6 +119,7 @@ CONFIG_ALONE = {
         ["selection=wikitext2: must be a node", "dataset@selection="],
     ),
     "no scores, tuned": (["allocator.scorer=null", "allocator.lam=auto"], ["allocator.scorer=null", "needs scores"]),
+    "known number without a source": (["model.dense_ppl=[{dataset:docs}]"], ["model.dense_ppl={'dataset': 'docs'}", "seq_len"]),
     "gate typo": (["protocol_gate=of"], ["protocol_gate=of", "error, warn or off"]),
     "force not a truth value": (["force=maybe"], ["force=maybe", "right type"]),
     "selection loss typo": (["selection_loss=kll"], ["selection_loss=kll", "nll or kl", "did you mean kl?"]),
@@ -160,7 +161,7 @@ CONFIG_ALONE = {
         ["offload=cpu", "shapley.game.absence=prune"],
         ["offload=cpu", "shapley.game.absence=prune", "absence=skip"],
     ),
-    "split unknown": (["split=errors"], ["split=errors", "error, outliers, uniform", "did you mean error?"]),
+    "split unknown": (["split=errors"], ["split=errors", "error, outliers, shapley, uniform", "did you mean error?"]),
     "split without errors": (["split=error", "pruner=magnitude"], ["split=error", "errors of a pruner", "another pruner"]),
     "split that prunes twice, offloaded": (["split=error", "offload=cpu"], ["offload=cpu", "split=error", "split=uniform"]),
     "split under a fixed N:M": (

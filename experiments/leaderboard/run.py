@@ -384,7 +384,7 @@ def draw_front(board: dict[tuple[Cell, str], Entry], models: tuple[str, ...], pa
     from matplotlib.figure import Figure
 
     names = [a for a in ALLOCATORS if a not in CONTROLS]
-    looks = {a: ("os^Dv"[i % 5], colormaps["tab10"](i % 10)) for i, a in enumerate(names)}
+    looks = {a: ("os^DvP"[i % 6], colormaps["tab10"](i % 10)) for i, a in enumerate(names)}
     figure = Figure(figsize=(10, 3.6 * len(models) + 0.6), layout="constrained")
     grid = np.atleast_2d(figure.subplots(len(models), 2))
     for row, model in zip(grid, models, strict=True):
