@@ -178,6 +178,10 @@ def _published(options: Options) -> int:
     from svnup import published, tables
 
     table = published.Published.load("llama_70" if options.headline else options.table, options.model, options.metric)
+    if not Path(options.results_dir).is_dir():
+        raise ValueError(
+            f"{options.results_dir}: no such folder; name one with results, or an empty one for published numbers alone"
+        )
     rows, where = load(options.results_dir), _where(options.where)
     ours = table.ours(rows, where)
     about = tables.about([run.row for run in ours.runs], options.made_by)

@@ -164,3 +164,8 @@ def test_the_tiny_model_in_the_same_tables(tmp_path, capsys):
 def test_a_table_that_is_none(tmp_path, capsys):
     assert main(["published", str(tmp_path), "--table", "lama_70"]) == 2
     assert "did you mean llama_70?" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path, capsys):
+    assert main(["published", str(tmp_path / "typo")]) == 2
+    assert "no such folder" in capsys.readouterr().err
