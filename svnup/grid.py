@@ -160,4 +160,4 @@ def _escaped(text: str) -> str:
 
 
 def _tex(text: str) -> str:
-    return text.translate(LATEX)
+    return ("{}" if text.startswith(("[", "*")) else "") + text.translate(LATEX)  # else an option of the line break before it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from svnup.provenance import redact
 from svnup.types import ResultRow
+
+logger = logging.getLogger(__name__)
 
 SCRATCH = "offload"  # in the run's folder: the blocks that an interrupted job has pruned, and hidden states
 
@@ -71,5 +74,11 @@ def run_folders(results_dir: str | Path) -> list[RunFolder]:
 
 
 def load(results_dir: str | Path) -> list[ResultRow]:
-    """Every readable result below a folder, in the order of their keys."""
-    return [row for folder in run_folders(results_dir) if (row := folder.read()) is not None]
+    """Every readable result below a folder, in the order of their keys; the others are named in a warning."""
+    rows = []
+    for folder in run_folders(results_dir):
+        if (row := folder.read()) is None:
+            logger.warning("%s: left out, since it is torn or of another version", folder.path / "result.json")
+        else:
+            rows.append(row)
+    return rows

@@ -42,7 +42,7 @@ def _rows(results_dir: str) -> list[ResultRow]:
     """The runs below a folder; raises ValueError where there are none."""
     if rows := load(results_dir):
         return rows
-    raise ValueError(f"{results_dir}: no result.json below this folder; run svnup first, or name another")
+    raise ValueError(f"{results_dir}: no result.json below this folder that can be read; run svnup first, or name another")
 
 
 def _write(text: str, output: Path | None) -> None:

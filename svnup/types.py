@@ -21,6 +21,7 @@ SelectionLoss = Literal["nll", "kl"]
 
 SCHEMA_VERSION = 1
 UNSTRUCTURED = "unstructured"
+NAMING = ("model", "pruner", "allocator", "sparsity", "pattern", "seed")  # what a result's configuration has at least
 
 # Top of a configuration that cannot change a number (`shapley` counts where an allocator
 # names it as its scorer, `selection` and `selection_loss` where it is tuned).
@@ -392,4 +393,7 @@ class ResultRow:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        return cls(**json.loads(text))
+        row = cls(**json.loads(text))
+        if lacking := [key for key in NAMING if key not in row.config]:
+            raise ValueError(f"its config lacks {', '.join(lacking)}")
+        return row

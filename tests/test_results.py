@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from svnup.grid import FORMATS
+from svnup.grid import FORMATS, Cell, Grid
 from svnup.results import RunFolder, load
 from svnup.results_cli import main
 from svnup.tables import frame, render
@@ -349,6 +351,24 @@ def test_the_console_script(tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("svnup-results: ")
     assert "Traceback" not in done.stderr
+
+
+def test_results_that_cannot_be_read_are_named(tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("svnup"), "propagate", True)
+    RunFolder.of(tmp_path, UNIFORM.config_key).write(UNIFORM)
+    for key, text in (("torn", '{"schema_version": 1, "con'), ("bare", replace(UNIFORM, config={}).to_json())):
+        (tmp_path / "runs" / key).mkdir()
+        (tmp_path / "runs" / key / "result.json").write_text(text)
+    assert main(["table", str(tmp_path)]) == 0
+    assert sorted(Path(record.args[0]).parent.name for record in caplog.records) == ["bare", "torn"]
+    shutil.rmtree(tmp_path / "runs" / UNIFORM.config_key)
+    assert main(["table", str(tmp_path)]) == 2
+    assert "that can be read" in capsys.readouterr().err
+
+
+def test_a_cell_that_latex_would_take_for_an_option():
+    grid = Grid([("a",), ("b",)], [[Cell("[1, 2]"), Cell("*")]], None, "", [], 0, [])
+    assert "{}[1, 2] & {}* " in grid.render("latex", False)
 
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from svnup.types import (
+    NAMING,
     SCHEMA_VERSION,
     BlockScores,
     Cost,
@@ -178,11 +179,20 @@ def test_metrics_are_finite_or_say_why_not():
 
 
 def test_result_rows_survive_json_and_carry_their_version():
-    row = ResultRow("finished", "k", {"a": {"b": [1, None]}}, {}, {"weights": "w"}, metrics={"docs/ppl": {"value": 1.5}})
+    row = ResultRow(
+        "finished",
+        "k",
+        {"a": {"b": [1, None]}, **dict.fromkeys(NAMING)},
+        {},
+        {"weights": "w"},
+        metrics={"docs/ppl": {"value": 1.5}},
+    )
     assert ResultRow.from_json(row.to_json()) == row
     assert json.loads(row.to_json())["schema_version"] == SCHEMA_VERSION
     with pytest.raises(ValueError, match=rf"schema_version=99.*{SCHEMA_VERSION}"):
         ResultRow.from_json(json.dumps(json.loads(row.to_json()) | {"schema_version": 99}))
+    with pytest.raises(ValueError, match="its config lacks seed"):
+        ResultRow.from_json(ResultRow("finished", "k", dict.fromkeys(NAMING[:-1]), {}, {}).to_json())
     with pytest.raises(ValueError, match="JSON compliant"):
         ResultRow("finished", "k", {}, {}, {}, seconds=math.nan).to_json()
 
