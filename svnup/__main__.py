@@ -112,6 +112,8 @@ def execute(job: config.Job, overrides: list[str], sweep: str | None = None) -> 
             with job.tracker.run(folder.path, earlier, fresh=True) as log:
                 log(earlier, plots.figures(earlier, folder.path / "figures"))
         return
+    for key in ("results_dir", "cache_dir"):
+        _check_folder(key, Path(getattr(job, key)).expanduser())
     job.check_texts()
     job.check_shapes()
     if sharded:
@@ -169,6 +171,13 @@ def _log_to(path: Path) -> logging.Handler:
     handler.setFormatter(_Redacted("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     return handler
+
+
+def _check_folder(key: str, folder: Path) -> None:
+    """Refuse a folder that could not be made or written."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{key}={folder}: {there} is no folder that can be written; choose another")
 
 
 def _say(text: str) -> None:

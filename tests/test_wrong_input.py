@@ -120,6 +120,8 @@ CONFIG_ALONE = {
     ),
     "no scores, tuned": (["allocator.scorer=null", "allocator.lam=auto"], ["allocator.scorer=null", "needs scores"]),
     "known number without a source": (["model.dense_ppl=[{dataset:docs}]"], ["model.dense_ppl={'dataset': 'docs'}", "seq_len"]),
+    "results in a file": (["results_dir=/dev/null/x"], ["results_dir=/dev/null/x", "/dev/null is no folder"]),
+    "cache in a file": (["cache_dir=/dev/null"], ["cache_dir=/dev/null", "choose another"]),
     "gate typo": (["protocol_gate=of"], ["protocol_gate=of", "error, warn or off"]),
     "force not a truth value": (["force=maybe"], ["force=maybe", "right type"]),
     "selection loss typo": (["selection_loss=kll"], ["selection_loss=kll", "nll or kl", "did you mean kl?"]),
