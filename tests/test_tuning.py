@@ -290,9 +290,9 @@ def test_the_selection_text_counts_where_it_chooses(svnup):
 
 
 def test_the_loss_that_chooses_is_part_of_the_job_where_it_chooses(svnup):
-    assert svnup("allocator=random", "pruner=magnitude")[0] == 0
-    assert "already finished" in svnup("allocator=random", "pruner=magnitude", "selection_loss=kl")[1]
-    args = ("allocator=random", "pruner=magnitude", "allocator.lam=auto")
+    assert svnup("allocator=block_influence", "pruner=magnitude")[0] == 0
+    assert "already finished" in svnup("allocator=block_influence", "pruner=magnitude", "selection_loss=kl")[1]
+    args = ("allocator=block_influence", "pruner=magnitude", "allocator.lam=auto")
     assert svnup(*args)[0] == 0
     nll = last_row()
     assert "already finished" in svnup(*args, "selection_loss=nll")[1]
