@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup import config
-from svnup.progress import say
+from svnup.progress import say, to_nobody
 from svnup.provenance import provenance, redact
 from svnup.results import RunFolder
 from svnup.types import ResultRow
@@ -43,7 +43,7 @@ def main() -> int:
     except JobFailed:
         return 1
     except BrokenPipeError:  # `svnup --help | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        to_nobody()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         _tell(config.explain(error, overrides))
         return 2

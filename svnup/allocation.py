@@ -301,7 +301,14 @@ class Tuned:
         assert loss is not None
         candidates = self.candidates(len(params), sparsity).items()
         profiles = [(label, candidate.allocate(scores, params, sparsity, pattern)) for label, candidate in candidates]
-        return profiles[int(np.argmin(loss.many(profiles)))][1]  # the first of equals
+        return best_of(profiles, loss)[1]
+
+
+def best_of(tried: Sequence[tuple[str, SparsityProfile]], loss: Loss) -> tuple[float, SparsityProfile]:
+    """The least loss of labelled profiles and the one that has it, the first of equals."""
+    losses = loss.many(tried)
+    index = int(np.argmin(losses))
+    return losses[index], tried[index][1]
 
 
 def check_pattern(sparsity: float, pattern: str, uniform: bool) -> None:

@@ -8,7 +8,18 @@ from typing import ClassVar
 
 import numpy as np
 
-from svnup.allocation import Loss, Scale, ScoreBudget, Uniform, bounds_of, check_bounds, check_pattern, in_steps, to_budget
+from svnup.allocation import (
+    Loss,
+    Scale,
+    ScoreBudget,
+    Uniform,
+    best_of,
+    bounds_of,
+    check_bounds,
+    check_pattern,
+    in_steps,
+    to_budget,
+)
 from svnup.types import UNSTRUCTURED, BlockScores, Floats, Ints, SparsityProfile, parse_pattern
 
 MOVES = 3  # the most in one mutation, as in EvoPress
@@ -170,7 +181,7 @@ class ShapleyRounds:
         amplitudes = (0.0, self.lam / 2, self.lam)
         tried = [(f"lam={lam:.4g}", self._first(lam).allocate(scores, params, sparsity, pattern)) for lam in amplitudes]
         assert loss is not None
-        least, profile = _best(tried, loss)
+        least, profile = best_of(tried, loss)
         for number in range(2, self.rounds + 1):
             denser, sparser = (_shifted(profile, by) for by in (-self.delta, self.delta))
             values = loss.values(denser, sparser) / (params * (sparser.sparsity - denser.sparsity))
@@ -183,7 +194,7 @@ class ShapleyRounds:
                 (f"round {number}, step={step:.4g}", to_budget(profile.sparsity - step * z, params, sparsity, pattern, bounds))
                 for step in (self.step / 2, self.step)
             ]
-            reached, moved_to = _best(tried, loss)
+            reached, moved_to = best_of(tried, loss)
             if reached >= least:
                 break
             least, profile = reached, moved_to
@@ -193,13 +204,6 @@ class ShapleyRounds:
 def _shifted(profile: SparsityProfile, by: float) -> SparsityProfile:
     sparsity = np.clip(profile.sparsity + by, 0.0, 1.0)
     return SparsityProfile(sparsity, profile.params, float(np.average(sparsity, weights=profile.params)))
-
-
-def _best(tried: list[tuple[str, SparsityProfile]], loss: Loss) -> tuple[float, SparsityProfile]:
-    """The least loss and its profile, the first of equals."""
-    losses = loss.many(tried)
-    index = int(np.argmin(losses))
-    return losses[index], tried[index][1]
 
 
 @dataclass(frozen=True)
