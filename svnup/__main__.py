@@ -206,7 +206,8 @@ def _print_result(row: ResultRow) -> None:
         dense = f"  (dense {row.dense[name]['value']:.2f})" if name in row.dense else ""
         error = f" ± {metric['stderr']:.2f}" if "stderr" in metric else ""
         zeros = f" at {100 * row.sparsity['actual']:.2f} % zeros" if row.sparsity else ""
-        _say(f"  {name} {metric['value']:.2f}{error}{dense}{zeros}")
+        value = f"none: {metric['reason']}" if metric["value"] is None else f"{metric['value']:.2f}"
+        _say(f"  {name} {value}{error}{dense}{zeros}")
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def _tables(path: Path) -> list[Table]:
 
 
 def _cells(out: Comparison, a: Table, b: Table) -> None:
-    (head_a, lines_a), (head_b, lines_b) = a, b
+    (head_a, lines_a), (head_b, lines_b) = ((_apart(head), lines) for head, lines in (a, b))
     n_keys = _n_keys(lines_a, lines_b, min(len(head_a), len(head_b)))
     rows_a, rows_b = ({_name(line, n_keys, i): line for i, line in enumerate(lines)} for lines in (lines_a, lines_b))
     for name in dict.fromkeys([*rows_a, *rows_b]):
@@ -137,6 +137,11 @@ def _cells(out: Comparison, a: Table, b: Table) -> None:
                 out.cell(place, cells_a[column], cells_b[column], quotient=column in ("change", "difference"))
             else:
                 out.cell(place, f"± {cells_a[column]}", f"± {cells_b[column]}", mean)
+
+
+def _apart(head: list[str]) -> list[str]:
+    """Headers, the second of two equal ones with its number."""
+    return [f"{h} ({n})" if (n := head[: i + 1].count(h)) > 1 else h for i, h in enumerate(head)]
 
 
 def _n_keys(a: list[list[str]], b: list[list[str]], n: int) -> int:

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -49,14 +49,18 @@ ACCURACIES = ("acc", "acc_norm")
 FEWSHOT_SEED = 1234  # lm-eval's own
 
 
+class NoNumberError(ValueError):
+    """What was measured is nan or infinite."""
+
+
 def perplexity(lm: LanguageModel, tokens: Ints) -> float:
     """exp of the mean over windows of the mean next-token NLL in nats, on tokens (n_windows, seq_len).
 
-    Raises ValueError where the loss is nan or infinite. Source: the protocol of the field's scripts (arXiv 2301.00774).
+    Raises NoNumberError where the loss is nan or infinite. Source: the protocol of the field's scripts (arXiv 2301.00774).
     """
     nll = float(np.mean(lm.nll(tokens)))
     if not math.isfinite(nll) or nll > 700:
-        raise ValueError(f"stage evaluation: the loss is {nll}, so there is no perplexity; try model.dtype=float32")
+        raise NoNumberError(f"the loss is {nll}, so there is no perplexity")
     return math.exp(nll)
 
 
@@ -117,12 +121,17 @@ class Perplexity(Evaluation):
         return self.datasets
 
     def run(self, lm: LanguageModel) -> Metrics:
-        """Metrics `<dataset>/ppl` (`<dataset>.<role>/ppl` on other text than the test text), each with its protocol."""
+        """Metrics `<dataset>/ppl` (`<dataset>.<role>/ppl` on other text than the test text), each with its protocol; nan with
+        the reason where there is no perplexity."""
         metrics = Metrics()
         for source in self.datasets:
             tokens = source.tokens(lm.tokenizer)
             name = source.name if source.role == "test" else f"{source.name}.{source.role}"
-            metrics[f"{name}/ppl"] = Metric(perplexity(lm, tokens), _protocol(source, tokens))
+            try:
+                value, reason = perplexity(lm, tokens), None
+            except NoNumberError as error:
+                value, reason = math.nan, str(error)
+            metrics[f"{name}/ppl"] = Metric(value, _protocol(source, tokens), reason)
         return metrics
 
     def dense(self, lm: LanguageModel, cache_dir: str | Path) -> Metrics:
@@ -182,9 +191,9 @@ class ZeroShot(Evaluation):
 
     def run(self, lm: LanguageModel) -> Metrics:
         """Metrics `<task>/acc` and, where the task has it, `<task>/acc_norm`, each with its protocol, and of several tasks
-        `zero_shot/mean`, of those that tables show.
+        `zero_shot/mean`, of those that tables show; nan with the reason where a log-likelihood is nan or infinite.
 
-        Raises ValueError where a log-likelihood is nan or infinite, or a choice alone is longer than the model's context.
+        Raises ValueError where a choice alone is longer than the model's context.
         """
         if lm.offloaded:
             raise ValueError("offload: lm-eval needs the whole model in memory; use offload=none, or evaluation=ppl")
@@ -195,15 +204,21 @@ class ZeroShot(Evaluation):
             model.task, model.n_truncated = name, 0
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
             options = {"limit": self.limit, "bootstrap_iters": 0, "log_samples": False}
-            with _quietly():
-                found = evaluate(lm=model, task_dict={"tasks": {name: task}}, **options)["results"][name]
-            values = {key.partition(",")[0]: value for key, value in found.items()}
+            values, reason = dict.fromkeys(task.aggregation(), math.nan), None
+            try:
+                with _quietly():
+                    found = evaluate(lm=model, task_dict={"tasks": {name: task}}, **options)["results"][name]
+                values = {key.partition(",")[0]: value for key, value in found.items()}
+            except NoNumberError as error:
+                reason = str(error)
             protocol = self._protocols[name] | {"n_truncated": model.n_truncated}
             for metric in (m for m in ACCURACIES if m in values):
+                variance = values[metric] * (1 - values[metric]) / max(1, protocol["n_items"] - 1)
                 metrics[f"{name}/{metric}"] = Metric(
                     100 * values[metric],
                     protocol | {"metric": metric},
-                    stderr=100 * math.sqrt(values[metric] * (1 - values[metric]) / max(1, protocol["n_items"] - 1)),
+                    reason,
+                    stderr=100 * math.sqrt(variance) if reason is None else None,
                     secondary=metric != self.shown[name],
                 )
         shown = [metrics[f"{name}/{metric}"] for name, metric in self.shown.items()]
@@ -222,7 +237,10 @@ class ZeroShot(Evaluation):
             known |= _task_files(Path(self.include_path).expanduser())
         if set(self.shown) - set(known):
             spec = find_spec("lm_eval.tasks")  # found, not imported
-            known = _task_files(Path(str(spec and spec.origin)).parent) | known
+            folder = Path(str(spec and spec.origin)).parent
+            known = _task_files(folder, self.shown) | known
+        if set(self.shown) - set(known):
+            known = _task_files(folder) | known
         for name in self.shown:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
@@ -303,6 +321,8 @@ def _measured_once(lm: LanguageModel, protocols: Any, cache_dir: str | Path, run
     if path.is_file():
         return Metrics.from_dict(json.loads(path.read_text(encoding="utf-8")))
     metrics = run(lm)
+    if any(metric.reason for metric in metrics.values()):
+        return metrics
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(metrics.to_dict()), encoding="utf-8")
@@ -317,14 +337,20 @@ def _mean(metrics: list[Metric]) -> Metric:
     apart = {p["dataset"]: {k: v for k, v in p.items() if k not in common} for p in protocols}
     stderr = math.sqrt(sum((m.stderr or 0.0) ** 2 for m in metrics)) / len(metrics)
     value = sum(m.value for m in metrics) / len(metrics)
-    return Metric(value, common | {"dataset": "zero_shot", "mean": "over tasks", "tasks": apart}, stderr=stderr)
+    reason = next((m.reason for m in metrics if m.reason is not None), None)
+    protocol = common | {"dataset": "zero_shot", "mean": "over tasks", "tasks": apart}
+    return Metric(value, protocol, reason, stderr=stderr if reason is None else None)
 
 
-def _task_files(folder: Path) -> dict[str, Path]:
-    """The yaml file of every task in a folder, by its `task:` line: lm-eval's own index parses them all, which takes 11 s."""
+def _task_files(folder: Path, tasks: Iterable[str] = ("",)) -> dict[str, Path]:
+    """The yaml file of every task in a folder, by its `task:` line; of `tasks`, where their names are in the files' paths.
+
+    lm-eval's own index parses all its 14,000 files.
+    """
     line = re.compile(r"""^["']?task["']?:[ \t]*["']?([^\s"'#\[]+)""", re.MULTILINE)
     found: dict[str, Path] = {}
-    for path in sorted(folder.glob("**/*.yaml")):
+    named = [path for path in folder.glob("**/*.yaml") if any(task in str(path.relative_to(folder)) for task in tasks)]
+    for path in sorted(named):
         if match := line.search(path.read_text(encoding="utf-8")):
             found.setdefault(match[1], path)
     return found
@@ -350,10 +376,7 @@ def _harness_model(lm: LanguageModel, batch_size: int) -> Any:
                 self.n_truncated += len(context) + len(continuation) > self.max_length + 1
             answers = super()._loglikelihood_tokens(requests, *args, **kwargs)
             if wrong := next((value for value, _ in answers if not math.isfinite(value)), None):
-                raise ValueError(
-                    f"stage evaluation: a log-likelihood of {self.task} is {wrong}, so there is no accuracy; "
-                    "try model.dtype=float32"
-                )
+                raise NoNumberError(f"a log-likelihood of {self.task} is {wrong}, so there is no accuracy")
             return answers
 
     with _quietly():
@@ -380,12 +403,15 @@ def _quietly() -> Iterator[None]:
 
 
 def check_dense(dense: Metrics, known: list[dict[str, Any]], gate: Literal["error", "warn", "off"], model: str) -> None:
-    """Compare dense perplexities with known ones of the same data set and seq_len; off by more than 2 % raises ValueError.
+    """Compare dense perplexities with known ones of the same data set and seq_len; off by more than 2 %, or no number at all,
+    raises ValueError.
 
     A known row with a `model` holds only for the model of that name; `n_windows`, where it says how many its text has, tells
     whether the tokens can be the same.
     """
     for name, metric in dense.items():
+        if metric.reason is not None:
+            raise ValueError(f"stage dense: no {name} of the dense model ({metric.reason}); try model.dtype=float32")
         for row in known:
             same = (row["dataset"], row["seq_len"]) == (metric.protocol["dataset"], metric.protocol.get("seq_len"))
             same = same and row.get("model", model) == model

@@ -386,6 +386,7 @@ def pivot(
         if not any(same(key, text, value) for text in there):
             raise ValueError(f"--baseline {key}={value}: no run has it; there {_are(there, value)}")
     check_settings(runs, by, across)
+    check_inputs(runs)
     for metric in metrics:
         check_protocols(runs, metric)
 
@@ -478,6 +479,21 @@ def check_settings(runs: Sequence[Run], by: Sequence[str], across: Sequence[str]
     )
 
 
+def check_inputs(runs: Sequence[Run]) -> None:
+    """Raise ValueError where runs with the same settings read other weights or texts, by their fingerprints."""
+    first: dict[tuple[str, ...], tuple[str, str]] = {}
+    for run in (r for r in runs if r.row.status == "finished"):
+        for name, digest in run.row.fingerprints.items():
+            node = "model" if name == "weights" else name
+            own = [f"{k}={v}" for k, v in run.settings.items() if (k == node or k.startswith(f"{node}.")) and not is_seed(k)]
+            key, other = first.setdefault((name, run.settings["model"], *own), (run.row.config_key, digest))
+            if other != digest:
+                raise ValueError(
+                    f"{name}: runs {key} and {run.row.config_key} have the same settings and read different {name} "
+                    f"({other[:8]}, {digest[:8]}); run one again with force=true, or name the folder of one kind"
+                )
+
+
 def _comes_with_model(key: str) -> bool:
     return key.startswith(("dataset", "selection", "shapley.game.data")) and not key.endswith(".n_seq")
 
@@ -521,6 +537,7 @@ def check_protocols(runs: Sequence[Run], metric: str) -> None:
 def _notes(runs: Sequence[Run], metrics: Sequence[str]) -> Iterable[str]:
     """What is left out of the numbers and why, and how exactly the sparsity was met."""
     actual: dict[float, list[float]] = {}
+    errors: dict[str, list[float]] = {}
     for run in sorted(runs, key=lambda run: run.row.config_key):
         name = f"{run.row.config_key} ({run.settings['model']}, {run.settings['pruner']}, {run.settings['allocator']})"
         for metric in metrics:
@@ -533,8 +550,14 @@ def _notes(runs: Sequence[Run], metrics: Sequence[str]) -> Iterable[str]:
             elif state == "fail":
                 reason = run.metrics[metric].get("reason") if metric in run.metrics else run.row.error
                 yield f"Failed: {name}, {' '.join(str(reason).split())[:160]}."
-            elif state is None and run.row.sparsity is not None:
-                actual.setdefault(run.row.sparsity["target"], []).append(run.row.sparsity["actual"])
+            elif state is None:
+                if (stderr := run.metrics[metric].get("stderr")) is not None:
+                    errors.setdefault(metric, []).append(stderr)
+                if run.row.sparsity is not None:
+                    actual.setdefault(run.row.sparsity["target"], []).append(run.row.sparsity["actual"])
+    for metric, found in errors.items():
+        low, high = number(min(found)), number(max(found))
+        yield f"Standard error of {metric} over its items, of each run: {low if low == high else f'{low} to {high}'}."
     met = [f"{target:g}: {min(a):.4f} to {max(a):.4f}" for target, a in sorted(actual.items())]
     if met:
         yield f"Actual sparsity, by target: {', '.join(met)}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -158,6 +159,8 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
 def _compare(options: Options) -> int:
     from svnup.comparison import compare
 
+    if not 0 <= options.tolerance < math.inf:
+        raise ValueError(f"--tolerance {options.tolerance:g}: a relative difference; choose 0 or more, such as 0.01")
     found = compare(options.a, options.b, options.tolerance)
     say("".join(f"{line}\n" for line in [*found.different, f"{options.a}, {options.b}: {found.summary()}"]))
     return int(bool(found.different))

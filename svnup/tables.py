@@ -31,6 +31,8 @@ def frame(rows: list[ResultRow]) -> pd.DataFrame:
         for name, metric in row.metrics.items():
             if metric.get("secondary"):
                 continue
+            if metric["value"] is None:
+                line["status"] = "failed"  # it ended, and there is no such number
             column = names[name, _digest(metric["protocol"])]
             line |= {
                 column: metric["value"],

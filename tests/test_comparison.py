@@ -113,6 +113,20 @@ def test_lines_and_columns_of_one_table_alone(tmp_path, capsys):
     assert lines[:-1] == ["p: only in the first", "q, y: only in the first", "r: only in the second"]
 
 
+def test_columns_of_the_same_name_are_each_compared(tmp_path):
+    """The leaderboard has one `cost` per pruner."""
+    for name, last in (("a", 2), ("b", 3)):
+        (tmp_path / f"{name}.md").write_text(f"| m | cost | cost |\n| --- | --- | --- |\n| p | 1 | {last} |\n")
+    assert compare(tmp_path / "a.md", tmp_path / "b.md").different == ["p, cost (2): 2 | 3  (33 % apart)"]
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "-0.1", "inf"])
+def test_a_tolerance_that_is_none_is_refused(tolerance, tmp_path, capsys):
+    folder = write(tmp_path / "a", *ROWS)
+    assert main(["compare", folder, folder, f"--tolerance={tolerance}"]) == 2
+    assert f"--tolerance {tolerance}: a relative difference" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("a", "b", "words"),
     [

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from svnup.data import Docs, TextFile
-from svnup.evaluation import NoEvaluation, Perplexity, check_dense, perplexity
+from svnup.evaluation import NoEvaluation, NoNumberError, Perplexity, check_dense, perplexity
 from svnup.language_model import LanguageModel
 from svnup.model import Random
 from svnup.types import Metric, Metrics
@@ -77,16 +77,24 @@ def test_windows_do_not_see_each_other():
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_is_an_error(broken):
+def test_a_loss_that_is_no_number_is_told(broken, tmp_path):
+    """Of a pruned model that is a result; of a dense one nothing could follow."""
     lm = make()
     lm.blocks[1].mlp.down_proj.weight[0, 0] = broken
-    with pytest.raises(ValueError, match=r"^stage evaluation: the loss is nan.*model\.dtype=float32"):
+    with pytest.raises(NoNumberError, match=r"^the loss is nan"):
         perplexity(lm, some_tokens())
+    metric = docs().run(lm)["docs/ppl"]
+    assert math.isnan(metric.value)
+    assert metric.reason == "the loss is nan, so there is no perplexity"
+    dense = docs().dense(lm, tmp_path)
+    with pytest.raises(ValueError, match=r"^stage dense: no docs/ppl of the dense model .*model\.dtype=float32"):
+        check_dense(dense, [], "off", "m")
+    assert not list(tmp_path.rglob("*.json"))
 
 
-def test_a_perplexity_that_overflows_is_an_error(monkeypatch):
+def test_a_perplexity_that_overflows_is_told(monkeypatch):
     monkeypatch.setattr(LanguageModel, "nll", lambda self, tokens: np.full(len(tokens), 800.0))
-    with pytest.raises(ValueError, match=r"^stage evaluation: the loss is 800"):
+    with pytest.raises(NoNumberError, match=r"^the loss is 800"):
         perplexity(make(), some_tokens())
 
 

@@ -18,6 +18,7 @@ from rows import run, write
 from svnup.grid import FORMATS
 from svnup.pivot import MISSING, choose, grid, metrics_of, pivot, runs_of, settings
 from svnup.results_cli import main
+from svnup.tables import render
 from svnup.types import ResultRow
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -190,6 +191,36 @@ def test_a_fallback_and_a_limit_stay_out_of_the_means_visibly():
     assert "25.00" not in text
     assert "1.00" not in text
     assert of.best() == set()
+
+
+def test_a_number_that_is_none_is_a_failed_cell_with_its_reason():
+    rows = [run(30.0), run(25.0, allocator="shapley"), run(20.0, allocator="owl")]
+    rows[1].metrics["docs/ppl"] |= {"value": None, "reason": "the loss is nan"}
+    text = grid(table(rows)).render("markdown")
+    assert "| wanda | shapley | fail |" in text
+    assert re.search(r"Failed: \w+ .*shapley\), the loss is nan\.", text)
+    assert "failed" in render(rows, "markdown")
+
+
+def test_standard_errors_over_items_are_told():
+    rows = [run(metrics={"boolq/acc": 60.0}), run(metrics={"boolq/acc": 50.0}, allocator="shapley")]
+    for row, error in zip(rows, (1.5, 1.75), strict=True):
+        row.metrics["boolq/acc"] |= {"stderr": error}
+    notes = table(rows, metrics=["boolq/acc"]).notes
+    assert "Standard error of boolq/acc over its items, of each run: 1.50 to 1.75." in notes
+
+
+def test_runs_of_other_weights_or_texts_are_no_seeds_of_one_cell():
+    rows = [run(30.0), run(31.0, seed=1)]
+    assert len(table(rows).cells) == 1
+    rows[1].fingerprints["weights"] = "other"
+    refused(rows, "read different weights (w, other)", "force=true")
+    rows = [run(30.0), run(31.0, seed=1), run(20.0, model="other/opt")]
+    for row, digest in zip(rows, ("t", "t", "u"), strict=True):
+        row.fingerprints["dataset"] = digest  # another model's own text is no mistake
+    assert len(table(rows).cells) == 2
+    rows[1].fingerprints["dataset"] = "u"
+    refused(rows, "read different dataset (t, u)")
 
 
 def test_a_run_that_failed_and_was_run_again_has_not_failed():

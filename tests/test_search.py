@@ -178,6 +178,32 @@ def test_a_search_that_was_interrupted_goes_on(random_model, tokens, tmp_path):
     assert best == sorted(best, reverse=True)
 
 
+def test_a_search_killed_within_a_generation_ends_as_if_it_had_not_been(random_model, tokens, tmp_path, monkeypatch):
+    lm, measured, left = random_model(3), HeldOutLoss._loss, iter(range(7))
+
+    def search(cache):
+        loss = HeldOutLoss(lm, Magnitude(), tokens, lambda: tokens, "a", tmp_path / cache)
+        profile = Search(generations=3, offspring=4, sequences=[1], survivors=[2]).allocate(
+            None, lm.block_params, 0.6, loss=loss
+        )
+        return profile.sparsity.tolist(), loss.to_dict()
+
+    def killed(self, *args):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return measured(self, *args)
+
+    profile, report = search("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldOutLoss, "_loss", killed)
+        with pytest.raises(KeyboardInterrupt):
+            search("killed")
+    again, resumed = search("killed")
+    assert again == profile
+    assert resumed["curve"] == report["curve"]
+    assert resumed["n_new_evaluations"] == report["n_new_evaluations"] - 7
+
+
 SMALL_SEARCH = ["allocator=search", "allocator.generations=2", "allocator.offspring=3", "allocator.sequences=[1]"]
 
 

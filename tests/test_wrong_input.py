@@ -415,11 +415,11 @@ def test_a_nan_loss_names_the_stage_and_is_no_number(capsys, monkeypatch, tmp_pa
     err = capsys.readouterr().err
     assert "Traceback" not in err
     last = err.rstrip("\n").splitlines()[-1]
-    assert re.match(r"svnup: stage evaluation: the loss is nan", last)
+    assert re.match(r"svnup: stage dense: no \S+/ppl of the dense model \(the loss is nan", last)
     (result,) = (tmp_path / "r" / "runs").glob("*/result.json")
     row = json.loads(result.read_text())
     assert row["status"] == "failed"
-    assert "stage evaluation" in row["error"]
+    assert "stage dense" in row["error"]
     assert row["metrics"] == {}
 
 

@@ -150,7 +150,9 @@ def _sizes(lm: LanguageModel, index: int) -> dict[str, int]:
     return {name: linear.weight.numel() for name, linear in lm.linears(index).items()}
 
 
-def _prune_block(visit: Visit, profile: SparsityProfile, pruner: Pruner, clock: dict[str, float]) -> list[LinearReport]:
+def _prune_block(
+    visit: Visit, profile: SparsityProfile, pruner: Pruner, clock: dict[str, float], errors: bool = True
+) -> list[LinearReport]:
     sparsity = {name: profile.of(visit.index, name) for name in visit.linears}
     if not any(sparsity.values()):  # the block stays as it is, and nobody asks for its statistics
         if pruner.needs_inputs:
@@ -162,7 +164,7 @@ def _prune_block(visit: Visit, profile: SparsityProfile, pruner: Pruner, clock: 
         with _timed(clock, "inputs"):  # what is not pruned need not run twice
             inputs.collect(visit, advance=not pruner.prunes)
     with _timed(clock, "prune"):
-        return [_prune_linear(visit, name, pruner, inputs, sparsity[name]) for name in visit.linears]
+        return [_prune_linear(visit, name, pruner, inputs, sparsity[name], errors) for name in visit.linears]
 
 
 def _kept(visit: Visit, name: str, error: float | None) -> LinearReport:
@@ -199,7 +201,7 @@ def block_pruned(visit: Visit, profile: SparsityProfile, pruner: Pruner) -> Iter
     if visit.index > last:
         visit.batches.clear()
     with _dense_again(visit.lm, [visit.index]):
-        _prune_block(visit, profile, pruner, {"inputs": 0.0, "prune": 0.0})
+        _prune_block(visit, profile, pruner, {"inputs": 0.0, "prune": 0.0}, errors=False)  # nobody reads them
         if visit.index == last:
             visit.batches.clear()
         elif not visit.advanced:
@@ -230,7 +232,7 @@ def pruned_weights(
         return [{f"{n}.weight": m.weight.data for n, m in lm.linears(i).items()} for i in range(lm.n_blocks)]
 
 
-def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, sparsity: float) -> LinearReport:
+def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, sparsity: float, errors: bool) -> LinearReport:
     start = time.perf_counter()
     weight, full_name = matrix(visit.linears[name]), f"block {visit.index}, {name}"
     zeros_before = int((weight == 0).sum())
@@ -241,7 +243,7 @@ def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, spars
     if not pruned.isfinite().all():
         raise ValueError(f"stage pruning: {full_name}: the pruned weights are not all finite")
     error_ratio = None
-    if pruner.needs_inputs:
+    if errors and pruner.needs_inputs:
         x = inputs.first_tokens(name).float()
         before = (x @ weight.float().T).square().sum()
         error_ratio = float((x @ (weight - pruned).float().T).square().sum() / before) if before > 0 else 0.0
