@@ -44,7 +44,7 @@ format: $(READY)  ## let ruff rewrite the code
 
 # One table of the field, on its own models or on MODEL; on the built-in one with less text. A failed job is a cell of the table.
 FIELD    := llama_70 sparsities nm window_ablation payoff_ablation calibration zero_shot_70
-LESS      = $(if $(filter zero_shot_70,$(NAME)),,evaluation.n_seq=64) $(if $(filter calibration,$(NAME)),,dataset.n_seq=32) $(if $(filter nm,$(NAME)),model.seq_len=256)
+LESS      = $(if $(filter zero_shot_70,$(NAME)),,evaluation.n_seq=64) $(if $(filter calibration,$(NAME)),hydra.sweeper.params.dataset=docs,dataset.n_seq=32) $(if $(filter nm,$(NAME)),model.seq_len=256)
 ON_MODEL  = hydra.sweeper.params.model=$(MODEL) $(if $(filter tiny%,$(MODEL)),$(LESS))
 METRIC    = $(if $(filter zero_shot_70,$(NAME)),docs_cloze/acc,docs/ppl)
 RUNS      = results/$(if $(MODEL),tables_$(MODEL),tables_field)/$(NAME)
