@@ -47,7 +47,7 @@ ROUNDS = "shapley_rounds"
 PROFILED = (ROUNDS, "curves", "search")  # whose profile is the choice, made once for all seeds
 ALLOCATORS = ("uniform", ROUNDS, *TUNED, "curves", "search", *CONTROLS)
 SEARCH_CELLS = {("wanda", 0.7), ("sparsegpt", 0.7)}  # a search costs as much as all else in a cell
-N_CALIBRATION, N_SELECTION, N_TEST, N_PAYOFF = 32, 48, 128, 16
+N_CALIBRATION, N_SELECTION, N_TEST, N_PAYOFF = 24, 32, 128, 12
 BUDGET = 20  # of search, in costs of the Shapley budget
 Cell = tuple[str, str, float]  # model, pruner, sparsity
 
