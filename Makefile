@@ -43,7 +43,7 @@ format: $(READY)  ## let ruff rewrite the code
 	$(BIN)/ruff format .
 
 # One table of the field, on its own models or on MODEL; on the built-in one with less text. A failed job is a cell of the table.
-FIELD    := llama_70 sparsities nm window_ablation payoff_ablation calibration zero_shot_70
+FIELD    := calibration sparsities zero_shot_70 nm payoff_ablation llama_70 window_ablation
 LESS      = $(if $(filter zero_shot_70,$(NAME)),,evaluation.n_seq=64) $(if $(filter calibration,$(NAME)),hydra.sweeper.params.dataset=docs,dataset.n_seq=32) $(if $(filter nm,$(NAME)),model.seq_len=256)
 ON_MODEL  = hydra.sweeper.params.model=$(MODEL) $(if $(filter tiny%,$(MODEL)),$(LESS))
 METRIC    = $(if $(filter zero_shot_70,$(NAME)),docs_cloze/acc,docs/ppl)
@@ -51,7 +51,7 @@ RUNS      = results/$(if $(MODEL),tables_$(MODEL),tables_field)/$(NAME)
 
 table: $(READY)  ## make table NAME=llama_70 [MODEL=tiny]: run what is missing of a published table, render it beside the published numbers
 	@test -f "conf/experiment/$(NAME).yaml" || { echo "NAME=$(NAME): choose $(FIELD)" >&2; exit 2; }
-	$(if $(filter tiny%,$(MODEL)),$(OFFLINE)) $(BIN)/svnup -m experiment=$(NAME) $(if $(MODEL),$(ON_MODEL)) results_dir=$(RUNS) cache_dir=results/cache || [ $$? -eq 1 ]
+	$(if $(filter tiny%,$(MODEL)),$(OFFLINE) OMP_NUM_THREADS=1) $(BIN)/svnup -m experiment=$(NAME) $(if $(MODEL),$(ON_MODEL)) results_dir=$(RUNS) cache_dir=results/cache || [ $$? -eq 1 ]
 	$(BIN)/svnup-results published $(RUNS) --table $(NAME) $(if $(MODEL),--model $(MODEL)) $(if $(filter tiny%,$(MODEL)),--metric $(METRIC)) \
 		--format markdown --output results/tables/$(NAME)$(if $(MODEL),_$(MODEL)).md --command 'make table NAME=$(NAME)$(if $(MODEL), MODEL=$(MODEL))'
 
@@ -59,8 +59,11 @@ tables: $(READY)  ## remake every committed table of the built-in model, and a r
 	$(OFFLINE) $(BIN)/svnup -m experiment=smoke results_dir=results/demo cache_dir=results/cache
 	$(BIN)/svnup-results table results/demo --format markdown --output results/tables/smoke.md \
 		--title 'Smoke experiment' --command 'make tables'
-	for name in $(FIELD); do $(MAKE) --no-print-directory table NAME=$$name MODEL=tiny || exit 1; done
+	$(MAKE) --no-print-directory -j 2 $(FIELD:%=tiny_%)
 	$(BIN)/svnup-results report results/tables_tiny
+
+tiny_%:  # two of them at a time, of one thread each
+	@$(MAKE) --no-print-directory table NAME=$* MODEL=tiny
 
 study: $(READY)  ## make study NAME=estimators|games|pruners|budgets|leaderboard: remake a study's table and figure
 	@test -f "$(STUDY)" || { echo "NAME=$(NAME): choose estimators, games, pruners, budgets or leaderboard" >&2; exit 2; }
