@@ -87,6 +87,10 @@ class ParkedBatch(MicroBatch):
             self._file[:] = hidden.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
+class EnoughError(Exception):
+    """Raised by a hook that needs no more of the run of a block on one batch."""
+
+
 class Visit:
     """One block during a walk: look at it, run it, change its weights."""
 
@@ -101,7 +105,11 @@ class Visit:
     def run(self, advance: bool = False) -> None:
         """Run the block on all inputs, for its hooks; `advance` keeps the outputs as the next block's inputs."""
         for batch in self.batches:
-            hidden = self.lm.run_block(self.index, batch.hidden, batch)
+            try:
+                hidden = self.lm.run_block(self.index, batch.hidden, batch)
+            except EnoughError:
+                assert not advance, "nothing came out of the block"
+                continue
             if advance:
                 batch.hidden = hidden
         self.advanced = self.advanced or advance

@@ -13,8 +13,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from svnup.language_model import LanguageModel, make_config
-from svnup.pruning import prune_model
+from svnup.language_model import BATCH_TOKENS, LanguageModel, make_config
+from svnup.pruning import Inputs, prune_model
 from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.nothing import Nothing
 from svnup.pruning.sparsegpt import Hessian, SparseGPT
@@ -605,3 +605,24 @@ def test_other_families_can_be_pruned(family, tokens):
     config = make_config(family, **shape, num_key_value_heads=2, head_dim=8, pad_token_id=0)
     lm = LanguageModel.random(config, None, seed=0, device="cpu")
     assert prune_model(lm, uniform(lm, 0.5), SparseGPT(), tokens).sparsity == 0.5
+
+
+def test_a_look_at_the_inputs_ends_where_the_last_linear_is_called(random_model, tokens, monkeypatch):
+    """On all batches but the first, which says where that is; the pruned weights are those of whole runs, bit for bit."""
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", tokens.shape[1])  # a sequence a batch
+    profile = SparsityProfile(np.full(2, 0.5), random_model(2).block_params, 0.5)
+    runs: list[int] = []
+
+    def pruned(whole_runs: bool) -> dict[str, torch.Tensor]:
+        lm = random_model(2)
+        lm.blocks[0].mlp.down_proj.register_forward_hook(lambda *_: runs.append(0))
+        with monkeypatch.context() as patch:
+            if whole_runs:  # as if the outputs were wanted
+                patch.setattr(Inputs, "_next_batch", lambda self: (self._current.clear(), setattr(self, "_calls", 0)))
+            prune_model(lm, profile, SparseGPT(), tokens)
+        return lm.model.state_dict()
+
+    whole, n_whole = pruned(whole_runs=True), len(runs)
+    short, n_short = pruned(whole_runs=False), len(runs) - n_whole
+    assert all(torch.equal(whole[name], short[name]) for name in whole)
+    assert n_whole - n_short == len(tokens) - 1

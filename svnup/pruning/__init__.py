@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svnup.language_model import LanguageModel, Linear, Visit, matrix
+from svnup.language_model import EnoughError, LanguageModel, Linear, Visit, matrix
 from svnup.memory import peak_memory
 from svnup.progress import stage
 from svnup.pruning.masks import n_zeros
@@ -72,6 +72,7 @@ class Inputs:
         self._stats: dict[str, Any] = {}
         self._first: dict[str, Tensor] = {}
         self._current: list[tuple[str, Tensor]] = []
+        self._calls, self._n_calls = 0, 0  # of linears: in this batch so far, in a whole run of the block
 
     def reads(self, name: str) -> str:
         """The first linear that reads the same input."""
@@ -84,10 +85,18 @@ class Inputs:
         return self._first[self._reads[name]]
 
     def collect(self, visit: Visit, advance: bool) -> None:
-        """Run the block with a hook on every linear."""
+        """Run the block with a hook on every linear; unless it is to advance, only as far as its last linear is called."""
         names = {module: name for name, module in self._linears.items()}
-        hooks = [m.register_forward_pre_hook(lambda m, args: self._see(names[m], args[0])) for m in names]
-        hooks.append(visit.block.register_forward_hook(lambda *_: self._current.clear()))
+
+        def see(module: Any, args: Any) -> None:
+            self._see(names[module], args[0])
+            self._calls += 1
+            if self._calls == self._n_calls and not advance:
+                self._next_batch()
+                raise EnoughError
+
+        hooks = [m.register_forward_pre_hook(see) for m in names]
+        hooks.append(visit.block.register_forward_hook(lambda *_: self._next_batch()))
         try:
             visit.run(advance)
         finally:
@@ -95,6 +104,10 @@ class Inputs:
                 hook.remove()
         if unseen := set(self._linears) - set(self._reads):
             raise ValueError(f"block {visit.index}: no input ever reached {sorted(unseen)}")
+
+    def _next_batch(self) -> None:
+        self._n_calls, self._calls = self._calls, 0
+        self._current.clear()
 
     def _see(self, name: str, x: Tensor) -> None:
         leader = next((other for other, seen in self._current if seen is x), name)
