@@ -43,8 +43,11 @@ format: $(READY)  ## let ruff rewrite the code
 	$(BIN)/ruff format .
 
 # One table of the field, on its own models or on MODEL; on the built-in one with less text. A failed job is a cell of the table.
-FIELD    := calibration sparsities zero_shot_70 nm payoff_ablation llama_70 window_ablation
-LESS      = $(if $(filter zero_shot_70,$(NAME)),,evaluation.n_seq=64) $(if $(filter calibration,$(NAME)),hydra.sweeper.params.dataset=docs,dataset.n_seq=32) $(if $(filter nm,$(NAME)),model.seq_len=256)
+FIELD    := sparsities calibration zero_shot_70 payoff_ablation nm window_ablation llama_70
+LESS      = $(LESS_$(NAME)) shapley.game.data.n_seq=8 $(if $(filter zero_shot_70,$(NAME)),,evaluation.n_seq=32) $(if $(filter calibration,$(NAME)),,dataset.n_seq=32)
+LESS_nm = model.seq_len=256
+LESS_window_ablation = 'hydra.sweeper.params={shapley.window:"1,3,5,7"}'
+LESS_calibration = hydra.sweeper.params.dataset=docs 'hydra.sweeper.params={dataset.n_seq:"4,16,64"}'
 ON_MODEL  = hydra.sweeper.params.model=$(MODEL) $(if $(filter tiny%,$(MODEL)),$(LESS))
 METRIC    = $(if $(filter zero_shot_70,$(NAME)),docs_cloze/acc,docs/ppl)
 RUNS      = results/$(if $(MODEL),tables_$(MODEL),tables_field)/$(NAME)
