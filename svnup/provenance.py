@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from svnup import NUMBERS_VERSION
+
 PACKAGES = (
     *("svnup", "torch", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "accelerate", "triton"),
     *("hydra-core", "omegaconf", "lm_eval", "shapiq", "wandb"),
@@ -63,6 +65,7 @@ def provenance(
         "name": name,
         "sweep": sweep,
         "seed": config.get("seed"),
+        "numbers": NUMBERS_VERSION,
         "seeds": dict(_seeds(config)),
         "texts": texts or {},
         **_git(),

@@ -8,11 +8,11 @@ import subprocess
 import sys
 import tempfile
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from svnup.pivot import flatten
 from svnup.provenance import MOVES_NUMBERS
 from svnup.results import load
 from svnup.types import ResultRow
@@ -20,7 +20,7 @@ from svnup.types import ResultRow
 Verdict = Literal["equal", "within 1 %", "different", "other protocol"]
 VERDICTS: tuple[Verdict, ...] = typing.get_args(Verdict)
 TOLERANCE = 0.01
-ENDS = ("git", "dirty", "diff_sha256", "untracked", "versions", "hardware", "environment", "texts")  # of provenance, compared
+ENDS = ("git", "dirty", "diff_sha256", "untracked", "numbers", "versions", "hardware", "environment", "texts")  # of provenance
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Repeated:
     def differences(self) -> dict[str, tuple[Any, Any]]:
         """What differs in where the two came from, by key; keys that a result of an earlier version lacks are not compared."""
         known = {k: self.first.provenance[k] for k in ENDS if k in self.first.provenance}
-        first = dict(_flat(known | {"inputs": self.first.fingerprints, "config_key": self.first.config_key}))
-        again = dict(_flat({k: self.again.provenance[k] for k in known} | {"inputs": self.again.fingerprints}))
+        first = flatten(known | {"inputs": self.first.fingerprints, "config_key": self.first.config_key})
+        again = flatten({k: self.again.provenance[k] for k in known} | {"inputs": self.again.fingerprints})
         again["config_key"] = self.again.config_key
         both = [k for k in first if k in again or k.startswith(("versions", "environment", "inputs"))]
         both += [k for k in again if k not in first and k.startswith("environment")]
@@ -160,14 +160,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], float):
         return f"{len(value)} numbers"
     return f"{value!r}" if isinstance(value, float) else "-" if value is None else str(value)
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 if __name__ == "__main__":

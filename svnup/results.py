@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,3 +83,18 @@ def load(results_dir: str | Path) -> list[ResultRow]:
         else:
             rows.append(row)
     return rows
+
+
+def newest(rows: Iterable[ResultRow]) -> list[ResultRow]:
+    """The runs whose numbers are of the newest version among them; how many others are left out is said in a warning."""
+    rows = list(rows)
+    version = max((_version(row) for row in rows), default=0)
+    kept = [row for row in rows if _version(row) == version]
+    if len(kept) < len(rows):
+        logger.warning("left out: %d runs with numbers of versions before %d; run them again", len(rows) - len(kept), version)
+    return kept
+
+
+def _version(row: ResultRow) -> int:
+    """Of the numbers; results from before it was noted have none."""
+    return int(row.provenance.get("numbers", 0))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from svnup.grid import FORMATS, csv_text
 from svnup.progress import say
-from svnup.results import load, run_folders
+from svnup.results import load, newest, run_folders
 from svnup.types import ResultRow
 
 Options = argparse.Namespace
@@ -103,7 +103,7 @@ def _table(options: Options) -> int:
     from svnup import pivot, tables
 
     where = _where(options.where)
-    runs = pivot.choose(pivot.runs_of(_rows(options.results_dir)), where)
+    runs = pivot.choose(pivot.runs_of(newest(_rows(options.results_dir))), where)
     rows = [run.row for run in runs]
     if not (options.rows or options.columns):
         for name in ("metric", "baseline"):
@@ -185,7 +185,7 @@ def _published(options: Options) -> int:
         raise ValueError(
             f"{options.results_dir}: no such folder; name one with results, or an empty one for published numbers alone"
         )
-    rows, where = load(options.results_dir), _where(options.where)
+    rows, where = newest(load(options.results_dir)), _where(options.where)
     ours = table.ours(rows, where)
     about = tables.about([run.row for run in ours.runs], options.made_by)
     parts = [] if options.headline else [published.side_by_side(table, ours, options.title, about)]
@@ -267,6 +267,6 @@ def _report(options: Options) -> int:
     from svnup.report import report
 
     output = options.output or Path(options.results_dir) / "report.html"
-    _write(report(_rows(options.results_dir)), output)
+    _write(report(newest(_rows(options.results_dir))), output)
     say(f"{output}\n")
     return 0

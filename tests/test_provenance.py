@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cli import last_row
 
+import svnup
 from svnup import provenance
 from svnup.memory import Stages
 from svnup.provenance import LONGEST_DIFF, redact
@@ -38,6 +39,7 @@ def checkout(tmp_path, monkeypatch):
 def test_what_is_told():
     made = provenance.provenance(["seed=3", "model.x=a b"], {"seed": 3, "dataset": {"seed": 4, "a": {"seed": 0}}, "b": {}})
     assert (made["command"], made["overrides"]) == ("svnup seed=3 'model.x=a b'", ["seed=3", "model.x=a b"])
+    assert made["numbers"] == svnup.NUMBERS_VERSION
     assert (made["seed"], made["seeds"]) == (3, {"seed": 3, "dataset.seed": 4, "dataset.a.seed": 0})
     assert made["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"svnup", "torch", "transformers", "numpy", "hydra-core", "wandb"} <= set(made["versions"])
