@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from io import StringIO
@@ -13,7 +14,14 @@ from typing import Any
 FORMATS = ("terminal", "markdown", "csv", "latex", "html")
 LATEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "×": r"$\times$"}
+    | {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "−": "$-$",
+        "×": r"$\times$",
+    }
 )
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;margin:2rem;color-scheme:light dark}table{border-collapse:collapse}"
@@ -75,7 +83,7 @@ class Grid:
 
     def _latex(self) -> str:
         numeric = self._numeric
-        out = [f"% {' '.join(note.split())}" for note in self.notes]
+        out = [f"% {' '.join(text.split())}" for text in (self.title, self.about, *self.notes) if text]
         out += [rf"\begin{{tabular}}{{{''.join('r' if n else 'l' for n in numeric)}}}", r"\toprule"]
         levels = len(self.head[0])
         for level in range(levels):
@@ -160,4 +168,5 @@ def _escaped(text: str) -> str:
 
 
 def _tex(text: str) -> str:
-    return ("{}" if text.startswith(("[", "*")) else "") + text.translate(LATEX)  # else an option of the line break before it
+    minus = re.sub(r"(?<![\w.])-(?=\d)", "−", text)
+    return ("{}" if text.startswith(("[", "*")) else "") + minus.translate(LATEX)  # else an option of the line break before it

@@ -1,4 +1,4 @@
-"""What a job will cost, told before anything is loaded: evaluations, block-forwards, bytes of memory."""
+"""What a job will cost, told before anything is loaded: evaluations, block-forwards, operations, bytes of memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FLOAT = 4
 
 
 def plan(job: Job) -> dict[str, int]:
-    """Blocks, prunable weights, bytes by what takes them, the peak to expect, and what the Shapley values cost.
+    """Blocks, prunable weights, bytes by what takes them, the peak to expect, operations, and what the Shapley values cost.
 
     The peak is that of the device; on a CPU that of the process, with what it has taken already. It counts weights, hidden
     states, statistics and the matrices that a pruner works with; `result.json` has the peak that it was.
@@ -56,6 +56,9 @@ def plan(job: Job) -> dict[str, int]:
     }
     out = {"blocks": lm.n_blocks, "prunable weights": int(lm.block_params.sum()), "bytes of weights": weights}
     out |= {"bytes of calibration states": states, "bytes of statistics of a block": statistics}
+    of_token = 2 * int(lm.block_params.sum())  # operations in all blocks, but for the products of attention
+    if n_calibration:
+        out["GFLOP of pruning's passes"] = 2 * n_calibration * of_token // 10**9
     if isinstance(job.allocator, Chooser):
         out["tuning evaluations"] = job.allocator.n_losses(lm.n_blocks, job.sparsity)
         assert job.selection is not None
@@ -69,6 +72,10 @@ def plan(job: Job) -> dict[str, int]:
         out |= {f"{named} {k.replace('_', ' ')}": v for k, v in cost.items()}
     if job.shapley is not None:
         data = job.shapley.game.data
+        per_token = (
+            cost["block_forwards"] * of_token // lm.n_blocks + cost["evaluations"] * 2 * config.hidden_size * lm.vocab_size
+        )
+        out["GFLOP of shapley passes"] = (data.n_seq or 0) * data.seq_len * per_token // 10**9
         out["bytes of shapley states"] = cost["peak_states"] * (data.n_seq or 0) * data.seq_len * config.hidden_size * size
         if job.offload == "disk":
             out["bytes that shapley reads"] = cost["block_forwards"] * block

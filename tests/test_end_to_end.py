@@ -333,6 +333,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     assert plan["shapley evaluations"] == "144"
     assert plan["shapley block forwards"] == "591"
     assert plan["blocks"] == "12"
+    of_token, of_head = 2 * 5_308_416, 2 * 192 * 2048  # operations: two per weight
+    assert plan["GFLOP of pruning's passes"] == f"{2 * 128 * 256 * of_token // 10**9:,}"
+    assert plan["GFLOP of shapley passes"] == f"{16 * 256 * (591 * of_token // 12 + 144 * of_head) // 10**9:,}"
     assert any("bytes" in name for name in plan)
     done = command("dry_run=true", "shapley=exact", *HERE)
     assert "4,096" in done.out

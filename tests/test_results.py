@@ -299,10 +299,13 @@ def test_csv_is_for_machines():
 
 def test_latex():
     text = render([SHAPLEY, UNIFORM], "latex")
-    assert text.lstrip().startswith(r"\begin{tabular}")
-    assert r"\end{tabular}" in text
+    comments = [line for line in text.splitlines() if line.startswith("% ")]
+    assert any("Abacus 9000" in line for line in comments)
+    text = "\n".join(line for line in text.splitlines() if line not in comments)
+    assert text.startswith(r"\begin{tabular}")
+    assert text.endswith(r"\end{tabular}")
     assert "30.00" in text
-    assert r"-25.0 \%" in text
+    assert r"$-$25.0 \%" in text
     assert not re.search(r"(?<!\\)%", text), "an unescaped % hides the rest of its line"
     assert text.count(r"\\") == 3
 
