@@ -44,7 +44,7 @@ format: $(READY)  ## let ruff rewrite the code
 
 # One table of the field, on its own models or on MODEL; on the built-in one with less text. A failed job is a cell of the table.
 FIELD    := sparsities calibration zero_shot_70 payoff_ablation nm window_ablation llama_70
-LESS      = $(LESS_$(NAME)) shapley.game.data.n_seq=8 $(if $(filter zero_shot_70,$(NAME)),,evaluation.n_seq=32) $(if $(filter calibration,$(NAME)),,dataset.n_seq=32)
+LESS      = $(LESS_$(NAME)) shapley.game.data.n_seq=8 evaluation.n_seq=32 $(if $(filter calibration,$(NAME)),,dataset.n_seq=32)
 LESS_nm = model.seq_len=256
 LESS_window_ablation = 'hydra.sweeper.params={shapley.window:"1,3,5,7"}'
 LESS_calibration = hydra.sweeper.params.dataset=docs 'hydra.sweeper.params={dataset.n_seq:"4,16,64"}'
@@ -53,7 +53,7 @@ METRIC    = $(if $(filter zero_shot_70,$(NAME)),docs_cloze/acc,docs/ppl)
 RUNS      = results/$(if $(MODEL),tables_$(MODEL),tables_field)/$(NAME)
 
 table: $(READY)  ## make table NAME=llama_70 [MODEL=tiny]: run what is missing of a published table, render it beside the published numbers
-	@test -f "conf/experiment/$(NAME).yaml" || { echo "NAME=$(NAME): choose $(FIELD)" >&2; exit 2; }
+	@$(if $(filter $(NAME),$(FIELD)),:,echo "NAME=$(NAME): choose $(FIELD)" >&2; exit 2)
 	$(if $(filter tiny%,$(MODEL)),$(OFFLINE) OMP_NUM_THREADS=1) $(BIN)/svnup -m experiment=$(NAME) $(if $(MODEL),$(ON_MODEL)) results_dir=$(RUNS) cache_dir=results/cache || [ $$? -eq 1 ]
 	$(BIN)/svnup-results published $(RUNS) --table $(NAME) $(if $(MODEL),--model $(MODEL)) $(if $(filter tiny%,$(MODEL)),--metric $(METRIC)) \
 		--format markdown --output results/tables/$(NAME)$(if $(MODEL),_$(MODEL)).md --command 'make table NAME=$(NAME)$(if $(MODEL), MODEL=$(MODEL))'

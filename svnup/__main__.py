@@ -47,6 +47,8 @@ def main() -> int:
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         _tell(config.explain(error, overrides))
         return 2
+    finally:
+        config.KeepSecrets.redact()
     return max(codes, default=0)
 
 
@@ -59,6 +61,7 @@ def _job(cfg: Any, texts: config.Texts, given: list[str]) -> int:
     hydra_cfg = HydraConfig.get()
     sweep = None
     if hydra_cfg.mode == RunMode.MULTIRUN:
+        config.KeepSecrets.redact()
         sweep = hydra_cfg.runtime.choices["experiment"] or _sweep_name(given)
     try:
         _run(cfg, list(hydra_cfg.overrides.task), texts, sweep)

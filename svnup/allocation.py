@@ -210,6 +210,11 @@ class FromFile:
     path: str
     uniform_only: ClassVar[bool] = False
 
+    @property
+    def divided(self) -> bool:
+        """Whether the profile says what the linears of a block get."""
+        return self._read().linears is not None
+
     def _read(self) -> SparsityProfile:
         if not self.path or not Path(self.path).expanduser().is_file():
             raise ValueError(f"path={self.path or chr(39) * 2}: no such profile; name a profile.json of a run")

@@ -73,6 +73,10 @@ def compare(a: Path, b: Path, tolerance: float = 0.01) -> Comparison:
     tables = [_tables(path) for path in (a, b)]
     if len(tables[0]) != len(tables[1]):
         raise ValueError(f"{a}, {b}: {len(tables[0])} tables in one and {len(tables[1])} in the other")
+    protocols = [_protocols(path) for path in (a, b)]
+    for name in protocols[0].keys() & protocols[1].keys():
+        if protocols[0][name] != protocols[1][name]:
+            out.apart(name, f"under different protocols, {protocols[0][name]} | {protocols[1][name]}")
     for one, other in zip(*tables, strict=True):
         _cells(out, one, other)
     return out
@@ -114,6 +118,12 @@ def _tables(path: Path) -> list[Table]:
     if not tables:
         raise ValueError(f"{path}: no table in this file")
     return tables
+
+
+def _protocols(path: Path) -> dict[str, str]:
+    """What a table in Markdown says above it of how each metric was measured."""
+    made = re.search(r"^.*Machine: .*\.$", path.read_text(encoding="utf-8"), re.MULTILINE) if path.suffix == ".md" else None
+    return dict(re.findall(r"([^\s;]+/[^\s;]+): (.+?)(?=; [^\s;]+/[^\s;]+: |\.$)", made[0])) if made else {}
 
 
 def _cells(out: Comparison, a: Table, b: Table) -> None:

@@ -18,21 +18,23 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
 from hydra.utils import get_object
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup import NUMBERS_VERSION
-from svnup.allocation import Allocator, Chooser, Granularity, Ratios, ScoreBudget, Tuned, name_of
+from svnup.allocation import Allocator, Chooser, FromFile, Granularity, Ratios, ScoreBudget, Tuned, name_of
 from svnup.data import TokenSource
 from svnup.evaluation import Evaluation
 from svnup.model import Pretrained, Random
+from svnup.provenance import redact_code
 from svnup.scoring import GameOptions, Scorer, ShapleyScorer
 from svnup.search import ShapleyRounds
 from svnup.splitting import Split
@@ -80,6 +82,21 @@ class Schema:
 def _shared(source: TokenSource, known: Texts) -> TokenSource:
     """The same source of an earlier job, if its text is still the same, for the tokens that it has already read."""
     return known.setdefault((source, "" if source.from_hub else source.fingerprint()), source)
+
+
+class KeepSecrets(Callback):
+    """Takes secrets out of the configuration that Hydra writes down before the first job of a sweep."""
+
+    sweeps: ClassVar[set[Path]] = set()
+
+    def on_multirun_start(self, config: Any, **_: Any) -> None:
+        self.sweeps.add(Path(str(config.hydra.sweep.dir)))
+
+    @classmethod
+    def redact(cls) -> None:
+        for file in (folder / "multirun.yaml" for folder in cls.sweeps):
+            if file.is_file() and (text := redact_code(whole := file.read_text(encoding="utf-8"))) != whole:
+                file.write_text(text, encoding="utf-8")
 
 
 def register() -> None:
@@ -251,8 +268,6 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     chooses = isinstance(allocator, Chooser)
     key = config_key(config, chooses)
     selection: TokenSource = construct(config["selection"], "selection")
-    if chooses and selection.role != "selection":
-        raise ValueError(f"selection.role={selection.role}: only the selection text may choose; use selection.role=selection")
     split: Split = construct(config["split"], "split")
     if config["allocator"].get("granularity") == "sublayer":
         _check_sublayers(config, shapley, split)
@@ -267,6 +282,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     with _blame("tracker", ("tracker",)):
         tracker.check()
     texts = _texts(dataset, shapley, _shared(selection, known) if chooses else None, evaluation)
+    _check_roles(texts)
     if online or model.from_hub or any(source.from_hub for source in texts.values()):
         _go_offline_if_unreachable()
     with _blame("model"):
@@ -274,6 +290,10 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     with _blame("allocator", ("sparsity", "pattern")):
         allocator.check(n_blocks, config["sparsity"], config["pattern"])
     group = parse_pattern(config["pattern"])
+    if isinstance(allocator, FromFile) and allocator.divided and not split.uniform:
+        raise ValueError(
+            f"split={_option(config, 'split')}: {allocator.path} divides blocks among their linears; use split=uniform"
+        )
     if group is not None and not split.uniform:
         raise ValueError(f"pattern={config['pattern']}: the linears of a block share its N; add split=uniform")
     with _blame("model", ("offload",)):
@@ -502,6 +522,17 @@ def _evaluation(node: dict[str, Any], known: Texts) -> Any:
         source = construct(merged, f"evaluation.datasets.{i}")
         sources.append(_shared(source, known))
     return construct(node | {"datasets": sources}, "evaluation")
+
+
+def _check_roles(texts: dict[str, TokenSource]) -> None:
+    """Test text is for reported numbers only, and what the game plays on chooses nothing."""
+    for name, role, what in (
+        ("dataset", "calibration", "calibrates pruners"),
+        ("shapley.game.data", "payoff", "pays coalitions"),
+        ("selection", "selection", "chooses"),
+    ):
+        if name in texts and texts[name].role != role:
+            raise ValueError(f"{name}.role={texts[name].role}: this text {what}; use {name}.role={role}")
 
 
 def _refuse_mixed_roles(texts: dict[str, TokenSource]) -> None:

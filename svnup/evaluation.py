@@ -47,6 +47,7 @@ TASK_SETS = {
 }
 ACCURACIES = ("acc", "acc_norm")
 FEWSHOT_SEED = 1234  # lm-eval's own
+Check = Callable[[Metrics], None]
 
 
 class NoNumberError(ValueError):
@@ -62,6 +63,10 @@ def perplexity(lm: LanguageModel, tokens: Ints) -> float:
     if not math.isfinite(nll) or nll > 700:
         raise NoNumberError(f"the loss is {nll}, so there is no perplexity")
     return math.exp(nll)
+
+
+def unchecked(metrics: Metrics) -> None:
+    """Take them as they are."""
 
 
 class Evaluation(Protocol):
@@ -85,8 +90,9 @@ class Evaluation(Protocol):
         """The metrics of a model as it is now."""
         ...
 
-    def dense(self, lm: LanguageModel, cache_dir: str | Path) -> Metrics:
-        """The same, measured once per model, evaluation and kind of device, then read from the cache."""
+    def dense(self, lm: LanguageModel, cache_dir: str | Path, check: Check = unchecked) -> Metrics:
+        """The same, measured once per model, evaluation and kind of device, then read from the cache; `check` sees it, the
+        perplexities before tasks that take longer."""
         ...
 
 
@@ -97,7 +103,7 @@ class NoEvaluation(Evaluation):
     def run(self, lm: LanguageModel) -> Metrics:
         return Metrics()
 
-    def dense(self, lm: LanguageModel, cache_dir: str | Path) -> Metrics:
+    def dense(self, lm: LanguageModel, cache_dir: str | Path, check: Check = unchecked) -> Metrics:
         return Metrics()
 
 
@@ -134,9 +140,9 @@ class Perplexity(Evaluation):
             metrics[f"{name}/ppl"] = Metric(value, _protocol(source, tokens), reason)
         return metrics
 
-    def dense(self, lm: LanguageModel, cache_dir: str | Path) -> Metrics:
+    def dense(self, lm: LanguageModel, cache_dir: str | Path, check: Check = unchecked) -> Metrics:
         protocols = [_protocol(s, s.tokens(lm.tokenizer)) for s in self.datasets]
-        return _measured_once(lm, protocols, cache_dir, self.run)
+        return _measured_once(lm, protocols, cache_dir, self.run, check)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +232,8 @@ class ZeroShot(Evaluation):
             metrics["zero_shot/mean"] = _mean(shown)
         return metrics
 
-    def dense(self, lm: LanguageModel, cache_dir: str | Path) -> Metrics:
-        return _measured_once(lm, [self.shown, self._protocols, version("lm_eval")], cache_dir, self.run)
+    def dense(self, lm: LanguageModel, cache_dir: str | Path, check: Check = unchecked) -> Metrics:
+        return _measured_once(lm, [self.shown, self._protocols, version("lm_eval")], cache_dir, self.run, check)
 
     @cached_property
     def _files(self) -> dict[str, Path]:
@@ -309,24 +315,25 @@ class Full(Perplexity, ZeroShot):
     def run(self, lm: LanguageModel) -> Metrics:
         return Metrics(Perplexity.run(self, lm) | ZeroShot.run(self, lm))
 
-    def dense(self, lm: LanguageModel, cache_dir: str | Path) -> Metrics:
-        return Metrics(Perplexity.dense(self, lm, cache_dir) | ZeroShot.dense(self, lm, cache_dir))
+    def dense(self, lm: LanguageModel, cache_dir: str | Path, check: Check = unchecked) -> Metrics:
+        return Metrics(Perplexity.dense(self, lm, cache_dir, check) | ZeroShot.dense(self, lm, cache_dir, check))
 
 
-def _measured_once(lm: LanguageModel, protocols: Any, cache_dir: str | Path, run: Callable[[Any], Metrics]) -> Metrics:
-    """The metrics of a model under the given protocols, from the cache if they have been measured on such a device."""
+def _measured_once(
+    lm: LanguageModel, protocols: Any, cache_dir: str | Path, run: Callable[[Any], Metrics], check: Check
+) -> Metrics:
+    """The metrics of a model under the given protocols, from the cache if they have been measured on such a device; checked."""
     identity = [lm.fingerprint(), protocols, lm.device.type, NUMBERS_VERSION]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(cache_dir) / "dense" / f"{key}.json"
-    if path.is_file():
-        return Metrics.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    metrics = run(lm)
-    if any(metric.reason for metric in metrics.values()):
-        return metrics
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(metrics.to_dict()), encoding="utf-8")
-    temporary.replace(path)
+    known = path.is_file()
+    metrics = Metrics.from_dict(json.loads(path.read_text(encoding="utf-8"))) if known else run(lm)
+    if not known and not any(metric.reason for metric in metrics.values()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(metrics.to_dict()), encoding="utf-8")
+        temporary.replace(path)
+    check(metrics)
     return metrics
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from itertools import groupby
@@ -42,7 +42,7 @@ class Cell:
 class Grid:
     """Lines of cells below a header: `head` names each column, by one word or, outermost first, by several levels.
 
-    The first `n_first` lines (dense) are set off by a rule; `about` says in Markdown and HTML who made the numbers; `records`
+    The first `n_first` lines (dense) are set off by a rule; `about` says in files who made the numbers; `records`
     are what CSV gets: one mapping per number.
     """
 
@@ -58,7 +58,9 @@ class Grid:
         """The table in one of FORMATS; in a terminal the best are bold where it takes `ansi`, else with an asterisk."""
         if form == "csv":
             return csv_text(self.records)
-        return {"markdown": self._markdown, "latex": self._latex, "html": self._html}.get(form, lambda: self._terminal(ansi))()
+        if form == "html":
+            return together([self], form)
+        return {"markdown": self._markdown, "latex": self._latex}.get(form, lambda: self._terminal(ansi))()
 
     @property
     def _numeric(self) -> list[bool]:
@@ -102,9 +104,7 @@ class Grid:
 
     def _html(self) -> str:
         numeric, levels = self._numeric, len(self.head[0])
-        out = ["<!doctype html>", '<html lang="en"><meta charset="utf-8">']
-        out += [f"<title>{html.escape(self.title or 'svnup')}</title>", f"<style>{STYLE}</style>"]
-        out += [f"<h1>{html.escape(self.title)}</h1>"] if self.title else []
+        out = [f"<h1>{html.escape(self.title)}</h1>"] if self.title else []
         out += [f"<p>{html.escape(self.about)}</p>"] if self.about else []
         out += ["<table>", "<thead>"]
         kinds = [' class="n"' if n else "" for n in numeric]
@@ -123,7 +123,7 @@ class Grid:
             out.append(f"<tr{rule}>{''.join(f'<td{k}>{t}</td>' for k, t in zip(kinds, texts, strict=True))}</tr>")
         out += ["</tbody>", "</table>"]
         out += ["<ul>", *(f"<li>{html.escape(note)}</li>" for note in self.notes), "</ul>"] if self.notes else []
-        return "\n".join([*out, "</html>"]) + "\n"
+        return "\n".join(out)
 
     def _terminal(self, ansi: bool) -> str:
         from rich import box
@@ -146,6 +146,15 @@ class Grid:
         lines = [line.rstrip() for line in out.getvalue().splitlines()]
         top = [self.title, ""] if self.title else []
         return "\n".join([*top, "\n".join(lines).strip("\n"), *self.notes]) + "\n"
+
+
+def together(grids: Sequence[Grid], form: str, ansi: bool = False) -> str:
+    """Several tables below each other: in HTML as one page."""
+    if form != "html":
+        return "\n".join(grid.render(form, ansi) for grid in grids)
+    head = ["<!doctype html>", '<html lang="en"><meta charset="utf-8">']
+    head += [f"<title>{html.escape(grids[0].title or 'svnup')}</title>", f"<style>{STYLE}</style>"]
+    return "\n".join([*head, *(grid._html() for grid in grids), "</html>"]) + "\n"
 
 
 def csv_text(records: Iterable[dict[str, Any]]) -> str:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +41,8 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     ended("load", lm.device)
     logger.info("%s: %d blocks, %s prunable weights, on %s", job.name, lm.n_blocks, f"{lm.block_params.sum():,}", lm.device)
 
-    dense = job.evaluation.dense(lm, job.cache_dir)
-    check_dense(dense, job.model.dense_ppl, job.protocol_gate, job.model.name)
+    gate = partial(check_dense, known=job.model.dense_ppl, gate=job.protocol_gate, model=job.model.name)
+    dense = job.evaluation.dense(lm, job.cache_dir, gate)
     ended("dense", lm.device)
     logger.info("dense: %s", ", ".join(f"{k} {m.value:.4g}" for k, m in dense.items()) or "not evaluated")
 

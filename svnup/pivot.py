@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,8 @@ from svnup.allocation import name_of
 from svnup.grid import Cell, Grid
 from svnup.types import ResultRow, method_name, moving_numbers
 
+logger = logging.getLogger(__name__)
+
 Label = tuple[str, ...]
 Where = Mapping[str, Sequence[str]]
 
@@ -29,6 +32,7 @@ OF_MODEL = ("tokens_sha256", "n_windows", "n_tokens", "n_truncated", "batch_size
 DIGESTS = ("text", "tokens_sha256", "items_sha256")
 LOWER_IS_BETTER = ("ppl", "perplexity", "nll", "loss", "bits_per_byte")
 CONDITIONS = ("model", "sparsity", "pattern", METRIC)  # methods are compared under the same of these
+BEFORE = 2  # the version of the numbers of results that do not tell it
 STATES = ("running", "fail", "fallback", "limit", "protocol")  # why a run has no number in a table
 
 
@@ -53,8 +57,12 @@ class Run:
             return "limit"
         return "fail" if self.metrics[metric]["value"] is None else None
 
-    def seeds(self) -> Label:
-        return tuple(f"{k}={v}" for k, v in self.settings.items() if is_seed(k))
+    def seeds(self, of_method: bool = True) -> Label:
+        """Those of the run; without those of its method, of which another method has none."""
+        shared = ("seed", "dataset", "evaluation")
+        return tuple(
+            f"{k}={v}" for k, v in self.settings.items() if is_seed(k) and (of_method or k.partition(".")[0] in shared)
+        )
 
 
 def fallback_of(row: ResultRow) -> str | None:
@@ -132,6 +140,15 @@ def runs_of(rows: Iterable[ResultRow]) -> list[Run]:
         words |= {"model": short[words["model"]], "status": row.status, "key": row.config_key}
         runs.append(Run(row, words, row.metrics, row.dense))
     return runs
+
+
+def newest(runs: Sequence[Run]) -> list[Run]:
+    """The runs whose numbers are of the newest version among them; how many others are left out is said in a warning."""
+    versions = [run.row.provenance.get("numbers", BEFORE) for run in runs]
+    kept = [run for run, version in zip(runs, versions, strict=True) if version == max(versions)]
+    if len(kept) < len(runs):
+        logger.warning("left out: %d runs with numbers of versions before %d", len(runs) - len(kept), max(versions))
+    return kept
 
 
 def choose(runs: list[Run], where: Where) -> list[Run]:
@@ -223,10 +240,11 @@ class Summary:
 
     values: tuple[float, ...] = ()
     states: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()  # of the jobs that the values are of
+    seeds: tuple[Label, ...] = ()  # of the jobs that the values are of, without those of methods
+    errors: tuple[float | None, ...] = ()  # standard errors over items, of each value
 
     def against(self, base: Summary) -> float | None:
-        """Relative change of the mean over the jobs' seeds that both have; None where they share none."""
+        """Relative change of the mean over the seeds of jobs and texts that both have; None where they share none."""
         common = set(self.seeds) & set(base.seeds)
         mine, other = (
             [v for v, seed in zip(summary.values, summary.seeds, strict=True) if seed in common] for summary in (self, base)
@@ -245,6 +263,11 @@ class Summary:
     def std(self) -> float | None:
         """Standard deviation over the seeds as a sample; None of a single one."""
         return statistics.stdev(self.values) if self.n > 1 else None
+
+    @property
+    def spread(self) -> float | None:
+        """What stands behind ±: the standard deviation over seeds, or of a single number its standard error over items."""
+        return self.std if self.n > 1 else next(iter(self.errors), None)
 
     @property
     def state(self) -> str:
@@ -399,7 +422,7 @@ def pivot(
         of_model = tuple(labels.get(key, MISSING) for key in by + across if _of_dense(key))
         dense.setdefault(of_model, []).append((run, metric))
     summaries = {place: summarize(entries) for place, entries in cells.items()}
-    before = {label: Summary(tuple(sorted(_dense(entries)))) for label, entries in dense.items()}
+    before = {label: _dense(entries) for label, entries in dense.items()}
     notes = tuple(dict.fromkeys(_notes(runs, metrics)))
     percent = {name for run in runs for name, metric in run.metrics.items() if metric["protocol"].get("unit") == "%"}
     names = tuple(f"{name} (%)" if name in percent else name for name in metrics)
@@ -410,12 +433,10 @@ def _of_dense(key: str) -> bool:
     return key == METRIC or key.partition(".")[0] == "model"
 
 
-def _dense(entries: Iterable[tuple[Run, str]]) -> set[float]:
-    return {
-        run.dense[metric]["value"]
-        for run, metric in entries
-        if metric in run.dense and run.dense[metric]["protocol"].get("limit") is None and run.dense[metric]["value"] is not None
-    }
+def _dense(entries: Iterable[tuple[Run, str]]) -> Summary:
+    there = [run.dense[metric] for run, metric in entries if metric in run.dense]
+    errors = {m["value"]: m.get("stderr") for m in there if m["protocol"].get("limit") is None and m["value"] is not None}
+    return Summary(tuple(sorted(errors)), errors=tuple(errors[value] for value in sorted(errors)))
 
 
 def summarize(entries: Sequence[tuple[Run, str]]) -> Summary:
@@ -423,15 +444,15 @@ def summarize(entries: Sequence[tuple[Run, str]]) -> Summary:
 
     A number that lies there twice, bit for bit, counts once; raises ValueError where one seed has two numbers.
     """
-    values: dict[Label, tuple[float, str, int]] = {}
+    values: dict[Label, tuple[float, str, Label, float | None]] = {}
     states: dict[Label, str] = {}
     for run, metric in entries:
         seeds, key = run.seeds(), run.row.config_key
         if (state := run.state(metric)) is not None:
             states[seeds] = max(state, states.get(seeds, MISSING), key=[MISSING, *STATES].index)
             continue
-        value = run.metrics[metric]["value"]
-        other, other_key, _ = values.setdefault(seeds, (value, key, run.row.config["seed"]))
+        value, error = run.metrics[metric]["value"], run.metrics[metric].get("stderr")
+        other, other_key, *_ = values.setdefault(seeds, (value, key, run.seeds(of_method=False), error))
         if other != value:
             first, second = sorted((key, other_key))
             way = f"keep one with --where key={first}" if first != second else "name the folder of one"
@@ -441,8 +462,8 @@ def summarize(entries: Sequence[tuple[Run, str]]) -> Summary:
                 f"and {high:g} (other code, inputs or machine); {way}"
             )
     left = sorted(state for seeds, state in states.items() if seeds not in values and state != MISSING)
-    numbers = sorted(values.values())
-    return Summary(tuple(value for value, _, _ in numbers), tuple(left), tuple(seed for _, _, seed in numbers))
+    numbers = sorted(values.values(), key=lambda number: number[:3])
+    return Summary(tuple(n[0] for n in numbers), tuple(left), tuple(n[2] for n in numbers), tuple(n[3] for n in numbers))
 
 
 def check_settings(runs: Sequence[Run], by: Sequence[str], across: Sequence[str]) -> None:
@@ -557,7 +578,8 @@ def _notes(runs: Sequence[Run], metrics: Sequence[str]) -> Iterable[str]:
                     actual.setdefault(run.row.sparsity["target"], []).append(run.row.sparsity["actual"])
     for metric, found in errors.items():
         low, high = number(min(found)), number(max(found))
-        yield f"Standard error of {metric} over its items, of each run: {low if low == high else f'{low} to {high}'}."
+        span = low if low == high else f"{low} to {high}"
+        yield f"Standard error of {metric} over its items, of each run: {span}; it stands behind the ± of a single run."
     met = [f"{target:g}: {min(a):.4f} to {max(a):.4f}" for target, a in sorted(actual.items())]
     if met:
         yield f"Actual sparsity, by target: {', '.join(met)}."
@@ -569,11 +591,11 @@ def number(value: float) -> str:
 
 
 def shown(summary: Summary, change: float | None = None, with_n: bool = False) -> str:
-    """A cell in words: mean, standard deviation over seeds, their number, change against the baseline; or why there is none."""
+    """A cell in words: mean, spread, number of seeds, change against the baseline; or why there is none."""
     if summary.mean is None:
         return summary.state
     parts = [number(summary.mean)]
-    parts += [f"± {number(summary.std)}"] if summary.std is not None else []
+    parts += [f"± {number(summary.spread)}"] if summary.spread is not None else []
     inside = [f"n={summary.n}"] if with_n else []
     inside += [f"{summary.states.count(s)} {s}" for s in STATES if s in summary.states]
     parts += [f"({', '.join(inside)})"] if inside else []
@@ -600,7 +622,7 @@ def grid(table: Pivot, title: str | None = None, about: str = "") -> Grid:
 
     def dense_text(row: Label, column: Label) -> str:
         values = table.dense_of(row, column)
-        return MISSING if values.mean is None else number(values.mean)
+        return shown(values) if values.mean is None or values.n == 1 else number(values.mean)
 
     lines, records = [], []
     if not table.rows:

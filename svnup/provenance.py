@@ -114,7 +114,7 @@ def redact(text: str) -> str:
     return text
 
 
-def _redact_code(text: str) -> str:
+def redact_code(text: str) -> str:
     """Also without what looks like one: code that is not committed yet may hold it."""
     return ASSIGNED.sub(lambda m: f"{next(g for g in m.groups() if g is not None)}[redacted]", redact(text))
 
@@ -149,7 +149,7 @@ def _git() -> dict[str, Any]:
     return {
         "git": commit.strip() if commit else None,
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "diff": _cut(_redact_code(diff)) if diff else None,
+        "diff": _cut(redact_code(diff)) if diff else None,
         "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
         "untracked": untracked.splitlines()[:100],
     }

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from svnup.grid import Cell, Grid
-from svnup.pivot import METRIC, MISSING, Label, Pivot, Run, Summary, choose, grid, number, pivot, runs_of, same, shown
+from svnup.pivot import METRIC, MISSING, Label, Pivot, Run, Summary, choose, grid, newest, number, pivot, runs_of, same, shown
 from svnup.types import UNSTRUCTURED, ResultRow
 
 HERE = Path(__file__).parent
 FOLDER = next(p for p in (HERE / "assets" / "published", HERE.parent / "experiments" / "published") if p.is_dir())
 IDENTITY = ("model", "pruner", "allocator", "sparsity", "pattern", METRIC)
+CALIBRATION = {"dataset": "c4", "dataset.n_seq": "128", "split": "uniform"}
 PARTIAL = "Ours were measured on a part of the text, or on another than the test text"
 DENSE = {"pruner": "none", "allocator": "none", "sparsity": "0.0", "pattern": UNSTRUCTURED}
 
@@ -88,7 +89,7 @@ class Published:
             path = run.row.config["model"].get("pretrained_model_name_or_path") or ""
             model = names.get(_file(path), run.settings["model"])
             runs.append(replace(run, settings={**known, **run.settings, "model": model}))
-        chosen = choose(runs, where) if runs else []
+        chosen = newest(choose(runs, where)) if runs else []
         wanted = {k: v for k, v in {**self.rows, **self.columns, **self.where}.items() if v and k != METRIC}
         inside = [r for r in chosen if all(any(same(k, r.settings.get(k, MISSING), v) for v in vs) for k, vs in wanted.items())]
         order = {k: v for k, v in {**self.rows, **self.columns}.items() if v}
@@ -132,13 +133,29 @@ class Ours:
         """Whether ours were measured as the field does, on all of the test text."""
         return all(p.get("complete") and p.get("role") == "test" for p in self.protocols)
 
+    @cached_property
+    def otherwise(self) -> str:
+        """In what our runs were not calibrated and divided as those of published numbers are; empty where they were."""
+        usual = CALIBRATION | {"dataset.seq_len": str(self.seq_len)}
+        there = {key: sorted({run.settings.get(key, MISSING) for run in self.runs}) for key in usual}
+        return ", ".join(f"{key} {' or '.join(there[key])}" for key, text in usual.items() if there[key] not in ([], [text]))
+
     def published(self, labels: Mapping[str, str]) -> Number | None:
         """The published number of a cell under our sequence length."""
         key = self.field.key(labels)
         return None if key is None else self.field.numbers.get((key, str(self.seq_len)))
 
-    def change(self, ours: float | None, theirs: float | None) -> float | None:
-        return None if ours is None or not theirs or not self.whole else ours / theirs - 1
+    def change(self, ours: float | None, theirs: float | None, dense: bool = False) -> float | None:
+        same = self.whole and (dense or not self.otherwise)
+        return ours / theirs - 1 if same and ours is not None and theirs else None
+
+    @property
+    def calibration(self) -> list[str]:
+        """Why pruned models have no differences, where it is not how much text was read."""
+        usual = (
+            f"The field calibrates on C4, {CALIBRATION['dataset.n_seq']} sequences as long as the windows, and divides no block"
+        )
+        return [f"{usual}; ours have {self.otherwise}: no differences of pruned models."] if self.otherwise else []
 
 
 def _file(path: str) -> str:
@@ -170,8 +187,7 @@ def side_by_side(field: Published, ours: Ours, title: str | None = None, about: 
         for column in table.columns
         if (found := ours.published({**dict(zip(table.across, column, strict=True)), **DENSE})) is not None
     }
-    compared = {column for _, column in theirs}
-    dense = {column: found for column, found in dense.items() if column in compared}
+    compared = {*dense, *(column for _, column in theirs)}
     sources = list(dict.fromkeys(found.source for found in (*dense.values(), *theirs.values())))
     reported = {place: Summary((found.value,)) for place, found in theirs.items() if not found.implied}
     best, best_theirs = table.best(), replace(table, cells=reported).best()
@@ -181,7 +197,7 @@ def side_by_side(field: Published, ours: Ours, title: str | None = None, about: 
         own = Cell(shown(mine, with_n=with_n and place is not None), place in best)
         if column not in compared:
             return [own]
-        change = ours.change(mine.mean, found.value if found else None)
+        change = ours.change(mine.mean, found.value if found else None, place is None)
         said = f"{'~' if found.implied else ''}{number(found.value)} [{sources.index(found.source) + 1}]" if found else MISSING
         return [own, Cell(said, place in best_theirs), Cell(MISSING if change is None else f"{100 * change:+.1f} %")]
 
@@ -192,7 +208,8 @@ def side_by_side(field: Published, ours: Ours, title: str | None = None, about: 
         head += [(*names, kind) for kind in (("ours", "published", "difference") if column in compared else ("ours",))]
     first = [Cell("dense"), *(Cell("") for _ in table.by[1:])]
     for column in table.columns:
-        first += cells(Summary(table.dense_of(table.rows[0], column).values[:1]), dense.get(column), column)
+        own = table.dense_of(table.rows[0], column)
+        first += cells(Summary(own.values[:1], errors=own.errors[:1]), dense.get(column), column)
     body, records = [first], []
     for row in table.rows:
         body.append([Cell(text) for text in row])
@@ -225,6 +242,7 @@ def _left_out(ours: Ours, theirs: Mapping[tuple[Label, Label], Number]) -> list[
             f"Not compared: {len(other)} published numbers at seq_len {', '.join(dict.fromkeys(other))}; ours is {seq_len}."
         )
     notes += [] if ours.whole else [f"{PARTIAL}: no differences."]
+    notes += ours.calibration if theirs else []
     return notes + ([f"Runs in this folder that are not of this table: {ours.n_others}."] if ours.n_others else [])
 
 
@@ -249,4 +267,6 @@ def headline(field: Published, ours: Ours, title: str | None = None) -> Grid:
     head: list[tuple[str, ...]] = [("model",), ("uniform",), ("SV-NUP",), ("change",), ("published change",)]
     sources = ", ".join(sorted({line["source"] for line in abstract.values()}))
     notes = [f"SparseGPT at 70 %, {field.metrics[0]}: SV-NUP against the uniform budget. Published: {sources}."]
-    return Grid(head, body, title, "", notes + ([] if ours.whole else [f"{PARTIAL}."]), 0, records)
+    notes += [] if ours.whole else [f"{PARTIAL}."]
+    notes += ours.calibration if any(r["change"] is not None and r["published_change"] is not None for r in records) else []
+    return Grid(head, body, title, "", notes, 0, records)

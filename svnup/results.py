@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,26 +74,16 @@ def run_folders(results_dir: str | Path) -> list[RunFolder]:
 
 
 def load(results_dir: str | Path) -> list[ResultRow]:
-    """Every readable result below a folder, in the order of their keys; the others are named in a warning."""
+    """Every readable result below a folder, in the order of their keys; the others are named in a warning, and so are copies
+    of one run with other numbers."""
     rows = []
+    first: dict[str, tuple[Path, ResultRow]] = {}
     for folder in run_folders(results_dir):
         if (row := folder.read()) is None:
             logger.warning("%s: left out, since it is torn or of another version", folder.path / "result.json")
-        else:
-            rows.append(row)
+            continue
+        rows.append(row)
+        path, other = first.setdefault(row.config_key, (folder.path, row))
+        if row.status == other.status == "finished" and row.metrics != other.metrics:
+            logger.warning("%s, %s: one run with different numbers; name the folder of one", path, folder.path)
     return rows
-
-
-def newest(rows: Iterable[ResultRow]) -> list[ResultRow]:
-    """The runs whose numbers are of the newest version among them; how many others are left out is said in a warning."""
-    rows = list(rows)
-    version = max((_version(row) for row in rows), default=0)
-    kept = [row for row in rows if _version(row) == version]
-    if len(kept) < len(rows):
-        logger.warning("left out: %d runs with numbers of versions before %d; run them again", len(rows) - len(kept), version)
-    return kept
-
-
-def _version(row: ResultRow) -> int:
-    """Of the numbers; results from before it was noted have none."""
-    return int(row.provenance.get("numbers", 0))

@@ -7,9 +7,9 @@ import math
 import sys
 from pathlib import Path
 
-from svnup.grid import FORMATS, csv_text
+from svnup.grid import FORMATS, csv_text, together
 from svnup.progress import say
-from svnup.results import load, newest, run_folders
+from svnup.results import load, run_folders
 from svnup.types import ResultRow
 
 Options = argparse.Namespace
@@ -58,13 +58,13 @@ def _keys(text: str) -> list[str]:
     return [key.strip() for key in text.split(",") if key.strip()]
 
 
-def _where(pairs: list[str]) -> dict[str, list[str]]:
+def _where(pairs: list[str], option: str = "--where") -> dict[str, list[str]]:
     """`key=value,value ...` as a mapping."""
     out = {}
     for pair in pairs:
         key, equals, values = pair.partition("=")
         if not (key and equals and values):
-            raise ValueError(f"--where {pair}: write key=value, or key=value,value")
+            raise ValueError(f"{option} {pair}: write key=value" + ("" if option == "--baseline" else ", or key=value,value"))
         out[key] = _keys(values)
     return out
 
@@ -103,7 +103,7 @@ def _table(options: Options) -> int:
     from svnup import pivot, tables
 
     where = _where(options.where)
-    runs = pivot.choose(pivot.runs_of(newest(_rows(options.results_dir))), where)
+    runs = pivot.newest(pivot.choose(pivot.runs_of(_rows(options.results_dir)), where))
     rows = [run.row for run in runs]
     if not (options.rows or options.columns):
         for name in ("metric", "baseline"):
@@ -112,7 +112,7 @@ def _table(options: Options) -> int:
         text = tables.render(rows, options.format, options.title, options.made_by, _ansi(options))
     else:
         metrics = pivot.metrics_of(runs, options.metric)
-        baseline = {key: values[0] for key, values in _where(options.baseline).items()}
+        baseline = {key: values[0] for key, values in _where(options.baseline, "--baseline").items()}
         table = pivot.pivot(runs, options.rows, options.columns, metrics, where=where, baseline=baseline)
         text = pivot.grid(table, options.title, tables.about(rows, options.made_by)).render(options.format, _ansi(options))
     _write(text, options.output)
@@ -180,18 +180,20 @@ def _published_options(parser: argparse.ArgumentParser) -> None:
 def _published(options: Options) -> int:
     from svnup import published, tables
 
-    table = published.Published.load("llama_70" if options.headline else options.table, options.model, options.metric)
+    if options.headline and options.table != "llama_70":
+        raise ValueError(f"--table {options.table}: the headline is of llama_70; leave out --headline, or --table")
+    table = published.Published.load(options.table, options.model, options.metric)
     if not Path(options.results_dir).is_dir():
         raise ValueError(
             f"{options.results_dir}: no such folder; name one with results, or an empty one for published numbers alone"
         )
-    rows, where = newest(load(options.results_dir)), _where(options.where)
+    rows, where = load(options.results_dir), _where(options.where)
     ours = table.ours(rows, where)
     about = tables.about([run.row for run in ours.runs], options.made_by)
     parts = [] if options.headline else [published.side_by_side(table, ours, options.title, about)]
     if options.headline or (options.table == "llama_70" and options.format != "csv"):
         parts.append(published.headline(table, ours, options.title if options.headline else None))
-    _write("\n".join(part.render(options.format, _ansi(options)) for part in parts), options.output)
+    _write(together(parts, options.format, _ansi(options)), options.output)
     return 0
 
 
@@ -264,9 +266,11 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: Options) -> int:
+    from svnup import pivot
     from svnup.report import report
 
+    runs = pivot.newest(pivot.runs_of(_rows(options.results_dir)))
     output = options.output or Path(options.results_dir) / "report.html"
-    _write(report(newest(_rows(options.results_dir))), output)
+    _write(report([run.row for run in runs]), output)
     say(f"{output}\n")
     return 0

@@ -74,7 +74,7 @@ class ErrorSplit:
 
 
 @dataclass(frozen=True)
-class OutlierSplit:
+class OutliersSplit:
     """Linears with more outliers keep more: the share of |W_ij| * ||X_j||_2 above `threshold` times its mean in the matrix, on
     dense activations.
 

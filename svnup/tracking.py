@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from svnup.allocation import name_of
+from svnup.pivot import fallback_of
 from svnup.provenance import redact
 from svnup.types import UNSTRUCTURED, ResultRow, method_name, player_names
 
@@ -115,7 +116,8 @@ class WandbTracker:
         names = _names(row.config)
         title = redact(self.name or row.provenance.get("name") or " ".join(names.values()))
         made = {k: row.provenance.get(k) for k in ("command", "git", "dirty", "versions", "hardware", "seeds")}
-        config = {"config_key": row.config_key, "names": names, "provenance": made, **row.config}
+        setting = {"setting": " ".join(names.values())}
+        config = {"config_key": row.config_key, "names": names | setting, "provenance": made, **row.config}
         argv = sys.argv  # which W&B notes
         mode: Any = self.mode or os.environ.get("WANDB_MODE") or None  # as it is now: wandb keeps what it found first
         try:
@@ -234,6 +236,7 @@ def _numbers(row: ResultRow) -> dict[str, Any]:
         dense = row.dense.get(name, {}).get("value")
         if metric["value"] is not None and dense:
             record[f"vs_dense/{name.replace('.', '/')}"] = metric["value"] / dense - 1
+    record["comparable"] = int(_comparable(row))
     if row.sparsity:
         record |= {f"sparsity/{key}": row.sparsity[key] for key in ("target", "actual")}
     record["cost/seconds"] = row.seconds
@@ -242,6 +245,12 @@ def _numbers(row: ResultRow) -> dict[str, Any]:
     for stage in row.stages or {}:
         record |= _cost(row, stage)
     return record
+
+
+def _comparable(row: ResultRow) -> bool:
+    """Whether all numbers are of whole test texts and tasks, and pruning did as asked."""
+    protocols = [metric["protocol"] for metric in row.metrics.values()]
+    return not fallback_of(row) and all(p.get("complete", True) and p.get("role", "test") == "test" for p in protocols)
 
 
 def _cost(row: ResultRow, stage: str) -> dict[str, float]:

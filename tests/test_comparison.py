@@ -105,6 +105,22 @@ def test_tables_in_files(tmp_path, capsys):
             assert "uniform" in capsys.readouterr().out
 
 
+def test_tables_under_other_protocols_are_not_the_same(tmp_path, capsys):
+    for name, n_windows in (("a", 32), ("b", 417), ("c", 32)):
+        folder = write(tmp_path / name, run(30.0, measured={"n_windows": n_windows}))
+        args = ["table", folder, "--rows", "pruner", "--columns", "model", "--format", "markdown"]
+        assert main([*args, "--output", str(tmp_path / f"{name}.md"), "--command", f"make {name}"]) == 0
+    assert main(["compare", str(tmp_path / "a.md"), str(tmp_path / "b.md")]) == 1
+    said = capsys.readouterr().out
+    assert "docs/ppl: under different protocols, 32 windows of 256 tokens (test text) | 417 windows of 256 tokens" in said
+    assert main(["compare", str(tmp_path / "a.md"), str(tmp_path / "c.md")]) == 0
+    several = ["Machine: X/Y 9, 2 cores. svnup 0, torch 2. docs.x/ppl: 3 windows; docs_cloze/acc: 5 items, 0-shot, in %."]
+    for name, line in (("d", several[0]), ("e", several[0].replace("5 items", "6 items"))):
+        (tmp_path / f"{name}.md").write_text(f"{line}\n\n| a | b |\n| --- | --- |\n| 1 | 2 |\n")
+    found = compare(tmp_path / "d.md", tmp_path / "e.md")
+    assert found.different == ["docs_cloze/acc: under different protocols, 5 items, 0-shot, in % | 6 items, 0-shot, in %"]
+
+
 def test_lines_and_columns_of_one_table_alone(tmp_path, capsys):
     (tmp_path / "a.md").write_text("| m | x | y |\n| --- | --- | --- |\n| p | 1.0 | 2.0 |\n| q | 3.0 | 4.0 |\n")
     (tmp_path / "b.md").write_text("Text.\n\n| m | x |\n| --- | --- |\n| q | 3.0 |\n| r | 5.0 |\n")

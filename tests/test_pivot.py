@@ -124,6 +124,13 @@ def test_changes_are_those_of_the_seeds_that_both_have():
     assert changes == {"uniform": 0, "shapley": pytest.approx(17 / 18 - 1), "owl": None}
 
 
+def test_a_seed_of_the_calibration_text_is_one_too():
+    rows = [run(20.0 + seed, dataset__seed=seed) for seed in (0, 1, 2)] + [run(18.0, allocator="shapley", dataset__seed=0)]
+    of = table(rows, baseline={"allocator": "uniform"})
+    changes = {row[1]: of.change(row, column) for row, column in of.cells}
+    assert changes == {"uniform": 0, "shapley": pytest.approx(18 / 20 - 1)}
+
+
 @given(some_rows())
 def test_the_best_of_a_column_is_the_lowest_perplexity_of_it(rows):
     of = table(rows)
@@ -206,8 +213,18 @@ def test_standard_errors_over_items_are_told():
     rows = [run(metrics={"boolq/acc": 60.0}), run(metrics={"boolq/acc": 50.0}, allocator="shapley")]
     for row, error in zip(rows, (1.5, 1.75), strict=True):
         row.metrics["boolq/acc"] |= {"stderr": error}
-    notes = table(rows, metrics=["boolq/acc"]).notes
-    assert "Standard error of boolq/acc over its items, of each run: 1.50 to 1.75." in notes
+        row.dense["boolq/acc"] |= {"stderr": 1.25}
+    of = table(rows, metrics=["boolq/acc"])
+    text, notes = grid(of).render("markdown"), of.notes
+    assert "| wanda | uniform | **60.00 ± 1.50** |" in text or "| wanda | uniform | 60.00 ± 1.50 |" in text
+    assert f"| dense |  | {rows[0].dense['boolq/acc']['value']:.2f} ± 1.25 |" in text
+    more = run(metrics={"boolq/acc": 64.0}, seed=1)
+    more.metrics["boolq/acc"] |= {"stderr": 1.5}
+    assert "62.00 ± 2.83" in grid(table([*rows, more], metrics=["boolq/acc"])).render("markdown"), "over seeds, that of seeds"
+    assert (
+        "Standard error of boolq/acc over its items, of each run: 1.50 to 1.75; it stands behind the ± of a single run."
+        in notes
+    )
 
 
 def test_runs_of_other_weights_or_texts_are_no_seeds_of_one_cell():

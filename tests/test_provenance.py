@@ -154,6 +154,20 @@ def test_results_of_earlier_versions_stay_readable(svnup):
     assert ResultRow.from_json(json.dumps(row)).stages is None
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_no_token_is_written_by_a_sweep(wrong, svnup, monkeypatch, tmp_path):
+    """Hydra writes down the whole configuration of a sweep before its first job, and also where no job can be composed."""
+    mark = "0123456789abcdef-mark"
+    monkeypatch.setenv("FOO_TOKEN", mark)
+    given = [f"tracker.name={mark}", "+hydra.job.env_set.WANDB_API_KEY=abcdefabcdefabcdefabcdef", "dry_run=true"]
+    code, _, err = svnup("allocator=uniform,nothing" if wrong else "allocator=uniform", "tracker=wandb", *given, "-m")
+    assert code == (2 if wrong else 0), err
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert "multirun.yaml" in [p.name for p in written]
+    for secret in (mark, "abcdefabcdef"):
+        assert [p.name for p in written if secret in p.read_text(errors="replace")] == []
+
+
 def test_no_token_of_the_environment_is_written_by_a_run(svnup, monkeypatch, tmp_path):
     """Even where a configuration names it."""
     mark = "0123456789abcdef-mark"

@@ -21,14 +21,15 @@ TABLES = json.loads((FOLDER / "tables.json").read_text())
 
 
 def llama(ppl, *, model="huggyllama/llama-7b", measured=FIELD, **options):
-    return run(metrics={"wikitext2/ppl": ppl}, model=model, measured=measured, **options)
+    text = {"_target_": "svnup.data.C4", "n_seq": 128, "seq_len": measured["seq_len"], "seed": 0, "role": "calibration"}
+    return run(metrics={"wikitext2/ppl": ppl}, model=model, measured=measured, **{"dataset": text} | options)
 
 
 OURS = [
     llama(26.0, pruner="sparsegpt"),
     llama(21.0, pruner="sparsegpt", allocator="shapley"),
     llama(90.0),
-    run(status="failed", allocator="shapley", model="huggyllama/llama-7b"),
+    run(status="failed", allocator="shapley", model="huggyllama/llama-7b", dataset=llama(90.0).config["dataset"]),
     llama(25.0, pruner="sparsegpt", model="/data/Llama-2-7b-hf"),
     run(15.0),
 ]
@@ -43,7 +44,7 @@ def cells(capsys, folder, *args: str) -> dict[tuple[str, ...], dict[str, str]]:
 def test_every_number_has_a_source_and_one_place():
     with (FOLDER / "numbers.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 80
+    assert len(lines) == 82
     assert all(line["source"] and float(line["value"]) > 1 and line["kind"] in ("reported", "implied") for line in lines)
     assert len(Published.load("llama_70").numbers) == len(lines)
     known = {
@@ -60,9 +61,14 @@ def test_the_checkpoints_are_those_of_the_model_group():
         config = yaml.safe_load((CONF / f"{name}.yaml").read_text())
         assert config["pretrained_model_name_or_path"] == path
         known = {(d["dataset"], str(d["seq_len"])): d["ppl"] for d in config.get("dense_ppl", [])}
-        for (key, seq_len), number in Published.load("llama_70").numbers.items():
-            if key[:2] == (name, "none") and ("wikitext2", seq_len) in known:
-                assert number.value == known["wikitext2", seq_len]
+        numbers = Published.load("llama_70").numbers
+        table = {
+            ("wikitext2", seq_len): number.value for (key, seq_len), number in numbers.items() if key[:2] == (name, "none")
+        }
+        assert {k: v for k, v in known.items() if k in table} == {k: v for k, v in table.items() if k in known}
+        if name in Published.load("llama_70").columns["model"]:
+            assert ("wikitext2", "2048") in table
+            assert ("wikitext2", "2048") in known
 
 
 @pytest.mark.parametrize("name", TABLES["tables"])
@@ -70,6 +76,17 @@ def test_the_checkpoints_are_those_of_the_model_group():
 def test_every_table_without_any_run_of_ours(name, form, tmp_path, capsys):
     assert main(["published", str(tmp_path), "--table", name, "--format", form]) == 0
     assert capsys.readouterr().out
+
+
+def test_table_and_headline_are_one_page(tmp_path, capsys):
+    assert main(["published", str(tmp_path), "--format", "html"]) == 0
+    out = capsys.readouterr().out
+    assert [out.count(tag) for tag in ("<!doctype html>", "</html>", "<table>", "</table>")] == [1, 1, 2, 2]
+
+
+def test_the_headline_is_of_one_table(tmp_path, capsys):
+    assert main(["published", str(tmp_path), "--headline", "--table", "nm"]) == 2
+    assert "--table nm: the headline is of llama_70" in capsys.readouterr().err
 
 
 def test_without_runs_every_cell_of_ours_is_missing(tmp_path, capsys):
@@ -129,8 +146,27 @@ def test_other_protocols_have_no_difference(tmp_path, capsys):
     assert cells(capsys, limited)["sparsegpt", "uniform", "llama_7b"]["state"] == "limit"
 
 
+def test_pruned_models_of_another_calibration_have_no_difference(tmp_path, capsys):
+    """The published ones have 128 sequences of C4; dense models have none."""
+    text = {"_target_": "svnup.data.WikiText2", "n_seq": 2, "seq_len": 64, "seed": 0, "role": "calibration"}
+    odd = [llama(v, pruner="sparsegpt", allocator=a, dataset=text) for a, v in (("uniform", 30.0), ("shapley", 18.0))]
+    folder = write(tmp_path / "odd", *odd)
+    assert cells(capsys, folder)["sparsegpt", "uniform", "llama_7b"]["difference"] == ""
+    assert main(["published", folder]) == 0
+    out = capsys.readouterr().out
+    said = "ours have dataset wikitext2, dataset.n_seq 2, dataset.seq_len 64: no differences of pruned models"
+    assert out.count(said) == 2, "of the table and of the headline"
+    assert "+0.0 %" in out, "of the dense model"
+    split = {"_target_": "svnup.splitting.ErrorSplit", "lam": 0.05, "scale": "log"}
+    folder = write(tmp_path / "split", llama(26.0, pruner="sparsegpt", split=split))
+    assert cells(capsys, folder)["sparsegpt", "uniform", "llama_7b"]["difference"] == ""
+    assert main(["published", folder]) == 0
+    assert "ours have split error: no differences" in capsys.readouterr().out
+
+
 def test_mixed_protocols_and_mixed_settings_are_refused(tmp_path, capsys):
-    mixed = write(tmp_path / "a", llama(26.0), llama(20.0, pruner="sparsegpt", measured={**FIELD, "seq_len": 4096}))
+    long = llama(20.0, pruner="sparsegpt", measured={**FIELD, "seq_len": 4096}, dataset=llama(26.0).config["dataset"])
+    mixed = write(tmp_path / "a", llama(26.0), long)
     assert main(["published", mixed]) == 2
     assert "different protocols" in capsys.readouterr().err
     assert main(["published", mixed, "--where", "protocol.seq_len=2048"]) == 0

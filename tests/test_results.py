@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from svnup.grid import FORMATS, Cell, Grid
-from svnup.results import RunFolder, load, newest
+from svnup.results import RunFolder, load
 from svnup.results_cli import main
 from svnup.tables import frame, render
 from svnup.types import ResultRow
@@ -185,6 +185,15 @@ def test_load_finds_every_run_below_a_folder(tmp_path):
 # -- tables
 
 
+def test_copies_of_a_run_with_other_numbers_are_named(tmp_path, caplog):
+    for name, ppl in (("x", 20.0), ("y", 25.0), ("z", 20.0)):
+        RunFolder.of(tmp_path / name, "a").write(row("a", ppl))
+    with caplog.at_level(logging.WARNING):
+        assert len(load(tmp_path)) == 3
+    (said,) = caplog.messages
+    assert said == f"{tmp_path}/x/runs/a, {tmp_path}/y/runs/a: one run with different numbers; name the folder of one"
+
+
 def of_version(key: str, ppl: float, numbers: int) -> ResultRow:
     made = row(key, ppl)
     return replace(made, provenance=made.provenance | ({"numbers": numbers} if numbers else {}))
@@ -192,17 +201,24 @@ def of_version(key: str, ppl: float, numbers: int) -> ResultRow:
 
 def test_numbers_of_earlier_versions_are_left_out_of_tables(tmp_path, capsys, caplog):
     """After a change that moves numbers the runs of before lie in the same folder."""
-    for made in (of_version("a", 40.0, 0), of_version("b", 41.0, 2), of_version("c", 42.0, 3), of_version("d", 43.0, 3)):
+    for made in (of_version("a", 40.0, 0), of_version("b", 41.0, 2)):
         RunFolder.of(tmp_path, made.config_key).write(made)
     with caplog.at_level(logging.WARNING):
-        assert [made.config_key for made in newest(load(tmp_path))] == ["c", "d"]
-    assert "left out: 2 runs with numbers of versions before 3; run them again" in caplog.text
-    assert newest([]) == []
-    assert main(["table", str(tmp_path), "--format", "csv"]) == 0
+        assert main(["table", str(tmp_path), "--format", "csv"]) == 0
+    shown = [float(line["docs/ppl"]) for line in csv.DictReader(io.StringIO(capsys.readouterr().out))]
+    assert sorted(shown) == [40.0, 41.0], "results from before they told are of version 2"
+    assert caplog.text == ""
+    for made in (of_version("c", 42.0, 3), of_version("d", 43.0, 3)):
+        RunFolder.of(tmp_path, made.config_key).write(made)
+    with caplog.at_level(logging.WARNING):
+        assert main(["table", str(tmp_path), "--format", "csv"]) == 0
+    assert "left out: 2 runs with numbers of versions before 3" in caplog.text
     shown = [float(line["docs/ppl"]) for line in csv.DictReader(io.StringIO(capsys.readouterr().out))]
     assert sorted(shown) == [42.0, 43.0]
     assert main(["list", str(tmp_path), "--format", "csv"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 5  # nothing is hidden there
+    assert main(["table", str(tmp_path), "--format", "csv", "--where", "key=a"]) == 0
+    assert "40" in capsys.readouterr().out
 
 
 def test_change_against_uniform():

@@ -246,7 +246,7 @@ def test_a_job_that_searches(svnup):
         (["allocator.lower=0.8"], "allocator.lower=0.8"),
         (["allocator.step=auto"], "allocator.step=auto: cannot be tuned"),
         (["pattern='2:4'", "sparsity=0.5"], "pattern=2:4: a fixed N:M"),
-        (["selection.role=test"], "selection.role=test: only the selection text may choose"),
+        (["selection.role=test"], "selection.role=test: this text chooses; use selection.role=selection"),
         (["offload=cpu"], "offload=cpu: allocator options that are auto, and allocators that try many profiles"),
     ],
 )

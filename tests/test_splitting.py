@@ -17,7 +17,7 @@ from svnup.pruning import prune_model, pruned_weights
 from svnup.pruning.masks import n_zeros
 from svnup.pruning.wanda import Wanda
 from svnup.shapley import all_coalitions, exact_values
-from svnup.splitting import ErrorSplit, OutlierSplit, ShapleySplit, UniformSplit, _output_errors
+from svnup.splitting import ErrorSplit, OutliersSplit, ShapleySplit, UniformSplit, _output_errors
 from svnup.types import Share, SparsityProfile
 
 CONF = Path(__file__).parent.parent / "conf" / "split"
@@ -91,7 +91,7 @@ def test_linears_with_more_outliers_keep_more():
     linear = lm.linears(2)["mlp.gate_proj"]
     linear.weight.fill_(1e-3)
     linear.weight[:, 3] = 50.0  # in every row one of 32, far above the mean; random weights have hardly any
-    divided = OutlierSplit(lam=0.1).divide(lm, profile(lm, [0.5] * 4), Wanda(), TEXT)
+    divided = OutliersSplit(lam=0.1).divide(lm, profile(lm, [0.5] * 4), Wanda(), TEXT)
     shares = {n: divided.of(2, n) for n in lm.linears(2)}
     assert min(shares, key=shares.get) == "mlp.gate_proj"
 
@@ -101,7 +101,7 @@ def test_outliers_are_measured_on_a_model_on_disk(tmp_path):
     lm.tokenizer = type("NoTokenizer", (), {"save_pretrained": lambda self, folder: None})()
     lm.save(tmp_path / "m")
     disk = LanguageModel.load(str(tmp_path / "m"), tokenizer=lm.tokenizer, device="cpu", offload="disk")
-    split = OutlierSplit(lam=0.1, threshold=3.0)
+    split = OutliersSplit(lam=0.1, threshold=3.0)
     plain = split.divide(lm, profile(lm), Wanda(), TEXT)
     assert split.divide(disk, profile(disk), Wanda(), TEXT).to_dict() == plain.to_dict()
     for model in (lm, disk):
@@ -157,11 +157,11 @@ def test_a_block_of_too_many_linears_is_refused(random_model):
 def test_options_are_checked():
     with pytest.raises(ValueError, match=r"n_seq=0: .*1 or more"):
         ShapleySplit(n_seq=0)
-    for make_it in (lambda: ErrorSplit(lam=-0.1), lambda: OutlierSplit(lam=1.5), lambda: ErrorSplit(lam=float("nan"))):
+    for make_it in (lambda: ErrorSplit(lam=-0.1), lambda: OutliersSplit(lam=1.5), lambda: ErrorSplit(lam=float("nan"))):
         with pytest.raises(ValueError, match=r"lam=.*0 to 1"):
             make_it()
     with pytest.raises(ValueError, match=r"threshold=0.*positive"):
-        OutlierSplit(threshold=0)
+        OutliersSplit(threshold=0)
     assert not UniformSplit.needs_inputs
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from cli import SMALL_W2, Done, read_once
 from google.protobuf.message import DecodeError
+from rows import run as made_up
 
 from svnup.__main__ import main
 from svnup.data import Docs
@@ -188,7 +189,8 @@ def test_config_is_the_resolved_one_with_its_key(tracked):
     for name in ("model", "dataset", "pruner", "allocator", "evaluation", "shapley"):
         assert run.config[name] == row["config"][name], name
     assert run.config["dataset"]["seq_len"] == 32  # ${model.seq_len}, resolved
-    assert run.config["names"] == {"model": "random llama", "pruner": "wanda", "allocator": "shapley", "sparsity": "0.7"}
+    names = {"model": "random llama", "pruner": "wanda", "allocator": "shapley", "sparsity": "0.7"}
+    assert run.config["names"] == names | {"setting": "random llama wanda shapley 0.7"}
     for name in ("command", "git", "dirty", "versions", "hardware", "seeds"):
         assert run.config["provenance"][name] == row["provenance"][name], name
 
@@ -577,3 +579,14 @@ def test_numbers_that_could_not_be_measured_are_absent_and_say_why(tracked):
     assert record["reason/docs/ppl"] == "it diverged"
     assert record["docs/selection/ppl"] == 2.0
     assert not [k for k in record if "." in k], "a dot makes a nested key"
+
+
+def test_what_is_not_comparable_is_marked():
+    """A dashboard has no other way to keep numbers under other protocols apart."""
+    from svnup.tracking import _numbers
+
+    assert _numbers(made_up(20.0))["comparable"] == 1
+    for odd in ({"complete": False}, {"role": "selection"}):
+        assert _numbers(made_up(20.0, measured=odd))["comparable"] == 0
+    assert _numbers(made_up(20.0, measured={"limit": 10, "complete": False}))["comparable"] == 0
+    assert _numbers(made_up(20.0, fallback="damping 0.1 instead of 0.01"))["comparable"] == 0

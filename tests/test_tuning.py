@@ -22,7 +22,7 @@ from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.nothing import Nothing
 from svnup.pruning.sparsegpt import SparseGPT
 from svnup.pruning.wanda import Wanda
-from svnup.splitting import ErrorSplit, OutlierSplit, UniformSplit
+from svnup.splitting import ErrorSplit, OutliersSplit, UniformSplit
 from svnup.tables import render
 from svnup.tuning import HeldOutLoss
 from svnup.types import BlockScores, ResultRow, SparsityProfile, moving_numbers
@@ -158,7 +158,7 @@ def test_other_families_too(random_model, tokens, tmp_path, model_type):
     assert loss.many([("", p) for p in profiles]) == one_by_one(lm, Wanda(), profiles, tokens, tokens)
 
 
-@pytest.mark.parametrize("split", [ErrorSplit(), OutlierSplit(), UniformSplit()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("split", [ErrorSplit(), OutliersSplit(), UniformSplit()], ids=lambda s: type(s).__name__)
 def test_budgets_of_linears_and_of_sublayers(random_model, tokens, tmp_path, split):
     lm = random_model(3)
     if split.uniform:
@@ -312,7 +312,7 @@ def test_the_loss_that_chooses_is_part_of_the_job_where_it_chooses(svnup):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["allocator.lam=auto", "selection.role=test"], "selection.role=test: only the selection text may choose"),
+        (["allocator.lam=auto", "selection.role=test"], "selection.role=test: this text chooses; use selection.role=selection"),
         (["allocator.lam=auto", "selection.n_seq=1000000"], "selection.n_seq=1000000"),
         (["allocator.scale=auto"], "allocator.scale=auto: cannot be tuned, only lam can"),
         (["allocator.lam=auto", "allocator.scale=auto"], "auto: cannot be tuned"),

@@ -112,6 +112,12 @@ CONFIG_ALONE = {
     "windows of one token": (["dataset.seq_len=1"], ["dataset.seq_len=1", "at least 2"]),
     "windows beyond the positions": (["dataset.seq_len=4096"], ["dataset.seq_len=4096", "2048 positions", "at most"]),
     "evaluation beyond the positions": (["evaluation.seq_len=4096"], ["seq_len=4096", "2048 positions"]),
+    "calibration on test text": (["dataset.role=test"], ["dataset.role=test", "use dataset.role=calibration"]),
+    "game on test text": (
+        ["shapley.game.data.role=test"],
+        ["shapley.game.data.role=test", "use shapley.game.data.role=payoff"],
+    ),
+    "game on selection text": (["shapley.game.data.role=selection"], ["pays coalitions", "shapley.game.data.role=payoff"]),
     "role typo": (["evaluation.role=tst"], ["role=tst", "did you mean test?"]),
     "seed not whole": (["seed=1.5"], ["seed=1.5", "right type"]),
     "selection is no option of a group": (

@@ -243,6 +243,24 @@ def test_full_is_both_and_shares_their_dense_numbers(tmp_path, lm, evaluations):
     assert full.sources() == texts
 
 
+def test_a_dense_perplexity_that_is_off_stops_before_the_tasks(tmp_path, lm, evaluations):
+    """And what was measured is kept: the same job again stops without measuring."""
+    full = Full([Docs(n_seq=3, seq_len=32, role="test")], 32, 3, tasks="cloze", limit=12)
+
+    def gate(metrics: Metrics) -> None:
+        assert set(metrics) == {"docs/ppl"}
+        raise ValueError("off")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^off$"):
+            full.dense(lm, tmp_path, gate)
+    assert evaluations == []
+    assert len(list((tmp_path / "dense").iterdir())) == 1
+    seen: list[str] = []
+    found = full.dense(lm, tmp_path, lambda metrics: seen.extend(metrics))
+    assert seen == list(found) == ["docs/ppl", "docs_cloze/acc"]
+
+
 # -- the field's tasks, on local copies in the layout that `datasets` reads offline
 
 

@@ -23,15 +23,10 @@ METHODS = [wr.Config("names.model"), wr.Config("names.pruner"), wr.Config("names
 
 
 def leaderboard(metric: str) -> list[Any]:
-    """Methods by the mean of a metric over their runs, and what each run costs."""
-
-    def by(name: str) -> Any:
-        group = wr.Config(f"names.{name}")
-        return wr.BarPlot(title=f"{metric} by {name}", metrics=[metric], groupby=group, groupby_aggfunc="mean")
-
+    """Each setting (model, pruner, allocator, sparsity) by the mean of a metric over its runs, and what each run costs."""
+    setting = wr.Config("names.setting")
     return [
-        by("allocator"),
-        by("pruner"),
+        wr.BarPlot(title=f"{metric} by setting", metrics=[metric], groupby=setting, groupby_aggfunc="mean"),
         wr.BarPlot(title="Seconds", metrics=["cost/seconds"]),
         wr.BarPlot(title="Peak memory (GiB)", metrics=["cost/peak_memory_gib"]),
     ]
@@ -63,7 +58,8 @@ def layers() -> list[Any]:
 
 
 def workspace(entity: str, project: str, metric: str) -> ws.Workspace:
-    """The dashboard: its table of runs has the jobs without their stages, the best first."""
+    """The dashboard: its table of runs has the jobs without their stages, the best first; none whose numbers are of a part
+    of the text, of some items of a task, or of a pruning that fell back."""
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -74,7 +70,7 @@ def workspace(entity: str, project: str, metric: str) -> ws.Workspace:
             ws.Section(name="Shapley values and budgets", panels=layers(), is_open=True),
         ],
         runset_settings=ws.RunsetSettings(
-            filters=expr.And(expr.Metric("JobType") == "prune"),
+            filters=expr.And(expr.Metric("JobType") == "prune", expr.Summary("comparable") == 1),
             order=[expr.Ordering(expr.Summary(metric), ascending=True)],
             pinned_columns=["run:displayName", f"summary:{metric}", f"summary:vs_dense/{metric}", "summary:sparsity/actual"],
         ),
@@ -86,7 +82,9 @@ def report(entity: str, project: str, metric: str) -> wr.Report:
     columns = [f"summary:{metric}", f"summary:vs_dense/{metric}", "summary:sparsity/actual", "summary:cost/seconds"]
     runs = wr.Runset(  # of the report's own project: to name it takes a server that knows its number
         name="finished jobs",
-        filters=expr.And(expr.Metric("JobType") == "prune", expr.Metric("State") == "finished"),
+        filters=expr.And(
+            expr.Metric("JobType") == "prune", expr.Metric("State") == "finished", expr.Summary("comparable") == 1
+        ),
         order=[wr.OrderBy(wr.SummaryMetric(metric), ascending=True)],
         pinned_columns=columns,
     )
