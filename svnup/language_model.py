@@ -114,6 +114,7 @@ class Visit:
                 batch.hidden = hidden
         self.advanced = self.advanced or advance
         self.n_runs += bool(self.batches)
+        self.lm.n_block_runs += bool(self.batches)
 
 
 class LanguageModel:
@@ -130,6 +131,7 @@ class LanguageModel:
         self.blocks_path = _find_blocks(model, blocks_path)
         self.blocks = model.get_submodule(self.blocks_path)
         self.decoder = model.get_submodule(self.blocks_path.rpartition(".")[0])
+        self.n_block_runs = 0  # of visited blocks on all inputs
         self._shelf: Shelf | None = None
         _refuse_experts(model, self.blocks)
 

@@ -88,7 +88,10 @@ class HeldOutLoss:
         keys = [_key(profile, part) for _, profile in tried]
         new = {key: profile for key, (_, profile) in zip(keys, tried, strict=True) if key not in self._memo.values}
         if new:
-            self._measure(list(new), [self._divide(profile) for profile in new.values()], tokens)
+            before = self._lm.n_block_runs
+            profiles = [self._divide(profile) for profile in new.values()]
+            self._n_calibration += self._lm.n_block_runs - before
+            self._measure(list(new), profiles, tokens)
         losses = [self._memo.values[key] for key in keys]
         for (label, profile), loss in zip(tried, losses, strict=True):
             logger.info("%s: loss %.4f on %d sequences of the selection text", label or "tried", loss, len(tokens))
@@ -100,7 +103,10 @@ class HeldOutLoss:
     def values(self, denser: SparsityProfile, sparser: SparsityProfile) -> Floats:
         """Shapley values (n_blocks,) where a present block is pruned by `denser` and an absent one by `sparser`."""
         assert self._play is not None
+        start, before = time.perf_counter(), self._lm.n_block_runs
         found = self._play(self._divide(denser), self._divide(sparser))
+        self._n_calibration += self._lm.n_block_runs - before
+        self._seconds += time.perf_counter() - start
         self._rounds.append(found.to_dict())
         return found.values
 
@@ -159,8 +165,9 @@ class HeldOutLoss:
 
         Losses on part of the text carry its `n_seq`; `best` is the least loss on all of it by the end of each label, none where
         profiles of different budgets were tried, of which none is best; `n_full_evaluations` weighs evaluations by their share
-        of the text; `rounds` has the values of pruned models that were asked for. Block-forwards are those that were made, for
-        what was new: a block on the whole text, or a share of one.
+        of the text; `rounds` has the values of pruned models that were asked for, with the cost of their games. Block-forwards
+        are those that were made, for what was new: a block on the whole text, or a share of one; with the calibration of rounds
+        and of trial prunings.
         """
         if not self._calls:
             return None

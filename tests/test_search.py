@@ -364,6 +364,9 @@ def test_a_job_of_rounds(svnup):
     again = last_row()
     assert again["tuning"]["n_new_evaluations"] == 0
     assert [v["n_new_evaluations"] for v in again["tuning"]["rounds"]] == [0] * len(tuning["rounds"])
+    per_pruning = 2 * 3 - 1  # each block for its statistics and, but for the last, once more pruned
+    assert again["tuning"]["n_calibration_block_forwards"] == 2 * per_pruning * len(tuning["rounds"]), "two prunings a round"
+    assert tuning["n_calibration_block_forwards"] > again["tuning"]["n_calibration_block_forwards"]
     assert again["metrics"] == row["metrics"]
 
 
