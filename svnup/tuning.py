@@ -62,6 +62,7 @@ class HeldOutLoss:
         self._kind, self._dense_states = kind, dict[int, list[Tensor]]()  # by the number of sequences
         self._calls: list[dict[str, Any]] = []
         self._targets: set[float] = set()
+        self._kinds: set[str] = set()  # of device, on which losses were measured
         self._n_new, self._seconds = 0, 0.0
         self._n_calibration, self._n_selection = 0, 0.0  # block-forwards
 
@@ -93,6 +94,10 @@ class HeldOutLoss:
             self._n_calibration += self._lm.n_block_runs - before
             self._measure(list(new), profiles, tokens)
         losses = [self._memo.values[key] for key in keys]
+        if not (kinds := {self._memo.kinds[key] for key in keys}) <= self._kinds:
+            self._kinds |= kinds
+            if len(self._kinds) > 1:
+                logger.warning("the losses on selection text are of several kinds of device: %s", sorted(self._kinds))
         for (label, profile), loss in zip(tried, losses, strict=True):
             logger.info("%s: loss %.4f on %d sequences of the selection text", label or "tried", loss, len(tokens))
             self._calls.append({"label": label, "loss": loss if math.isfinite(loss) else None} | part)
@@ -186,6 +191,7 @@ class HeldOutLoss:
             "n_calibration_block_forwards": self._n_calibration,
             "n_selection_block_forwards": self._n_selection,
             "seconds": self._seconds,
+            "kinds": sorted(self._kinds),
             **({"rounds": self._rounds} if self._rounds else {}),
         }
 

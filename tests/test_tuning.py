@@ -16,6 +16,7 @@ from games import LossOf
 
 from svnup import NUMBERS_VERSION
 from svnup.allocation import Atp, Ratios, ScoreBudget, Tuned
+from svnup.game import Memo
 from svnup.offload import HostShelf
 from svnup.pruning import prune_model, temporarily_pruned
 from svnup.pruning.magnitude import Magnitude
@@ -108,6 +109,29 @@ def test_losses_on_the_first_sequences_are_kept_apart(random_model, tokens, tmp_
     assert report["n_full_evaluations"] == pytest.approx(5 + 1 / 3 + 2 / 3)
     best = [("start", whole), ("all", whole), ("more than there are", whole), ("rest", min(whole, *others))]
     assert report["best"] == [{"label": label, "loss": value} for label, value in best]
+
+
+def test_losses_of_another_kind_of_device_are_named(random_model, tokens, tmp_path, caplog):
+    """A cache that machines share may hold them; where both kinds are there, the own one counts."""
+    lm = random_model(2)
+    one, other = some_profiles(lm, 4)[:2]
+
+    def loss() -> HeldOutLoss:
+        return HeldOutLoss(lm, Magnitude(), tokens, lambda: tokens, "a", tmp_path)
+
+    own = loss()(one)
+    (file,) = (tmp_path / "losses").glob("*/*.jsonl")
+    key = json.loads(file.read_text())["coalition"]
+    Memo(file.parent, "cuda").add(key, 7.0)
+    assert loss()(one) == own
+    file.unlink()
+    Memo(file.parent, "cuda").add(key, 7.0)
+    again = loss()
+    assert again(one) == 7.0
+    assert caplog.text == ""
+    again(other)
+    assert "of several kinds of device: ['cpu', 'cuda']" in caplog.text
+    assert again.to_dict()["kinds"] == ["cpu", "cuda"]
 
 
 # -- shared prefixes
