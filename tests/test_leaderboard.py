@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 
 SCRIPT = Path(__file__).parent.parent / "experiments" / "leaderboard" / "run.py"
 
@@ -43,7 +44,7 @@ def made_up(run, searched=True):
     return {(c, a): entry(run, c, a, nll.get(a, 3.9)) for c, a in run.entries(run.ALLOCATORS, cells, searched)}
 
 
-def test_a_change_is_that_of_the_mean_loss_with_the_error_of_the_seeds(board_of):
+def test_a_change_is_that_of_the_mean_perplexity_with_the_error_of_the_seeds(board_of):
     cell = ("tiny", "wanda", 0.7)
     one, other = entry(board_of, cell, "a", 3.1), entry(board_of, cell, "b", 3.0)
     mean, error, low, high = board_of.change(one, other)
@@ -51,9 +52,32 @@ def test_a_change_is_that_of_the_mean_loss_with_the_error_of_the_seeds(board_of)
     assert error == pytest.approx(0, abs=1e-9), "the same seeds move both alike"
     assert low == pytest.approx(high) == pytest.approx(mean), "and so do the same windows"
     one.losses[2] += 0.03
-    mean, error, _, _ = board_of.change(one, other)
-    assert mean == pytest.approx(100 * math.expm1(0.11))
-    assert error == pytest.approx(100 * math.exp(0.11) * 0.03 / 3)  # std(0, 0, 0.03) / sqrt(3)
+    mean, error, low, high = board_of.change(one, other)
+    ratio = one.perplexities.mean() / other.perplexities.mean()
+    assert mean == pytest.approx(100 * (ratio - 1)), "as the perplexities that are shown"
+    off = one.perplexities / other.perplexities - ratio
+    assert error == pytest.approx(100 * off.std(ddof=1) / math.sqrt(3), rel=0.02)
+    assert low == pytest.approx(100 * math.expm1(0.1), rel=1e-6), "a bootstrap without the seed that is off"
+    assert high == pytest.approx(100 * math.expm1(0.13), rel=1e-6)
+
+
+def test_the_targets_are_computed(board_of):
+    board = made_up(board_of)
+    for cell in {cell for cell, _ in board}:
+        board[cell, "reversed"] = entry(board_of, cell, "reversed", 4.5)
+    board[("tiny", "wanda", 0.7), "owl"] = entry(board_of, ("tiny", "wanda", 0.7), "owl", 4.1)
+    text = "\n".join(board_of.targets(board, board_of.MODELS))
+    line = f"| tiny, wanda | {board_of.ROUNDS} | shapley | {100 * math.expm1(0.1):.2f} ± 0.00 % |"
+    assert f"{line} {100 * math.expm1(0.2):+.2f} ± 0.00 %, search cost 1.0 times as much |" in text
+    assert f"| tiny, magnitude | {board_of.ROUNDS} | shapley | {100 * math.expm1(0.1):.2f} ± 0.00 % | - | - |" in text
+    assert "reversed: worse than uniform in 12 of 12 cells; 0 of 36 single runs are better." in text
+    assert "random: worse than uniform in 0 of 12 cells; 36 of 36 single runs are better." in text
+    assert "search_long" not in text
+    for cell in {cell for cell, name in board if name == "search"}:
+        board[cell, "search_long"] = entry(board_of, cell, "search_long", 2.95)
+    text = "\n".join(board_of.targets(board, board_of.MODELS))
+    assert f"{100 * math.expm1(0.05):+.2f} ± 0.00 %, search cost 1.0 times as much |" in text
+    assert f"controls apart: owl (tiny, wanda, 0.7: {100 * math.expm1(0.1):+.1f} %)." in text
 
 
 def test_the_ranking_goes_by_selection_text_and_whole_profiles(board_of):
@@ -80,3 +104,37 @@ def test_what_a_loss_costs(board_of):
     assert board_of.loss_cost("magnitude", board_of.N_CALIBRATION) == 1
     assert board_of.loss_cost("wanda", board_of.N_CALIBRATION) == 3, "two runs of each block to prune it"
     assert board_of.round_cost("wanda", {"n_block_forwards": 120}, 12) == 10 * board_of.N_PAYOFF / board_of.N_CALIBRATION + 4
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on(board_of, tmp_path, monkeypatch):
+    """What was measured is read back, a line that a kill tore is measured again, and nothing comes out otherwise."""
+    for name, size in {"N_CALIBRATION": 2, "N_SELECTION": 2, "N_TEST": 3, "N_PAYOFF": 1, "SEEDS": (0, 1)}.items():
+        monkeypatch.setattr(board_of, name, size)
+    measured: list[str] = []
+    measure = board_of.Bench._measure
+    monkeypatch.setattr(
+        board_of.Bench, "_measure", lambda self, cell, name, *rest: measured.append(name) or measure(self, cell, name, *rest)
+    )
+    GlobalHydra.instance().clear()
+    board_of.start()
+    cell = ("tiny", "magnitude", 0.7)
+    names = ("uniform", "leave_one_out", "random")  # random has the amplitude that shapley chose
+    first = {name: board_of.Bench(str(tmp_path)).entry(cell, name) for name in names}
+    assert sorted(measured) == ["leave_one_out", "random", "shapley", "uniform"]
+    assert first["random"].cost == board_of.Bench(str(tmp_path)).entry(cell, "shapley").cost > 0
+
+    (file,) = (tmp_path / "leaderboard").glob("*.jsonl")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    torn = next(i for i, line in enumerate(lines) if '"lam=0' in line)
+    lines[torn] = lines[torn][: len(lines[torn]) // 2]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    measured.clear()
+    bench = board_of.Bench(str(tmp_path))
+    assert bench.entry(cell, "search", compute=False) is None
+    again = {name: bench.entry(cell, name) for name in names}
+    assert len(measured) == 1
+    for name in names:
+        assert np.array_equal(again[name].losses, first[name].losses)
+        assert np.array_equal(again[name].profiles, first[name].profiles)
+        assert (again[name].chosen, again[name].n_losses) == (first[name].chosen, first[name].n_losses)

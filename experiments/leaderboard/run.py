@@ -8,6 +8,8 @@ selection text. Writes results/tables/leaderboard.md and .csv and the figures; w
 killed run goes on.
 
     python experiments/leaderboard/run.py [--cache results/cache] [--workers 2] [--models tiny,tiny_opt] [--no-search]
+
+With --long-search there is one more search, which gets twenty times what `shapley_rounds` cost.
 """
 
 from __future__ import annotations
@@ -44,8 +46,9 @@ SEEDS = (0, 1, 2)
 TUNED = ("shapley", "leave_one_out", "owl", "alpha_pruning", "dlp", "atp", "block_influence")
 CONTROLS = ("random", "reversed")
 ROUNDS = "shapley_rounds"
-PROFILED = (ROUNDS, "curves", "search")  # whose profile is the choice, made once for all seeds
-ALLOCATORS = ("uniform", ROUNDS, *TUNED, "curves", "search", *CONTROLS)
+SEARCH, LONG = "search", "search_long"  # the second at 20 times the cost of rounds, where it is asked for
+PROFILED = (ROUNDS, "curves", SEARCH, LONG)  # whose profile is the choice, made once for all seeds
+ALLOCATORS = ("uniform", ROUNDS, *TUNED, "curves", SEARCH, LONG, *CONTROLS)
 SEARCH_CELLS = {("wanda", 0.7), ("sparsegpt", 0.7)}  # a search costs as much as all else in a cell
 N_CALIBRATION, N_SELECTION, N_TEST, N_PAYOFF = 24, 32, 128, 12
 BUDGET = 20  # of search, in costs of the Shapley budget
@@ -104,7 +107,8 @@ class Bench:
         """What the command would run: `svnup` with these overrides."""
         model, pruner, sparsity = cell
         sizes = [f"dataset.n_seq={N_CALIBRATION}", f"selection.n_seq={N_SELECTION}", f"shapley.game.data.n_seq={N_PAYOFF}"]
-        base = [f"model={model}", f"pruner={pruner}", f"sparsity={sparsity}", f"allocator={allocator}", f"seed={seed}", *sizes]
+        named = SEARCH if allocator == LONG else allocator
+        base = [f"model={model}", f"pruner={pruner}", f"sparsity={sparsity}", f"allocator={named}", f"seed={seed}", *sizes]
         cfg = compose(
             "config", [*base, "model.device=cpu", f"evaluation.n_seq={N_TEST}", f"cache_dir={self.cache}", *overrides]
         )
@@ -117,13 +121,13 @@ class Bench:
 
     def entry(self, cell: Cell, allocator: str, compute: bool = True) -> Entry | None:
         """The measured entry, from the cache where it is there; None where it is not and `compute` is false."""
-        lam = None
-        if allocator in (*CONTROLS, "search"):
-            shapley = self.entry(cell, "shapley", compute)
-            if shapley is None:
+        lam, cost = None, 0.0
+        if allocator in (*CONTROLS, SEARCH, LONG):
+            base = self.entry(cell, ROUNDS if allocator == LONG else "shapley", compute)
+            if base is None:
                 return None
-            lam = shapley.chosen.partition("=")[2]
-        overrides = self._overrides(cell, allocator, lam, shapley.cost if allocator == "search" else 0.0)
+            lam, cost = base.chosen.partition("=")[2], base.cost
+        overrides = self._overrides(cell, allocator, lam, cost)
         job = self.job(cell, allocator, SEEDS[0], *overrides)
         what = ["entry", allocator, job.key, self.model(job, cell[0]).fingerprint(), len(SEEDS)]
         found = self.remembered(what)
@@ -132,6 +136,8 @@ class Bench:
             self.remember(what, found)
         if found is None:
             return None
+        if allocator in CONTROLS:  # whose amplitude is the one that was chosen for it
+            found = found | {"cost": cost}
         arrays = {name: np.array(found[name]) for name in ("losses", "profiles")}
         return Entry(cell, allocator, **(found | arrays))
 
@@ -141,8 +147,8 @@ class Bench:
             return [f"allocator.{knob}=auto"]
         if allocator in CONTROLS:
             return [f"allocator.lam={lam}"]
-        if allocator == "search":  # as many generations as 20 times the cost pays for, and at least one
-            search: Any = self.job(cell, "search", 0).allocator
+        if allocator in (SEARCH, LONG):  # as many generations as 20 times the cost pays for, and at least one
+            search: Any = self.job(cell, SEARCH, 0).allocator
             widths = [search.offspring, *search.survivors]
             lengths = [*search.sequences, N_SELECTION]
             generation = sum(w * loss_cost(cell[1], n) for w, n in zip(widths, lengths, strict=True))
@@ -216,10 +222,11 @@ def round_cost(pruner: str, values: dict[str, Any], n_blocks: int) -> float:
     return float(values["n_block_forwards"] / n_blocks * N_PAYOFF / N_CALIBRATION) + 2 * loss_cost(pruner, 0)
 
 
-def entries(allocators: Iterable[str], cells: Iterable[Cell], search: bool) -> Iterator[tuple[Cell, str]]:
+def entries(allocators: Iterable[str], cells: Iterable[Cell], search: bool, long: bool = False) -> Iterator[tuple[Cell, str]]:
     for cell in cells:
         for allocator in allocators:
-            if allocator != "search" or (search and cell[1:] in SEARCH_CELLS):
+            asked = {SEARCH: search, LONG: long}.get(allocator)
+            if asked is None or (asked and cell[1:] in SEARCH_CELLS):
                 yield cell, allocator
 
 
@@ -241,9 +248,9 @@ def start() -> None:
 
 
 def run_all(todo: list[tuple[Cell, str]], cache: str, workers: int) -> None:
-    """The Shapley budgets first, whose choices controls and search need."""
-    first = [entry for entry in todo if entry[1] == "shapley"]
-    for part in (first, [entry for entry in todo if entry not in first]):
+    """The Shapley budgets first, whose choices and costs controls and searches need."""
+    first, last = ([entry for entry in todo if entry[1] == name] for name in ("shapley", LONG))
+    for part in (first, [entry for entry in todo if entry not in (*first, *last)], last):
         with multiprocessing.get_context("spawn").Pool(workers, start) as pool:
             for _ in pool.imap_unordered(measure, [(cache, *entry) for entry in part]):
                 pass
@@ -253,20 +260,16 @@ def run_all(todo: list[tuple[Cell, str]], cache: str, workers: int) -> None:
 
 
 def change(entry: Entry, other: Entry) -> tuple[float, float, float, float]:
-    """Perplexity of an entry against another's in percent: mean over seeds, its standard error over seeds, and the 95 %
-    interval of a bootstrap over test windows (both are read in the same windows, so differences are paired)."""
-    difference = entry.losses - other.losses
-    per_seed = difference.mean(axis=1)
-    windows = difference.mean(axis=0)
-    rng = np.random.default_rng(0)
-    means = windows[rng.integers(len(windows), size=(2000, len(windows)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    mean = math.expm1(per_seed.mean())
-    return (
-        100 * mean,
-        100 * (1 + mean) * per_seed.std(ddof=1) / math.sqrt(len(per_seed)),
-        *(100 * math.expm1(x) for x in (low, high)),
-    )
+    """Perplexity of an entry against another's in percent, of their means over seeds; its standard error over seeds, and the
+    95 % interval of a bootstrap over seeds and test windows, which both share: differences are paired."""
+    mine, theirs = entry.perplexities, other.perplexities
+    ratio = mine.mean() / theirs.mean()
+    error = (mine - ratio * theirs).std(ddof=1) / math.sqrt(len(mine)) / theirs.mean()
+    rng, (n_seeds, n_windows) = np.random.default_rng(0), entry.losses.shape
+    seeds, windows = (rng.integers(n, size=(2000, n)) for n in (n_seeds, n_windows))
+    one, two = (np.exp(e.losses[seeds[:, :, None], windows[:, None, :]].mean(axis=2)).mean(axis=1) for e in (entry, other))
+    low, high = np.percentile(one / two, [2.5, 97.5])
+    return 100 * (ratio - 1), 100 * error, 100 * (low - 1), 100 * (high - 1)
 
 
 def ranking(board: dict[tuple[Cell, str], Entry], models: Iterable[str], among: Iterable[str]) -> list[str]:
@@ -287,7 +290,8 @@ def table(board: dict[tuple[Cell, str], Entry], model: str, sparsity: float) -> 
     lines.append("| --- |" + " ---: |" * (3 * len(PRUNERS)))
     names = [a for a in ALLOCATORS if any(((model, p, sparsity), a) in board for p in PRUNERS)]
     least = {
-        p: min((a for a in names if a != "search"), key=lambda a: board[(model, p, sparsity), a].losses.mean()) for p in PRUNERS
+        p: min((a for a in names if a not in (SEARCH, LONG)), key=lambda a: board[(model, p, sparsity), a].losses.mean())
+        for p in PRUNERS
     }
     for name in names:
         cells = [name]
@@ -307,12 +311,14 @@ def table(board: dict[tuple[Cell, str], Entry], model: str, sparsity: float) -> 
     return lines
 
 
-def against_rounds(board: dict[tuple[Cell, str], Entry], models: Iterable[str]) -> list[str]:
+def against_rounds(board: dict[tuple[Cell, str], Entry], models: Iterable[str], sparsity: float) -> list[str]:
     """How much more perplexity each allocator leaves than the Shapley budget in rounds."""
-    cells = [(m, p, s) for s in SPARSITIES for m in models for p in PRUNERS]
-    lines = ["| allocator | " + " | ".join(f"{m}, {p}, {100 * s:.0f} %" for m, p, s in cells) + " |"]
+    cells = [(m, p, sparsity) for m in models for p in PRUNERS]
+    lines = ["| allocator | " + " | ".join(f"{m}, {p}" for m, p, _ in cells) + " |"]
     lines.append("| --- |" + " ---: |" * len(cells))
     for name in ALLOCATORS:
+        if name == ROUNDS or not any((cell, name) in board for cell in cells):
+            continue
         shown = []
         for cell in cells:
             if (cell, name) not in board:
@@ -320,9 +326,42 @@ def against_rounds(board: dict[tuple[Cell, str], Entry], models: Iterable[str]) 
                 continue
             mean, error, low, high = change(board[cell, name], board[cell, ROUNDS])
             shown.append(f"{mean:+.1f} ± {error:.1f} % [{low:+.1f}, {high:+.1f}]")
-        if name != ROUNDS:
-            lines.append(f"| {name} | " + " | ".join(shown) + " |")
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return lines
+
+
+def targets(board: dict[tuple[Cell, str], Entry], models: Iterable[str]) -> list[str]:
+    """Who is lowest at 70 % without searching and by how much, and how far the Shapley budgets are from search."""
+    against = [("shapley", SEARCH), (ROUNDS, SEARCH)]
+    against += [(ROUNDS, LONG)] if any(name == LONG for _, name in board) else []
+    lines = ["| | lowest without search | next | behind by | " + " | ".join(f"{a} against {b}" for a, b in against) + " |"]
+    lines.append("| --- | --- | --- |" + " ---: |" * (1 + len(against)))
+    for cell in ((m, p, 0.7) for m in models for p in PRUNERS):
+        there = [a for a in ALLOCATORS if (cell, a) in board and a not in (SEARCH, LONG)]
+        best, following = sorted(there, key=lambda a: board[cell, a].perplexities.mean())[:2]
+        mean, error, *_ = change(board[cell, following], board[cell, best])
+        line = [", ".join(cell[:2]), best, following, f"{mean:.2f} ± {error:.2f} %"]
+        for name, search in against:
+            if (cell, search) in board:
+                mean, error, *_ = change(board[cell, name], board[cell, search])
+                times = board[cell, search].cost / board[cell, name].cost
+                line.append(f"{mean:+.2f} ± {error:.2f} %, search cost {times:.1f} times as much")
+            else:
+                line.append("-")
+        lines.append("| " + " | ".join(line) + " |")
+    pairs = [(e, board[cell, "uniform"], name) for (cell, name), e in board.items() if name in CONTROLS]
+    for name in CONTROLS:
+        found = [(e, u) for e, u, control in pairs if control == name]
+        means = sum(e.perplexities.mean() > u.perplexities.mean() for e, u in found)
+        single = sum(int((e.perplexities < u.perplexities).sum()) for e, u in found)
+        runs = f"{single} of {3 * len(found)} single runs are better"
+        lines += ["", f"{name}: worse than uniform in {means} of {len(found)} cells; {runs}."]
+    worse = [
+        f"{name} ({', '.join(map(str, cell))}: {change(e, board[cell, 'uniform'])[0]:+.1f} %)"
+        for (cell, name), e in board.items()
+        if name not in ("uniform", *CONTROLS) and e.perplexities.mean() > board[cell, "uniform"].perplexities.mean()
+    ]
+    return [*lines, "", f"Worse than uniform on test text, controls apart: {'; '.join(worse) or 'none'}."]
 
 
 def choices(board: dict[tuple[Cell, str], Entry], models: Iterable[str]) -> list[str]:
@@ -348,9 +387,10 @@ def report(board: dict[tuple[Cell, str], Entry], dense: dict[str, float], models
         f"payoff text {N_PAYOFF} x 256; perplexity on the first {N_TEST} windows of 256 tokens of the test text, mean ± "
         "standard deviation over the seeds.",
         "",
-        "'vs uniform': relative change of perplexity, with the 95 % interval of a paired bootstrap over test windows. Cost: of "
-        "the allocation, choice of its knob included, in forward passes of the whole model over the calibration text. Bold: "
-        "the lowest but for search, which had 20 times the cost of shapley, on the selection text.",
+        "'vs uniform': relative change of perplexity, of the means, with the 95 % interval of a paired bootstrap over seeds "
+        "and test windows. Cost: of the allocation, choice of its knob included, in forward passes of the whole model over the "
+        "calibration text. Bold: the lowest but for search, which had 20 times the cost of shapley (search_long: of "
+        "shapley_rounds), on the selection text.",
     ]
     for model in models:
         for sparsity in sorted((*SPARSITIES, *MORE_SPARSITIES)):
@@ -361,8 +401,10 @@ def report(board: dict[tuple[Cell, str], Entry], dense: dict[str, float], models
     changes = "; ".join(f"{name} {change(*pair)[0]:+.2f} %" for name, pair in pairs.items())
     paper = "For LLaMA-7B with SparseGPT, another model on another text, arXiv 2505.01731 gives -18.01 %."
     text += ["", f"{ROUNDS} against uniform at 70 %: {changes}. {paper}"]
-    text += ["", f"## Perplexity against that of {ROUNDS}", "", "Mean ± standard error over seeds, and the interval.", ""]
-    text += against_rounds(board, models)
+    text += ["", "## Targets", "", *targets(board, models)]
+    text += ["", f"## Perplexity against that of {ROUNDS}", "", "± standard error over seeds, and the interval."]
+    for sparsity in sorted({cell[2] for cell, _ in board}):
+        text += ["", f"### {100 * sparsity:.0f} %", "", *against_rounds(board, models, sparsity)]
     text += ["", "## What was chosen on the selection text", "", *choices(board, models), ""]
     text += [f"By the loss on selection text, averaged over all cells of 60 and 70 %: {', '.join(best)}."]
     return "\n".join(text) + "\n"
@@ -435,11 +477,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--search", action=argparse.BooleanOptionalAction, default=True, help="with the evolutionary search")
+    parser.add_argument("--long-search", action="store_true", help="and one of 20 times the cost of shapley_rounds")
     parser.add_argument("--stage", choices=("main", "all"), default="all", help="main: no other sparsities than 0.6 and 0.7")
     options = parser.parse_args()
     models = tuple(options.models.split(","))
     cells = [(model, pruner, sparsity) for sparsity in SPARSITIES for model in models for pruner in PRUNERS]
-    todo = [*entries(ALLOCATORS, cells, options.search)]
+    todo = [*entries(ALLOCATORS, cells, options.search, options.long_search)]
     run_all(todo, options.cache, options.workers)
     start()
     torch.set_num_threads(1)
