@@ -142,7 +142,7 @@ class Perplexity(Evaluation):
 
     def dense(self, lm: LanguageModel, cache_dir: str | Path, check: Check = unchecked) -> Metrics:
         protocols = [_protocol(s, s.tokens(lm.tokenizer)) for s in self.datasets]
-        return _measured_once(lm, protocols, cache_dir, self.run, check)
+        return _measured_once(lm, protocols, cache_dir, lambda lm: Perplexity.run(self, lm), check)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +233,8 @@ class ZeroShot(Evaluation):
         return metrics
 
     def dense(self, lm: LanguageModel, cache_dir: str | Path, check: Check = unchecked) -> Metrics:
-        return _measured_once(lm, [self.shown, self._protocols, version("lm_eval")], cache_dir, self.run, check)
+        of = [self.shown, self._protocols, version("lm_eval")]
+        return _measured_once(lm, of, cache_dir, lambda lm: ZeroShot.run(self, lm), check)
 
     @cached_property
     def _files(self) -> dict[str, Path]:

@@ -258,7 +258,9 @@ def test_a_dense_perplexity_that_is_off_stops_before_the_tasks(tmp_path, lm, eva
     assert len(list((tmp_path / "dense").iterdir())) == 1
     seen: list[str] = []
     found = full.dense(lm, tmp_path, lambda metrics: seen.extend(metrics))
-    assert seen == list(found) == ["docs/ppl", "docs_cloze/acc"]
+    assert seen == list(found) == ["docs/ppl", "docs_cloze/acc", "docs_cloze/acc_norm"]
+    assert evaluations == ["docs_cloze"], "once"
+    assert len(list((tmp_path / "dense").iterdir())) == 2
 
 
 # -- the field's tasks, on local copies in the layout that `datasets` reads offline
