@@ -33,6 +33,7 @@ def entry(run, cell, name, nll, least=None):
 def made_up(run, searched=True):
     nll = {
         "uniform": 4.0,
+        run.SUBLAYERS: 2.95,
         run.ROUNDS: 3.0,
         "shapley": 3.1,
         "leave_one_out": 3.2,
@@ -67,9 +68,11 @@ def test_the_targets_are_computed(board_of):
         board[cell, "reversed"] = entry(board_of, cell, "reversed", 4.5)
     board[("tiny", "wanda", 0.7), "owl"] = entry(board_of, ("tiny", "wanda", 0.7), "owl", 4.1)
     text = "\n".join(board_of.targets(board, board_of.MODELS))
-    line = f"| tiny, wanda | {board_of.ROUNDS} | shapley | {100 * math.expm1(0.1):.2f} ± 0.00 % |"
-    assert f"{line} {100 * math.expm1(0.2):+.2f} ± 0.00 %, search cost 1.0 times as much |" in text
-    assert f"| tiny, magnitude | {board_of.ROUNDS} | shapley | {100 * math.expm1(0.1):.2f} ± 0.00 % | - | - |" in text
+    of_blocks = f"{board_of.ROUNDS} | shapley, {100 * math.expm1(0.1):.2f} ± 0.00 % behind |"
+    best = f"{board_of.SUBLAYERS} | {board_of.ROUNDS}, {100 * math.expm1(0.05):.2f} ± 0.00 % behind |"
+    against = [f"{100 * math.expm1(x):+.2f} ± 0.00 %, search cost 1.0 times as much" for x in (0.2, 0.1, 0.05)]
+    assert f"| tiny, wanda | {best} {of_blocks} {' | '.join(against)} |" in text
+    assert f"| tiny, magnitude | {best} {of_blocks} - | - | - |" in text
     assert "reversed: worse than uniform in 12 of 12 cells; 0 of 36 single runs are better." in text
     assert "random: worse than uniform in 0 of 12 cells; 36 of 36 single runs are better." in text
     assert "search_long" not in text
@@ -85,14 +88,14 @@ def test_the_ranking_goes_by_selection_text_and_whole_profiles(board_of):
     for cell in {cell for cell, _ in board}:
         board[cell, "owl"] = entry(board_of, cell, "owl", 3.9, least=2.5)  # better on selection text, worse on test text
     best = board_of.ranking(board, board_of.MODELS, (board_of.ROUNDS, *board_of.TUNED, "curves"))
-    assert best[:6] == ["owl", board_of.ROUNDS, "shapley", "leave_one_out", "block_influence", "curves"]
+    assert best[:7] == ["owl", board_of.SUBLAYERS, board_of.ROUNDS, "shapley", "leave_one_out", "block_influence", "curves"]
 
 
 @pytest.mark.parametrize("searched", [True, False])
 def test_the_report_has_every_cell_and_marks_the_best_but_for_search(board_of, searched):
     board = made_up(board_of, searched)
     text = board_of.report(board, dict.fromkeys(board_of.MODELS, 12.0), board_of.MODELS, ["shapley"])
-    rows = [line for line in text.splitlines() if line.startswith(f"| {board_of.ROUNDS} | **")]
+    rows = [line for line in text.splitlines() if line.startswith(f"| {board_of.SUBLAYERS} | **")]
     assert len(rows) == 4  # two models, two sparsities
     assert all(line.count("**") == 6 for line in rows)
     assert text.count("**") == 24
@@ -119,9 +122,9 @@ def test_a_killed_study_goes_on(board_of, tmp_path, monkeypatch):
     GlobalHydra.instance().clear()
     board_of.start()
     cell = ("tiny", "magnitude", 0.7)
-    names = ("uniform", "leave_one_out", "random")  # random has the amplitude that shapley chose
+    names = ("uniform", "leave_one_out", board_of.SUBLAYERS, "random")  # random has the amplitude that shapley chose
     first = {name: board_of.Bench(str(tmp_path)).entry(cell, name) for name in names}
-    assert sorted(measured) == ["leave_one_out", "random", "shapley", "uniform"]
+    assert sorted(measured) == ["leave_one_out", "random", "shapley", board_of.SUBLAYERS, "uniform"]
     assert first["random"].cost == board_of.Bench(str(tmp_path)).entry(cell, "shapley").cost > 0
 
     (file,) = (tmp_path / "leaderboard").glob("*.jsonl")

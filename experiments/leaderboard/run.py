@@ -9,7 +9,8 @@ killed run goes on.
 
     python experiments/leaderboard/run.py [--cache results/cache] [--workers 2] [--models tiny,tiny_opt] [--no-search]
 
-With --long-search there is one more search, which gets twenty times what `shapley_rounds` cost.
+With --long-search tiny_opt/wanda there is one more search there, which gets twenty times what `shapley_rounds` cost: three
+quarters of an hour a cell.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ MODELS = ("tiny", "tiny_opt")
 PRUNERS = ("magnitude", "wanda", "sparsegpt")
 SPARSITIES, MORE_SPARSITIES = (0.7, 0.6), (0.5, 0.8)
 SEEDS = (0, 1, 2)
-TUNED = ("shapley", "leave_one_out", "owl", "alpha_pruning", "dlp", "atp", "block_influence")
+SUBLAYERS = "shapley_sublayers"  # attention and MLP are players with budgets of their own
+TUNED = ("shapley", SUBLAYERS, "leave_one_out", "owl", "alpha_pruning", "dlp", "atp", "block_influence")
 CONTROLS = ("random", "reversed")
 ROUNDS = "shapley_rounds"
 SEARCH, LONG = "search", "search_long"  # the second at 20 times the cost of rounds, where it is asked for
@@ -107,7 +109,7 @@ class Bench:
         """What the command would run: `svnup` with these overrides."""
         model, pruner, sparsity = cell
         sizes = [f"dataset.n_seq={N_CALIBRATION}", f"selection.n_seq={N_SELECTION}", f"shapley.game.data.n_seq={N_PAYOFF}"]
-        named = SEARCH if allocator == LONG else allocator
+        named = {LONG: SEARCH, SUBLAYERS: "shapley"}.get(allocator, allocator)
         base = [f"model={model}", f"pruner={pruner}", f"sparsity={sparsity}", f"allocator={named}", f"seed={seed}", *sizes]
         cfg = compose(
             "config", [*base, "model.device=cpu", f"evaluation.n_seq={N_TEST}", f"cache_dir={self.cache}", *overrides]
@@ -144,7 +146,8 @@ class Bench:
     def _overrides(self, cell: Cell, allocator: str, lam: str | None, cost: float) -> list[str]:
         if allocator in TUNED:
             knob = {"alpha_pruning": "epsilon", "atp": "beta"}.get(allocator, "lam")
-            return [f"allocator.{knob}=auto"]
+            of_parts = ["allocator.granularity=sublayer", "shapley.game.players=sublayer"]
+            return [f"allocator.{knob}=auto", *(of_parts if allocator == SUBLAYERS else [])]
         if allocator in CONTROLS:
             return [f"allocator.lam={lam}"]
         if allocator in (SEARCH, LONG):  # as many generations as 20 times the cost pays for, and at least one
@@ -161,14 +164,16 @@ class Bench:
         for seed in SEEDS:
             job = self.job(cell, allocator, seed, *overrides)
             lm, tokens = self.model(job, cell[0]), job.tokens()
-            scores = None
+            params = lm.sublayer_params if job.granularity == "sublayer" else lm.block_params
+            scores, cost_of_scores = None, 0.0
             if job.scorer is not None:
-                scores = job.scorer.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm)))
+                found = job.scorer.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm)))
+                scores, cost_of_scores = found.per_part(len(params)), score_cost(job, found, lm.n_blocks)
             if seed == SEEDS[0]:
                 loss = held_out_loss(job, lm, tokens)
-                profile = job.allocator.allocate(scores, lm.block_params, job.sparsity, job.pattern, loss)
+                profile = job.allocator.allocate(scores, params, job.sparsity, job.pattern, loss)
                 tuning = loss.to_dict()
-                cost = score_cost(job, scores, lm.n_blocks) + sum(
+                cost = cost_of_scores + sum(
                     loss_cost(cell[1], call.get("n_seq", N_SELECTION)) for call in (tuning or {"curve": []})["curve"]
                 )
                 cost += sum(round_cost(cell[1], values, lm.n_blocks) for values in (tuning or {}).get("rounds", []))
@@ -177,9 +182,10 @@ class Bench:
                     chosen = min(tuning["curve"], key=lambda call: math.inf if call["loss"] is None else call["loss"])["label"]
             elif isinstance(job.allocator, Tuned):
                 fixed = job.allocator.candidates(lm.n_blocks, job.sparsity)[chosen]
-                profile = fixed.allocate(scores, lm.block_params, job.sparsity, job.pattern)
+                profile = fixed.allocate(scores, params, job.sparsity, job.pattern)
             elif allocator not in PROFILED:
-                profile = job.allocator.allocate(scores, lm.block_params, job.sparsity, job.pattern)
+                profile = job.allocator.allocate(scores, params, job.sparsity, job.pattern)
+            profile = job.split.divide(lm, profile, job.pruner, tokens)
             losses.append(self._test(job, lm, profile))
             profiles.append(profile.sparsity.tolist())
         return {
@@ -196,6 +202,7 @@ class Bench:
         tokens = job.tokens() if job.pruner.needs_inputs else None
         calibration = hashlib.sha256(tokens.tobytes()).hexdigest() if tokens is not None else None
         what = ["test", lm.fingerprint(), repr(job.pruner), np.round(profile.sparsity, 12).tolist(), calibration, N_TEST]
+        what += [profile.to_dict()["linears"]] if profile.linears is not None else []
         found = self.remembered(what)
         if found is None:
             (source,) = job.evaluation.sources()
@@ -211,9 +218,9 @@ def loss_cost(pruner: str, n_seq: int) -> float:
 
 
 def score_cost(job: Job, scores: Any, n_blocks: int) -> float:
-    if scores is None:
-        return 0.0
+    """A step of a sublayer counts as half of one of a block."""
     share = N_PAYOFF / N_CALIBRATION if job.shapley is not None else 1.0
+    share /= 2 if job.shapley is not None and job.shapley.game.players == "sublayer" else 1
     return float(scores.cost.n_block_forwards / n_blocks * share)
 
 
@@ -222,11 +229,14 @@ def round_cost(pruner: str, values: dict[str, Any], n_blocks: int) -> float:
     return float(values["n_block_forwards"] / n_blocks * N_PAYOFF / N_CALIBRATION) + 2 * loss_cost(pruner, 0)
 
 
-def entries(allocators: Iterable[str], cells: Iterable[Cell], search: bool, long: bool = False) -> Iterator[tuple[Cell, str]]:
+def entries(
+    allocators: Iterable[str], cells: Iterable[Cell], search: bool, long: Container[str] = ()
+) -> Iterator[tuple[Cell, str]]:
+    """`long` has the models and pruners, as model/pruner, that have a long search."""
     for cell in cells:
+        asked = {SEARCH: search, LONG: "/".join(cell[:2]) in long}
         for allocator in allocators:
-            asked = {SEARCH: search, LONG: long}.get(allocator)
-            if asked is None or (asked and cell[1:] in SEARCH_CELLS):
+            if allocator not in asked or (asked[allocator] and cell[1:] in SEARCH_CELLS):
                 yield cell, allocator
 
 
@@ -331,16 +341,19 @@ def against_rounds(board: dict[tuple[Cell, str], Entry], models: Iterable[str], 
 
 
 def targets(board: dict[tuple[Cell, str], Entry], models: Iterable[str]) -> list[str]:
-    """Who is lowest at 70 % without searching and by how much, and how far the Shapley budgets are from search."""
-    against = [("shapley", SEARCH), (ROUNDS, SEARCH)]
+    """Who is lowest at 70 % without searching and by how much, also with one budget a block; and how the Shapley budgets stand
+    against search."""
+    against = [("shapley", SEARCH), (ROUNDS, SEARCH), (SUBLAYERS, SEARCH)]
     against += [(ROUNDS, LONG)] if any(name == LONG for _, name in board) else []
-    lines = ["| | lowest without search | next | behind by | " + " | ".join(f"{a} against {b}" for a, b in against) + " |"]
-    lines.append("| --- | --- | --- |" + " ---: |" * (1 + len(against)))
+    heads = ["lowest without search", "next", "of one budget a block", "next", *(f"{a} against {b}" for a, b in against)]
+    lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " --- |" * 4 + " ---: |" * len(against)]
     for cell in ((m, p, 0.7) for m in models for p in PRUNERS):
-        there = [a for a in ALLOCATORS if (cell, a) in board and a not in (SEARCH, LONG)]
-        best, following = sorted(there, key=lambda a: board[cell, a].perplexities.mean())[:2]
-        mean, error, *_ = change(board[cell, following], board[cell, best])
-        line = [", ".join(cell[:2]), best, following, f"{mean:.2f} ± {error:.2f} %"]
+        line = [", ".join(cell[:2])]
+        for apart in ((SEARCH, LONG), (SEARCH, LONG, SUBLAYERS)):
+            there = [a for a in ALLOCATORS if (cell, a) in board and a not in apart]
+            best, following = sorted(there, key=lambda a: board[cell, a].perplexities.mean())[:2]
+            mean, error, *_ = change(board[cell, following], board[cell, best])
+            line += [best, f"{following}, {mean:.2f} ± {error:.2f} % behind"]
         for name, search in against:
             if (cell, search) in board:
                 mean, error, *_ = change(board[cell, name], board[cell, search])
@@ -454,7 +467,7 @@ def draw_profiles(board: dict[tuple[Cell, str], Entry], models: tuple[str, ...],
     """Sparsity per block of each allocator at 70 % with Wanda."""
     from matplotlib.figure import Figure
 
-    names = [a for a in ALLOCATORS if a not in ("uniform", *CONTROLS)]
+    names = [a for a in ALLOCATORS if a not in ("uniform", *CONTROLS) and any(name == a for _, name in board)]
     figure = Figure(figsize=(12, 5), layout="constrained")
     for axes, name in zip(figure.subplots(2, (len(names) + 1) // 2, sharex=True, sharey=True).flat, names, strict=False):
         for model, color in zip(models, ("#3b6ea5", "#c1666b"), strict=False):
@@ -477,12 +490,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--search", action=argparse.BooleanOptionalAction, default=True, help="with the evolutionary search")
-    parser.add_argument("--long-search", action="store_true", help="and one of 20 times the cost of shapley_rounds")
+    parser.add_argument(
+        "--long-search", default="", metavar="MODEL/PRUNER,...", help="one of 20 times the cost of shapley_rounds"
+    )
     parser.add_argument("--stage", choices=("main", "all"), default="all", help="main: no other sparsities than 0.6 and 0.7")
     options = parser.parse_args()
     models = tuple(options.models.split(","))
     cells = [(model, pruner, sparsity) for sparsity in SPARSITIES for model in models for pruner in PRUNERS]
-    todo = [*entries(ALLOCATORS, cells, options.search, options.long_search)]
+    todo = [*entries(ALLOCATORS, cells, options.search, options.long_search.split(","))]
     run_all(todo, options.cache, options.workers)
     start()
     torch.set_num_threads(1)
