@@ -207,7 +207,7 @@ def test_numbers_of_earlier_versions_are_left_out_of_tables(tmp_path, capsys, ca
         assert main(["table", str(tmp_path), "--format", "csv"]) == 0
     shown = [float(line["docs/ppl"]) for line in csv.DictReader(io.StringIO(capsys.readouterr().out))]
     assert sorted(shown) == [40.0, 41.0], "results from before they told are of version 2"
-    assert caplog.text == ""
+    assert "left out" not in caplog.text
     for made in (of_version("c", 42.0, 3), of_version("d", 43.0, 3)):
         RunFolder.of(tmp_path, made.config_key).write(made)
     with caplog.at_level(logging.WARNING):
