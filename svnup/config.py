@@ -588,11 +588,9 @@ def _check_sublayers(config: dict[str, Any], shapley: ShapleyScorer | None, spli
 
 
 def _check_rounds(shapley: ShapleyScorer | None) -> None:
-    """Refuse rounds whose values would not be those of blocks in a pruned model."""
+    """Refuse rounds whose values would not be Shapley values in a pruned model."""
     if shapley is None:
         raise ValueError("allocator.scorer: rounds need Shapley values; leave its scorer as its yaml has it")
-    if shapley.game.players != "block":
-        raise ValueError(f"shapley.game.players={shapley.game.players}: rounds correct budgets of blocks; use players=block")
     if getattr(shapley.estimator, "gated", False):
         raise ValueError("shapley=gates: there are no gates in a pruned model's game; use shapley=sliding_window")
 

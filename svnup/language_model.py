@@ -100,7 +100,6 @@ class Visit:
         self.block = lm.blocks[index]
         self.linears = lm.linears(index)
         self.advanced = False
-        self.n_runs = 0  # of the block on all inputs
 
     def run(self, advance: bool = False) -> None:
         """Run the block on all inputs, for its hooks; `advance` keeps the outputs as the next block's inputs."""
@@ -113,7 +112,6 @@ class Visit:
             if advance:
                 batch.hidden = hidden
         self.advanced = self.advanced or advance
-        self.n_runs += bool(self.batches)
         self.lm.n_block_runs += bool(self.batches)
 
 

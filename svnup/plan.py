@@ -81,7 +81,7 @@ def plan(job: Job) -> dict[str, int]:
             out["bytes that shapley reads"] = cost["block_forwards"] * block
         rounds = job.allocator.rounds if isinstance(job.allocator, ShapleyRounds) else 1
         if rounds > 1:
-            again = job.shapley.estimator.plan(lm.n_blocks)
+            again = job.shapley.estimator.plan(job.shapley.game.n_players(lm.n_blocks))
             out["evaluations of later rounds"] = (rounds - 1) * len(again)
             out["block forwards of later rounds"] = (rounds - 1) * block_forwards(again, absent_costs=True)
         stand_ins = int(lm.block_params.sum()) * size * (2 if rounds > 1 else job.game_prunes)

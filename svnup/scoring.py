@@ -177,10 +177,11 @@ class ShapleyScorer:
         return values.on(game.kinds)
 
     def again(self, lm: LanguageModel, absent: list[dict[str, Tensor]], cache_dir: str | None) -> ShapleyValues:
-        """The values of the blocks as they are now, with `absent` in place of absent ones: same text and estimator, -NLL."""
+        """The values of the players as they are now, with `absent` for absent ones: same text and estimator, -NLL."""
         from svnup.game import LayerGame
 
-        game = LayerGame(lm, self.game.data.tokens(lm.tokenizer), pruned=absent, cache_dir=cache_dir)
+        tokens = self.game.data.tokens(lm.tokenizer)
+        game = LayerGame(lm, tokens, players=self.game.players, pruned=absent, cache_dir=cache_dir)
         return self.estimator.estimate(game).on(game.kinds)
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from svnup.allocation import (
+    Granularity,
     Loss,
     Scale,
     ScoreBudget,
@@ -141,7 +142,7 @@ class ShapleyRounds:
     plays a game in the pruned model: a present block has `delta` less sparsity than the budget gives it, an absent one `delta`
     more, and the payoff is minus the negative log-likelihood; so a value is what sparsity costs a block where it stands. Then
     s_l moves by `step` / 2 or `step` times the log of the value per weight that differs, centred, where that lowers the loss;
-    else the rounds end.
+    else the rounds end. With `granularity=sublayer` attention and MLP have values and budgets apart.
 
     Source: our choice; arXiv 2505.01731 takes the values of the dense model alone.
     """
@@ -153,6 +154,7 @@ class ShapleyRounds:
     delta: float = 0.1
     lower: float | None = None
     upper: float | None = None
+    granularity: Granularity = "block"
     uniform_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -90,9 +90,8 @@ class HeldOutLoss:
         new = {key: profile for key, (_, profile) in zip(keys, tried, strict=True) if key not in self._memo.values}
         if new:
             before = self._lm.n_block_runs
-            profiles = [self._divide(profile) for profile in new.values()]
+            self._measure(list(new), [self._divide(profile) for profile in new.values()], tokens)
             self._n_calibration += self._lm.n_block_runs - before
-            self._measure(list(new), profiles, tokens)
         losses = [self._memo.values[key] for key in keys]
         if not (kinds := {self._memo.kinds[key] for key in keys}) <= self._kinds:
             self._kinds |= kinds
@@ -106,14 +105,14 @@ class HeldOutLoss:
         return losses
 
     def values(self, denser: SparsityProfile, sparser: SparsityProfile) -> Floats:
-        """Shapley values (n_blocks,) where a present block is pruned by `denser` and an absent one by `sparser`."""
+        """Shapley values (n_parts,) where a present block or sublayer is pruned by `denser` and an absent one by `sparser`."""
         assert self._play is not None
         start, before = time.perf_counter(), self._lm.n_block_runs
         found = self._play(self._divide(denser), self._divide(sparser))
         self._n_calibration += self._lm.n_block_runs - before
         self._seconds += time.perf_counter() - start
         self._rounds.append(found.to_dict())
-        return found.values
+        return found.per_part(len(denser.sparsity)).values
 
     @torch.inference_mode()
     def _measure(self, keys: list[str], profiles: list[SparsityProfile], tokens: Ints) -> None:
@@ -139,7 +138,6 @@ class HeldOutLoss:
                         states = [lm.run_block(visit.index, h, b) for h, b in zip(states, selection, strict=True)]
                     if kept >> (visit.index + 1) & 1:
                         stack[visit.index + 1] = (_hidden(inputs), states)
-                    self._n_calibration += visit.n_runs
                     self._n_selection += len(tokens) / len(self._tokens)
                 loss = self._loss(states, selection)
                 self._memo.add(keys[i], loss if math.isfinite(loss) else math.inf)

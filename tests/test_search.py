@@ -324,34 +324,39 @@ def test_rounds_end_where_neither_step_helps():
         assert len(loss.calls) == (3 if isinstance(loss, Flat) else 5)
 
 
+@pytest.mark.parametrize("players", ["block", "sublayer"])
 @torch.no_grad()
-def test_values_of_a_pruned_model_are_those_of_the_definition(random_model, tokens):
+def test_values_of_a_pruned_model_are_those_of_the_definition(random_model, tokens, players):
     lm = random_model(3)
     denser, sparser = (SparsityProfile([s, s + 0.1, s], lm.block_params, s + 0.1 / 3) for s in (0.3, 0.6))
     present, absent = (pruned_weights(lm, p, Magnitude(), tokens) for p in (denser, sparser))
     text = SimpleNamespace(n_seq=2, tokens=lambda tokenizer: tokens[:2])
-    scorer = ShapleyScorer(Exact(), GameOptions(data=text, payoff="recip_ppl"))
+    scorer = ShapleyScorer(Exact(), GameOptions(data=text, payoff="recip_ppl", players=players))
     with temporarily_pruned(lm, denser, Magnitude(), tokens):
         found = scorer.again(lm, absent, None)
     payoffs = []
-    for coalition in all_coalitions(3):
-        for index, here in enumerate(coalition):
+    for coalition in all_coalitions(3 if players == "block" else 6):
+        for index in range(3):
             for name, linear in lm.linears(index).items():
-                linear.weight.copy_((present if here else absent)[index][f"{name}.weight"])
+                player = index if players == "block" else 2 * index + name.startswith("mlp")
+                linear.weight.copy_((present if coalition[player] else absent)[index][f"{name}.weight"])
         payoffs.append(-lm.nll(tokens[:2]).mean())
     np.testing.assert_allclose(found.values, exact_values(np.array(payoffs)), atol=1e-6)
     assert np.ptp(found.values) > 1e-3
 
 
 ROUNDS = ["allocator=shapley_rounds", "shapley.window=2"]
+PARTS = ["shapley.game.players=sublayer", "allocator.granularity=sublayer"]
 
 
-def test_a_job_of_rounds(svnup):
-    code, out, _ = svnup(*ROUNDS, "dry_run=true")
+@pytest.mark.parametrize("parts", [[], PARTS[:1], PARTS], ids=["blocks", "blocks by their sublayers", "sublayers"])
+def test_a_job_of_rounds(svnup, parts):
+    code, out, _ = svnup(*ROUNDS, *parts, "dry_run=true")
     assert code == 0
-    assert re.search(r"evaluations of later rounds +\d", out)
-    assert svnup(*ROUNDS, "allocator.step=0.01")[0] == 0
+    planned = int(re.search(r"evaluations of later rounds +(\d+)", out)[1])
+    assert svnup(*ROUNDS, *parts, "allocator.step=0.01")[0] == 0
     row = last_row()
+    assert planned == 2 * row["shapley"]["n_evaluations"]
     tuning = row["tuning"]
     labels = [call["label"] for call in tuning["curve"]]
     assert labels[:5] == ["lam=0", "lam=0.1", "lam=0.2", "round 2, step=0.005", "round 2, step=0.01"]
@@ -360,7 +365,7 @@ def test_a_job_of_rounds(svnup):
         assert values["n_evaluations"] == row["shapley"]["n_evaluations"]
         assert values["n_block_forwards"] > row["shapley"]["n_block_forwards"], "absent blocks are run as well"
     assert row["config"]["allocator"]["_target_"].endswith("ShapleyRounds")
-    assert svnup(*ROUNDS, "allocator.step=0.01", "force=true")[0] == 0
+    assert svnup(*ROUNDS, *parts, "allocator.step=0.01", "force=true")[0] == 0
     again = last_row()
     assert again["tuning"]["n_new_evaluations"] == 0
     assert [v["n_new_evaluations"] for v in again["tuning"]["rounds"]] == [0] * len(tuning["rounds"])
@@ -380,7 +385,6 @@ def test_a_job_of_rounds(svnup):
         (["allocator.lower=0.8"], "allocator.lower=0.8"),
         (["allocator.scorer=null"], "allocator.scorer: rounds need Shapley values"),
         (["pattern='mixed:8'"], "pattern=mixed:8: rounds move budgets by less than its steps"),
-        (["shapley.game.players=sublayer"], "shapley.game.players=sublayer: rounds correct budgets of blocks"),
         (["offload=cpu"], "offload=cpu: allocator options that are auto, and allocators that try many profiles"),
     ],
 )
