@@ -43,7 +43,7 @@ format: $(READY)  ## let ruff rewrite the code
 	$(BIN)/ruff format .
 
 # One table of the field, on its own models or on MODEL; on the built-in one with less text. A failed job is a cell of the table.
-FIELD    := sparsities calibration zero_shot_70 payoff_ablation nm window_ablation llama_70
+FIELD    := zero_shot_70 payoff_ablation calibration sparsities window_ablation nm llama_70
 LESS      = $(LESS_$(NAME)) shapley.game.data.n_seq=8 evaluation.n_seq=32 $(if $(filter calibration,$(NAME)),,dataset.n_seq=32)
 LESS_nm = model.seq_len=256
 LESS_window_ablation = 'hydra.sweeper.params={shapley.window:"1,3,5,7"}'

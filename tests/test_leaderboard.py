@@ -134,7 +134,6 @@ def test_a_killed_study_goes_on(board_of, tmp_path, monkeypatch):
     file.write_text("\n".join(lines), encoding="utf-8")
     measured.clear()
     bench = board_of.Bench(str(tmp_path))
-    assert bench.entry(cell, "search", compute=False) is None
     again = {name: bench.entry(cell, name) for name in names}
     assert len(measured) == 1
     for name in names:

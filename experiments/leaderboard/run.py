@@ -21,6 +21,7 @@ import json
 import math
 import multiprocessing
 import os
+import time
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ SEARCH, LONG = "search", "search_long"  # the second at 20 times the cost of rou
 PROFILED = (ROUNDS, "curves", SEARCH, LONG)  # whose profile is the choice, made once for all seeds
 ALLOCATORS = ("uniform", ROUNDS, *TUNED, "curves", SEARCH, LONG, *CONTROLS)
 SEARCH_CELLS = {("wanda", 0.7), ("sparsegpt", 0.7)}  # a search costs as much as all else in a cell
-N_CALIBRATION, N_SELECTION, N_TEST, N_PAYOFF = 24, 32, 128, 12
+N_CALIBRATION, N_SELECTION, N_TEST, N_PAYOFF = 16, 24, 64, 8
 BUDGET = 20  # of search, in costs of the Shapley budget
 Cell = tuple[str, str, float]  # model, pruner, sparsity
 
@@ -91,6 +92,7 @@ class Bench:
                 except ValueError:
                     continue  # torn by a kill: computed again
         self.models: dict[str, LanguageModel] = {}
+        self.jobs: dict[tuple[Any, ...], Job] = {}  # composing one takes half a second
         self.texts: config.Texts = {}
 
     def remembered(self, what: list[Any]) -> Any:
@@ -107,37 +109,34 @@ class Bench:
 
     def job(self, cell: Cell, allocator: str, seed: int, *overrides: str) -> Job:
         """What the command would run: `svnup` with these overrides."""
+        if (asked := (cell, allocator, seed, *overrides)) in self.jobs:
+            return self.jobs[asked]
         model, pruner, sparsity = cell
-        sizes = [f"dataset.n_seq={N_CALIBRATION}", f"selection.n_seq={N_SELECTION}", f"shapley.game.data.n_seq={N_PAYOFF}"]
+        sizes = {"dataset": N_CALIBRATION, "selection": N_SELECTION, "evaluation": N_TEST, "shapley.game.data": N_PAYOFF}
         named = {LONG: SEARCH, SUBLAYERS: "shapley"}.get(allocator, allocator)
-        base = [f"model={model}", f"pruner={pruner}", f"sparsity={sparsity}", f"allocator={named}", f"seed={seed}", *sizes]
-        cfg = compose(
-            "config", [*base, "model.device=cpu", f"evaluation.n_seq={N_TEST}", f"cache_dir={self.cache}", *overrides]
-        )
-        return config.build(cfg, self.texts)
+        base = [f"model={model}", f"pruner={pruner}", f"sparsity={sparsity}", f"allocator={named}", f"seed={seed}"]
+        base += ["model.device=cpu", f"cache_dir={self.cache}", *(f"{text}.n_seq={n}" for text, n in sizes.items())]
+        cfg = compose("config", [*base, *overrides])
+        return self.jobs.setdefault(asked, config.build(cfg, self.texts))
 
     def model(self, job: Job, name: str) -> LanguageModel:
         if name not in self.models:
             self.models[name] = job.model.load()
         return self.models[name]
 
-    def entry(self, cell: Cell, allocator: str, compute: bool = True) -> Entry | None:
-        """The measured entry, from the cache where it is there; None where it is not and `compute` is false."""
+    def entry(self, cell: Cell, allocator: str) -> Entry:
+        """The measured entry, from the cache where it is there."""
         lam, cost = None, 0.0
         if allocator in (*CONTROLS, SEARCH, LONG):
-            base = self.entry(cell, ROUNDS if allocator == LONG else "shapley", compute)
-            if base is None:
-                return None
+            base = self.entry(cell, ROUNDS if allocator == LONG else "shapley")
             lam, cost = base.chosen.partition("=")[2], base.cost
         overrides = self._overrides(cell, allocator, lam, cost)
         job = self.job(cell, allocator, SEEDS[0], *overrides)
         what = ["entry", allocator, job.key, self.model(job, cell[0]).fingerprint(), len(SEEDS)]
         found = self.remembered(what)
-        if found is None and compute:
+        if found is None:
             found = self._measure(cell, allocator, overrides)
             self.remember(what, found)
-        if found is None:
-            return None
         if allocator in CONTROLS:  # whose amplitude is the one that was chosen for it
             found = found | {"cost": cost}
         arrays = {name: np.array(found[name]) for name in ("losses", "profiles")}
@@ -240,13 +239,15 @@ def entries(
                 yield cell, allocator
 
 
-def measure(task: tuple[str, Cell, str]) -> None:
+def measure(task: tuple[str, Cell, str]) -> tuple[tuple[Cell, str], Entry]:
     cache, cell, allocator = task
     torch.set_num_threads(1)
     bench = _benches.setdefault(cache, Bench(cache))
+    began = time.process_time()
     entry = bench.entry(cell, allocator)
-    assert entry is not None
-    print(f"{' '.join(map(str, cell))} {allocator}: {entry.perplexities.mean():.2f} ({entry.chosen})", flush=True)
+    shown = f"{entry.perplexities.mean():.2f} ({entry.chosen}), {time.process_time() - began:.0f} s of a core"
+    print(f"{' '.join(map(str, cell))} {allocator}: {shown}", flush=True)
+    return (cell, allocator), entry
 
 
 _benches: dict[str, Bench] = {}  # of a worker: its models stay loaded
@@ -257,13 +258,14 @@ def start() -> None:
     initialize_config_dir(str(CONF), version_base="1.3")
 
 
-def run_all(todo: list[tuple[Cell, str]], cache: str, workers: int) -> None:
+def run_all(todo: list[tuple[Cell, str]], cache: str, workers: int) -> dict[tuple[Cell, str], Entry]:
     """The Shapley budgets first, whose choices and costs controls and searches need."""
+    board: dict[tuple[Cell, str], Entry] = {}
     first, last = ([entry for entry in todo if entry[1] == name] for name in ("shapley", LONG))
     for part in (first, [entry for entry in todo if entry not in (*first, *last)], last):
         with multiprocessing.get_context("spawn").Pool(workers, start) as pool:
-            for _ in pool.imap_unordered(measure, [(cache, *entry) for entry in part]):
-                pass
+            board.update(pool.imap_unordered(measure, [(cache, *entry) for entry in part]))
+    return {entry: board[entry] for entry in todo}
 
 
 # -- what the numbers say
@@ -385,7 +387,9 @@ def choices(board: dict[tuple[Cell, str], Entry], models: Iterable[str]) -> list
     for name in ALLOCATORS:
         found = [board.get((cell, name)) for cell in cells]
         counts = sorted({entry.n_losses for entry in found if entry is not None})
-        shown = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1]))) if counts else "-"
+        if not counts:
+            continue
+        shown = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
         lines.append(f"| {name} | {shown} | " + " | ".join(e.chosen if e else "-" for e in found) + " |")
     return lines
 
@@ -498,19 +502,14 @@ def main() -> None:
     models = tuple(options.models.split(","))
     cells = [(model, pruner, sparsity) for sparsity in SPARSITIES for model in models for pruner in PRUNERS]
     todo = [*entries(ALLOCATORS, cells, options.search, options.long_search.split(","))]
-    run_all(todo, options.cache, options.workers)
-    start()
-    torch.set_num_threads(1)
-    bench = Bench(options.cache)
-    board = {(cell, a): entry for cell, a in todo if (entry := bench.entry(cell, a, compute=False)) is not None}
+    board = run_all(todo, options.cache, options.workers)
     best = ranking(board, models, (ROUNDS, *TUNED, "curves"))
     if options.stage == "all":
         cells = [(model, pruner, sparsity) for sparsity in MORE_SPARSITIES for model in models for pruner in PRUNERS]
-        more = [*entries(("uniform", *best[:5]), cells, False)]
-        run_all(more, options.cache, options.workers)
-        bench = Bench(options.cache)
-        board |= {(cell, a): entry for cell, a in more if (entry := bench.entry(cell, a, compute=False)) is not None}
-    dense = {}
+        board |= run_all([*entries(("uniform", *best[:5]), cells, False)], options.cache, options.workers)
+    start()
+    torch.set_num_threads(1)
+    bench, dense = Bench(options.cache), {}
     for model in models:
         job = bench.job((model, "none", 0.7), "uniform", 0)
         lm = bench.model(job, model)
