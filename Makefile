@@ -7,7 +7,7 @@ STUDY  = $(firstword $(wildcard experiments/$(NAME)/run.py experiments/leaderboa
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint format table tables study benchmarks clean
+.PHONY: help install demo test test-slow test-all lint format table tables study benchmarks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -30,8 +30,10 @@ demo: $(READY)  ## Shapley values, budgets, perplexities and accuracy of the bui
 test: $(READY)  ## the test suite, without its slow part
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow and not gpu'
 
-test-all: $(READY)  ## the slow part of the test suite
+test-slow: $(READY)  ## the slow part of the test suite
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'slow and not gpu'
+
+test-all: test test-slow  ## the whole test suite
 
 lint: $(READY)  ## ruff, ruff format, mypy
 	$(BIN)/ruff check .
@@ -78,4 +80,5 @@ benchmarks: $(READY)  ## cost of Shapley values, pruning and offloading (about 2
 	$(OFFLINE) $(BIN)/python experiments/benchmarks/offload.py --output results/benchmarks/offload.md
 
 clean:  ## remove the environment and everything that runs wrote (not the committed tables)
-	rm -rf $(VENV) results/demo results/demo_zero_shot results/tables_* results/runs results/cache results/sweeps *.egg-info build
+	rm -rf $(VENV) results/demo results/demo_zero_shot results/tables_* results/runs results/cache results/sweeps results/sweep \
+		results/report.html results/screenshots results-rerun wandb multirun *.egg-info build

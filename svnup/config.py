@@ -307,7 +307,10 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     for name, source in texts.items():
         if source.seq_len > (model.max_positions() or source.seq_len):
             longest = model.max_positions()
-            raise ValueError(f"{name}.seq_len={source.seq_len}: the model has {longest} positions; choose at most that")
+            raise ValueError(
+                f"{name.partition('.datasets')[0]}.seq_len={source.seq_len}: the model has {longest} positions; choose at most "
+                f"that, for all texts by model.seq_len={longest}"
+            )
     pruner = construct(config["pruner"], "pruner")  # the first that imports torch
     if shapley is not None and shapley.game.absence == "prune":
         stand_in = shapley.game.pruner
@@ -448,6 +451,9 @@ def _type_complaint(value: Any, hint: Any) -> str | None:
         return None if None in complaints else next(c for c in complaints if c)
     if hint is type(None):
         return None if value is None else "must be null"
+    needs_node = inspect.isabstract(hint) or getattr(hint, "_is_protocol", False)
+    if needs_node and (value is None or isinstance(value, (str, int, float, list, dict))):
+        return "must be a node with a _target_; choose an option of a group, as in dataset@shapley.game.data=docs"
     kinds: dict[Any, tuple[tuple[type, ...], str]] = {
         int: ((int,), "must be a whole number"),
         float: ((int, float), "must be a number"),
@@ -686,7 +692,8 @@ def explain(error: Exception, overrides: list[str]) -> str:
         options = sorted(p.stem for p in (CONF / given.partition("=")[0]).glob("[!_]*.yaml"))
         return f"{given}: a group needs an option; choose among {', '.join(options)}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: not in Hydra's syntax ({error.__cause__ or text}); put quotes around the value"
+        way = "put quotes around the value" if "=" in error.override else "write key=value"
+        return f"{error.override}: not in Hydra's syntax ({error.__cause__ or text}); {way}"
     if isinstance(error, ConfigCompositionException) and error.__cause__ is not None and not overrides:
         return " ".join(str(error.__cause__).split())
     return text

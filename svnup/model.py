@@ -77,9 +77,7 @@ class Pretrained:
         if self.device_map not in DEVICE_MAPS:
             raise ValueError(f"device_map={self.device_map}: choose {', '.join(DEVICE_MAPS)}, or null for one device")
         if find_spec("accelerate") is None:
-            raise ValueError(
-                f"device_map={self.device_map}: needs accelerate; pip install 'svnup[device-map]', or device_map=null"
-            )
+            raise ValueError(f"device_map={self.device_map}: needs accelerate; pip install '.[device-map]', or device_map=null")
 
     @property
     def name(self) -> str:

@@ -183,7 +183,7 @@ def test_weights_that_were_zero_count_as_pruned_first():
 
 def test_a_base_must_prune_to_the_same_pattern():
     for base in (Nothing(), "wanda"):
-        with pytest.raises(ValueError, match=r"base=(Nothing\(.*|wanda): is no pruner that prunes"):
+        with pytest.raises(ValueError, match=r"base=(Nothing\(.*|wanda): makes no masks"):
             Refit(base)
     with pytest.raises(ValueError, match=r"pattern=4:8: differs from base\.pattern=2:4"):
         DSnoT(Wanda("2:4"), "4:8")

@@ -111,7 +111,14 @@ CONFIG_ALONE = {
     "windows not a number": (["dataset.n_seq=many"], ["dataset.n_seq=many", "whole number"]),
     "windows of one token": (["dataset.seq_len=1"], ["dataset.seq_len=1", "at least 2"]),
     "windows beyond the positions": (["dataset.seq_len=4096"], ["dataset.seq_len=4096", "2048 positions", "at most"]),
-    "evaluation beyond the positions": (["evaluation.seq_len=4096"], ["seq_len=4096", "2048 positions"]),
+    "evaluation beyond the positions": (
+        ["evaluation.seq_len=4096"],
+        ["evaluation.seq_len=4096", "2048 positions", "model.seq_len=2048"],
+    ),
+    "a word for the game's text": (["shapley.game.data=docs"], ["shapley.game.data=docs", "dataset@shapley.game.data=docs"]),
+    "no text for the game": (["shapley.game.data=null"], ["shapley.game.data=None: must be a node"]),
+    "a key without a value": (["sparsity"], ["sparsity: not in Hydra's syntax", "write key=value"]),
+    "a word for a base pruner": (["pruner=dsnot", "pruner.base=magnitude"], ["pruner.base=magnitude: must be a node"]),
     "calibration on test text": (["dataset.role=test"], ["dataset.role=test", "use dataset.role=calibration"]),
     "game on test text": (
         ["shapley.game.data.role=test"],

@@ -74,7 +74,7 @@ class Refit:
 def check_base(base: Pruner, pattern: str) -> None:
     """Raises ValueError where a pruner cannot make the masks of another one."""
     if not getattr(base, "prunes", False):
-        raise ValueError(f"base={base}: is no pruner that prunes; choose one as in +pruner@pruner.base=sparsegpt")
+        raise ValueError(f"base={base}: makes no masks; choose a pruner that does, as in +pruner@pruner.base=sparsegpt")
     if base.pattern != pattern:
         raise ValueError(f"pattern={pattern}: differs from base.pattern={base.pattern}; give both the same")
 
