@@ -638,8 +638,9 @@ def _refuse_missing(node: Any, prefix: str = "") -> None:
 
 
 def did_you_mean(given: str, options: list[str]) -> str:
-    close = difflib.get_close_matches(given, options, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    lower = {option.lower(): option for option in options}
+    close = difflib.get_close_matches(given.lower(), lower, n=1, cutoff=0.6)
+    return f"; did you mean {lower[close[0]]}?" if close else ""
 
 
 @contextlib.contextmanager

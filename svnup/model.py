@@ -122,7 +122,7 @@ class Pretrained:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
                 f"{given}: neither a local folder nor to be had from the hub ({type(error).__name__}: {reason}); check the "
-                "name, go online, or give the folder of a local copy"
+                "name, go online (if gated, accept its licence and use hf auth login), or give the folder of a local copy"
             ) from None
 
     @cached_property

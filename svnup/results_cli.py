@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         code: int = options.run(options)
         return code
     except (ValueError, OSError) as error:
-        print(f"svnup-results: {' '.join(str(error).split())}", file=sys.stderr)
+        path = error.filename if isinstance(error, OSError) else None
+        said = f"{path}: {error.strerror}; name another" if path is not None else str(error)  # type: ignore[union-attr]
+        print(f"svnup-results: {' '.join(said.split())}", file=sys.stderr)
         return 2
 
 
@@ -178,7 +180,7 @@ def _published_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _published(options: Options) -> int:
-    from svnup import published, tables
+    from svnup import pivot, published, tables
 
     if options.headline and options.table != "llama_70":
         raise ValueError(f"--table {options.table}: the headline is of llama_70; leave out --headline, or --table")
@@ -188,6 +190,11 @@ def _published(options: Options) -> int:
             f"{options.results_dir}: no such folder; name one with results, or an empty one for published numbers alone"
         )
     rows, where = load(options.results_dir), _where(options.where)
+    known = {run.settings["model"] for run in pivot.runs_of(rows)} | set(table.checkpoints)
+    if strangers := [name for name in options.model if name not in known]:
+        raise ValueError(
+            f"--model {strangers[0]}: no run here is of it, and no published number; choose {', '.join(sorted(known))}"
+        )
     ours = table.ours(rows, where)
     about = tables.about([run.row for run in ours.runs], options.made_by)
     parts = [] if options.headline else [published.side_by_side(table, ours, options.title, about)]

@@ -205,3 +205,18 @@ def test_a_table_that_is_none(tmp_path, capsys):
 def test_a_folder_that_is_none_is_refused(tmp_path, capsys):
     assert main(["published", str(tmp_path / "typo")]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_model_of_no_run_and_no_published_number_is_refused(tmp_path, capsys):
+    folder = write(tmp_path, run(30.0))
+    assert main(["published", folder, "--table", "window_ablation", "--model", "tinyy"]) == 2
+    said = capsys.readouterr().err
+    assert "--model tinyy: no run here" in said
+    assert "llama_7b" in said
+    assert said.endswith(", tiny\n")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
+    folder = write(tmp_path, run(30.0))
+    assert main(["published", folder, "--output", f"{tmp_path}/"]) == 2
+    assert capsys.readouterr().err == f"svnup-results: {tmp_path}: Is a directory; name another\n"
