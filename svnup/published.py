@@ -81,7 +81,10 @@ class Published:
         )
 
     def ours(self, rows: Iterable[ResultRow], where: Mapping[str, Sequence[str]]) -> Ours:
-        """The runs that belong into the table, and its cells: also those that nobody has run."""
+        """The runs that belong into the table, and its cells: also those that nobody has run.
+
+        Raises ValueError for a model of which there is neither a run nor a published number.
+        """
         names = {_file(path): name for name, path in self.checkpoints.items()}
         known = dict.fromkeys((*self.rows, *self.columns), MISSING)
         runs = []
@@ -89,6 +92,11 @@ class Published:
             path = run.row.config["model"].get("pretrained_model_name_or_path") or ""
             model = names.get(_file(path), run.settings["model"])
             runs.append(replace(run, settings={**known, **run.settings, "model": model}))
+        models = {run.settings["model"] for run in runs} | set(self.checkpoints)
+        if strangers := [name for name in self.columns.get("model", ()) if name not in models]:
+            raise ValueError(
+                f"--model {strangers[0]}: no run here is of it, and no published number; choose {', '.join(sorted(models))}"
+            )
         chosen = newest(choose(runs, where)) if runs else []
         wanted = {k: v for k, v in {**self.rows, **self.columns, **self.where}.items() if v and k != METRIC}
         inside = [r for r in chosen if all(any(same(k, r.settings.get(k, MISSING), v) for v in vs) for k, vs in wanted.items())]

@@ -180,7 +180,7 @@ def _published_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _published(options: Options) -> int:
-    from svnup import pivot, published, tables
+    from svnup import published, tables
 
     if options.headline and options.table != "llama_70":
         raise ValueError(f"--table {options.table}: the headline is of llama_70; leave out --headline, or --table")
@@ -190,11 +190,6 @@ def _published(options: Options) -> int:
             f"{options.results_dir}: no such folder; name one with results, or an empty one for published numbers alone"
         )
     rows, where = load(options.results_dir), _where(options.where)
-    known = {run.settings["model"] for run in pivot.runs_of(rows)} | set(table.checkpoints)
-    if strangers := [name for name in options.model if name not in known]:
-        raise ValueError(
-            f"--model {strangers[0]}: no run here is of it, and no published number; choose {', '.join(sorted(known))}"
-        )
     ours = table.ours(rows, where)
     about = tables.about([run.row for run in ours.runs], options.made_by)
     parts = [] if options.headline else [published.side_by_side(table, ours, options.title, about)]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from run import Bench, Cell, start
+from run import OF_SUBLAYERS, Bench, Cell, start
 
 from svnup.pipeline import held_out_loss, stand_ins
 from svnup.provenance import hardware
@@ -29,7 +29,7 @@ from svnup.types import BlockScores, Floats
 PRUNERS = ("wanda", "sparsegpt")
 N_CALIBRATION, N_SELECTION, N_PAYOFF = 24, 32, 12
 SIZES = (f"dataset.n_seq={N_CALIBRATION}", f"selection.n_seq={N_SELECTION}", f"shapley.game.data.n_seq={N_PAYOFF}")
-EXACT, SUBLAYERS = "shapley=exact", ("allocator.granularity=sublayer", "shapley.game.players=sublayer")
+EXACT = "shapley=exact"
 # Ideas that the command knows already, as its overrides.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "default: recip_ppl, blocks skipped, w=5, log scale": (),
@@ -46,8 +46,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "absent is pruned, others dense": ("shapley.game.absence=prune",),
     "absent is pruned, others dense, exact values": ("shapley.game.absence=prune", EXACT),
     "absent is pruned, others pruned": ("shapley.game.absence=prune", "shapley.context=absent"),
-    "players and budgets per sublayer": SUBLAYERS,
-    "players and budgets per sublayer, windows of 1": (*SUBLAYERS, "shapley=leave_one_out"),
+    "players and budgets per sublayer": OF_SUBLAYERS,
+    "players and budgets per sublayer, windows of 1": (*OF_SUBLAYERS, "shapley=leave_one_out"),
     "wider bounds: 0.2 to 0.95": ("allocator.lower=0.2", "allocator.upper=0.95"),
     "blocks divided among linears by error": ("split=error",),
     "blocks divided among linears by outliers": ("split=outliers",),
@@ -109,7 +109,7 @@ def ideas() -> dict[str, Callable[[Bench, Cell], tuple[float, str]]]:
         name = f"{n} rounds: values of the pruned model correct the budget"
         out[name] = lambda bench, cell, n=n: tuned(bench, cell, f"allocator.rounds={n}", allocator="shapley_rounds")
     out["players and budgets per sublayer, 3 rounds, the first to 0.3"] = lambda bench, cell: tuned(
-        bench, cell, *SUBLAYERS, "allocator.lam=0.3", allocator="shapley_rounds"
+        bench, cell, *OF_SUBLAYERS, "allocator.lam=0.3", allocator="shapley_rounds"
     )
     return out
 

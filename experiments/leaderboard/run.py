@@ -45,7 +45,8 @@ MODELS = ("tiny", "tiny_opt")
 PRUNERS = ("magnitude", "wanda", "sparsegpt")
 SPARSITIES, MORE_SPARSITIES = (0.7, 0.6), (0.5, 0.8)
 SEEDS = (0, 1, 2)
-SUBLAYERS = "shapley_sublayers"  # attention and MLP are players with budgets of their own
+SUBLAYERS = "shapley_sublayers"  # attention and MLP are players with budgets of their own:
+OF_SUBLAYERS = ("allocator.granularity=sublayer", "shapley.game.players=sublayer")
 TUNED = ("shapley", SUBLAYERS, "leave_one_out", "owl", "alpha_pruning", "dlp", "atp", "block_influence")
 CONTROLS = ("random", "reversed")
 ROUNDS = "shapley_rounds"
@@ -145,8 +146,7 @@ class Bench:
     def _overrides(self, cell: Cell, allocator: str, lam: str | None, cost: float) -> list[str]:
         if allocator in TUNED:
             knob = {"alpha_pruning": "epsilon", "atp": "beta"}.get(allocator, "lam")
-            of_parts = ["allocator.granularity=sublayer", "shapley.game.players=sublayer"]
-            return [f"allocator.{knob}=auto", *(of_parts if allocator == SUBLAYERS else [])]
+            return [f"allocator.{knob}=auto", *(OF_SUBLAYERS if allocator == SUBLAYERS else ())]
         if allocator in CONTROLS:
             return [f"allocator.lam={lam}"]
         if allocator in (SEARCH, LONG):  # as many generations as 20 times the cost pays for, and at least one
