@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from svnup.language_model import LanguageModel
+    from svnup.loading import Loader
     from svnup.types import Offload
 
 BUILT_IN, BUILT_IN_OPT = "svnup/tiny", "svnup/tiny_opt"
@@ -64,6 +66,7 @@ class Pretrained:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     blocks_path: str | None = None
+    gguf_file: str | None = None
     seq_len: int = 2048
     test_text: str = "wikitext2"
     test_tasks: str = "with_rte"
@@ -191,22 +194,40 @@ class Pretrained:
 
     @cached_property
     def tokenizer(self) -> Any:
-        from svnup.language_model import read_tokenizer
+        from svnup.loading import read_tokenizer
 
-        return read_tokenizer(self._source, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        return read_tokenizer(
+            self._source, revision=self.revision, trust_remote_code=self.trust_remote_code, gguf_file=self.gguf_file
+        )
+
+    @cached_property
+    def _loader(self) -> Loader:
+        from svnup.loading import Loader
+
+        return Loader(
+            source=self._source,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+            device_map=self.device_map,
+            gguf_file=self.gguf_file,
+        )
 
     def skeleton(self) -> LanguageModel:
-        """The model without weights, for its shapes."""
-        from svnup.language_model import LanguageModel, read_config
+        """The model without weights, for its shapes; of a local checkpoint the names and shapes of its tensors are checked."""
+        from svnup.language_model import LanguageModel
 
-        config = read_config(self._source, revision=self.revision, trust_remote_code=self.trust_remote_code)
-        return LanguageModel.skeleton(config, self.blocks_path, self.trust_remote_code)
+        lm = LanguageModel.skeleton(self._loader.config, self.blocks_path, self.trust_remote_code)
+        if self._is_local and self.gguf_file is None:
+            self._loader.check()
+        return lm
 
     def one_block(self) -> LanguageModel:
         """One block of this shape with random weights, to time."""
-        from svnup.language_model import LanguageModel, read_config
+        from svnup.language_model import LanguageModel
 
-        config = read_config(self._source, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        config = copy.deepcopy(self._loader.config)
         dtype = self.dtype if self.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
         return LanguageModel.random(one_block_of(config), None, seed=0, dtype=dtype, device=self.device)
 
@@ -223,6 +244,7 @@ class Pretrained:
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
             blocks_path=self.blocks_path,
+            gguf_file=self.gguf_file,
             offload=offload,
             scratch=scratch,
         )
@@ -293,7 +315,7 @@ class Random:
 
     @cached_property
     def tokenizer(self) -> Any:
-        from svnup.language_model import read_tokenizer
+        from svnup.loading import read_tokenizer
 
         return read_tokenizer(str(BUILT_IN_FOLDER))
 
