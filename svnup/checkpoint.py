@@ -24,7 +24,8 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 BITMASK = "svnup_bitmask.json"
 BITMASK_VERSION = 1
-POINTER = b"version https://git-lfs"  # how the file begins
+POINTER = b"version https://git-lfs"  # how what git-lfs leaves in place of a file begins
+POINTS_ELSEWHERE = "is what git-lfs leaves in place of a file; get the file with git lfs pull"
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of a number
 Tensors = dict[str, Tensor]
 
@@ -78,7 +79,7 @@ class Checkpoint:
         """The checkpoint that safetensors files make together, whatever their names; they lie in one folder."""
         checkpoint = cls.__new__(cls)
         paths = list(files)
-        checkpoint.folder, checkpoint._shapes, checkpoint._files = paths[0].parent, {}, {}
+        checkpoint.folder, checkpoint._shapes, checkpoint._files = Path(*paths[:1]).parent, {}, {}
         for path in paths:
             with _opened(path) as file:
                 checkpoint._files |= dict.fromkeys(file.keys(), path.name)
@@ -242,7 +243,7 @@ def _opened(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         if path.is_file() and is_pointer(path):
-            raise ValueError(f"{path}: is the pointer of git-lfs to a file; get the file with git lfs pull") from None
+            raise ValueError(f"{path}: {POINTS_ELSEWHERE}") from None
         raise ValueError(f"{path}: cannot be read ({error}); copy the checkpoint again") from None
 
 

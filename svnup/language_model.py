@@ -610,6 +610,9 @@ def _find_blocks(model: PreTrainedModel, path: str | None) -> str:
         if path not in dict(model.named_modules()) or not isinstance(model.get_submodule(path), nn.ModuleList):
             raise ValueError(f"model.blocks_path={path}: no such ModuleList in {type(model).__name__}; found {found}")
         return path
+    if len(found) > 1:  # a vision tower may be as deep
+        decoder = {id(m) for m in model.get_decoder().modules()}
+        found = [name for name in found if id(model.get_submodule(name)) in decoder] or found
     if len(found) != 1:
         raise ValueError(
             f"{type(model).__name__} has {len(found)} ModuleLists of length num_hidden_layers={n} ({found}): "

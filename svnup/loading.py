@@ -40,7 +40,7 @@ from transformers.core_model_loading import (
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from svnup.checkpoint import Checkpoint, StoredTensor, Tensors, is_bitmask, is_pointer
+from svnup.checkpoint import POINTS_ELSEWHERE, Checkpoint, StoredTensor, Tensors, is_bitmask, is_pointer
 
 logger = logging.getLogger(__name__)
 SHOWN = 3  # names in a message
@@ -59,11 +59,13 @@ def readable(name: str, what: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError, _Outlined):
         raise
     except Exception as error:
+        if (damage := _damage(Path(name))) is not None:
+            raise ValueError(damage) from error
         reason = " ".join(f"{error}".split()) or "no reason given"
         if not isinstance(error, (ValueError, OSError, ImportError)):
             reason = f"{type(error).__name__}: {reason}"
         reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
-        raise ValueError(f"{name} {what}: {_damage(Path(name)) or reason}") from error
+        raise ValueError(f"{name} {what}: {reason}") from error
 
 
 def _damage(folder: Path) -> str | None:
@@ -71,12 +73,11 @@ def _damage(folder: Path) -> str | None:
     files = sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
     for path in files:
         if is_pointer(path):
-            return f"{path.name} is the pointer of git-lfs to a file; get the file with git lfs pull"
-    if any(p.suffix == ".safetensors" for p in files):
-        try:
-            Checkpoint.of_files([p for p in files if p.suffix == ".safetensors"])
-        except ValueError as error:
-            return str(error)
+            return f"{path}: {POINTS_ELSEWHERE}"
+    try:
+        Checkpoint.of_files([p for p in files if p.suffix == ".safetensors"])
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -234,8 +235,8 @@ class Loader:
         if mismatched := {name: (list(stored), list(shape)) for name, stored, shape in info["mismatched_keys"]}:
             name = min(mismatched)
             raise ValueError(
-                f"{where}: {_some(mismatched)} has shape {mismatched[name][0]} in the checkpoint, and {mismatched[name][1]} "
-                "by config.json; take both from the same model"
+                f"{where}: {name} has shape {mismatched[name][0]} in the checkpoint, and {mismatched[name][1]} by config.json"
+                f"{f', and so differ {len(mismatched) - 1} more' if len(mismatched) > 1 else ''}; take both from the same model"
             )
         if wrong := info["error_msgs"]:
             raise ValueError(f"{where}: cannot be loaded: {' '.join(str(wrong[0]).split())[:LONGEST_REASON]}")

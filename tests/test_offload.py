@@ -602,7 +602,10 @@ def test_buffers_that_a_checkpoint_has_are_read(saved, tmp_path, monkeypatch):
         self.register_buffer("gain", torch.ones(3))
 
     monkeypatch.setattr(LlamaDecoderLayer, "__init__", with_buffer)
-    lm = load(saved("llama"))
+    with pytest.raises(ValueError, match=r"the checkpoint lacks model\.layers\.0\.gain"):
+        load(saved("llama"))
+    lm = family_model("llama")
+    lm.tokenizer = NoTokenizer()
     for index, block in enumerate(lm.blocks):
         block.gain.fill_(0.25 + index)
     lm.save(tmp_path / "dense")
