@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.pytorch_utils import Conv1D
 
 from svnup.checkpoint import Tensors, in_place, is_bitmask, write_bitmask, write_dense
-from svnup.loading import Loader, auto_class, outline, quiet_unless_terminal, read_tokenizer
+from svnup.loading import Loader, auto_class, outline, quiet_unless_terminal
 from svnup.offload import DiskShelf, HostShelf, Shelf
 from svnup.progress import stage
 from svnup.types import Floats, Ints, Offload, SaveFormat
@@ -165,22 +165,34 @@ class LanguageModel:
             device_map=device_map,
             gguf_file=gguf_file,
         )
-        if device_map is not None and (offload == "disk" or is_bitmask(pretrained_model_name_or_path)):
-            raise ValueError(f"model.device_map={device_map}: {loader.source} is read for one device; use device_map=null")
-        if offload == "disk" and gguf_file is not None:
-            raise ValueError(f"offload=disk: the weights of gguf_file={gguf_file} are not read block by block; use offload=cpu")
-        tokenizer = tokenizer or read_tokenizer(
-            loader.source, revision=revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file
-        )
+        tokenizer = tokenizer or loader.tokenizer()
+        return cls.loaded(loader, tokenizer, device=device, blocks_path=blocks_path, offload=offload, scratch=scratch)
+
+    @classmethod
+    def loaded(
+        cls,
+        loader: Loader,
+        tokenizer: Any,
+        *,
+        device: str = "auto",
+        blocks_path: str | None = None,
+        offload: Offload = "none",
+        scratch: Path | None = None,
+    ) -> Self:
+        """What `load` returns, of a loader that is there."""
+        if loader.device_map is not None and (offload == "disk" or is_bitmask(loader.source)):
+            raise ValueError(
+                f"model.device_map={loader.device_map}: {loader.source} is read for one device; use device_map=null"
+            )
         if offload == "disk":
             return cls._left_on_disk(loader, tokenizer, pick_device(device), blocks_path, scratch)
         model = loader.load()
-        if device_map is not None and any(p.is_meta for p in model.parameters()):
+        if loader.device_map is not None and any(p.is_meta for p in model.parameters()):
             raise ValueError(
-                f"model.device_map={device_map}: the model does not fit the GPUs at hand; use more, or a smaller one"
+                f"model.device_map={loader.device_map}: the model does not fit the GPUs at hand; use more, or a smaller one"
             )
         lm = cls(model, tokenizer, blocks_path)
-        if device_map is None:
+        if loader.device_map is None:
             lm._move(pick_device(device), offload)
         return lm
 

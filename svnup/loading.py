@@ -162,6 +162,12 @@ class Loader:
             quantization["dequantize"] = True
         return config
 
+    def tokenizer(self) -> Any:
+        """The checkpoint's own."""
+        return read_tokenizer(
+            self.source, revision=self.revision, trust_remote_code=self.trust_remote_code, gguf_file=self.gguf_file
+        )
+
     def outline(self) -> PreTrainedModel:
         """The modules and shapes of the model without memory for weights."""
         return outline(self.config, self.trust_remote_code)
@@ -185,6 +191,8 @@ class Loader:
             The model; what reads the parameters of a block by its index, as loading would have made them; and a text that
             changes when a file of the checkpoint is written anew.
         """
+        if self.gguf_file is not None:
+            raise ValueError(f"offload=disk: gguf_file={self.gguf_file} is not read block by block; use offload=none or cpu")
         self.check()
         left = _LeftOut(blocks_path)
         tensors = Checkpoint(self.source).stored() if is_bitmask(self.source) else None

@@ -23,9 +23,10 @@ ONLY_IN = {
     "matplotlib": {"plots"},
     "datasets": {"data", "assets/tasks/docs_cloze"},
     "shapiq": {"shapley/library"},
+    "gguf": {"model"},
     "triton": {"pruning/column_block_triton"},  # itself imported lazily
 }
-LAZY = {"wandb", "lm_eval", "matplotlib", "datasets", "shapiq"}
+LAZY = {"wandb", "lm_eval", "matplotlib", "datasets", "shapiq", "gguf"}
 PURE = {"types", "allocation", "search"} | {
     name for name in MODULES if name.startswith("shapley/")
 }  # numpy, and nothing else of weight
