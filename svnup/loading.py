@@ -170,7 +170,8 @@ class Loader:
 
     def outline(self) -> PreTrainedModel:
         """The modules and shapes of the model without memory for weights."""
-        return outline(self.config, self.trust_remote_code)
+        with readable(self.source, "makes no model"):
+            return outline(self.config, self.trust_remote_code)
 
     def load(self) -> PreTrainedModel:
         """The whole model, in the memory of the CPU (or as `device_map` spreads it)."""
@@ -223,13 +224,15 @@ class Loader:
         known: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
         if self.gguf_file is not None:
             known |= {"gguf_file": self.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-        auto, remote = auto_class(self.config), {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         if tensors is None:
-            return auto.from_pretrained(self.source, config=self.config, **remote, **known, **options)
-        kind = type(self.outline())
-        model, info = kind.from_pretrained(None, config=self.config, state_dict=tensors, **known, **options)
-        if (Path(self.source) / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(self.source)
+            remote = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+            model, info = auto_class(self.config).from_pretrained(self.source, config=self.config, **remote, **known, **options)
+        else:
+            model, info = type(self.outline()).from_pretrained(None, config=self.config, state_dict=tensors, **known, **options)
+            if (Path(self.source) / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(self.source)
+        if dequantized_from(self.config) is not None:
+            model._weight_conversions = None  # saving would undo them, and quantize
         return model, info
 
     def _refuse(self, info: dict[str, Any]) -> None:

@@ -255,7 +255,7 @@ class Pretrained:
         """The model without weights, for its shapes; of a local checkpoint the names and shapes of its tensors are checked."""
         from svnup.language_model import LanguageModel
 
-        lm = LanguageModel.skeleton(self._loader.config, self.blocks_path, self.trust_remote_code)
+        lm = LanguageModel(self._loader.outline(), None, self.blocks_path)
         if self._is_local and self.gguf_file is None:
             self._loader.check()
         return lm
