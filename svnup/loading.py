@@ -43,13 +43,14 @@ from transformers.utils import logging as transformers_logging
 from svnup.checkpoint import POINTS_ELSEWHERE, Checkpoint, StoredTensor, Tensors, is_bitmask, is_pointer
 
 logger = logging.getLogger(__name__)
+KEY = "pretrained_model_name_or_path"
 SHOWN = 3  # names in a message
 LONGEST_REASON = 300  # characters
 NOT_SAFETENSORS = "no safetensors checkpoint; save the model once more with safe_serialization, or use offload=none"
 
 
 @contextlib.contextmanager
-def readable(name: str, what: str) -> Iterator[None]:
+def readable(name: str, what: str, gguf_file: str | None = None) -> Iterator[None]:
     """Turn whatever a library raises on a checkpoint, a folder or a hub name, into a ValueError of one line.
 
     It names the file at fault where that can be found. What is no fault of the checkpoint, as memory that ran out, goes on.
@@ -59,13 +60,14 @@ def readable(name: str, what: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError, _Outlined):
         raise
     except Exception as error:
-        if (damage := _damage(Path(name))) is not None:
-            raise ValueError(damage) from error
+        given = f"{KEY}={name}" if gguf_file is None else f"gguf_file={gguf_file}"
+        if gguf_file is None and (damage := _damage(Path(name))) is not None:
+            raise ValueError(f"{given}: {damage}") from error
         reason = " ".join(f"{error}".split()) or "no reason given"
         if not isinstance(error, (ValueError, OSError, ImportError)):
             reason = f"{type(error).__name__}: {reason}"
         reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
-        raise ValueError(f"{name} {what}: {reason}") from error
+        raise ValueError(f"{given}: {what}: {reason}") from error
 
 
 def _damage(folder: Path) -> str | None:
@@ -73,11 +75,11 @@ def _damage(folder: Path) -> str | None:
     files = sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
     for path in files:
         if is_pointer(path):
-            return f"{path}: {POINTS_ELSEWHERE}"
+            return f"{path.name} {POINTS_ELSEWHERE}"
     try:
         Checkpoint.of_files([p for p in files if p.suffix == ".safetensors"])
     except ValueError as error:
-        return str(error)
+        return str(error).removeprefix(f"{folder}/")
     return None
 
 
@@ -86,7 +88,7 @@ def read_config(
 ) -> Any:
     """The transformers config of a checkpoint folder, a hub model or a GGUF file; ValueError where it cannot be read."""
     options = {"revision": revision, "trust_remote_code": trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
-    with readable(name, "has no readable config"):
+    with readable(name, "has no readable config", gguf_file):
         config = AutoConfig.from_pretrained(name, **options)
         if not isinstance(config.dtype, torch.dtype | None):
             raise TypeError(f"dtype={config.dtype}: no such dtype")
@@ -98,7 +100,7 @@ def read_tokenizer(
 ) -> Any:
     """The tokenizer of a checkpoint folder, a hub model or a GGUF file; raises ValueError where it cannot be read."""
     options = {"revision": revision, "trust_remote_code": trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
-    with readable(name, "has no readable tokenizer"):
+    with readable(name, "has no readable tokenizer", gguf_file):
         return AutoTokenizer.from_pretrained(name, **options)
 
 
@@ -156,8 +158,8 @@ class Loader:
             known = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
             if known is None or "dequantize" not in inspect.signature(known).parameters:
                 raise ValueError(
-                    f"{self.source}: its weights are quantized by {method}, which transformers does not turn into plain ones; "
-                    "choose the checkpoint that it was made of"
+                    f"{KEY}={self.source}: its weights are quantized by {method}, which transformers does not turn into plain "
+                    "ones; choose the checkpoint that it was made of"
                 )
             quantization["dequantize"] = True
         return config
@@ -170,13 +172,13 @@ class Loader:
 
     def outline(self) -> PreTrainedModel:
         """The modules and shapes of the model without memory for weights."""
-        with readable(self.source, "makes no model"):
+        with readable(self.source, "makes no model", self.gguf_file):
             return outline(self.config, self.trust_remote_code)
 
     def load(self) -> PreTrainedModel:
         """The whole model, in the memory of the CPU (or as `device_map` spreads it)."""
         tensors = Checkpoint(self.source).stored() if is_bitmask(self.source) else None
-        with quiet_unless_terminal(), readable(self.source, "cannot be loaded"):
+        with quiet_unless_terminal(), readable(self.source, "cannot be loaded", self.gguf_file):
             model, info = self._from_pretrained(tensors)
         self._refuse(info)
         return model
@@ -197,20 +199,20 @@ class Loader:
         self.check()
         left = _LeftOut(blocks_path)
         tensors = Checkpoint(self.source).stored() if is_bitmask(self.source) else None
-        with quiet_unless_terminal(), readable(self.source, "cannot be loaded"), _loading(left.load):
+        with quiet_unless_terminal(), readable(self.source, "cannot be loaded", self.gguf_file), _loading(left.load):
             model, info = self._from_pretrained(tensors)
         self._refuse(info)
         left.check(model)
 
         def read(index: int) -> Tensors:
-            with readable(self.source, "cannot be loaded"):
+            with readable(self.source, "cannot be loaded", self.gguf_file):
                 return left.read(model, index)
 
         return model, read, left.identity
 
     def _outlined(self) -> dict[str, Any]:
         tensors = Checkpoint(self.source).stored() if is_bitmask(self.source) else None
-        with quiet_unless_terminal(), readable(self.source, "cannot be loaded"), _loading(_outline_only):
+        with quiet_unless_terminal(), readable(self.source, "cannot be loaded", self.gguf_file), _loading(_outline_only):
             try:
                 replace(self, device_map=None)._from_pretrained(tensors)
             except _Outlined as done:
@@ -237,7 +239,7 @@ class Loader:
 
     def _refuse(self, info: dict[str, Any]) -> None:
         """Raise ValueError where the weights are not those of the model; log what it has no place for."""
-        where = self.source if self.gguf_file is None else f"{self.source}, {self.gguf_file}"
+        where = f"{KEY}={self.source}" if self.gguf_file is None else f"gguf_file={self.gguf_file}"
         if missing := info["missing_keys"]:
             raise ValueError(
                 f"{where}: the checkpoint lacks {_some(missing)}, which the model needs; copy it again, or give the causal "

@@ -143,11 +143,12 @@ class Pretrained:
     @cached_property
     def _config(self) -> dict[str, Any]:
         """The names and values of config.json, those of the language model first."""
+        path = self._config_file
         if self.gguf_file is not None:
             return self._loader.config.to_dict()
         wrong = f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: its config.json"
         try:
-            config = json.loads(self._config_file.read_text(encoding="utf-8"))
+            config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{wrong} is not JSON ({error}); copy it again") from None
         if not isinstance(config, dict) or not isinstance(config.get("text_config") or {}, dict):
@@ -158,7 +159,9 @@ class Pretrained:
         """Number of blocks by config.json; raises ValueError where the model or that number cannot be found."""
         key, depth = next(((key, self._config[key]) for key in DEPTH_KEYS if key in self._config), ("", None))
         if depth is None:
-            depth = self._loader.config.get_text_config().num_hidden_layers  # as the family has it where config.json is silent
+            raise ValueError(
+                f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: config.json names no number of layers"
+            )
         if not isinstance(depth, int) or depth < 1:
             raise ValueError(
                 f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: config.json has {key}={depth}, which is "

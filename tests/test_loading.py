@@ -328,8 +328,8 @@ DAMAGE = {
     "cut to the header": (single, lambda f: cut(f / "model.safetensors", 0.001), r"model\.safetensors.*copy the checkpoint"),
     "empty": (single, lambda f: (f / "model.safetensors").write_bytes(b""), r"model\.safetensors.*copy the checkpoint"),
     "no file at all": (single, lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors"),
-    "a pointer": (single, lambda f: (f / "model.safetensors").write_bytes(POINTS), r"model\.safetensors: .*git lfs pull"),
-    "a pointer for config": (single, lambda f: (f / "config.json").write_bytes(POINTS), r"config\.json: .*git lfs pull"),
+    "a pointer": (single, lambda f: (f / "model.safetensors").write_bytes(POINTS), r"model\.safetensors .*git lfs pull"),
+    "a pointer for config": (single, lambda f: (f / "config.json").write_bytes(POINTS), r"config\.json .*git lfs pull"),
     "a shard cut": (shards, lambda f: cut(next(f.glob("*-00002-*"))), r"model-00002.*copy the checkpoint"),
     "a shard lost": (shards, lambda f: next(f.glob("*-00002-*")).unlink(), r"model-00002-of"),
     "an index cut": (shards, lambda f: cut(f / "model.safetensors.index.json"), r"cannot be loaded|index\.json"),
@@ -360,7 +360,7 @@ def test_damage_is_one_line_that_names_what_is_wrong(case, tmp_path):
             load(folder, way)
         assert len(str(error.value).splitlines()) == 1
         assert len(str(error.value)) < 700
-        assert str(folder) in str(error.value) or "=" in str(error.value)
+        assert str(error.value).startswith(("pretrained_model_name_or_path=", "model_type="))
 
 
 # -- vision-language models
