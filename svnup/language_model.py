@@ -127,6 +127,7 @@ class LanguageModel:
         self.decoder = model.get_submodule(self.blocks_path.rpartition(".")[0])
         self.n_block_runs = 0  # of visited blocks on all inputs
         self._shelf: Shelf | None = None
+        self._companions: dict[str, bytes] = {}  # files that are saved beside the model
         _refuse_experts(model, self.blocks)
 
     @classmethod
@@ -192,6 +193,7 @@ class LanguageModel:
                 f"model.device_map={loader.device_map}: the model does not fit the GPUs at hand; use more, or a smaller one"
             )
         lm = cls(model, tokenizer, blocks_path)
+        lm._companions = loader.companions()
         if loader.device_map is None:
             lm._move(pick_device(device), offload)
         return lm
@@ -204,6 +206,7 @@ class LanguageModel:
         path = cls(loader.outline(), None, blocks_path).blocks_path
         model, read, identity = loader.without_blocks(path)
         lm = cls(model, tokenizer, path)
+        lm._companions = loader.companions()
         lm._move_all_but_blocks(device)
         lm._put_on(DiskShelf(lm.blocks, read, device, scratch, f"{identity} {model.config.dtype}"))
         return lm
@@ -386,6 +389,8 @@ class LanguageModel:
                     write_bitmask(partial, self.parts(), set(self.pruned_names()))
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(partial)
+            for name, data in self._companions.items():
+                (partial / name).write_bytes(data)
 
         with quiet_unless_terminal():
             in_place(folder, fill_folder)

@@ -38,12 +38,14 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from svnup.checkpoint import POINTS_ELSEWHERE, Checkpoint, StoredTensor, Tensors, is_bitmask, is_pointer
 
 logger = logging.getLogger(__name__)
 KEY = "pretrained_model_name_or_path"
+COMPANIONS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
 SHOWN = 3  # names in a message
 LONGEST_REASON = 300  # characters
 NOT_SAFETENSORS = "no safetensors checkpoint; save the model once more with safe_serialization, or use offload=none"
@@ -91,7 +93,7 @@ def read_config(
     with readable(name, "has no readable config", gguf_file):
         config = AutoConfig.from_pretrained(name, **options)
         if not isinstance(config.dtype, torch.dtype | None):
-            raise TypeError(f"dtype={config.dtype}: no such dtype")
+            raise ValueError(f"dtype={config.dtype}: there is no such dtype")
     return config
 
 
@@ -169,6 +171,16 @@ class Loader:
         return read_tokenizer(
             self.source, revision=self.revision, trust_remote_code=self.trust_remote_code, gguf_file=self.gguf_file
         )
+
+    def companions(self) -> dict[str, bytes]:
+        """What a vision-language checkpoint says of how images and texts are prepared, by the names of files."""
+        found = {}
+        for name in COMPANIONS if getattr(self.config, "vision_config", None) is not None else ():
+            with readable(self.source, "cannot be loaded"):
+                path = cached_file(self.source, name, revision=self.revision, _raise_exceptions_for_missing_entries=False)
+            if path is not None:
+                found[name] = Path(path).read_bytes()
+        return found
 
     def outline(self) -> PreTrainedModel:
         """The modules and shapes of the model without memory for weights."""
@@ -269,19 +281,20 @@ def dequantized_from(config: Any) -> dict[str, Any] | None:
     return getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
 
 
-def _belongs(name: str, model: nn.Module) -> bool:
+def _belongs(name: str, model: PreTrainedModel) -> bool:
     """Whether a stored tensor that a model has no place for tells that its config is not that of the checkpoint.
 
-    So tells one more item of a list of modules, as a block; what a linear, norm or embedding does not have, as a bias or a
-    scale; and any weight inside a block. Heads for other uses and masks that were once stored do not.
+    In the decoder and its head, so tells one more item of a list of modules, as a block; what a linear, norm or embedding does
+    not have, as a bias or a scale; and any weight inside a block. Heads for other uses, masks that were once stored and parts
+    that see or hear do not.
     """
-    modules = dict(model.named_modules())
+    modules, inside = dict(model.named_modules()), {id(m) for m in model.get_decoder().modules()}
     owner, missing = name.rpartition(".")[0], ""
     while owner and owner not in modules:
         owner, _, missing = owner.rpartition(".")
-    if not owner:
-        return False
     place = modules[owner]
+    if not owner or (id(place) not in inside and place is not model.get_output_embeddings()):
+        return False
     if missing.isdigit() and isinstance(place, nn.ModuleList):
         return True
     whole = any(True for _ in place.parameters(recurse=False)) and not any(True for _ in place.children())

@@ -153,21 +153,21 @@ class Pretrained:
             raise ValueError(f"{wrong} is not JSON ({error}); copy it again") from None
         if not isinstance(config, dict) or not isinstance(config.get("text_config") or {}, dict):
             raise ValueError(f"{wrong} is no object of names and values; copy it again")
-        return config | (config.get("text_config") or {})
+        config |= config.get("text_config") or {}
+        for key in (*DEPTH_KEYS, *POSITION_KEYS, "hidden_size"):
+            value = config.get(key)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{wrong} has {key}={value!r}, which is no whole number from 1; copy it again")
+        return config
 
     def n_blocks(self) -> int:
         """Number of blocks by config.json; raises ValueError where the model or that number cannot be found."""
-        key, depth = next(((key, self._config[key]) for key in DEPTH_KEYS if key in self._config), ("", None))
+        depth = next((self._config[key] for key in DEPTH_KEYS if key in self._config), None)
         if depth is None:
             raise ValueError(
                 f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: config.json names no number of layers"
             )
-        if not isinstance(depth, int) or depth < 1:
-            raise ValueError(
-                f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: config.json has {key}={depth}, which is "
-                "no number of layers; copy it again"
-            )
-        return depth
+        return int(depth)
 
     def max_positions(self) -> int | None:
         return next((self._config[key] for key in POSITION_KEYS if key in self._config), None)

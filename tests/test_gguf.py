@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cli import last_row, read_once
+from cli import last_row
 from conftest import make_random_model
 from transformers import AutoModelForCausalLM
 
-from svnup.__main__ import main
-from svnup.data import Docs
 from svnup.language_model import LanguageModel
 from svnup.model import BUILT_IN_FOLDER, Pretrained
 
@@ -115,31 +111,9 @@ def test_a_gguf_file_is_the_model_that_it_was_made_of(source, tokens, tmp_path):
 # -- through the command
 
 
-@pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
-    """Runs the command in an empty folder: (exit code, errors)."""
-    monkeypatch.setattr(Docs, "read", read_once)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    logger = logging.getLogger("svnup")
-    before = (logger.handlers[:], logger.propagate, logger.level)
-
-    def run(folder, *args):
-        texts = ["dataset=docs", "dataset@shapley.game.data=docs", "dataset@selection=docs", "model.test_text=docs"]
-        job = ["svnup", "model=pretrained", f"model.pretrained_model_name_or_path={folder}", "model.seq_len=32", *texts]
-        monkeypatch.setattr(sys, "argv", [*job, "allocator=uniform", "dataset.n_seq=2", "evaluation.n_seq=2", *args])
-        capsys.readouterr()
-        return main(), capsys.readouterr().err
-
-    yield run
-    logger.handlers[:], logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
-
-
-def test_the_result_says_what_was_dequantized(source, command):
+def test_the_result_says_what_was_dequantized(source, svnup_on):
     folder, _ = source
-    code, said = command(folder, "model.gguf_file=small.Q8_0.gguf", "save_model=true")
+    code, said = svnup_on(folder, "model.gguf_file=small.Q8_0.gguf", "save_model=true")
     assert code == 0, said
     row = last_row()
     digest = hashlib.sha256((folder / "small.Q8_0.gguf").read_bytes()).hexdigest()
@@ -150,7 +124,7 @@ def test_the_result_says_what_was_dequantized(source, command):
     }
     assert row["fingerprints"]["weights"] == digest
     (saved,) = Path("results/runs").glob("*/model")
-    code, said = command(saved, "pruner=none", "sparsity=0", "results_dir=again")
+    code, said = svnup_on(saved, "pruner=none", "sparsity=0", "results_dir=again")
     assert code == 0, said
     again = json.loads(next(Path("again/runs").glob("*/result.json")).read_text("utf-8"))
     assert again["metrics"]["docs/ppl"]["value"] == row["metrics"]["docs/ppl"]["value"]
@@ -165,28 +139,28 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(case, source, command):
+def test_what_is_refused(case, source, svnup_on):
     (args, says), (folder, _) = REFUSED[case], source
-    code, said = command(folder, *args)
+    code, said = svnup_on(folder, *args)
     assert code == 2
     line = said.rstrip("\n").splitlines()[-1]
     assert all(part in line for part in says), line
     assert not Path("results").exists()
 
 
-def test_the_path_of_a_file_is_told_apart(source, command):
+def test_the_path_of_a_file_is_told_apart(source, svnup_on):
     folder, _ = source
-    code, said = command(folder / "small.Q8_0.gguf")
+    code, said = svnup_on(folder / "small.Q8_0.gguf")
     assert code == 2
     assert "give its folder, and gguf_file=small.Q8_0.gguf" in said
 
 
 @pytest.mark.parametrize("damage", ["cut", "no GGUF"])
-def test_a_damaged_file_is_one_line(damage, source, command, tmp_path):
+def test_a_damaged_file_is_one_line(damage, source, svnup_on, tmp_path):
     data = (source[0] / "small.Q8_0.gguf").read_bytes()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.gguf").write_bytes(data[: len(data) // 2] if damage == "cut" else b"nothing" * 99)
-    code, said = command(tmp_path / "bad", "model.gguf_file=x.gguf")
+    code, said = svnup_on(tmp_path / "bad", "model.gguf_file=x.gguf")
     assert code == 2
     assert "Traceback" not in said
     assert "x.gguf" in said.rstrip("\n").splitlines()[-1]

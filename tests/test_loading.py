@@ -207,8 +207,9 @@ def pickled(family: str, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
-EVERY = ("llama", "gpt2", "gemma3_text_mixed", "opt", "gpt_neox", "bloom", "phi3", "qwen2")
-FORMS = [(form, family, None) for form in (single, shards, bfloat16, no_dtype, tied_base_model, tied) for family in EVERY]
+QUICK = ("llama", "gpt2", "gemma3_text_mixed")
+EVERY = [*QUICK, *(pytest.param(f, marks=pytest.mark.slow) for f in ("opt", "gpt_neox", "bloom", "phi3", "qwen2"))]
+FORMS = [(form, family, None) for form in (single, shards, bfloat16, no_dtype, tied_base_model, tied) for family in QUICK]
 FORMS += [(without_prefix, family, None) for family in ("llama", "gpt2", "bloom", "opt")]
 FORMS += [(tied_but_both_stored, family, None) for family in ("llama", "gpt_neox", "gpt2")]
 FORMS += [(tied_by_the_head, family, None) for family in ("llama", "gpt_neox", "gpt2")]
@@ -361,6 +362,33 @@ def test_damage_is_one_line_that_names_what_is_wrong(case, tmp_path):
         assert len(str(error.value).splitlines()) == 1
         assert len(str(error.value)) < 700
         assert str(error.value).startswith(("pretrained_model_name_or_path=", "model_type="))
+
+
+CONFIGURED = {
+    "a list": (lambda f: (f / "config.json").write_text("[1]"), "no object of names and values"),
+    "layers in words": (lambda f: edit_json(f, num_hidden_layers="twelve"), "num_hidden_layers='twelve'"),
+    "no layers": (lambda f: edit_json(f, num_hidden_layers=0), "num_hidden_layers=0"),
+    "positions in words": (lambda f: edit_json(f, max_position_embeddings="many"), "max_position_embeddings='many'"),
+    "a part that is none": (lambda f: edit_json(f, text_config="text"), "no object of names and values"),
+    "another width": (lambda f: edit_json(f, intermediate_size=160), "and so differ"),
+    "a layer less": (lambda f: edit_json(f, num_hidden_layers=2), "has model.layers.2"),
+    "weights cut": (lambda f: cut(f / "model.safetensors"), "copy the checkpoint again"),
+    "a tokenizer cut": (lambda f: cut(f / "tokenizer.json"), "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGURED)
+def test_the_command_refuses_before_it_starts(case, random_model, svnup_on, tmp_path):
+    damage, says = CONFIGURED[case]
+    random_model(n_blocks=3).save(tmp_path / "m")
+    damage(tmp_path / "m")
+    code, said = svnup_on(tmp_path / "m")
+    assert code == 2, said
+    assert "Traceback" not in said
+    line = said.rstrip("\n").splitlines()[-1]
+    assert line.startswith("svnup: ")
+    assert says in line
+    assert not Path("results").exists()
 
 
 # -- vision-language models
