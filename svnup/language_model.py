@@ -464,9 +464,9 @@ class LanguageModel:
         return MicroBatch(batch.tokens, hidden_of(out), batch.calls, tuple(map(copy.copy, shared)))
 
     def sublayers(self, index: int) -> dict[str, dict[str, nn.Module]]:
-        """The modules of a block that make up its `attention` and its `mlp`, by name: all that has matrices, the MLP as one module
-        or as linears.
+        """The modules of a block that make up its `attention` and its `mlp`, by name: together all that has matrices.
 
+        The MLP is one module, or the linears that the block itself has (OPT).
         Raises ValueError where there is more, or less.
         """
         heavy = {n: m for n, m in self.blocks[index].named_children() if any(p.dim() > 1 for p in m.parameters())}

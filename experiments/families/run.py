@@ -1,14 +1,15 @@
-"""Does svnup give the right numbers on every causal family that the installed transformers knows? Makes and tries a tiny model of each.
+"""Are svnup's numbers right on every causal family that the installed transformers knows? Tries a tiny model of each.
 
-Of each family in transformers' mapping for causal language models it makes a random model of four blocks, saves it, and compares
-svnup with plain transformers, always to the last bit: the logits of the model as it is loaded with offload=none, cpu and disk
-and from a bitmask checkpoint; the values of coalitions in one order, in the other, and in two shards; and the logits after
-pruning, saving and reloading. A family may be refused instead, by one line. What differs is named check by check.
+Of each family in transformers' mapping for causal language models it makes a random model of four blocks, saves it, and
+compares svnup with plain transformers, to the last bit: the logits of the model as it is loaded with offload=none, cpu and
+disk and from a bitmask checkpoint; the loss by blocks (here up to rounding); the values of coalitions in one order, in the
+other, and in two shards; and the logits after pruning, saving and reloading. Families of experts are tried a second time with
+dense blocks, where their configuration has that. A family may be refused instead, by one line; what differs is named.
 
-Writes results/tables/families.csv as it goes, and families.md from it. A killed run goes on where it was: delete the csv, or
-name families, to have them tried again.
+Writes results/tables/families.csv as it goes, and families.md beside it. A killed run goes on where it was, and a finished one
+has nothing to do: name families to have them tried again, or `--again` for all.
 
-    python experiments/families/run.py [FAMILY ...] [--output results/tables/families.csv] [--seconds 120]
+    python experiments/families/run.py [FAMILY ...] [--again] [--output results/tables/families.csv] [--seconds 120]
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import multiprocessing
 import re
 import sys
 import tempfile
+import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,100 +39,126 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from svnup.allocation import Uniform
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
-from svnup.pruning import prune_model
+from svnup.pruning import Pruner, prune_model
+from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.wanda import Wanda
 
 OUTPUT = Path("results/tables/families.csv")
 N_BLOCKS, VOCABULARY = 4, 99
 TOKENS = np.random.default_rng(3).integers(3, VOCABULARY - 3, size=(3, 24))
-CHECKS = ("none", "cpu", "disk", "bitmask", "walk", "order", "shards", "reload")
+LOADING = ("none", "cpu", "disk", "bitmask")
+CHECKS = (*LOADING, "walk", "order", "shards", "reload")
+VERDICTS = {
+    "works": "every check is equal",
+    "in part": "some checks are equal, others are refused by a line",
+    "refused": "a line says why no loss, value or calibration can be computed",
+    "wrong": "a check differs, or ends in an error that is no line for people",
+    "not built": "the tiny model could not be made, or plain transformers cannot run it on tokens alone",
+}
 FIELDS = ("family", "class", "verdict", *CHECKS, "reason")
 
-# What the sizes of a configuration become, by the words of their names, the first that fits. The order matters.
-SMALL: list[tuple[str, Any]] = [
-    (
-        r"^(num_hidden_layers|n_layers?|num_layers|decoder_layers|num_decoder_layers|encoder_layers|num_encoder_layers)$",
-        N_BLOCKS,
-    ),
-    (r"^(vocab_size|vocab_size_per_layer_input|text_vocab_size|audio_vocab_size)$", VOCABULARY),
-    (r"^(num_key_value_heads|num_kv_heads|multi_query_group_num|swa_num_key_value_heads|.*_key_value_heads)$", 2),
-    (r"^(num_attention_heads|n_heads?|num_heads|.*attention_heads|.*_num_heads)$", 4),
-    (
-        r"^(hidden_size|d_model|n_embd|embed_dim|dim|dim_model|word_embed_proj_dim|embedding_size|emb_dim|n_embed|model_dim)$",
-        32,
-    ),
-    (r"^(attention_hidden_size|hidden_dim|lru_width|input_embedding_size|output_embedding_size)$", 32),
-    (r"^(hidden_size_per_layer_input|laurel_rank|adapter_rank)$", 8),
-    (
-        r"^(intermediate_size|ffn_dim|n_inner|dim_ff|dff|d_ff|feed_forward_size|block_ff_dim|ffn_hidden_size|.*_ffn_dim|.*intermediate_size)$",
-        48,
-    ),
-    (r"^(head_dim|kv_channels|d_kv|d_head|.*_head_dim|dim_head|qk_nope_head_dim|v_head_dim|attention_head_size)$", 8),
-    (r"^(qk_rope_head_dim|rotary_dim)$", 4),
-    (r"^(q_lora_rank|kv_lora_rank|o_lora_rank|.*_lora_rank)$", 16),
-    (r"^(num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_moe_experts)$", 4),
-    (r"^(num_experts_per_tok|num_experts_per_token|moe_k|moe_top_k|top_k_experts|moe_topk)$", 2),
-    (r"^(n_group|topk_group|n_groups)$", 1),
-    (r"^(sliding_window|sliding_window_size|window_size|attention_window_size|attention_window)$", 8),
-    (r"^(max_position_embeddings|n_positions|n_ctx|max_sequence_length|max_seq_len|max_target_positions)$", 64),
-    (r"^(num_kv_shared_layers)$", 2),
-    (r"^(mamba_d_state|state_size|d_state)$", 8),
-    (r"^(mamba_n_heads|mamba_num_heads|n_mamba_heads)$", 4),
-    (r"^(mamba_d_head|mamba_head_dim|mamba_headdim)$", 16),
+# What the sizes of a configuration become, by the first pattern that fits their names.
+SMALL: list[tuple[str, int]] = [
+    (r"(num_hidden_layers|n_layers?|num_layers|(num_)?(decoder|encoder)_layers)", N_BLOCKS),
+    (r"(.*_)?vocab_size.*|encoder_hash_byte_group_vocab", VOCABULARY),
+    (r"num_key_value_heads|num_kv_heads|multi_query_group_num|.*_key_value_heads", 2),
+    (r"num_attention_heads|n_heads?|num_heads|.*attention_heads|.*_num_heads|mamba_n_heads|mamba_num_heads|n_mamba_heads", 4),
+    (r"hidden_size|d_model|n_embd|embed_dim|dim|dim_model|word_embed_proj_dim|embedding_size|emb_dim|n_embed|model_dim", 32),
+    (r"attention_hidden_size|hidden_dim|lru_width|input_embedding_size|output_embedding_size", 32),
+    (r"hidden_size_per_layer_input|laurel_rank|adapter_rank", 8),
+    (r"(.*_)?(intermediate_size|ffn_dim|ffn_hidden_size)|n_inner|dim_ff|dff|d_ff|feed_forward_size|block_ff_dim", 48),
+    (r"mamba_d_head|mamba_head_?dim", 16),
+    (r"(.*_)?head_dim|kv_channels|d_kv|d_head|dim_head|attention_head_size", 8),
+    (r"rotary_dim", 4),
+    (r".*_lora_rank", 16),
+    (r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_moe_experts", 4),
+    (r"num_experts_per_tok(en)?|moe_k|moe_top_k|top_k_experts|moe_topk", 2),
+    (r"n_group|topk_group|n_groups|num_expert_group", 1),
+    (r"sliding_window(_size)?|window_size|attention_window(_size)?", 8),
+    (r"max_position_embeddings|n_positions|n_ctx|max_sequence_length|max_seq_len|max_target_positions", 64),
+    (r"num_kv_shared_layers", 2),
+    (r"mamba_d_state|state_size|d_state", 8),
 ]
-# What cannot be told from names: relations between sizes that a family insists on.
-OWN: dict[str, dict[str, Any]] = {}
+UNSET = {"num_key_value_heads": 4, "head_dim": 8, "num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1}
+UNSET |= {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16, "indexer_compress_ratio": 4}
+# What names do not tell: how sizes have to fit each other, and what a family has no default for.
+OWN: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"qk_head_dim": 16},
+    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "reformer": {"attn_layers": ["local", "lsh"] * 2, "axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "hybrid_layer_ids": [1, 3], "mamba_headdim": 16},
+    "zaya": {"num_experts_per_tok": 1},
+}
+# What makes all blocks of a family of experts dense.
+DENSE: dict[str, Any] = {
+    "first_k_dense_replace": N_BLOCKS,
+    "num_dense_layers": N_BLOCKS,
+    "mlp_only_layers": list(range(N_BLOCKS)),
+    "mlp_layer_types": ["dense"] * N_BLOCKS,
+}
 
 
-def shrunk(config: PretrainedConfig) -> dict[str, Any]:
-    """The arguments of a small configuration of the same class: sizes by their names, lists by the number of blocks."""
-    given = {k: v for k, v in config.to_diff_dict().items()} | config.to_dict()
-    depth = next(
-        (d for k in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if (d := getattr(config, k, None))), None
-    )
+def shrunk(config: PretrainedConfig, unset: bool) -> dict[str, Any]:
+    """The arguments of a small configuration of the same class; `unset` gives a value to what has none, too."""
+    given, depth = config.to_dict(), getattr(config, "num_hidden_layers", None)
     small: dict[str, Any] = {}
     for key, value in given.items():
-        if key.endswith("_token_id") or key.endswith("_token_index"):
-            small[key] = (
-                {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}.get(key, VOCABULARY - 1)
-                if value is not None
-                else None
-            )
-        elif isinstance(value, list) and depth and len(value) == depth:
+        size = next((size for pattern, size in SMALL if re.fullmatch(pattern, key)), None)
+        if key.endswith(("_token_id", "_token_index")):
+            ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+            small[key] = None if value is None else ids.get(key, VOCABULARY - 1)
+        elif isinstance(value, list) and len(value) == depth:
             small[key] = _each_kind(value)
-        elif (size := next((s for pattern, s in SMALL if re.match(pattern, key)), None)) is not None:
-            if isinstance(value, int) and not isinstance(value, bool):
-                small[key] = size if value else value
+        elif size is not None and value and isinstance(value, int) and not isinstance(value, bool):
+            small[key] = size
+        elif value is None and unset and key in UNSET:
+            small[key] = UNSET[key]
+    if "is_decoder" in given:
+        small["is_decoder"] = True
+    if given.get("num_key_value_heads") and given["num_key_value_heads"] == given.get("num_attention_heads"):
+        small["num_key_value_heads"] = small["num_attention_heads"]
     return small
 
 
 def _each_kind(per_block: list[Any]) -> list[Any]:
     """Four entries of a list per block, with as many of its kinds as there is room for."""
-    kinds = list(dict.fromkeys(map(repr, per_block)))[:N_BLOCKS]
-    first = [per_block[list(map(repr, per_block)).index(kind)] for kind in kinds]
-    return [first[i % len(first)] for i in range(N_BLOCKS)]
+    kinds = {repr(entry): entry for entry in per_block}
+    return [list(kinds.values())[i % len(kinds)] for i in range(N_BLOCKS)]
 
 
-def tiny_config(family: str) -> PretrainedConfig:
+def tiny_config(family: str, dense: bool = False, unset: bool = False) -> PretrainedConfig:
     """A configuration of the family with four blocks of a few thousand weights."""
     kind = CONFIG_MAPPING[family]
     default = kind()
-    arguments = shrunk(default)
+    arguments = shrunk(default, unset)
     for name in getattr(default, "sub_configs", {}):
         if isinstance(sub := getattr(default, name, None), PretrainedConfig):
-            arguments[name] = shrunk(sub)
-    arguments |= OWN.get(family, {})
-    if default.get_text_config() is default and getattr(default, "num_key_value_heads", 0) == getattr(
-        default, "num_attention_heads", 1
-    ):
-        arguments["num_key_value_heads"] = 4
+            text = sub is default.get_text_config()
+            arguments[name] = shrunk(sub, unset) | ({} if text else {"num_hidden_layers": 2})
+            arguments[name] |= {k: v for k, v in DENSE.items() if dense and text and hasattr(sub, k)}
+    arguments |= OWN.get(family, {}) | {k: v for k, v in DENSE.items() if dense and hasattr(default, k)}
     return kind(**{k: v for k, v in arguments.items() if k not in ("model_type", "transformers_version")})
 
 
-def make(family: str, folder: Path) -> str:
-    """Save a tiny random model of the family; returns the name of its class."""
+def tiny_model(family: str, dense: bool) -> Any:
+    """A random model of the family."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32).eval()
+    try:
+        return AutoModelForCausalLM.from_config(tiny_config(family, dense), dtype=torch.float32).eval()
+    except (TypeError, ValueError, AttributeError):  # some sizes have no default
+        return AutoModelForCausalLM.from_config(tiny_config(family, dense, unset=True), dtype=torch.float32).eval()
+
+
+def make(family: str, folder: Path) -> str:
+    """Save a tiny random model of a family, or of one and `, dense`; returns the name of its class."""
+    name, _, dense = family.partition(", ")
+    model = tiny_model(name, bool(dense))
     n = sum(p.numel() for p in model.parameters())
     if n > 30_000_000:
         raise ValueError(f"{n:,} parameters are not tiny")
@@ -150,6 +179,12 @@ class NoTokenizer:
 
 def load(folder: Path, **options: Any) -> LanguageModel:
     return LanguageModel.load(str(folder), tokenizer=NoTokenizer(), dtype="float32", device="cpu", **options)
+
+
+def pruned(folder: Path, pruner: Pruner) -> LanguageModel:
+    lm = load(folder)
+    prune_model(lm, Uniform().allocate(None, lm.block_params, 0.5, "unstructured"), pruner, TOKENS)
+    return lm
 
 
 @torch.no_grad()
@@ -194,8 +229,9 @@ def tried(folder: Path, scratch: Path) -> Iterator[tuple[str, Callable[[], str]]
         return "equal" if np.allclose(found, own, rtol=1e-5, atol=1e-5) else compared(found, own)
 
     def bitmask() -> str:
-        load(folder).save(scratch / "bitmask", "bitmask")
-        return compared(logits(load(scratch / "bitmask").model), expected)
+        lm = pruned(folder, Magnitude())
+        lm.save(scratch / "bitmask", "bitmask")
+        return compared(logits(load(scratch / "bitmask").model), logits(lm.model))
 
     def order() -> str:
         rows = coalitions(N_BLOCKS)
@@ -208,8 +244,7 @@ def tried(folder: Path, scratch: Path) -> Iterator[tuple[str, Callable[[], str]]
         return compared(values, of_game())
 
     def reload() -> str:
-        lm = load(folder)
-        prune_model(lm, Uniform().allocate(None, lm.block_params, 0.5, "unstructured"), Wanda(), TOKENS)
+        lm = pruned(folder, Wanda())
         lm.save(scratch / "pruned")
         again = load(scratch / "pruned")
         if (said := compared(plain(scratch / "pruned"), logits(lm.model))) != "equal":
@@ -243,15 +278,13 @@ def examine(family: str) -> dict[str, str]:
         for name, check in checks:
             try:
                 row[name] = check()
-            except ValueError as error:
-                row[name] = "refused"
-                reasons.append(one_line(error))
-            except Exception as error:  # what a user would see as a traceback
-                row[name] = type(error).__name__
-                reasons.append(f"{name}: {type(error).__name__}: {one_line(error)}")
-    said = {row[name] for name in CHECKS}
-    bad = said - {"equal", "refused"}
-    row["verdict"] = "wrong" if bad else "works" if said == {"equal"} else "refused" if said == {"refused"} else "in part"
+            except Exception as error:
+                line = isinstance(error, ValueError) and "/svnup/" in traceback.extract_tb(error.__traceback__)[-1].filename
+                row[name] = "refused" if line else type(error).__name__  # what a user would see as a traceback
+                reasons.append(one_line(error) if line else f"{name}: {type(error).__name__}: {one_line(error)}")
+    said, run = {row[name] for name in CHECKS}, {row[name] for name in CHECKS if name not in LOADING}
+    wrong = said - {"equal", "refused"}
+    row["verdict"] = "wrong" if wrong else "works" if said == {"equal"} else "refused" if run == {"refused"} else "in part"
     return row | {"reason": "; ".join(dict.fromkeys(reasons))}
 
 
@@ -281,7 +314,15 @@ def apart(family: str, seconds: float) -> dict[str, str]:
 
 
 def families() -> list[str]:
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """All names of families, those that can be dense instead of a mixture of experts twice."""
+    names = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return names + [f"{name}, dense" for name in names if _may_be_dense(CONFIG_MAPPING[name])]
+
+
+def _may_be_dense(kind: type[PretrainedConfig]) -> bool:
+    with contextlib.suppress(ValueError):  # of a family with several texts
+        return any(hasattr(kind().get_text_config(), key) for key in DENSE)
+    return False
 
 
 def read(path: Path) -> dict[str, dict[str, str]]:
@@ -293,29 +334,58 @@ def read(path: Path) -> dict[str, dict[str, str]]:
 
 def write(path: Path, rows: dict[str, dict[str, str]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    ordered = [rows[name] for name in sorted(rows)]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows[name] for name in sorted(rows))
+        writer.writerows(ordered)
+    path.with_suffix(".md").write_text(markdown(ordered), encoding="utf-8")
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """The table for people: what works, and of everything else why not."""
+    counts = Counter(row["verdict"] for row in rows)
+    lines = [
+        "# Causal families of transformers",
+        "",
+        f"A tiny random model of each family that transformers {transformers.__version__} knows, tried by `make families`: "
+        + ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+        + ".",
+        "",
+        "| verdict | meaning |",
+        "| --- | --- |",
+        *(f"| {verdict} | {meaning} |" for verdict, meaning in VERDICTS.items()),
+        "",
+        "The checks: logits with offload=none, cpu, disk and from a bitmask checkpoint, against plain transformers; the loss "
+        "block by block; coalition values in any order and in shards; prune, save and reload.",
+        "",
+        "| family | class | verdict | which checks, and why |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        odd = [f"{name}: {row[name]}" for name in CHECKS if row.get(name) not in ("equal", None, "")]
+        told = "; ".join(odd) if row["verdict"] in ("wrong", "in part") else ""
+        why = ". ".join(part for part in (told, row.get("reason", "")) if part).replace("|", "\\|")
+        lines.append(f"| {row['family']} | {row.get('class', '')} | {row['verdict']} | {why} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="try these again; default: all that are not in the csv")
+    parser.add_argument("--again", action="store_true", help="try all again")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--seconds", type=float, default=120, help="time for one family")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = read(options.output)
+    rows = {} if options.again else read(options.output)
     todo = options.families or [name for name in families() if name not in rows]
     for k, family in enumerate(todo):
-        rows[family] = apart(family, options.seconds)
+        rows[family] = row = apart(family, options.seconds)
         write(options.output, rows)
-        print(
-            f"{k + 1}/{len(todo)} {family}: {rows[family]['verdict']} {rows[family].get('reason', '')[:150]}",
-            file=sys.stderr,
-            flush=True,
-        )
+        said = f"{k + 1}/{len(todo)} {family}: {row['verdict']}. {row.get('reason', '')[:150]}"
+        print(said, file=sys.stderr, flush=True)
+    sys.exit(any(row["verdict"] == "wrong" for row in rows.values()))
 
 
 if __name__ == "__main__":
