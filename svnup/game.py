@@ -175,10 +175,7 @@ class LayerGame:
     def _batches(self) -> list[MicroBatch]:
         with torch.inference_mode():
             tokens = _with_choices(self.tokens) if self.payoff == "accuracy" else self.tokens
-            batches = list(self.lm.micro_batches(tokens))
-            if self.lm.offloaded:  # others are checked as soon as they are run
-                self.lm.check_order()
-            return batches
+            return list(self.lm.micro_batches(tokens))
 
     # -- payoffs
 

@@ -671,22 +671,16 @@ class LanguageModel:
             logits, seen.logits[:, :-1].flatten(0, 1).float(), ulps=2**18
         ):  # products of other sizes, maybe of bfloat16
             raise self._unfit("its head gives some tokens other logits than all")
-        if self._shelf is None:
-            self.check_order()
+        self._check_apart()
         return True
 
     @torch.no_grad()
-    def check_order(self) -> None:
-        """Raise ValueError where a block computes something else after later blocks than in its turn.
-
-        Nothing may pass between blocks but hidden states and what a batch carries. Brings an offloaded block twice.
-        """
-        batches = [self._enter(self._probe)]
-        for index in range(self.n_blocks):
-            batches.append(self.run_block(index, batches[-1]))
-        again = {index: self.run_block(index, batches[index]) for index in reversed(range(self.n_blocks))}
+    def _check_apart(self) -> None:
+        """Raise ValueError where a block computes something else after other blocks, on other tokens, than in its turn."""
+        batch, other = self._enter(self._probe), self._enter((self._probe + 5).remainder(self.vocab_size))
         for index, own in enumerate(self._observed.left):
-            if not (close(batches[index + 1].hidden, own) and close(again[index].hidden, own)):
+            batch, other = self.run_block(index, batch), self.run_block(index, other)  # as a walk does
+            if not close(batch.hidden, own):
                 raise self._unfit(f"what block {index} computes depends on more than it is given")
 
 

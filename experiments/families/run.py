@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import multiprocessing
 import re
@@ -36,6 +37,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import svnup
 from svnup.allocation import Uniform
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
@@ -209,49 +211,49 @@ def coalitions(n: int) -> np.ndarray:
     return np.unique(np.concatenate([np.ones((1, n)), 1 - np.eye(n), more]).astype(bool), axis=0)
 
 
-def in_order(folder: Path, rows: np.ndarray, one_by_one: bool) -> np.ndarray:
-    game = LayerGame(load(folder), TOKENS)
-    return np.concatenate([game(row[None]) for row in rows]) if one_by_one else game(rows)
-
-
 def tried(folder: Path, scratch: Path) -> Iterator[tuple[str, Callable[[], str]]]:
     """The checks by name, in order."""
-    expected = plain(folder)
+    expected, rows = plain(folder), coalitions(N_BLOCKS)
 
-    def of_game() -> np.ndarray:
-        return in_order(folder, coalitions(N_BLOCKS), one_by_one=False)
+    @functools.cache
+    def lm() -> LanguageModel:
+        return load(folder)
+
+    @functools.cache
+    def values() -> np.ndarray:
+        return LayerGame(load(folder), TOKENS)(rows)
 
     def walk() -> str:
         """The loss by blocks is the model's own, up to the rounding of products of other sizes."""
-        rows = torch.as_tensor(TOKENS)
-        own = -expected.double().log_softmax(-1)[:, :-1].gather(-1, rows[:, 1:, None])[..., 0].mean(1).numpy()
-        found = load(folder).nll(TOKENS)
+        text = torch.as_tensor(TOKENS)
+        own = -expected.double().log_softmax(-1)[:, :-1].gather(-1, text[:, 1:, None])[..., 0].mean(1).numpy()
+        found = lm().nll(TOKENS)
         return "equal" if np.allclose(found, own, rtol=1e-5, atol=1e-5) else compared(found, own)
 
-    def bitmask() -> str:
-        lm = pruned(folder, Magnitude())
-        lm.save(scratch / "bitmask", "bitmask")
-        return compared(logits(load(scratch / "bitmask").model), logits(lm.model))
-
     def order() -> str:
-        rows = coalitions(N_BLOCKS)
-        return compared(in_order(folder, rows[::-1], one_by_one=True)[::-1], of_game())
+        game = LayerGame(lm(), TOKENS)
+        return compared(np.concatenate([game(row[None]) for row in rows[::-1]])[::-1], values())
 
     def shards() -> str:
-        rows, values = coalitions(N_BLOCKS), np.zeros(len(coalitions(N_BLOCKS)))
+        parts = np.zeros(len(rows))
         for part in (slice(0, None, 2), slice(1, None, 2)):
-            values[part] = in_order(folder, rows[part], one_by_one=False)
-        return compared(values, of_game())
+            parts[part] = LayerGame(lm(), TOKENS)(rows[part])
+        return compared(parts, values())
+
+    def bitmask() -> str:
+        sparse = pruned(folder, Magnitude())
+        sparse.save(scratch / "bitmask", "bitmask")
+        return compared(logits(load(scratch / "bitmask").model), logits(sparse.model))
 
     def reload() -> str:
-        lm = pruned(folder, Wanda())
-        lm.save(scratch / "pruned")
-        again = load(scratch / "pruned")
-        if (said := compared(plain(scratch / "pruned"), logits(lm.model))) != "equal":
+        sparse = pruned(folder, Wanda())
+        sparse.save(scratch / "pruned")
+        if (said := compared(plain(scratch / "pruned"), logits(sparse.model))) != "equal":
             return f"logits {said}"
-        return compared(again.nll(TOKENS), lm.nll(TOKENS))
+        return compared(load(scratch / "pruned").nll(TOKENS), sparse.nll(TOKENS))
 
-    for where in ("none", "cpu", "disk"):
+    yield "none", lambda: compared(logits(lm().model), expected)
+    for where in ("cpu", "disk"):
         yield where, lambda where=where: compared(logits(load(folder, offload=where).model), expected)
     yield "bitmask", bitmask
     yield "walk", walk
@@ -279,7 +281,8 @@ def examine(family: str) -> dict[str, str]:
             try:
                 row[name] = check()
             except Exception as error:
-                line = isinstance(error, ValueError) and "/svnup/" in traceback.extract_tb(error.__traceback__)[-1].filename
+                raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+                line = isinstance(error, ValueError) and raised.is_relative_to(Path(svnup.__file__).parent)
                 row[name] = "refused" if line else type(error).__name__  # what a user would see as a traceback
                 reasons.append(one_line(error) if line else f"{name}: {type(error).__name__}: {one_line(error)}")
     said, run = {row[name] for name in CHECKS}, {row[name] for name in CHECKS if name not in LOADING}
@@ -320,9 +323,8 @@ def families() -> list[str]:
 
 
 def _may_be_dense(kind: type[PretrainedConfig]) -> bool:
-    with contextlib.suppress(ValueError):  # of a family with several texts
-        return any(hasattr(kind().get_text_config(), key) for key in DENSE)
-    return False
+    kinds = [kind, *(sub for sub in kind.sub_configs.values() if hasattr(sub, "__dataclass_fields__"))]
+    return any(key in kind.__dataclass_fields__ for kind in kinds for key in DENSE)
 
 
 def read(path: Path) -> dict[str, dict[str, str]]:
