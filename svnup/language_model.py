@@ -624,9 +624,9 @@ class LanguageModel:
         rows[1, -1] += 1
         return rows.remainder(self.vocab_size)
 
-    def _unfit(self, why: str, error: Exception | None = None) -> ValueError:
+    def _unfit(self, why: str, error: Exception | None = None, fix: str = "choose another model") -> ValueError:
         said = f" ({type(error).__name__}: {' '.join(str(error).split())[:120]})" if error is not None else ""
-        return ValueError(f"{type(self.model).__name__}: {why}{said}; choose another model")
+        return ValueError(f"{type(self.model).__name__}: {why}{said}; {fix}")
 
     @cached_property
     def _observed(self) -> Observed:
@@ -641,9 +641,9 @@ class LanguageModel:
             if not close(seen.entered[index], seen.left[index - 1]):
                 raise self._unfit(f"block {index} does not get what block {index - 1} returns, so that none can be run apart")
         if not close(seen.logits[0, :-1], seen.logits[1, :-1], ulps=2**6):
-            raise self._unfit(
-                "its predictions depend on the tokens that follow; unless is_decoder=true is missing in config.json"
-            )
+            reads_on = getattr(self.model.config, "is_decoder", True) is False
+            fix = "set is_decoder to true in config.json, or choose another model" if reads_on else "choose another model"
+            raise self._unfit("its predictions depend on the tokens that follow", fix=fix)
         return seen
 
     @cached_property
