@@ -9,7 +9,7 @@ import math
 import os
 import socket
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Literal
@@ -59,7 +59,8 @@ class LayerGame:
 
     An absent player is skipped (identity), or with `pruned` (per block, pruned weights by parameter name) computes with these
     instead of its own; both versions stay in memory and nothing is copied. `players=sublayer`: attention and MLP apart, 2n
-    players in the order in which they act.
+    players in the order in which they act. What an absent block leaves for later ones beside hidden states, such as the keys
+    and values that blocks of Gemma 3n read from another, it still leaves, since these have none of their own.
 
     Coalitions are walked depth first over shared prefixes, each evaluated once ever: values go to an append-only memo under
     `cache_dir` (None: in memory only) as they come. Hidden states of prefixes take at most `state_bytes`, beyond which they
@@ -140,17 +141,16 @@ class LayerGame:
     @torch.inference_mode()
     def _walk(self, coalitions: Bools) -> int:
         """Evaluate distinct coalitions (in lexicographic order) depth first; returns the number of block-forwards."""
-        steps = WalkPlan.of(coalitions, self.absent_costs, max_states(self.lm, self._batches, self._state_bytes))
-        forwards = 0
-        stack: dict[int, list[Tensor]] = {0: [batch.hidden for batch in self._batches]}
+        held, runs = max_states(self.lm, self._batches, self._state_bytes), self._runs_absent
+        steps, forwards = WalkPlan.of(coalitions, runs, held), 0
+        stack = {0: self._batches}
         with stage("coalitions", steps.n_evaluations, "coalitions") as advance:
             for row, start, kept in zip(coalitions, steps.resume, steps.kept, strict=True):
                 states = stack[start]
                 stack = {depth: s for depth, s in stack.items() if kept >> depth & 1}
                 for index in range(start, self.n_players):
-                    player = self._players[index]
-                    if row[index] or player.absent is not None:
-                        states = self._step(player, states, present=bool(row[index]))
+                    if row[index] or runs[index]:
+                        states = self._step(self._players[index], states, present=bool(row[index]))
                         forwards += 1
                     if kept >> (index + 1) & 1:
                         stack[index + 1] = states
@@ -158,12 +158,18 @@ class LayerGame:
                 advance(1)
         return forwards
 
-    def _step(self, player: Player, states: list[Tensor], present: bool) -> list[Tensor]:
+    @property
+    def _runs_absent(self) -> Bools:
+        """Which players (n_players,) are run even where they are absent: as stand-ins, or for what they leave for others."""
+        leaves = np.array([player.block in self.lm.writers for player in self._players])
+        return leaves | self.absent_costs
+
+    def _step(self, player: Player, states: list[MicroBatch], present: bool) -> list[MicroBatch]:
         weights = None if present else player.absent
-        return [
-            self.lm.run_block(player.block, hidden, batch, part=player.part, weights=weights)
-            for hidden, batch in zip(states, self._batches, strict=True)
-        ]
+        out = [self.lm.run_block(player.block, batch, part=player.part, weights=weights) for batch in states]
+        if present or player.absent is not None:
+            return out
+        return [replace(batch, carried=o.carried) for batch, o in zip(states, out, strict=True)]
 
     @cached_property
     def _batches(self) -> list[MicroBatch]:
@@ -173,16 +179,14 @@ class LayerGame:
 
     # -- payoffs
 
-    def _payoff_of(self, states: list[Tensor], name: str) -> float:
+    def _payoff_of(self, states: list[MicroBatch], name: str) -> float:
         if self.payoff == "kl":
-            pairs = zip(states, self._states_of_all, self._batches, strict=True)
-            kl = self._mean([self.lm.token_kl(h, r, b) for h, r, b in pairs], name)
+            kl = self._mean(list(map(self.lm.token_kl, states, self._states_of_all)), name)
             return -min(kl, self._chance_nll) if self.cap == "chance" else -kl
         if self.payoff == "accuracy":
             accuracy = self._accuracy(states, name)
             return max(accuracy, 1 / CHOICES) if self.cap == "chance" else accuracy
-        nll = self._mean([self.lm.token_nll(h, b) for h, b in zip(states, self._batches, strict=True)], name)
-        return self._of_nll(nll)
+        return self._of_nll(self._mean(list(map(self.lm.token_nll, states)), name))
 
     def _of_nll(self, nll: float) -> float:
         if self.cap == "chance":
@@ -200,9 +204,9 @@ class LayerGame:
             )
         return mean
 
-    def _accuracy(self, states: list[Tensor], name: str) -> float:
+    def _accuracy(self, states: list[MicroBatch], name: str) -> float:
         """Rows come as CHOICES endings of each sequence, the true one first."""
-        losses = [self.lm.token_nll(h, b) for h, b in zip(states, self._batches, strict=True)]
+        losses = list(map(self.lm.token_nll, states))
         self._mean(losses, name)
         ending = self.tokens.shape[1] // 4
         scores = torch.cat(losses)[:, -ending:].double().sum(1).view(-1, CHOICES)
@@ -213,10 +217,10 @@ class LayerGame:
         return math.log(self.lm.vocab_size)
 
     @cached_property
-    def _states_of_all(self) -> list[Tensor]:
+    def _states_of_all(self) -> list[MicroBatch]:
         """Hidden states after all players, outside the counts: the reference of kl and recip_ppl."""
         with torch.inference_mode():
-            states = [batch.hidden for batch in self._batches]
+            states = self._batches
             for player in self._players:
                 states = self._step(player, states, present=True)
             return states
@@ -224,8 +228,7 @@ class LayerGame:
     @cached_property
     def _nll_of_all(self) -> float:
         with torch.inference_mode():
-            losses = [self.lm.token_nll(h, b) for h, b in zip(self._states_of_all, self._batches, strict=True)]
-            return self._mean(losses, "of all players")
+            return self._mean(list(map(self.lm.token_nll, self._states_of_all)), "of all players")
 
     # -- gates
 
@@ -233,7 +236,8 @@ class LayerGame:
         """Derivative (n_players,) of the payoff by a gate on each block's residual update, h + g (block(h) - h), where all
         gates are `gate`. One forward and one backward pass; activations are recomputed block by block.
 
-        Raises ValueError for payoffs that are no smooth function of the loss, sublayers and the pruned game.
+        Raises ValueError for payoffs that are no smooth function of the loss, sublayers, the pruned game, and models where more
+        passes between blocks than one residual stream.
         """
         if self.payoff not in ("neg_nll", "neg_ppl", "recip_ppl") or self.cap != "none":
             raise ValueError(
@@ -244,6 +248,11 @@ class LayerGame:
         total, n_sequences, nll = np.zeros(self.n_players), len(self.tokens), 0.0
         with torch.no_grad():
             batches = list(self.lm.micro_batches(self.tokens))
+        if self.lm.writers or batches[0].hidden.ndim != 3:
+            raise ValueError(
+                f"{type(self.lm.model).__name__}: gates need one residual stream, and nothing else, between blocks; "
+                "choose another estimator"
+            )
         for batch in batches:
             loss, gradient = self._gate_gradient(batch, gate)
             total += gradient * len(batch.tokens) / n_sequences
@@ -259,14 +268,14 @@ class LayerGame:
         states = [batch.hidden]
         with torch.no_grad():
             for index in range(self.n_players):
-                update = self.lm.run_block(index, states[-1], batch) - states[-1]
+                update = self.lm.run_block(index, replace(batch, hidden=states[-1])).hidden - states[-1]
                 states.append(states[-1] + gate * update)
         # The sum of the losses, not their mean, whose slopes would vanish in float16; a sequence at a time through the head.
         last, losses, slopes = states.pop(), [], []
         for tokens, hidden in zip(batch.tokens.split(1), last.split(1), strict=True):
             with torch.enable_grad():
                 hidden = hidden.detach().requires_grad_()
-                loss = self.lm.token_nll(hidden, MicroBatch(tokens, hidden, [])).sum()
+                loss = self.lm.token_nll(MicroBatch(tokens, hidden, [])).sum()
                 slopes += torch.autograd.grad(loss, hidden)
             losses.append(loss.detach().double())
         slope, n_targets = torch.cat(slopes), batch.tokens[:, 1:].numel()
@@ -274,7 +283,7 @@ class LayerGame:
         for index in reversed(range(self.n_players)):
             with torch.enable_grad():
                 hidden = states.pop().detach().requires_grad_()
-                update = self.lm.run_block(index, hidden, batch) - hidden
+                update = self.lm.run_block(index, replace(batch, hidden=hidden)).hidden - hidden
                 gradient[index] = float((slope.double() * update.detach().double()).sum())
                 (slope,) = torch.autograd.grad(hidden + gate * update, hidden, slope)
         return float(torch.stack(losses).sum()) / n_targets, gradient / n_targets
@@ -304,13 +313,22 @@ def _check_sequential(lm: LanguageModel) -> None:
     """Attention then MLP must be the whole block, which it is not where the two run side by side."""
     probe = torch.arange(16, device=lm.device).remainder(lm.vocab_size)[None]
     (batch,) = lm.micro_batches(probe)
-    hidden = batch.hidden
+    if lm.writers:
+        raise ValueError(
+            f"players=sublayer: block {min(lm.writers)} leaves more than hidden states for later blocks; use players=block"
+        )
     for index in range(lm.n_blocks):
-        whole = lm.run_block(index, hidden, batch)
-        halves = lm.run_block(index, lm.run_block(index, hidden, batch, part="attention"), batch, part="mlp")
-        if not torch.allclose(whole.float(), halves.float(), rtol=1e-2, atol=1e-2 * float(whole.abs().max())):
+        whole = lm.run_block(index, batch)
+        try:
+            halves = lm.run_block(index, lm.run_block(index, batch, part="attention"), part="mlp")
+        except (RuntimeError, TypeError) as error:  # of a block that wants more of its parts than what they add
+            raise ValueError(
+                f"players=sublayer: block {index} cannot do without a part ({error}); use players=block"
+            ) from error
+        expected, found = whole.hidden.float(), halves.hidden.float()
+        if not torch.allclose(expected, found, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
             raise ValueError(f"players=sublayer: block {index} does not run attention, then MLP; use players=block")
-        hidden = whole
+        batch = whole
 
 
 def _with_choices(tokens: Tensor) -> Tensor:
@@ -343,8 +361,9 @@ def state_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class WalkPlan:
-    """A depth-first walk over distinct coalitions in lexicographic order, and what it costs. With `absent_costs` any whole
-    numbers may stand for what a block is, and any order will do in which those with a common prefix are together.
+    """A depth-first walk over distinct coalitions in lexicographic order, and what it costs. `absent_costs` says whether absent
+    players are run, too, all or each (n_players,); where all are, any whole numbers may stand for what a block is, and any
+    order will do in which those with a common prefix are together.
 
     `resume` is the depth from which each coalition is computed, where it leaves the one before unless those states had to be
     dropped; bit d of `kept` says that the hidden states at depth d stay after that coalition; `peak_states` is the largest
@@ -358,12 +377,12 @@ class WalkPlan:
     peak_states: int
 
     @classmethod
-    def of(cls, coalitions: Bools | Ints, absent_costs: bool = False, max_states: int | None = None) -> WalkPlan:
+    def of(cls, coalitions: Bools | Ints, absent_costs: bool | Bools = False, max_states: int | None = None) -> WalkPlan:
         starts = branch_points(coalitions).tolist()
         kept = [0] * len(coalitions)
         for i in range(len(coalitions) - 2, -1, -1):
             kept[i] = kept[i + 1] & ((1 << starts[i + 1]) - 1) | 1 << starts[i + 1]
-        costs = np.ones_like(coalitions) if absent_costs else coalitions
+        costs = np.where(absent_costs, 1, coalitions)
         peak, held, resume, forwards = 0, 1, [], 0
         for i, start in enumerate(starts):
             depth = max(d for d in range(start + 1) if held >> d & 1)

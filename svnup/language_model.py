@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from operator import attrgetter
@@ -22,9 +23,22 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten
 from transformers import AutoConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.pytorch_utils import Conv1D
 
+from svnup.blocks import (
+    Call,
+    EnoughError,
+    Observed,
+    close,
+    containers,
+    differing,
+    hidden_of,
+    observe,
+    refill,
+    replaced,
+    split_call,
+    with_hidden,
+)
 from svnup.checkpoint import Tensors, in_place, is_bitmask, write_bitmask, write_dense
 from svnup.loading import Loader, auto_class, outline, quiet_unless_terminal
 from svnup.offload import DiskShelf, HostShelf, Shelf
@@ -46,19 +60,21 @@ class MicroBatch:
     """Some sequences on their way through the blocks.
 
     `tokens` (b, s); `hidden` (b, s, d), what enters the next block; `calls`, the other arguments of each block exactly as
-    the model passes them (masks and rotary embeddings differ between blocks where layer types are mixed).
+    the model passes them (masks and rotary embeddings differ between blocks where layer types are mixed); `carried`, what
+    blocks left for later ones in containers among these (Gemma 3n: keys and values), nothing in most families.
     """
 
     tokens: Tensor
     hidden: Tensor
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    calls: list[Call]
+    carried: tuple[Any, ...] = ()
 
 
 class ParkedBatch(MicroBatch):
     """A micro-batch whose hidden states wait in the CPU's memory, or in a file of the folder `place`, and not on the device."""
 
     def __init__(self, batch: MicroBatch, place: Path | None) -> None:
-        self.tokens, self.calls = batch.tokens, batch.calls
+        self.tokens, self.calls, self.carried = batch.tokens, batch.calls, batch.carried
         self._device, self._file = batch.hidden.device, None
         if place is not None:  # bytes, since numpy has no bfloat16
             with tempfile.NamedTemporaryFile(dir=place) as file:  # gone with the process, however that ends
@@ -83,10 +99,6 @@ class ParkedBatch(MicroBatch):
             self._file[:] = hidden.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-class EnoughError(Exception):
-    """Raised by a hook that needs no more of the run of a block on one batch."""
-
-
 class Visit:
     """One block during a walk: look at it, run it, change its weights."""
 
@@ -101,12 +113,12 @@ class Visit:
         """Run the block on all inputs, for its hooks; `advance` keeps the outputs as the next block's inputs."""
         for batch in self.batches:
             try:
-                hidden = self.lm.run_block(self.index, batch.hidden, batch)
+                out = self.lm.run_block(self.index, batch)
             except EnoughError:
                 assert not advance, "nothing came out of the block"
                 continue
             if advance:
-                batch.hidden = hidden
+                batch.hidden, batch.carried = out.hidden, out.carried
         self.advanced = self.advanced or advance
         self.lm.n_block_runs += bool(self.batches)
 
@@ -402,6 +414,7 @@ class LanguageModel:
         rows = torch.as_tensor(tokens)
         size = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
         last = None
+        assert self._checked
         for chunk in rows.split(max(1, size // rows.shape[1])):
             batch = self._enter(chunk.to(self.device))
             if last is not None and _same(last.calls, batch.calls):
@@ -410,34 +423,41 @@ class LanguageModel:
             last = batch
 
     def run_block(
-        self, index: int, hidden: Tensor, batch: MicroBatch, *, part: Part = "block", weights: dict[str, Tensor] | None = None
-    ) -> Tensor:
-        """One block-forward: hidden states (b, s, d) to hidden states (b, s, d).
+        self, index: int, batch: MicroBatch, *, part: Part = "block", weights: dict[str, Tensor] | None = None
+    ) -> MicroBatch:
+        """One block-forward: a batch at the door of a block to the same batch behind it, a new object.
 
         `part` runs the attention or the MLP alone, the other contributing nothing; `weights` are used in place of the
-        block's own parameters of these names, without a copy.
+        block's own parameters of these names, without a copy. What comes out depends on what is given alone: containers
+        among the arguments have the batch's own content while the block runs.
         """
         assert weights is None or self._shelf is None, "weights of an offloaded block come and go"
         args, kwargs = batch.calls[index]
-        block = self.blocks[index]
+        block, hidden = self.blocks[index], batch.hidden
+        shared = self._carriers(batch.calls)
+        for container, content in zip(shared, batch.carried, strict=True):
+            refill(container, content)
         silent = (
             {} if part == "block" else self._silence(index, "mlp" if part == "attention" else "attention", hidden.shape[-1])
         )
-        with self._replaced(silent):
+        with replaced(silent):
             out = functional_call(block, weights, (hidden, *args), kwargs) if weights else block(hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return MicroBatch(batch.tokens, hidden_of(out), batch.calls, tuple(map(copy.copy, shared)))
 
     def sublayers(self, index: int) -> dict[str, dict[str, nn.Module]]:
-        """The modules of a block that make up its `attention` and its `mlp`, by name.
+        """The modules of a block that make up its `attention` and its `mlp`, by name: together all that has matrices.
 
-        Raises ValueError where they cannot be told apart.
+        The MLP is one module, or the linears that the block itself has (OPT).
+        Raises ValueError where there is more, or less.
         """
         heavy = {n: m for n, m in self.blocks[index].named_children() if any(p.dim() > 1 for p in m.parameters())}
         attention = {n: m for n, m in heavy.items() if "attn" in n or "attention" in n}
         mlp = {n: m for n, m in heavy.items() if n not in attention}
-        if len(attention) != 1 or not mlp:
+        own = [n for n, p in self.blocks[index].named_parameters(recurse=False) if p.dim() > 1]
+        one = len(mlp) == 1 or (mlp and all(isinstance(m, Linear) for m in mlp.values()))
+        if len(attention) != 1 or not one or own:
             raise ValueError(
-                f"players=sublayer: block {index} has no attention and MLP apart ({list(heavy)}); use players=block"
+                f"players=sublayer: block {index} is not an attention and an MLP ({[*heavy, *own]}); use players=block"
             )
         return {"attention": attention, "mlp": mlp}
 
@@ -447,27 +467,26 @@ class LanguageModel:
 
         def nothing(*args: Any, **kwargs: Any) -> Any:
             x = args[0] if args else kwargs["hidden_states"]
-            zeros = x.new_zeros(*x.shape[:-1], width)
-            length = self._tuple_lengths[last]
-            return (zeros, *[None] * (length - 1)) if length else zeros
+            return self._observed.forms[last].around(x.new_zeros(*x.shape[:-1], width))
 
         return {m: lambda x, *args, **kwargs: x for m in inner} | {last: nothing}
 
-    def token_nll(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        """Negative log-likelihood in nats of each next token, (b, s) hidden after the last block to float32 (b, s - 1).
+    def token_nll(self, batch: MicroBatch) -> Tensor:
+        """Negative log-likelihood in nats of each next token of a batch behind the last block, float32 (b, s - 1).
 
         The head runs on a few tokens at a time: the float32 logits of all of them never exist at once.
         """
         targets = batch.tokens[:, 1:].reshape(-1)
         losses = [
             nn.functional.cross_entropy(logits, targets[start : start + len(logits)].to(logits.device), reduction="none")
-            for start, logits in self._logits_in_chunks(hidden, batch)
+            for start, logits in self._logits_in_chunks(batch)
         ]
         return torch.cat(losses).view(len(batch.tokens), -1)
 
-    def token_kl(self, hidden: Tensor, reference: Tensor, batch: MicroBatch) -> Tensor:
-        """KL divergence in nats from the predictions at `reference` to those at `hidden`, (b, s) to float32 (b, s - 1)."""
-        pairs = zip(self._logits_in_chunks(reference, batch), self._logits_in_chunks(hidden, batch), strict=True)
+    def token_kl(self, batch: MicroBatch, reference: MicroBatch) -> Tensor:
+        """KL divergence in nats from the predictions of `reference` to those of `batch`, both behind the last block, float32
+        (b, s - 1)."""
+        pairs = zip(self._logits_in_chunks(reference), self._logits_in_chunks(batch), strict=True)
         chunks = [
             nn.functional.kl_div(b.log_softmax(-1), a.log_softmax(-1), reduction="none", log_target=True).sum(-1)
             for (_, a), (_, b) in pairs
@@ -481,13 +500,12 @@ class LanguageModel:
         if self._shelf is not None:  # every block comes once
             *_, last = self.walk(tokens)
             last.run(advance=True)
-            return torch.cat([self.token_nll(b.hidden, b).double().mean(1).cpu() for b in last.batches]).numpy()
+            return torch.cat([self.token_nll(b).double().mean(1).cpu() for b in last.batches]).numpy()
         with stage("evaluation", len(tokens), "sequences") as advance:
             for batch in self.micro_batches(tokens):
-                hidden = batch.hidden
                 for index in range(self.n_blocks):
-                    hidden = self.run_block(index, hidden, batch)
-                losses.append(self.token_nll(hidden, batch).double().mean(1).cpu())
+                    batch = self.run_block(index, batch)
+                losses.append(self.token_nll(batch).double().mean(1).cpu())
                 advance(len(batch.tokens))
         return torch.cat(losses).numpy()
 
@@ -512,81 +530,139 @@ class LanguageModel:
 
     # -- how the model's own code is made to do it: a block or the decoder is replaced for one call, nothing is rebuilt by hand
 
-    def _enter(self, tokens: Tensor) -> MicroBatch:
-        """Let the model prepare its blocks' arguments: every block records them and passes its input on."""
-        _ = self._tuple_lengths  # asks the real blocks, so before they are replaced
-        entered: list[Tensor] = []
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    @property
+    def writers(self) -> frozenset[int]:
+        """The blocks that leave something for later ones beside hidden states."""
+        return frozenset(self._observed.writes)
 
-        def record(index: int) -> Callable[..., Any]:
+    def _carriers(self, calls: list[Call]) -> list[Any]:
+        """The containers among the arguments of blocks that blocks change."""
+        written = self._observed.written
+        return [containers(calls)[number] for number in written] if written else []
+
+    def _forward(self, tokens: Tensor) -> Any:
+        return self.model(input_ids=tokens, use_cache=False)
+
+    def _enter(self, tokens: Tensor) -> MicroBatch:
+        """Let the model prepare its blocks' arguments: every block records them and passes its input on, the last one stops."""
+        forms = self._observed.forms  # asks the real blocks, so before they are replaced
+        entered: list[Tensor] = []
+        calls: list[Call] = []
+
+        def record(block: nn.Module) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                kwargs = dict(kwargs)
-                hidden = args[0] if args else kwargs.pop("hidden_states")
+                hidden, call = split_call(block, args, kwargs)
                 entered.append(hidden)
-                calls.append((args[1:], kwargs))
-                return self._as_block_output(index, hidden)
+                calls.append(call)
+                if len(calls) == self.n_blocks:
+                    raise EnoughError
+                return forms[block].around(hidden)
 
             return forward
 
-        with self._replaced({block: record(i) for i, block in enumerate(self.blocks)}):
-            self.decoder(input_ids=tokens, use_cache=False)
-        return MicroBatch(tokens, entered[0], calls)
+        with replaced({block: record(block) for block in self.blocks}), contextlib.suppress(EnoughError):
+            self._forward(tokens)
+        return MicroBatch(tokens, entered[0], calls, tuple(map(copy.copy, self._carriers(calls))))
 
-    def _logits_in_chunks(self, hidden: Tensor, batch: MicroBatch) -> Iterator[tuple[int, Tensor]]:
+    def _decoded(self, batch: MicroBatch) -> Any:
+        """What the decoder, the module around the blocks, returns when the last block gives the batch's hidden states."""
+        decoded: list[Any] = []
+
+        def passes(block: nn.Module) -> Callable[..., Any]:
+            last, form = block is self.blocks[-1], self._observed.forms[block]
+            return lambda *args, **kwargs: form.around(batch.hidden if last else split_call(block, args, kwargs)[0])
+
+        def enough(module: nn.Module, args: Any, out: Any) -> None:
+            decoded.append(out)
+            raise EnoughError
+
+        hook = self.decoder.register_forward_hook(enough)
+        try:
+            with replaced({block: passes(block) for block in self.blocks}), contextlib.suppress(EnoughError):
+                self._forward(batch.tokens)
+        finally:
+            hook.remove()
+        return decoded[0]
+
+    def _logits_in_chunks(self, batch: MicroBatch) -> Iterator[tuple[int, Tensor]]:
         """(start, float32 logits (c, vocab)) over the flattened positions that have a next token."""
-
-        def passes(index: int) -> Callable[..., Any]:
-            last = index == self.n_blocks - 1
-            return lambda *args, **kwargs: self._as_block_output(
-                index, hidden if last else args[0] if args else kwargs["hidden_states"]
-            )
-
-        with self._replaced({block: passes(i) for i, block in enumerate(self.blocks)}):
-            normed = self.decoder(input_ids=batch.tokens, use_cache=False)[0]
+        decoded = self._decoded(batch)
+        normed = hidden_of(decoded)
         states = normed[:, :-1].reshape(-1, normed.shape[-1])
         stub = batch.tokens[:1, :1]
         for start in range(0, len(states), HEAD_TOKENS):
-            out = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None, start : start + HEAD_TOKENS])
-            with self._replaced({self.decoder: lambda *args, out=out, **kwargs: out}):
-                logits = self.model(input_ids=stub, use_cache=False).logits[0].float()
+            out = with_hidden(decoded, states[None, start : start + HEAD_TOKENS])
+            with replaced({self.decoder: lambda *args, out=out, **kwargs: out}):
+                logits = self._forward(stub).logits[0].float()
             yield start, logits
 
-    def _as_block_output(self, index: int, hidden: Tensor) -> Any:
-        """Hidden states in the form in which this model's blocks return them: a tensor, or a tuple that starts with it."""
-        return (hidden,) if self._tuple_lengths[self.blocks[index]] else hidden
+    # -- whether blocks can be run apart at all: told by a forward of the model's own on a few tokens
+
+    @property
+    def _probe(self) -> Tensor:
+        """Two sequences that differ in their last token, (2, 8)."""
+        rows = torch.arange(3, 11, device=self.device).repeat(2, 1)
+        rows[1, -1] += 1
+        return rows.remainder(self.vocab_size)
+
+    def _unfit(self, why: str, error: Exception | None = None, fix: str = "choose another model") -> ValueError:
+        said = f" ({type(error).__name__}: {' '.join(str(error).split())[:120]})" if error is not None else ""
+        return ValueError(f"{type(self.model).__name__}: {why}{said}; {fix}")
 
     @cached_property
-    def _tuple_lengths(self) -> dict[nn.Module, int]:
-        """Length of the tuple that each block and each of its modules returns, 0 for a plain tensor."""
-        lengths: dict[nn.Module, int] = {}
-
-        def note(module: nn.Module, args: Any, out: Any) -> None:
-            lengths[module] = len(out) if isinstance(out, tuple) else 0
-
-        modules = [m for block in self.blocks for m in (block, *block.children())]
-        hooks = [module.register_forward_hook(note) for module in modules]
+    def _observed(self) -> Observed:
+        """A short forward of the model. Raises ValueError where it fails, is not causal, or does not run block after block."""
         try:
-            self.decoder(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return lengths
+            seen = observe(self.blocks, lambda: self._forward(self._probe).logits)
+        except Exception as error:  # whatever the model's own code raises
+            raise self._unfit("cannot read tokens as a causal decoder does", error) from error
+        if seen.order != list(range(self.n_blocks)):
+            raise self._unfit(f"{self.blocks_path} are not run once each, one after the other, but in the order {seen.order}")
+        for index in range(1, self.n_blocks):
+            if not close(seen.entered[index], seen.left[index - 1]):
+                raise self._unfit(f"block {index} does not get what block {index - 1} returns, so that none can be run apart")
+        if not close(seen.logits[0, :-1], seen.logits[1, :-1], ulps=2**6):
+            reads_on = getattr(self.model.config, "is_decoder", True) is False
+            fix = "set is_decoder to true in config.json, or choose another model" if reads_on else "choose another model"
+            raise self._unfit("its predictions depend on the tokens that follow", fix=fix)
+        return seen
 
-    @staticmethod
-    @contextlib.contextmanager
-    def _replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-        """Give modules another forward for a while; what was there (accelerate puts its own) comes back in any case."""
-        before: dict[nn.Module, Any] = {module: module.__dict__.get("forward") for module in forwards}
+    @cached_property
+    def _checked(self) -> bool:
+        """Whether blocks are given the same, and the head says the same, as in the model's own forward.
+
+        Raises ValueError where they are not. A few tokens tell: what depends on other blocks does at any length.
+        """
+        seen = self._observed
         try:
-            for module, forward in forwards.items():
-                module.forward = forward
-            yield
-        finally:
-            for module, forward in before.items():
-                if forward is None:
-                    del module.forward
-                else:
-                    module.forward = forward
+            with torch.no_grad():
+                batch = self._enter(self._probe)
+        except Exception as error:  # of the model's own code, on what replaced blocks return
+            raise self._unfit("needs more of its blocks than hidden states", error) from error
+        for index, (own, call) in enumerate(zip(seen.calls, batch.calls, strict=True)):
+            if (argument := differing(own, call, self._carriers(batch.calls))) is not None:
+                raise self._unfit(f"argument {argument} of block {index} depends on what other blocks compute")
+        last = replace(batch, hidden=seen.left[-1].to(batch.hidden.device))
+        try:
+            with torch.no_grad():
+                logits = torch.cat([part for _, part in self._logits_in_chunks(last)]).cpu()
+        except Exception as error:
+            raise self._unfit("its head needs more than hidden states", error) from error
+        if not close(
+            logits, seen.logits[:, :-1].flatten(0, 1).float(), ulps=2**18
+        ):  # products of other sizes, maybe of bfloat16
+            raise self._unfit("its head gives some tokens other logits than all")
+        self._check_apart()
+        return True
+
+    @torch.no_grad()
+    def _check_apart(self) -> None:
+        """Raise ValueError where a block computes something else after other blocks, on other tokens, than in its turn."""
+        batch, other = self._enter(self._probe), self._enter((self._probe + 5).remainder(self.vocab_size))
+        for index, own in enumerate(self._observed.left):
+            batch, other = self.run_block(index, batch), self.run_block(index, other)  # as a walk does
+            if not close(batch.hidden, own):
+                raise self._unfit(f"what block {index} computes depends on more than it is given")
 
 
 def matrix(linear: Linear) -> Tensor:

@@ -142,11 +142,11 @@ class ShapleyScorer:
         with torch.inference_mode():
             rows = torch.zeros(n_seq, data.seq_len, dtype=torch.int64)
             batch = next(probe.micro_batches(rows))
-            hidden = probe.run_block(0, batch.hidden, batch)
+            after = probe.run_block(0, batch)
             share = n_seq / len(batch.tokens)
             block, head = (
-                share * _time(lambda: probe.run_block(0, batch.hidden, batch)),
-                share * _time(lambda: probe.token_nll(hidden, batch)),
+                share * _time(lambda: probe.run_block(0, batch)),
+                share * _time(lambda: probe.token_nll(after)),
             )
         parts = 2 if self.game.players == "sublayer" else 1
         forward_equivalents = 4 * plan.get("backward_passes", 0)  # forward, recomputation, and twice that for the backward

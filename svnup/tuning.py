@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from svnup.game import Memo, WalkPlan, max_states
 from svnup.language_model import LanguageModel, MicroBatch
@@ -59,7 +58,7 @@ class HeldOutLoss:
         self._play, self._rounds = play, list[dict[str, Any]]()
         self._lm, self._pruner, self._calibration, self._divide = lm, pruner, calibration, divide
         self._text, self._name, self._cache_dir, self._state_bytes = text, name, cache_dir, state_bytes
-        self._kind, self._dense_states = kind, dict[int, list[Tensor]]()  # by the number of sequences
+        self._kind, self._dense_states = kind, dict[int, list[MicroBatch]]()  # by the number of sequences
         self._calls: list[dict[str, Any]] = []
         self._targets: set[float] = set()
         self._kinds: set[str] = set()  # of device, on which losses were measured
@@ -127,39 +126,38 @@ class HeldOutLoss:
         selection = list(lm.micro_batches(tokens))
         held = max_states(lm, calibration + selection, self._state_bytes)
         steps = WalkPlan.of(np.array([[codes[level] for level in rows[i]] for i in order]), absent_costs=True, max_states=held)
-        stack = {0: (_hidden(calibration), _hidden(selection))}
+        stack = {0: (calibration, selection)}
         with stage("profiles", len(profiles), "profiles") as advance:
             for i, start, kept in zip(order, steps.resume, steps.kept, strict=True):
                 of_calibration, states = stack[start]
                 stack = {depth: s for depth, s in stack.items() if kept >> depth & 1}
-                inputs = [replace(batch, hidden=h) for batch, h in zip(calibration, of_calibration, strict=False)]
+                inputs = list(map(replace, of_calibration))  # which the walk moves on
                 for visit in lm.walk(inputs, start):
                     with block_pruned(visit, profiles[i], self._pruner):
-                        states = [lm.run_block(visit.index, h, b) for h, b in zip(states, selection, strict=True)]
+                        states = [lm.run_block(visit.index, batch) for batch in states]
                     if kept >> (visit.index + 1) & 1:
-                        stack[visit.index + 1] = (_hidden(inputs), states)
+                        stack[visit.index + 1] = (list(map(replace, inputs)), states)
                     self._n_selection += len(tokens) / len(self._tokens)
                 loss = self._loss(states, selection)
                 self._memo.add(keys[i], loss if math.isfinite(loss) else math.inf)
                 self._n_new += 1
                 advance(1)
 
-    def _loss(self, states: list[Tensor], batches: list[MicroBatch]) -> float:
-        """Of the hidden states after the last block."""
+    def _loss(self, states: list[MicroBatch], selection: list[MicroBatch]) -> float:
+        """Of batches behind the last block; `selection` are the same before the first."""
         if self._kind == "kl":
-            trios = zip(states, self._dense(batches), batches, strict=True)
-            losses = [self._lm.token_kl(h, dense, b) for h, dense, b in trios]
+            losses = list(map(self._lm.token_kl, states, self._dense(selection)))
         else:
-            losses = [self._lm.token_nll(h, b) for h, b in zip(states, batches, strict=True)]
+            losses = list(map(self._lm.token_nll, states))
         return float(np.mean(torch.cat([loss.double().mean(1).cpu() for loss in losses]).numpy()))
 
-    def _dense(self, batches: list[MicroBatch]) -> list[Tensor]:
-        """Hidden states of the dense model after its last block, outside the counts."""
-        n_seq = sum(len(batch.tokens) for batch in batches)
+    def _dense(self, selection: list[MicroBatch]) -> list[MicroBatch]:
+        """The batches behind the last block of the dense model, outside the counts."""
+        n_seq = sum(len(batch.tokens) for batch in selection)
         if n_seq not in self._dense_states:
-            states = _hidden(batches)
+            states = selection
             for index in range(self._lm.n_blocks):
-                states = [self._lm.run_block(index, h, b) for h, b in zip(states, batches, strict=True)]
+                states = [self._lm.run_block(index, batch) for batch in states]
             self._dense_states[n_seq] = states
         return self._dense_states[n_seq]
 
@@ -197,7 +195,3 @@ class HeldOutLoss:
 def _key(profile: SparsityProfile, part: dict[str, int]) -> str:
     same = profile.to_dict() | {"sparsity": np.round(profile.sparsity, 12).tolist(), "requested": None} | part
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
-
-
-def _hidden(batches: list[MicroBatch]) -> list[Tensor]:
-    return [batch.hidden for batch in batches]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from svnup.blocks import replaced
 from svnup.language_model import LanguageModel, make_config, pick_device
 from svnup.model import Random
 
@@ -75,10 +78,9 @@ def walked_nll(lm, tokens, batch_tokens=None):
     out = []
     with torch.inference_mode():
         for batch in lm.micro_batches(tokens, batch_tokens):
-            hidden = batch.hidden
             for index in range(lm.n_blocks):
-                hidden = lm.run_block(index, hidden, batch)
-            out.append(lm.token_nll(hidden, batch))
+                batch = lm.run_block(index, batch)
+            out.append(lm.token_nll(batch))
     return torch.cat(out).double().numpy()
 
 
@@ -95,7 +97,7 @@ def test_walking_is_the_models_own_forward(family, text):
         seen.append(visit.index)
         if visit.index == lm.n_blocks - 1:
             visit.run(advance=True)
-            losses = [lm.token_nll(batch.hidden, batch) for batch in visit.batches]
+            losses = [lm.token_nll(batch) for batch in visit.batches]
     assert seen == [0, 1, 2, 3]
     np.testing.assert_allclose(torch.cat(losses).double().numpy(), expected, atol=2e-5)
 
@@ -150,7 +152,7 @@ def test_a_block_that_is_changed_during_a_walk_passes_on_what_it_now_is(family, 
         last = visit
     last.run(advance=True)
     with torch.inference_mode():
-        losses = torch.cat([lm.token_nll(batch.hidden, batch) for batch in last.batches])
+        losses = torch.cat([lm.token_nll(batch) for batch in last.batches])
     np.testing.assert_allclose(losses.double().numpy(), own_nll(lm, text), atol=2e-5)
     assert np.abs(own_nll(lm, text) - own_nll(load(family), text)).max() > 0.01
 
@@ -193,11 +195,11 @@ def test_replaced_forwards_come_back():
         return "earlier"
 
     own.forward = earlier
-    with lm._replaced({lm.blocks[0]: lambda *a: "new", own: lambda *a: "new"}):
+    with replaced({lm.blocks[0]: lambda *a: "new", own: lambda *a: "new"}):
         assert (lm.blocks[0](x), own(x)) == ("new", "new")
     assert "forward" not in vars(lm.blocks[0])
     assert own.forward is earlier
-    with pytest.raises(KeyError), lm._replaced({lm.blocks[0]: lambda *a: "new", own: lambda *a: "new"}):
+    with pytest.raises(KeyError), replaced({lm.blocks[0]: lambda *a: "new", own: lambda *a: "new"}):
         raise KeyError
     assert "forward" not in vars(lm.blocks[0])
     assert own.forward is earlier
@@ -210,7 +212,7 @@ def test_the_model_is_as_it_was_after_an_error_inside(text):
         list(lm.micro_batches(np.full((1, 8), 10_000)))  # no such token
     (batch,) = lm.micro_batches(text)
     with pytest.raises((RuntimeError, ValueError, IndexError)):
-        lm.token_nll(torch.zeros(1, 2, 5), batch)  # no such width
+        lm.token_nll(replace(batch, hidden=torch.zeros(1, 2, 5)))  # no such width
     assert not any("forward" in vars(m) for m in lm.model.modules())
     np.testing.assert_array_equal(own_nll(lm, text), expected)
 

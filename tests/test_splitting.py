@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_shapley_values_of_linears_are_those_of_the_definition(random_model):
     given = profile(lm, [0.6, 0.5])
     absent = pruned_weights(lm, given, Wanda(), TEXT)
     for visit in lm.walk(TEXT[:2]):
-        inputs = visit.batches[0].hidden
+        inputs = replace(visit.batches[0])
         names = list(visit.linears)
         found = exact_values(_output_errors(visit, absent[visit.index], all_coalitions(len(names))))
         dense = {n: m.weight.data for n, m in visit.linears.items()}
@@ -128,7 +129,7 @@ def test_shapley_values_of_linears_are_those_of_the_definition(random_model):
         def payoff(present, names=names, visit=visit, dense=dense, inputs=inputs, out=out):
             for name in names:
                 visit.linears[name].weight.data = dense[name] if name in present else absent[visit.index][f"{name}.weight"]
-            error = lm.run_block(visit.index, inputs, visit.batches[0]).double() - out.double()
+            error = lm.run_block(visit.index, inputs).hidden.double() - out.double()
             return -float(error.square().sum() / out.double().square().sum())
 
         known = {}

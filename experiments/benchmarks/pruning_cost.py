@@ -227,7 +227,7 @@ def bare_forwards(lm: LanguageModel, tokens: Any) -> float:
     def work() -> None:
         for batch in batches:
             for index in range(lm.n_blocks):
-                batch.hidden = lm.run_block(index, batch.hidden, batch)
+                batch.hidden = lm.run_block(index, batch).hidden
 
     return timed(work)[0]
 

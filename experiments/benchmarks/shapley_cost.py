@@ -90,10 +90,10 @@ def unit_times(lm: LanguageModel, tokens: torch.Tensor, repeats: int) -> tuple[f
     """Seconds of one block-forward and of one head pass on the whole payoff batch, the mean over blocks of medians."""
     batches = list(lm.micro_batches(tokens))
     block = [
-        statistics.median(timed(lambda i=i: [lm.run_block(i, b.hidden, b) for b in batches]) for _ in range(repeats))
+        statistics.median(timed(lambda i=i: [lm.run_block(i, b) for b in batches]) for _ in range(repeats))
         for i in range(lm.n_blocks)
     ]
-    head = statistics.median(timed(lambda: [lm.token_nll(b.hidden, b) for b in batches]) for _ in range(3 * repeats))
+    head = statistics.median(timed(lambda: [lm.token_nll(b) for b in batches]) for _ in range(3 * repeats))
     return statistics.mean(block), head
 
 

@@ -93,8 +93,8 @@ def unit_times(lm: LanguageModel, tokens: torch.Tensor) -> tuple[float, float]:
                 taken.append(time.perf_counter() - start)
             return statistics.median(taken)
 
-        block = median(lambda: [lm.run_block(5, b.hidden, b) for b in batches])
-        return block, median(lambda: [lm.token_nll(b.hidden, b) for b in batches])
+        block = median(lambda: [lm.run_block(5, b) for b in batches])
+        return block, median(lambda: [lm.token_nll(b) for b in batches])
 
 
 def line(name: str, exact: ShapleyValues, found: list[ShapleyValues], seconds: list[float]) -> tuple[str, float, float]:
