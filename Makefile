@@ -7,7 +7,7 @@ STUDY  = $(firstword $(wildcard experiments/$(NAME)/run.py experiments/leaderboa
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all lint format table tables study benchmarks clean
+.PHONY: help install demo test test-slow test-all lint format table tables study benchmarks bench-gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -70,15 +70,21 @@ tables: $(READY)  ## remake every committed table of the built-in model, and a r
 tiny_%:  # two of them at a time, of one thread each
 	@$(MAKE) --no-print-directory table NAME=$* MODEL=tiny
 
-study: $(READY)  ## make study NAME=estimators|games|pruners|budgets|leaderboard: remake a study's table and figure
+study: $(READY)  ## make study NAME=estimators|games|pruners|budgets|leaderboard [QUICK=1]: remake a study's table and figure
 	@test -f "$(STUDY)" || { echo "NAME=$(NAME): choose estimators, games, pruners, budgets or leaderboard" >&2; exit 2; }
-	$(OFFLINE) $(BIN)/python $(STUDY)
+	$(OFFLINE) $(BIN)/python -m $(subst /,.,$(STUDY:.py=)) $(if $(QUICK),--quick)
 
 benchmarks: $(READY)  ## cost of Shapley values, pruning and offloading (about 25 minutes)
-	$(OFFLINE) $(BIN)/python experiments/benchmarks/shapley_cost.py --output results/benchmarks/shapley_cost.md
-	$(OFFLINE) $(BIN)/python experiments/benchmarks/pruning_cost.py --output results/benchmarks/pruning_cost.md
-	$(OFFLINE) $(BIN)/python experiments/benchmarks/offload.py --output results/benchmarks/offload.md
+	$(OFFLINE) $(BIN)/python -m experiments.benchmarks.shapley_cost --output results/benchmarks/shapley_cost.md
+	$(OFFLINE) $(BIN)/python -m experiments.benchmarks.pruning_cost --output results/benchmarks/pruning_cost.md
+	$(OFFLINE) $(BIN)/python -m experiments.benchmarks.offload --output results/benchmarks/offload.md
+
+# Where a GPU is lent for minutes nothing is installed: any Python with torch and transformers will do, PYTHON=... if it is named.
+OUT ?= results/benchmarks
+NAMED = $(filter-out file default undefined,$(origin PYTHON))
+bench-gpu:  ## what svnup does on a GPU, in at most nine minutes; into OUT=results/benchmarks
+	$(if $(NAMED),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON))) -m experiments.benchmarks.gpu --output $(OUT) $(if $(DEVICE),--device $(DEVICE)) $(if $(SHAPE),--shape $(SHAPE))
 
 clean:  ## remove the environment and everything that runs wrote (not the committed tables)
-	rm -rf $(VENV) results/demo results/demo_zero_shot results/tables_* results/runs results/cache results/sweeps results/sweep \
+	rm -rf $(VENV) results/demo results/demo_zero_shot results/tables_* results/runs results/cache results/sweeps results/sweep results/quick \
 		results/report.html results/screenshots results-rerun wandb multirun *.egg-info build

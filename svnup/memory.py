@@ -24,6 +24,12 @@ def give_back() -> None:
         trim(0)
 
 
+def synchronize() -> None:
+    """Wait until CUDA devices have done what they were asked for: a clock read earlier books it on whoever waits next."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def reset_peak() -> None:
     """Forget earlier peaks of this process and its CUDA devices; the process's own only Linux can forget."""
     for index in range(torch.cuda.device_count()):
@@ -55,6 +61,7 @@ class Stages:
         self.done: dict[str, dict[str, Any]] = {}
 
     def __call__(self, name: str, device: torch.device) -> None:
+        synchronize()
         now = time.perf_counter()
         self.done[name] = {"seconds": now - self._last, "peak_memory_bytes": peak_memory(device)}
         self._last = now

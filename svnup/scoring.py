@@ -187,14 +187,14 @@ class ShapleyScorer:
 
 def _time(work: Callable[[], Any]) -> float:
     """Seconds of a call, the least of three."""
-    import torch
+    from svnup.memory import synchronize
 
     taken = []
+    synchronize()
     for _ in range(3):
         start = time.perf_counter()
         work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize()
         taken.append(time.perf_counter() - start)
     return min(taken)
 

@@ -1,17 +1,21 @@
-"""What only a CUDA device can show: run with `pytest -m gpu` where there is one."""
+"""What only a CUDA device can show: run with `pytest -m gpu` where there is one.
+
+Here without Hydra and the fixtures of the other tests, so that `make bench-gpu` can run it where only torch, transformers
+and pytest are installed.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+import yaml
 
 from svnup.allocation import Uniform
-from svnup.config import CONF
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
 from svnup.model import Random
@@ -22,12 +26,21 @@ from svnup.shapley.exact import Exact
 from svnup.shapley.gates import Gates
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+PRUNERS = Path(__file__).parent.parent / "conf" / "pruner"
 TOKENS = np.random.default_rng(0).integers(0, 2048, (4, 64))
 
 
-def model(device: str, dtype: str = "float32") -> LanguageModel:
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 4}
+def model(device: str, dtype: str = "float32", n_blocks: int = 4) -> LanguageModel:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": n_blocks}
     return Random(device=device, dtype=dtype, **shape).load()  # type: ignore[arg-type]
+
+
+def made(node: Any, pattern: str) -> Any:
+    """A component as its file in conf/ says."""
+    if not isinstance(node, dict):
+        return pattern if node == "${pattern}" else node
+    module, _, name = node["_target_"].rpartition(".")
+    return getattr(import_module(module), name)(**{k: made(v, pattern) for k, v in node.items() if k != "_target_"})
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05), ("float16", 0.01)])
@@ -40,10 +53,10 @@ def test_games_agree_with_the_cpu(dtype: str, tolerance: float) -> None:
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", sorted(p.stem for p in (CONF / "pruner").glob("[!_]*.yaml") if p.stem != "none"))
+@pytest.mark.parametrize("name", sorted(p.stem for p in PRUNERS.glob("[!_]*.yaml") if p.stem != "none"))
 def test_pruning(name: str, dtype: str, pattern: str) -> None:
-    pruner = instantiate(OmegaConf.merge(OmegaConf.load(CONF / "pruner" / f"{name}.yaml"), {"pattern": pattern}))
-    lm = model("cuda", dtype)
+    pruner = made(yaml.safe_load((PRUNERS / f"{name}.yaml").read_text(encoding="utf-8")), pattern)
+    lm = model("cuda", dtype, n_blocks=2)
     report = prune_model(lm, Uniform().allocate(None, lm.block_params, 0.5, pattern), pruner, TOKENS)
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
     assert report.peak_memory_bytes > 0

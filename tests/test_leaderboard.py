@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-SCRIPT = Path(__file__).parent.parent / "experiments" / "leaderboard" / "run.py"
-
-
-@pytest.fixture(scope="module")
-def board_of():
-    spec = importlib.util.spec_from_file_location("leaderboard_run", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+from experiments.leaderboard import run as board_of
 
 
 def entry(run, cell, name, nll, least=None):
@@ -41,11 +30,11 @@ def made_up(run, searched=True):
         "curves": 3.4,
         "search": 2.9,
     }
-    cells = [(m, p, s) for s in run.SPARSITIES for m in run.MODELS for p in run.PRUNERS]
+    cells = [(m, p, s) for s in run.FULL.sparsities for m in run.MODELS for p in run.FULL.pruners]
     return {(c, a): entry(run, c, a, nll.get(a, 3.9)) for c, a in run.entries(run.ALLOCATORS, cells, searched)}
 
 
-def test_a_change_is_that_of_the_mean_perplexity_with_the_error_of_the_seeds(board_of):
+def test_a_change_is_that_of_the_mean_perplexity_with_the_error_of_the_seeds():
     cell = ("tiny", "wanda", 0.7)
     one, other = entry(board_of, cell, "a", 3.1), entry(board_of, cell, "b", 3.0)
     mean, error, low, high = board_of.change(one, other)
@@ -62,7 +51,7 @@ def test_a_change_is_that_of_the_mean_perplexity_with_the_error_of_the_seeds(boa
     assert high == pytest.approx(100 * math.expm1(0.13), rel=1e-6)
 
 
-def test_the_targets_are_computed(board_of):
+def test_the_targets_are_computed():
     board = made_up(board_of)
     for cell in {cell for cell, _ in board}:
         board[cell, "reversed"] = entry(board_of, cell, "reversed", 4.5)
@@ -83,7 +72,7 @@ def test_the_targets_are_computed(board_of):
     assert f"controls apart: owl (tiny, wanda, 0.7: {100 * math.expm1(0.1):+.1f} %)." in text
 
 
-def test_the_ranking_goes_by_selection_text_and_whole_profiles(board_of):
+def test_the_ranking_goes_by_selection_text_and_whole_profiles():
     board = made_up(board_of)
     for cell in {cell for cell, _ in board}:
         board[cell, "owl"] = entry(board_of, cell, "owl", 3.9, least=2.5)  # better on selection text, worse on test text
@@ -92,9 +81,9 @@ def test_the_ranking_goes_by_selection_text_and_whole_profiles(board_of):
 
 
 @pytest.mark.parametrize("searched", [True, False])
-def test_the_report_has_every_cell_and_marks_the_best_but_for_search(board_of, searched):
+def test_the_report_has_every_cell_and_marks_the_best_but_for_search(searched):
     board = made_up(board_of, searched)
-    text = board_of.report(board, dict.fromkeys(board_of.MODELS, 12.0), board_of.MODELS, ["shapley"])
+    text = "\n".join(board_of.report(board, dict.fromkeys(board_of.MODELS, 12.0), board_of.MODELS, ["shapley"]))
     rows = [line for line in text.splitlines() if line.startswith(f"| {board_of.SUBLAYERS} | **")]
     assert len(rows) == 4  # two models, two sparsities
     assert all(line.count("**") == 6 for line in rows)
@@ -103,17 +92,17 @@ def test_the_report_has_every_cell_and_marks_the_best_but_for_search(board_of, s
     assert len(board_of.csv(board).splitlines()) == 1 + 3 * len(board)
 
 
-def test_what_a_loss_costs(board_of):
-    assert board_of.loss_cost("magnitude", board_of.N_CALIBRATION) == 1
-    assert board_of.loss_cost("wanda", board_of.N_CALIBRATION) == 3, "two runs of each block to prune it"
-    assert board_of.round_cost("wanda", {"n_block_forwards": 120}, 12) == 10 * board_of.N_PAYOFF / board_of.N_CALIBRATION + 4
+def test_what_a_loss_costs():
+    full = board_of.FULL
+    assert board_of.loss_cost("magnitude", full.n_calibration) == 1
+    assert board_of.loss_cost("wanda", full.n_calibration) == 3, "two runs of each block to prune it"
+    assert board_of.round_cost("wanda", {"n_block_forwards": 120}, 12) == 10 * full.n_payoff / full.n_calibration + 4
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on(board_of, tmp_path, monkeypatch):
+def test_a_killed_study_goes_on(tmp_path, monkeypatch):
     """What was measured is read back, a line that a kill tore is measured again, and nothing comes out otherwise."""
-    for name, size in {"N_CALIBRATION": 2, "N_SELECTION": 2, "N_TEST": 3, "N_PAYOFF": 1, "SEEDS": (0, 1)}.items():
-        monkeypatch.setattr(board_of, name, size)
+    sizes = replace(board_of.FULL, n_calibration=2, n_selection=2, n_test=3, n_payoff=1, seeds=(0, 1))
     measured: list[str] = []
     measure = board_of.Bench._measure
     monkeypatch.setattr(
@@ -123,9 +112,9 @@ def test_a_killed_study_goes_on(board_of, tmp_path, monkeypatch):
     board_of.start()
     cell = ("tiny", "magnitude", 0.7)
     names = ("uniform", "leave_one_out", board_of.SUBLAYERS, "random")  # random has the amplitude that shapley chose
-    first = {name: board_of.Bench(str(tmp_path)).entry(cell, name) for name in names}
+    first = {name: board_of.Bench(tmp_path, sizes).entry(cell, name) for name in names}
     assert sorted(measured) == ["leave_one_out", "random", "shapley", board_of.SUBLAYERS, "uniform"]
-    assert first["random"].cost == board_of.Bench(str(tmp_path)).entry(cell, "shapley").cost > 0
+    assert first["random"].cost == board_of.Bench(tmp_path, sizes).entry(cell, "shapley").cost > 0
 
     (file,) = (tmp_path / "leaderboard").glob("*.jsonl")
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -133,7 +122,7 @@ def test_a_killed_study_goes_on(board_of, tmp_path, monkeypatch):
     lines[torn] = lines[torn][: len(lines[torn]) // 2]
     file.write_text("\n".join(lines), encoding="utf-8")
     measured.clear()
-    bench = board_of.Bench(str(tmp_path))
+    bench = board_of.Bench(tmp_path, sizes)
     again = {name: bench.entry(cell, name) for name in names}
     assert len(measured) == 1
     for name in names:

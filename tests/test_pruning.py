@@ -585,11 +585,16 @@ def test_profiles_of_another_model_are_refused(random_model, tokens):
     assert lm.fingerprint() == before
 
 
-def test_more_dead_inputs_than_sparsity_do_not_stop_sparsegpt(random_model, tokens):
+def test_more_dead_inputs_than_sparsity_take_the_whole_budget_of_sparsegpt(random_model, tokens):
     lm = random_model(2, model_type="opt")
     with torch.no_grad():
         lm.blocks[0].fc1.bias[:20] = -1e4  # 20 of 48 ReLU units never fire
-    prune_model(lm, uniform(lm, 0.3), SparseGPT(), tokens)
+    weight = lm.linears(0)["fc2"].weight
+    before = weight.clone()
+    report = prune_model(lm, uniform(lm, 0.3), SparseGPT(), tokens)
+    assert {linear.n_zeros == int(0.3 * linear.size) for linear in report.per_linear} == {True}
+    assert (weight[:, :20] == 0).sum() == int(0.3 * weight.numel()), "and no weight more, though all of these are free"
+    assert torch.equal(weight[:, 20:], before[:, 20:]), "there is no error to make up for"
 
 
 def test_float16_and_bfloat16_models_can_be_pruned(random_model, tokens):

@@ -503,11 +503,10 @@ def test_standard_errors_shrink_with_the_root_of_the_budget_and_cover(antithetic
     assert 0.91 < np.mean(inside) < 0.985  # 0.95 of a normal distribution
 
 
-@pytest.mark.parametrize("budget", [2, 3, 4, 5])
-def test_one_player_takes_all_or_the_budget_is_refused(budget):
-    game, estimator = Additive([2.5], constant=1.0), Permutation(budget)
-    try:
-        estimator.check(1)
-    except ValueError:
-        return
-    assert estimator.estimate(game).values.tolist() == [2.5]
+@pytest.mark.parametrize(("antithetic", "least"), [(True, 6), (False, 4)])
+def test_one_player_takes_all_and_a_budget_without_a_standard_error_is_refused(antithetic, least):
+    with pytest.raises(ValueError, match=f"^budget={least - 1}: .* the least budget is {least}$"):
+        Permutation(least - 1, antithetic=antithetic).check(1)
+    found = Permutation(least, antithetic=antithetic).estimate(Additive([2.5], constant=1.0))
+    assert found.values.tolist() == [2.5]
+    assert found.stderr.tolist() == [0.0]

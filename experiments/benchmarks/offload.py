@@ -4,7 +4,8 @@ A Llama checkpoint with random weights is written block by block (nothing here e
 and evaluates it both ways, each in a process of its own. The peak is that of the process, with Python and torch; the plan's is
 what `dry_run=true` says. The perplexities must be the same number.
 
-    python experiments/benchmarks/offload.py [--blocks 48] [--pruner sparsegpt] [--output results/benchmarks/offload.md]
+    python -m experiments.benchmarks.offload [--blocks 48] [--pruner sparsegpt] [--output results/benchmarks/offload.md]
+    python -m experiments.benchmarks.offload --blocks 3 --width 64      # in seconds: does it still run?
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from svnup.language_model import LanguageModel, make_config
 from svnup.model import BUILT_IN_FOLDER
 from svnup.provenance import hardware
 
-WIDTH, INNER, HEADS = 1024, 2816, 16
+HEADS = 16
 JOB = ["dataset.n_seq=8", "evaluation.n_seq=8", "dataset=docs", "evaluation.datasets=[docs]", "allocator=uniform"]
 JOB += ["dataset@shapley.game.data=docs", "model.seq_len=256", "save_model=true"]
 
 
-def write_checkpoint(folder: Path, n_blocks: int) -> None:
-    shape = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": HEADS, "vocab_size": 2048}
+def write_checkpoint(folder: Path, n_blocks: int, width: int) -> None:
+    shape = {"hidden_size": width, "intermediate_size": width * 11 // 4, "num_attention_heads": HEADS, "vocab_size": 2048}
     config = make_config("llama", num_hidden_layers=n_blocks, bos_token_id=0, eos_token_id=0, dtype="float32", **shape)
     config.architectures = ["LlamaForCausalLM"]
     lm = LanguageModel.skeleton(config)
@@ -59,22 +60,31 @@ def run(*args: str) -> str:
     return done.stdout
 
 
-def main() -> None:
+def planned(output: str) -> int:
+    """The peak in bytes by what `dry_run=true` printed."""
+    found = re.search(r"bytes at the peak, about\s+([\d,]+)", output)
+    if found is None:
+        raise SystemExit(f"no peak in the plan:\n{output}")
+    return int(found[1].replace(",", ""))
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=48)
+    parser.add_argument("--width", type=int, default=1024, help="of the hidden states, a multiple of 64")
     parser.add_argument("--pruner", default="sparsegpt")
     parser.add_argument("--folder", type=Path, help="on the disk to use, with room for four times the checkpoint")
     parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     lines, values = [], set()
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         here = Path(place)
-        write_checkpoint(here / "model", options.blocks)
+        write_checkpoint(here / "model", options.blocks, options.width)
         size = sum(f.stat().st_size for f in (here / "model").glob("*.safetensors"))
         job = ["model=pretrained", f"model.pretrained_model_name_or_path={here / 'model'}", f"pruner={options.pruner}", *JOB]
         for offload in ("disk", "none"):
             args = [*job, f"offload={offload}", f"results_dir={here / offload}", f"cache_dir={here / offload}"]
-            plan = int(re.search(r"bytes at the peak, about\s+([\d,]+)", run(*args, "dry_run=true"))[1].replace(",", ""))
+            plan = planned(run(*args, "dry_run=true"))
             run(*args)
             row = json.loads(next((here / offload).glob("runs/*/result.json")).read_text(encoding="utf-8"))
             values.add(row["metrics"]["docs/ppl"]["value"])
@@ -92,10 +102,11 @@ def main() -> None:
     text = [
         "# A model that stays on disk",
         "",
-        f"Made by `python experiments/benchmarks/offload.py --blocks {options.blocks} --pruner {options.pruner}`. "
+        f"Made by `python -m experiments.benchmarks.offload --blocks {options.blocks} --width {options.width} --pruner "
+        f"{options.pruner}`. "
         f"{machine['cpu']}, {machine['cores']} cores, torch {torch.__version__}, float32. A Llama of {options.blocks} blocks "
-        f"of width {WIDTH}, pruned at 70 % on 8 x 256 tokens, evaluated dense and pruned, and saved; both ways give the same "
-        "perplexity.",
+        f"of width {options.width}, pruned at 70 % on 8 x 256 tokens, evaluated dense and pruned, and saved; both ways give "
+        "the same perplexity.",
         "",
         "| offload | checkpoint, GB | peak by the plan, GB | peak, GB | of the checkpoint | pruning, s | job, s |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -4,8 +4,8 @@ The published ways are those of the SparseGPT and Wanda repositories: SparseGPT'
 every column, and masks come from sorting all scores. The floor of a stage is its operations (a multiplication and an addition
 are two) over the rate of the product X W^T, measured in turn with it; - where what it does is not arithmetic.
 
-    python experiments/benchmarks/pruning_cost.py [--repeats 3] [--output results/benchmarks/pruning_cost.md]
-    python experiments/benchmarks/pruning_cost.py --device cuda --shapes 4096x4096,11008x4096
+    python -m experiments.benchmarks.pruning_cost [--repeats 3] [--output results/benchmarks/pruning_cost.md]
+    python -m experiments.benchmarks.pruning_cost --device cuda --shapes 4096x4096,11008x4096
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch import Tensor
 from svnup.allocation import Uniform
 from svnup.data import Docs
 from svnup.language_model import LanguageModel
+from svnup.memory import synchronize
 from svnup.model import Pretrained
 from svnup.provenance import hardware
 from svnup.pruning import Pruner, temporarily_pruned
@@ -36,10 +37,10 @@ SPARSITY = 0.5
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    synchronize()
     start = time.perf_counter()
     out = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - start, out
 
 
@@ -182,11 +183,15 @@ def one_linear(d_out: int, d_in: int, n_tokens: int, device: str, repeats: int) 
 
 
 class Timed:
-    """A pruner whose calls are timed."""
+    """A pruner that reads inputs and prunes, whose calls are timed; `widths` has d_in of each distinct input."""
+
+    needs_inputs: ClassVar[bool] = True
+    prunes: ClassVar[bool] = True
 
     def __init__(self, pruner: Pruner) -> None:
-        self._pruner, self.seconds, self.widths = pruner, defaultdict(float), []  # widths: d_in of each distinct input
-        self.pattern, self.needs_inputs, self.prunes = pruner.pattern, pruner.needs_inputs, pruner.prunes
+        self._pruner, self.pattern = pruner, pruner.pattern
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.widths: list[int] = []
 
     def new_stats(self, weight: Tensor) -> Any:
         self.widths.append(weight.shape[1])
@@ -211,7 +216,7 @@ class Timed:
             return out
 
         try:
-            Hessian.damped = damped  # type: ignore[method-assign]
+            Hessian.damped = damped  # type: ignore[method-assign, assignment]
             taken, pruned = timed(lambda: self._pruner.prune(weight, stats, sparsity))
         finally:
             Hessian.damped = plain  # type: ignore[method-assign]
@@ -266,15 +271,16 @@ def whole_model(lm: LanguageModel, pruners: dict[str, Pruner], tokens: Any, repe
     return lines
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shapes", default="2048x2048", help="d_out x d_in of the linears, separated by commas")
     parser.add_argument("--n-tokens", type=int, default=8192, help="calibration tokens of the linears")
     parser.add_argument("--n-seq", type=int, default=128, help="calibration sequences of the model")
+    parser.add_argument("--seq-len", type=int, default=256, help="their tokens")
     parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     machine = hardware()
     device = torch.cuda.get_device_name() if options.device != "cpu" else f"{machine['cpu']}, {machine['cores']} cores"
     kernel = options.device != "cpu" and can_build_kernels()
@@ -291,9 +297,9 @@ def main() -> None:
             table, rate = one_linear(d_out, d_in, options.n_tokens, options.device, options.repeats)
         lines += ["", f"## A linear of {shape}", "", *table]
     lm = Pretrained(pretrained_model_name_or_path="svnup/tiny", dtype="float32", device=options.device).load()
-    tokens = Docs(n_seq=options.n_seq, seq_len=256, role="calibration").tokens(lm.tokenizer)
+    tokens = Docs(n_seq=options.n_seq, seq_len=options.seq_len, role="calibration").tokens(lm.tokenizer)
     pruners: dict[str, Pruner] = {"Wanda": Wanda(), "SparseGPT": SparseGPT()}
-    lines += ["", f"## The built-in model, 12 blocks, {options.n_seq} x 256 tokens", ""]
+    lines += ["", f"## The built-in model, 12 blocks, {options.n_seq} x {options.seq_len} tokens", ""]
     lines += whole_model(lm, pruners, tokens, options.repeats, rate)
     text = "\n".join(lines) + "\n"
     print(text)

@@ -5,7 +5,8 @@ on its own; the de-duplicated way evaluates each distinct coalition once. Same b
 Prints evaluations, block-forwards, the median wall time of the repeats and its ratio to svnup's, and svnup's wall time over
 its floor (block-forwards x time of one block + evaluations x time of one head pass, measured in the same run).
 
-    python experiments/benchmarks/shapley_cost.py [--repeats 5] [--output results/benchmarks/shapley_cost.md]
+    python -m experiments.benchmarks.shapley_cost [--repeats 5] [--output results/benchmarks/shapley_cost.md]
+    python -m experiments.benchmarks.shapley_cost --blocks 5 --seq-len 32 --repeats 1      # in seconds: does it still run?
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from experiments.study import built_in, text
 from svnup.allocation import Uniform
-from svnup.data import Docs
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
-from svnup.model import BUILT_IN_FOLDER
 from svnup.provenance import hardware
 from svnup.pruning import pruned_weights
 from svnup.pruning.magnitude import Magnitude
-from svnup.shapley import Estimator, block_forwards
+from svnup.shapley import Estimator, Game, block_forwards
 from svnup.shapley.exact import Exact
 from svnup.shapley.sliding_window import SlidingWindow
 from svnup.types import Bools, Floats
@@ -89,30 +90,36 @@ def timed(work: Callable[[], object]) -> float:
 def unit_times(lm: LanguageModel, tokens: torch.Tensor, repeats: int) -> tuple[float, float]:
     """Seconds of one block-forward and of one head pass on the whole payoff batch, the mean over blocks of medians."""
     batches = list(lm.micro_batches(tokens))
-    block = [
-        statistics.median(timed(lambda i=i: [lm.run_block(i, b) for b in batches]) for _ in range(repeats))
-        for i in range(lm.n_blocks)
-    ]
+
+    def run(index: int) -> None:
+        for batch in batches:
+            lm.run_block(index, batch)
+
+    block = [statistics.median(timed(partial(run, index)) for _ in range(repeats)) for index in range(lm.n_blocks)]
     head = statistics.median(timed(lambda: [lm.token_nll(b) for b in batches]) for _ in range(3 * repeats))
     return statistics.mean(block), head
 
 
-def compare(lm: LanguageModel, name: str, estimator: Estimator, n_seq: int, repeats: int, deduplicated: bool) -> list[str]:
-    tokens = torch.as_tensor(Docs(n_seq=n_seq, seq_len=256, role="payoff").tokens(lm.tokenizer))
+def compare(
+    lm: LanguageModel, name: str, estimator: Estimator, tokens: torch.Tensor, repeats: int, deduplicated: bool
+) -> list[str]:
     plan = estimator.plan(lm.n_blocks)
     asked = np.concatenate(_recorded(estimator, lm.n_blocks))
-    ways: dict[str, tuple[Callable[[], object], int, int]] = {
+    ways: dict[str, tuple[Callable[[], Game], int, int]] = {
         "svnup": (lambda: LayerGame(lm, tokens), len(plan), block_forwards(plan)),
         "straightforward": (lambda: Straightforward(lm, tokens), len(asked), int(asked.sum())),
     }
     if deduplicated:
         ways["de-duplicated"] = (lambda: Deduplicated(lm, tokens), len(plan), int(plan.sum()))
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    values, floors = {}, []
+    values: dict[str, Floats] = {}
+    floors = []
     for _ in range(repeats):  # the ways take turns, so that the machine's moods hit all of them
         for way, (make, _evaluations, _forwards) in ways.items():
             game = make()
-            seconds[way].append(timed(lambda way=way, game=game: values.__setitem__(way, estimator.estimate(game).values)))
+            start = time.perf_counter()
+            values[way] = estimator.estimate(game).values
+            seconds[way].append(time.perf_counter() - start)
         block, head = unit_times(lm, tokens, 3)
         floors.append(ways["svnup"][2] * block + ways["svnup"][1] * head)
     ours = statistics.median(seconds["svnup"])
@@ -127,15 +134,14 @@ def compare(lm: LanguageModel, name: str, estimator: Estimator, n_seq: int, repe
     return lines
 
 
-def pruned_game(lm: LanguageModel, n_seq: int, repeats: int) -> list[str]:
+def pruned_game(lm: LanguageModel, tokens: torch.Tensor, repeats: int) -> list[str]:
     """The game in which absent means pruned: the count, and wall time over its floor."""
-    tokens = torch.as_tensor(Docs(n_seq=n_seq, seq_len=256, role="payoff").tokens(lm.tokenizer))
     uniform = Uniform().allocate(None, lm.block_params, 0.7)
     stand_ins = pruned_weights(lm, uniform, Magnitude(), tokens)
     ratios = []
     for _ in range(repeats):
         game = LayerGame(lm, tokens, pruned=stand_ins)
-        seconds = timed(lambda game=game: SlidingWindow(5).estimate(game))
+        seconds = timed(partial(SlidingWindow(5).estimate, game))
         block, head = unit_times(lm, tokens, 3)
         ratios.append(seconds / (game.n_block_forwards * block + game.n_evaluations * head))
     return [
@@ -144,9 +150,8 @@ def pruned_game(lm: LanguageModel, n_seq: int, repeats: int) -> list[str]:
     ]
 
 
-def gates(lm: LanguageModel, n_seq: int, repeats: int) -> list[str]:
+def gates(lm: LanguageModel, tokens: torch.Tensor, repeats: int) -> list[str]:
     """Aumann-Shapley on gates, in forward passes of the whole model with its head."""
-    tokens = torch.as_tensor(Docs(n_seq=n_seq, seq_len=256, role="payoff").tokens(lm.tokenizer))
     game = LayerGame(lm, tokens)
     ratios = []
     for _ in range(repeats):
@@ -172,38 +177,36 @@ def _recorded(estimator: Estimator, n: int) -> list[Bools]:
     return asked
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--exact-n-seq", type=int, default=1, help="payoff sequences of the exact comparison")
     parser.add_argument("--window-n-seq", type=int, default=8, help="payoff sequences of the window comparison")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--blocks", type=int, help="of the built-in model, at least 5; all by default")
     parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    lm = LanguageModel.load(str(BUILT_IN_FOLDER), dtype="float32", device="cpu")
+    options = parser.parse_args(argv)
+    lm = built_in(options.blocks)
+    few, many = (torch.as_tensor(text("payoff", n, options.seq_len)) for n in (options.exact_n_seq, options.window_n_seq))
     machine = hardware()
     lines = [
-        "# Cost of Shapley values on the built-in model, 12 blocks",
+        f"# Cost of Shapley values on the built-in model, {lm.n_blocks} blocks",
         "",
         f"Made by `make benchmarks`: median of {options.repeats}, ways taking turns. {machine['cpu']}, "
         f"{machine['cores']} cores, {machine['threads']} threads, torch {torch.__version__}, float32. Payoff: sequences of "
-        f"256 tokens, {options.exact_n_seq} for exact, {options.window_n_seq} for the window.",
+        f"{options.seq_len} tokens, {options.exact_n_seq} for exact, {options.window_n_seq} for the window.",
         "",
         "| values | way | evaluations | block-forwards | seconds | times svnup | over floor | largest difference |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    lines += compare(lm, "sliding window w=5", SlidingWindow(5), options.window_n_seq, options.repeats, deduplicated=True)
-    lines += compare(lm, "exact", Exact(), options.exact_n_seq, options.repeats, deduplicated=False)
-    lines += [
-        "",
-        *pruned_game(lm, options.window_n_seq, options.repeats),
-        "",
-        *gates(lm, options.window_n_seq, options.repeats),
-    ]
-    text = "\n".join(lines) + "\n"
-    print(text)
+    lines += compare(lm, "sliding window w=5", SlidingWindow(5), many, options.repeats, deduplicated=True)
+    lines += compare(lm, "exact", Exact(), few, options.repeats, deduplicated=False)
+    lines += ["", *pruned_game(lm, many, options.repeats), "", *gates(lm, many, options.repeats)]
+    page = "\n".join(lines) + "\n"
+    print(page)
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text, encoding="utf-8")
+        options.output.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,26 +6,26 @@ over the blocks; random estimators run with ten seeds (mean and standard deviati
 the errors without it are printed too. Seconds are block-forwards x time of one block + evaluations x time of one head pass,
 both measured in this run (values themselves are looked up in the exact table), and measured directly for gates.
 
-    python experiments/estimators/run.py [--cache results/cache] [--n-seq 16]
+    python -m experiments.estimators.run [--cache results/cache] [--n-seq 16] [--quick]
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from experiments.study import built_in, figure, parse, parser, publish, text
 from svnup.allocation import Uniform
-from svnup.data import Docs
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
-from svnup.model import BUILT_IN_FOLDER
 from svnup.provenance import hardware
 from svnup.pruning import pruned_weights
 from svnup.pruning.wanda import Wanda
@@ -37,8 +37,21 @@ from svnup.shapley.sliding_window import SlidingWindow
 from svnup.shapley.stopping import kendall_tau
 from svnup.types import Bools, Floats, ShapleyValues
 
-SEEDS = range(10)
-BUDGETS = (50, 144, 400, 1200)
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is tried, on how much text; the defaults made the committed table."""
+
+    n_blocks: int | None = None
+    n_seeds: int = 10
+    budgets: tuple[int, ...] = (50, 144, 400, 1200)
+    windows: tuple[int, ...] = (1, 2, 3, 5, 7, 9)
+    n_payoff: int = 16
+    n_calibration: int = 128
+    seq_len: int = 256
+
+
+QUICK = Sizes(n_blocks=6, n_seeds=2, budgets=(30, 40), windows=(1, 3, 5), n_payoff=2, n_calibration=2, seq_len=32)
 VARIANTS = ("centred", "stride", "absent", "not antithetic", "truncated")  # in the table, not in the figure
 MARKERS = {"exact": "o", "sliding window": "s", "gates": "*", "permutation": "^", "kernel": "D", "leverage": "v"}
 
@@ -59,33 +72,34 @@ class Capped:
         return max(self.base.v_empty, self.worst)
 
 
-def estimators(skip: bool) -> dict[str, list[Any]]:
+def estimators(skip: bool, sizes: Sizes) -> dict[str, list[Any]]:
     """By the name of a line of the table: one estimator, or one for each seed."""
-    lines: dict[str, list[Any]] = {f"sliding window w={w}": [SlidingWindow(w)] for w in (1, 2, 3, 5, 7, 9)}
+    seeds, (*_, less, most) = range(sizes.n_seeds), sizes.budgets
+    lines: dict[str, list[Any]] = {f"sliding window w={w}": [SlidingWindow(w)] for w in sizes.windows}
     lines["sliding window w=5, centred"] = [SlidingWindow(5, aggregation="centred")]
     lines["sliding window w=5, stride 3"] = [SlidingWindow(5, stride=3)]
     lines["sliding window w=5, context absent"] = [SlidingWindow(5, context="absent")]
     if skip:
         lines |= {f"gates, {nodes} nodes": [Gates(nodes)] for nodes in (2, 4, 8)}
-    for budget in BUDGETS:
-        lines[f"permutation, budget {budget}"] = [Permutation(budget, seed) for seed in SEEDS]
-        lines[f"kernel, budget {budget}"] = [Kernel(budget, seed) for seed in SEEDS]
-        lines[f"leverage, budget {budget}"] = [Kernel(budget, seed, sampling="leverage") for seed in SEEDS]
-    lines["permutation, budget 400, not antithetic"] = [Permutation(400, seed, antithetic=False) for seed in SEEDS]
-    lines["permutation, budget 1200, truncated 1 %"] = [Permutation(1200, seed, truncation=0.01) for seed in SEEDS]
+    for budget in sizes.budgets:
+        lines[f"permutation, budget {budget}"] = [Permutation(budget, seed) for seed in seeds]
+        lines[f"kernel, budget {budget}"] = [Kernel(budget, seed) for seed in seeds]
+        lines[f"leverage, budget {budget}"] = [Kernel(budget, seed, sampling="leverage") for seed in seeds]
+    lines[f"permutation, budget {less}, not antithetic"] = [Permutation(less, seed, antithetic=False) for seed in seeds]
+    lines[f"permutation, budget {most}, truncated 1 %"] = [Permutation(most, seed, truncation=0.01) for seed in seeds]
     return lines
 
 
 def spearman(x: Floats, y: Floats) -> float:
-    ranks = [np.argsort(np.argsort(v)) for v in (x, y)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    ranks = [np.argsort(np.argsort(v)).astype(np.float64) for v in (x, y)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def unit_times(lm: LanguageModel, tokens: torch.Tensor) -> tuple[float, float]:
     with torch.inference_mode():
         batches = list(lm.micro_batches(tokens))
 
-        def median(work: Any) -> float:
+        def median(work: Callable[[], object]) -> float:
             taken = []
             for _ in range(9):
                 start = time.perf_counter()
@@ -93,7 +107,7 @@ def unit_times(lm: LanguageModel, tokens: torch.Tensor) -> tuple[float, float]:
                 taken.append(time.perf_counter() - start)
             return statistics.median(taken)
 
-        block = median(lambda: [lm.run_block(5, b) for b in batches])
+        block = median(lambda: [lm.run_block(min(5, lm.n_blocks - 1), b) for b in batches])
         return block, median(lambda: [lm.token_nll(b) for b in batches])
 
 
@@ -111,22 +125,24 @@ def line(name: str, exact: ShapleyValues, found: list[ShapleyValues], seconds: l
     evaluations = np.mean([v.cost.n_evaluations for v in found])
     forwards = np.mean([v.cost.n_block_forwards for v in found])
     counts = f"{evaluations:.0f} | {forwards:.0f}" if not cost.n_backward_passes else f"{cost.n_backward_passes} backward | -"
-    text = f"| {name} | {counts} | {np.mean(seconds):.1f} | " + " | ".join(map(show, (error, rest, rho, tau))) + " |"
-    return text, float(np.mean(seconds)), float(np.mean(error))
+    row = f"| {name} | {counts} | {np.mean(seconds):.1f} | " + " | ".join(map(show, (error, rest, rho, tau))) + " |"
+    return row, float(np.mean(seconds)), float(np.mean(error))
 
 
 def rms(x: Floats) -> float:
     return float(np.sqrt(np.mean(x**2)))
 
 
-def study(title: str, game: Any, units: tuple[float, float]) -> tuple[list[str], dict[str, list[tuple[float, float]]]]:
+def study(
+    title: str, game: Any, units: tuple[float, float], sizes: Sizes
+) -> tuple[list[str], dict[str, list[tuple[float, float]]]]:
     exact = Exact().estimate(game)
     print(f"{title}: exact values {np.round(exact.values, 4).tolist()}", flush=True)
-    text = [f"## {title}", "", f"Exact values: {', '.join(f'{v:.4f}' for v in exact.values)}.", ""]
-    text.append(
+    lines = [f"## {title}", "", f"Exact values: {', '.join(f'{v:.4f}' for v in exact.values)}.", ""]
+    lines.append(
         "| estimator | evaluations | block-forwards | seconds | error / spread | without block 0 | Spearman | Kendall |"
     )
-    text.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
     points: dict[str, list[tuple[float, float]]] = {}
 
     def add(name: str, found: list[ShapleyValues]) -> None:
@@ -135,63 +151,62 @@ def study(title: str, game: Any, units: tuple[float, float]) -> tuple[list[str],
             for v in found
         ]
         row, cost, error = line(name, exact, found, seconds)
-        text.append(row)
+        lines.append(row)
         if not any(variant in name for variant in VARIANTS):
             points.setdefault(name.split(",")[0].split(" w=")[0], []).append((cost, max(error, 1e-4)))
 
     add("exact", [exact])
-    for name, several in estimators(skip=not game.absent_costs and game.cap == "none").items():
+    for name, several in estimators(not game.absent_costs and game.cap == "none", sizes).items():
         add(name, [estimator.estimate(game) for estimator in several])
-    return [*text, ""], points
+    return [*lines, ""], points
 
 
 def draw(points: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * len(points), 3.8), layout="constrained")
-    for axes, (title, kinds) in zip(figure.subplots(1, len(points), sharey=True), points.items(), strict=True):
+    drawing = Figure(figsize=(4.2 * len(points), 3.8), layout="constrained")
+    for axes, (title, kinds) in zip(drawing.subplots(1, len(points), sharey=True), points.items(), strict=True):
         for colour, (kind, marker) in enumerate(MARKERS.items()):
             if dots := sorted(kinds.get(kind, [])):
                 axes.plot(*zip(*dots, strict=True), marker=marker, linestyle=":", color=f"C{colour}", label=kind)
         axes.set(xscale="log", yscale="log", xlabel="seconds on two CPU cores", title=title)
         axes.title.set_fontsize(9)
         axes.grid(color="0.9")
-    figure.axes[0].set_ylabel("error / spread of the exact values")
-    figure.axes[0].legend(fontsize=8, loc="lower left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    drawing.axes[0].set_ylabel("error / spread of the exact values")
+    drawing.axes[0].legend(fontsize=8, loc="lower left")
+    drawing.savefig(path, dpi=130, metadata={"Software": None})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", default="results/cache")
-    parser.add_argument("--n-seq", type=int, default=16)
-    options = parser.parse_args()
-    lm = LanguageModel.load(str(BUILT_IN_FOLDER), dtype="float32", device="cpu")
-    tokens = torch.as_tensor(Docs(n_seq=options.n_seq, seq_len=256, role="payoff").tokens(lm.tokenizer))
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--n-seq", type=int, metavar="N", help="payoff sequences (16)")
+    options = parse(made, argv)
+    sizes = QUICK if options.quick else Sizes()
+    n_seq, seq_len = options.n_seq or sizes.n_payoff, sizes.seq_len
+    lm = built_in(sizes.n_blocks)
+    tokens = torch.as_tensor(text("payoff", n_seq, seq_len))
     uniform = Uniform().allocate(None, lm.block_params, 0.7)
-    pruned = pruned_weights(lm, uniform, Wanda(), Docs(n_seq=128, seq_len=256).tokens(lm.tokenizer))
+    pruned = pruned_weights(lm, uniform, Wanda(), text("calibration", sizes.n_calibration, seq_len))
     games: dict[str, Any] = {
         "skip, -NLL": LayerGame(lm, tokens, cache_dir=options.cache),
         "skip, -NLL capped at chance": Capped(LayerGame(lm, tokens, cache_dir=options.cache)),
         "prune (Wanda, 70 %), -NLL": LayerGame(lm, tokens, pruned=pruned, cache_dir=options.cache),
     }
-    units, text, points = unit_times(lm, tokens), [], {}
+    units, found, points = unit_times(lm, tokens), [], {}
     for title, game in games.items():
-        lines, points[title] = study(title, game, units)
-        text += lines
+        lines, points[title] = study(title, game, units, sizes)
+        found += lines
     machine = hardware()
     head = [
         "# Estimators against exact Shapley values, built-in model",
         "",
         f"Made by `make study NAME=estimators`. {machine['cpu']}, {machine['threads']} threads, torch {torch.__version__}, "
-        f"float32; payoff text: {options.n_seq} sequences of 256 tokens. {len(SEEDS)} seeds for the random estimators, mean ± "
+        f"float32; payoff text: {n_seq} sequences of {seq_len} tokens. {sizes.n_seeds} seeds for the random estimators, mean ± "
         "standard deviation.",
         "",
     ]
-    Path("results/tables").mkdir(parents=True, exist_ok=True)
-    Path("results/tables/estimators.md").write_text("\n".join([*head, *text]).rstrip() + "\n", encoding="utf-8")
-    draw(points, Path("docs/figures/estimators.png"))
+    publish(options, "estimators", [*head, *found])
+    draw(points, figure(options, "estimators"))
 
 
 if __name__ == "__main__":

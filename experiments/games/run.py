@@ -6,44 +6,48 @@ selection text; last, the test text is read once, for uniform, the plain setting
 results/tables/games.md and docs/figures/games.png. Coalition values and losses are kept in the cache as they come: a killed run
 goes on where it was.
 
-    python experiments/games/run.py [--cache results/cache]
+    python -m experiments.games.run [--cache results/cache] [--quick]
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from experiments.study import built_in, figure, parse, parser, publish, text
 from svnup import NUMBERS_VERSION
 from svnup.allocation import ScoreBudget, Uniform
-from svnup.data import Docs
+from svnup.data import Role
 from svnup.evaluation import perplexity
-from svnup.game import LayerGame
-from svnup.language_model import LanguageModel
-from svnup.model import BUILT_IN_FOLDER
+from svnup.game import LayerGame, Payoff, Players
 from svnup.provenance import hardware
-from svnup.pruning import pruned_weights, temporarily_pruned
+from svnup.pruning import Pruner, pruned_weights, temporarily_pruned
 from svnup.pruning.sparsegpt import SparseGPT
 from svnup.pruning.wanda import Wanda
 from svnup.shapley import Estimator
 from svnup.shapley.exact import Exact
 from svnup.shapley.gates import Gates
 from svnup.shapley.sliding_window import SlidingWindow
-from svnup.types import Bools, Floats, SparsityProfile
+from svnup.types import BlockScores, Bools, Floats, Ints, SparsityProfile
 
-SCALES = ("log", "rank", "clip", "raw")
-PRUNERS = {"wanda": Wanda(), "sparsegpt": SparseGPT()}
-PLAIN = ("skip", "block", "neg_nll", "w=5")
-ESTIMATORS: dict[str, Estimator] = {
+Scale = Literal["log", "rank", "clip", "raw"]
+Absence = Literal["skip", "prune"]
+Setting = tuple[Absence, Players, str, str]  # the payoff, of PAYOFFS or TRANSFORMED, and the estimator
+Choice = tuple[Setting | None, Scale]  # None: uniform, whatever the scale
+Losses = dict[tuple[Setting | None, Scale, str, float], list[float]]  # by choice, pruner and sparsity: one per seed
+Tests = dict[Choice, dict[str, list[float]]]  # perplexities by choice and pruner: one per seed
+PRUNERS: dict[str, Pruner] = {"wanda": Wanda(), "sparsegpt": SparseGPT()}
+PLAIN: Setting = ("skip", "block", "neg_nll", "w=5")
+UNIFORM: Choice = (None, "log")
+ESTIMATORS: dict[str, Estimator | Gates] = {
     "w=1": SlidingWindow(1),
     "w=3": SlidingWindow(3),
     "w=5": SlidingWindow(5),
@@ -52,7 +56,57 @@ ESTIMATORS: dict[str, Estimator] = {
     "gates": Gates(8),
     "exact": Exact(),
 }
-Setting = tuple[str, str, str, str]  # absence, players, payoff, estimator
+PAYOFFS: dict[str, Payoff] = {"neg_nll": "neg_nll", "kl": "kl", "accuracy": "accuracy"}
+# Payoffs that follow from -NLL (m,) without another evaluation, given its worst by chance and that of all players.
+TRANSFORMED: dict[str, Callable[[Floats, float, float], Floats]] = {
+    "neg_nll, capped": lambda v, chance, full: np.maximum(v, chance),
+    "neg_ppl": lambda v, chance, full: -np.exp(-v),
+    "recip_ppl": lambda v, chance, full: np.exp(v - full),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is tried, on how much text; the defaults made the committed table."""
+
+    n_blocks: int | None = None
+    payoffs: tuple[str, ...] = ("neg_nll", "neg_nll, capped", "neg_ppl", "recip_ppl")
+    estimators: tuple[str, ...] = tuple(ESTIMATORS)
+    payoffs_of_sublayers: tuple[str, ...] = ("neg_nll", "recip_ppl")
+    estimators_of_sublayers: tuple[str, ...] = ("w=1", "w=3", "w=5")
+    more_payoffs: tuple[str, ...] = ("kl", "accuracy")
+    more_estimators: tuple[str, ...] = ("w=1", "w=5")
+    scales: tuple[Scale, ...] = ("log", "rank", "clip", "raw")
+    sparsities: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8)  # of the finals, which are decided at 0.6 and 0.7
+    n_finalists: int = 5
+    n_shown: int = 20
+    n_seeds: int = 3
+    n_calibration: int = 32
+    n_payoff: int = 16
+    n_selection: int = 48
+    n_test: int | None = None
+    seq_len: int = 256
+
+
+QUICK = Sizes(
+    n_blocks=5,
+    payoffs=("neg_nll", "recip_ppl"),
+    estimators=("w=5", "gates"),
+    payoffs_of_sublayers=("neg_nll",),
+    estimators_of_sublayers=("w=1",),
+    more_payoffs=("accuracy",),
+    more_estimators=("w=1",),
+    scales=("log", "rank"),
+    sparsities=(0.6, 0.7),
+    n_finalists=1,
+    n_shown=3,
+    n_seeds=2,
+    n_calibration=2,
+    n_payoff=4,
+    n_selection=2,
+    n_test=2,
+    seq_len=32,
+)
 
 
 @dataclass
@@ -73,28 +127,29 @@ class OfNLL:
         return float(self.payoff(np.array([self.base.v_empty]))[0])
 
 
-def settings() -> Iterator[Setting]:
-    for absence in ("skip", "prune"):
-        for payoff in ("neg_nll", "neg_nll, capped", "neg_ppl", "recip_ppl"):
-            for estimator in ESTIMATORS:
+def settings(sizes: Sizes) -> Iterator[Setting]:
+    absences: tuple[Absence, ...] = ("skip", "prune")
+    for absence in absences:
+        for payoff in sizes.payoffs:
+            for estimator in sizes.estimators:
                 if estimator != "gates" or (absence == "skip" and payoff == "neg_nll"):
                     yield absence, "block", payoff, estimator
-        for payoff in ("neg_nll", "recip_ppl"):
-            for estimator in ("w=1", "w=3", "w=5"):
+        for payoff in sizes.payoffs_of_sublayers:
+            for estimator in sizes.estimators_of_sublayers:
                 yield absence, "sublayer", payoff, estimator
-        for payoff in ("kl", "accuracy"):
-            for estimator in ("w=1", "w=5"):
+        for payoff in sizes.more_payoffs:
+            for estimator in sizes.more_estimators:
                 yield absence, "block", payoff, estimator
 
 
 class Bench:
     """The model, its texts, and losses and values that are computed once ever."""
 
-    def __init__(self, cache: str) -> None:
-        self.cache = Path(cache)
-        self.lm = LanguageModel.load(str(BUILT_IN_FOLDER), dtype="float32", device="cpu")
-        self.payoff_tokens = torch.as_tensor(self.text("payoff", 16))
-        self.selection = self.text("selection", 48)
+    def __init__(self, cache: Path, sizes: Sizes) -> None:
+        self.cache, self.sizes = cache, sizes
+        self.lm = built_in(sizes.n_blocks)
+        self.payoff_tokens = torch.as_tensor(self.text("payoff", sizes.n_payoff))
+        self.selection = self.text("selection", sizes.n_selection)
         self.weights = self.lm.fingerprint()
         self.path = self.cache / "games_study.jsonl"
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
@@ -107,8 +162,11 @@ class Bench:
                 continue  # torn by a kill: computed again
         self.games: dict[Any, LayerGame] = {}
 
-    def text(self, role: Any, n_seq: int | None, seed: int = 0) -> Any:
-        return Docs(n_seq=n_seq, seq_len=256, role=role, seed=seed).tokens(self.lm.tokenizer)
+    def text(self, role: Role, n_seq: int | None, seed: int = 0) -> Ints:
+        return text(role, n_seq, self.sizes.seq_len, seed)
+
+    def calibration(self, seed: int) -> Ints:
+        return self.text("calibration", self.sizes.n_calibration, seed)
 
     def remembered(self, what: list[Any], compute: Callable[[], Any]) -> Any:
         key = hashlib.sha256(json.dumps([NUMBERS_VERSION, self.weights, *what]).encode()).hexdigest()[:24]
@@ -119,17 +177,17 @@ class Bench:
                 file.write("\n" + json.dumps([key, self.known[key]]) + "\n")
         return self.known[key]
 
-    def game(self, absence: str, players: str, payoff: str, pruner: str, sparsity: float, seed: int) -> LayerGame:
+    def game(self, absence: Absence, players: Players, payoff: Payoff, pruner: str, sparsity: float, seed: int) -> LayerGame:
         where = (pruner, sparsity, seed) if absence == "prune" else None
         key = (players, payoff, where)
         if key not in self.games:
             stand_ins = None
             if absence == "prune":
                 uniform = Uniform().allocate(None, self.lm.block_params, sparsity)
-                stand_ins = pruned_weights(self.lm, uniform, PRUNERS[pruner], self.text("calibration", 32, seed))
+                stand_ins = pruned_weights(self.lm, uniform, PRUNERS[pruner], self.calibration(seed))
             self.games[key] = LayerGame(
                 self.lm, self.payoff_tokens, payoff=payoff, players=players, pruned=stand_ins, cache_dir=self.cache
-            )  # type: ignore[arg-type]
+            )
         return self.games[key]
 
     def values(self, setting: Setting, pruner: str, sparsity: float, seed: int) -> Floats:
@@ -137,55 +195,49 @@ class Bench:
         where = [pruner, sparsity, seed] if absence == "prune" else []
 
         def compute() -> list[float]:
-            raw = payoff if payoff in ("kl", "accuracy") else "neg_nll"
-            game: Any = self.game(absence, players, raw, pruner, sparsity, seed)
-            if payoff != raw:
-                chance, full = -math.log(self.lm.vocab_size), game(np.ones((1, game.n_players), dtype=bool))[0]
-                transforms: dict[str, Callable[[Floats], Floats]] = {
-                    "neg_nll, capped": lambda v: np.maximum(v, chance),
-                    "neg_ppl": lambda v: -np.exp(-v),
-                    "recip_ppl": lambda v: np.exp(v - full),
-                }
-                game = OfNLL(game, transforms[payoff])
-            return ESTIMATORS[estimator].estimate(game).per_block(self.lm.n_blocks).values.tolist()
+            game: Any = self.game(absence, players, PAYOFFS.get(payoff, "neg_nll"), pruner, sparsity, seed)
+            if (transform := TRANSFORMED.get(payoff)) is not None:
+                chance, full = -math.log(self.lm.vocab_size), float(game(np.ones((1, game.n_players), dtype=bool))[0])
+                game = OfNLL(game, lambda v: transform(v, chance, full))
+            values: list[float] = ESTIMATORS[estimator].estimate(game).per_part(self.lm.n_blocks).values.tolist()
+            return values
 
         return np.array(self.remembered(["values", setting, where], compute))
 
-    def profile(self, setting: Setting | None, scale: str, pruner: str, sparsity: float, seed: int) -> SparsityProfile | None:
+    def profile(self, setting: Setting | None, scale: Scale, pruner: str, sparsity: float, seed: int) -> SparsityProfile | None:
         """None where the scale cannot be applied: the logarithm of values none of which is positive."""
-        from svnup.types import BlockScores
-
         params = self.lm.block_params
         if setting is None:
             return Uniform().allocate(None, params, sparsity)
         scores = BlockScores(self.values(setting, pruner, sparsity, seed), "study")
         try:
-            return ScoreBudget(scale=scale).allocate(scores, params, sparsity)  # type: ignore[arg-type]
+            return ScoreBudget(scale=scale).allocate(scores, params, sparsity)
         except ValueError:
             return None
 
-    def loss(self, profile: SparsityProfile, pruner: str, seed: int, role: str = "selection") -> float:
+    def loss(self, profile: SparsityProfile, pruner: str, seed: int, role: Role = "selection") -> float:
         """NLL on the selection text (or perplexity on the test text) of the model pruned to a profile."""
 
         def compute() -> float:
-            with temporarily_pruned(self.lm, profile, PRUNERS[pruner], self.text("calibration", 32, seed)):
+            with temporarily_pruned(self.lm, profile, PRUNERS[pruner], self.calibration(seed)):
                 if role == "test":
-                    return perplexity(self.lm, self.text("test", None))
+                    return perplexity(self.lm, self.text("test", self.sizes.n_test))
                 return float(self.lm.nll(self.selection).mean())
 
         return self.remembered(["loss", np.round(profile.sparsity, 9).tolist(), pruner, seed, role], compute)
 
 
-def name(setting: Setting | None, scale: str) -> str:
+def name(setting: Setting | None, scale: Scale) -> str:
     return "uniform" if setting is None else f"{', '.join(setting)}; {scale}"
 
 
-def screen(bench: Bench) -> list[tuple[float, Setting | None, str]]:
-    found: list[tuple[float, Setting | None, str]] = []
-    uniform = bench.profile(None, "log", "wanda", 0.7, 0)
+def screen(bench: Bench) -> list[tuple[float, Setting | None, Scale]]:
+    """Every setting and scale by its loss, and uniform among them."""
+    found: list[tuple[float, Setting | None, Scale]] = []
+    uniform = bench.profile(*UNIFORM, "wanda", 0.7, 0)
     assert uniform is not None
-    found.append((bench.loss(uniform, "wanda", 0), None, ""))
-    todo = [(setting, scale) for setting in settings() for scale in SCALES]
+    found.append((bench.loss(uniform, "wanda", 0), *UNIFORM))
+    todo = [(setting, scale) for setting in settings(bench.sizes) for scale in bench.sizes.scales]
     for index, (setting, scale) in enumerate(todo):
         profile = bench.profile(setting, scale, "wanda", 0.7, 0)
         if profile is not None:
@@ -194,31 +246,32 @@ def screen(bench: Bench) -> list[tuple[float, Setting | None, str]]:
     return sorted(found, key=lambda entry: entry[0])
 
 
-def finals(bench: Bench, chosen: list[tuple[Setting | None, str]]) -> dict[Any, list[float]]:
-    losses: dict[Any, list[float]] = {}
+def finals(bench: Bench, chosen: list[Choice]) -> Losses:
+    losses: Losses = {}
     for pruner in PRUNERS:
-        for sparsity in (0.7, 0.6, 0.8, 0.5):
+        for sparsity in bench.sizes.sparsities:
             for setting, scale in chosen:
-                for seed in range(3):
+                cell = losses[setting, scale, pruner, sparsity] = []
+                for seed in range(bench.sizes.n_seeds):
                     profile = bench.profile(setting, scale, pruner, sparsity, seed)
-                    value = math.nan if profile is None else bench.loss(profile, pruner, seed)
-                    losses.setdefault((setting, scale, pruner, sparsity), []).append(value)
-                print(
-                    f"{pruner} {sparsity} {name(setting, scale)}: {np.mean(losses[setting, scale, pruner, sparsity]):.4f}",
-                    flush=True,
-                )
+                    cell.append(math.nan if profile is None else bench.loss(profile, pruner, seed))
+                print(f"{pruner} {sparsity} {name(setting, scale)}: {np.mean(cell):.4f}", flush=True)
     return losses
 
 
-def report(bench: Bench, screened: list[Any], losses: dict[Any, list[float]], chosen: list[Any], tests: dict[Any, Any]) -> str:
+def report(
+    sizes: Sizes, screened: list[tuple[float, Setting | None, Scale]], losses: Losses, chosen: list[Choice], tests: Tests
+) -> list[str]:
     machine = hardware()
     uniform = next(loss for loss, setting, _ in screened if setting is None)
     better = sum(loss < uniform for loss, *_ in screened)
-    text = [
+    length = sizes.seq_len
+    lines = [
         "# Games, payoffs, estimators and scales: which budget prunes best",
         "",
         f"Made by `make study NAME=games`. {machine['cpu']}, {machine['cores']} cores, torch {torch.__version__}, float32. "
-        "Built-in model, lam 0.15, 32 x 256 calibration tokens, payoff text of 16 x 256 tokens, selection text of 48 x 256.",
+        f"Built-in model, lam 0.15, {sizes.n_calibration} x {length} calibration tokens, payoff text of {sizes.n_payoff} x "
+        f"{length} tokens, selection text of {sizes.n_selection} x {length}.",
         "",
         "## Screen: perplexity on the selection text, Wanda, 70 %, seed 0",
         "",
@@ -229,81 +282,80 @@ def report(bench: Bench, screened: list[Any], losses: dict[Any, list[float]], ch
     ]
     plain = next(i for i, (_, setting, scale) in enumerate(screened) if setting == PLAIN and scale == "log")
     uniform_at = next(i for i, (_, setting, _) in enumerate(screened) if setting is None)
-    for i in sorted({*range(20), plain, uniform_at, len(screened) - 1}):
+    for i in sorted({*range(sizes.n_shown), plain, uniform_at, len(screened) - 1}):
         loss, setting, scale = screened[i]
-        text.append(f"| {i + 1} | {name(setting, scale)} | {math.exp(loss):.2f} | {100 * math.expm1(loss - uniform):+.1f} % |")
-    text += ["", "The best of each kind:", "", "| what | best setting | perplexity |", "| --- | --- | --- |"]
+        lines.append(f"| {i + 1} | {name(setting, scale)} | {math.exp(loss):.2f} | {100 * math.expm1(loss - uniform):+.1f} % |")
+    lines += ["", "The best of each kind:", "", "| what | best setting | perplexity |", "| --- | --- | --- |"]
     for position in range(4):
         for kind in sorted({setting[position] for _, setting, _ in screened if setting}):
             loss, setting, scale = next(e for e in screened if e[1] and e[1][position] == kind)
-            text.append(f"| {kind} | {name(setting, scale)} | {math.exp(loss):.2f} |")
-    for scale in SCALES:
-        loss, setting, _ = next(e for e in screened if e[2] == scale)
-        text.append(f"| {scale} | {name(setting, scale)} | {math.exp(loss):.2f} |")
-    text += [
+            lines.append(f"| {kind} | {name(setting, scale)} | {math.exp(loss):.2f} |")
+    for scale in sizes.scales:
+        loss, setting, _ = next(e for e in screened if e[1] and e[2] == scale)
+        lines.append(f"| {scale} | {name(setting, scale)} | {math.exp(loss):.2f} |")
+    lines += [
         "",
-        "## Best five, plain setting and uniform: perplexity on the selection text, mean ± sd over 3 calibration seeds",
+        f"## Best {sizes.n_finalists}, plain setting and uniform: perplexity on the selection text, mean ± sd over "
+        f"{sizes.n_seeds} calibration seeds",
         "",
     ]
-    columns = [(pruner, sparsity) for pruner in PRUNERS for sparsity in (0.5, 0.6, 0.7, 0.8)]
-    text.append("| setting | " + " | ".join(f"{pruner} {100 * s:.0f} %" for pruner, s in columns) + " |")
-    text.append("| --- |" + " --- |" * len(columns))
-    for setting, scale in chosen:
-        cells = [np.exp(losses[setting, scale, *column]) for column in columns]
+    columns = [(pruner, sparsity) for pruner in PRUNERS for sparsity in sizes.sparsities]
+    lines.append("| setting | " + " | ".join(f"{pruner} {100 * s:.0f} %" for pruner, s in columns) + " |")
+    lines.append("| --- |" + " --- |" * len(columns))
+    for choice in chosen:
+        cells = [np.exp(losses[*choice, *column]) for column in columns]
         shown = [f"{c.mean():.2f} ± {c.std(ddof=1):.2f}" for c in cells]
-        text.append(f"| {name(setting, scale)} | " + " | ".join(shown) + " |")
-    text += ["", "## Test text, read once: perplexity at 70 %, mean ± sd over 3 calibration seeds", ""]
-    text += ["| setting | wanda | sparsegpt |", "| --- | --- | --- |"]
-    for (setting, scale), cells in tests.items():
-        shown = [f"{np.mean(cells[p]):.2f} ± {np.std(cells[p], ddof=1):.2f}" for p in PRUNERS]
-        text.append(f"| {name(setting, scale)} | " + " | ".join(shown) + " |")
-    return "\n".join(text) + "\n"
+        lines.append(f"| {name(*choice)} | " + " | ".join(shown) + " |")
+    lines += ["", f"## Test text, read once: perplexity at 70 %, mean ± sd over {sizes.n_seeds} calibration seeds", ""]
+    lines += ["| setting | wanda | sparsegpt |", "| --- | --- | --- |"]
+    for choice, by_pruner in tests.items():
+        shown = [f"{np.mean(by_pruner[p]):.2f} ± {np.std(by_pruner[p], ddof=1):.2f}" for p in PRUNERS]
+        lines.append(f"| {name(*choice)} | " + " | ".join(shown) + " |")
+    return lines
 
 
-def draw(losses: dict[Any, list[float]], chosen: list[Any], path: Path) -> None:
+def draw(losses: Losses, chosen: list[Choice], sparsities: tuple[float, ...], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.5, 4), layout="constrained")
-    for axes, pruner in zip(figure.subplots(1, 2), PRUNERS, strict=True):
-        for marker, (setting, scale) in zip("osd^v<>", chosen, strict=False):
-            levels = [0.5, 0.6, 0.7, 0.8]
+    drawing = Figure(figsize=(9.5, 4), layout="constrained")
+    for axes, pruner in zip(drawing.subplots(1, 2), PRUNERS, strict=True):
+        for marker, choice in zip("osd^v<>", chosen, strict=False):
             change = [
-                100 * math.expm1(np.mean(losses[setting, scale, pruner, s]) - np.mean(losses[None, "", pruner, s]))
-                for s in levels
+                100 * math.expm1(np.mean(losses[*choice, pruner, s]) - np.mean(losses[*UNIFORM, pruner, s])) for s in sparsities
             ]
-            axes.plot([100 * s for s in levels], change, marker=marker, label=name(setting, scale))
+            axes.plot([100 * s for s in sparsities], change, marker=marker, label=name(*choice))
         axes.set(xlabel="sparsity (%)", ylabel="perplexity against uniform (%)", title=pruner)
         axes.grid(color="0.9")
-    figure.axes[0].legend(fontsize=6)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    drawing.axes[0].legend(fontsize=6)
+    drawing.savefig(path, dpi=130, metadata={"Software": None})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", default="results/cache")
-    bench = Bench(parser.parse_args().cache)
+def main(argv: list[str] | None = None) -> None:
+    options = parse(parser(__doc__), argv)
+    sizes = QUICK if options.quick else Sizes()
+    bench = Bench(options.cache, sizes)
     screened = screen(bench)
-    best: list[tuple[Setting | None, str]] = []
+    best: list[Choice] = []
     seen: set[float] = set()
     for loss, setting, scale in screened:  # the same budget under two names, such as capped and not, counts once
-        if setting is not None and round(loss, 9) not in seen and len(best) < 5:
+        if setting is not None and round(loss, 9) not in seen and len(best) < sizes.n_finalists:
             best.append((setting, scale))
             seen.add(round(loss, 9))
-    chosen = [(None, ""), *dict.fromkeys([(PLAIN, "log"), *best])]
+    plain: Choice = (PLAIN, "log")
+    chosen = [UNIFORM, *dict.fromkeys([plain, *best])]
     losses = finals(bench, chosen)
-    mean = {entry: np.mean([losses[*entry, p, s] for p in PRUNERS for s in (0.6, 0.7)]) for entry in chosen[1:]}
-    winner = min(mean, key=lambda entry: mean[entry])
-    tests: dict[Any, dict[str, list[float]]] = {}
-    for setting, scale in dict.fromkeys([(None, ""), (PLAIN, "log"), winner]):
+    mean = {choice: np.mean([losses[*choice, p, s] for p in PRUNERS for s in (0.6, 0.7)]) for choice in chosen[1:]}
+    winner = min(mean, key=lambda choice: mean[choice])
+    tests: Tests = {}
+    for choice in dict.fromkeys([UNIFORM, plain, winner]):
         for pruner in PRUNERS:
-            for seed in range(3):
-                profile = bench.profile(setting, scale, pruner, 0.7, seed)
+            for seed in range(sizes.n_seeds):
+                profile = bench.profile(*choice, pruner, 0.7, seed)
                 assert profile is not None
                 value = bench.loss(profile, pruner, seed, role="test")
-                tests.setdefault((setting, scale), {}).setdefault(pruner, []).append(value)
-    Path("results/tables").mkdir(parents=True, exist_ok=True)
-    Path("results/tables/games.md").write_text(report(bench, screened, losses, chosen, tests), encoding="utf-8")
-    draw(losses, chosen, Path("docs/figures/games.png"))
+                tests.setdefault(choice, {}).setdefault(pruner, []).append(value)
+    publish(options, "games", report(sizes, screened, losses, chosen, tests))
+    draw(losses, chosen, sizes.sparsities, figure(options, "games"))
 
 
 if __name__ == "__main__":

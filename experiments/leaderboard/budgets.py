@@ -4,21 +4,23 @@ Every candidate is tuned alike: its amplitude is that of seven (0 is uniform) wi
 three and then two steps each. On the built-in model at 70 % with Wanda and SparseGPT, one calibration seed. Writes
 results/tables/budgets.md.
 
-    python experiments/leaderboard/budgets.py [--cache results/cache] [--workers 2]
+    python -m experiments.leaderboard.budgets [--cache results/cache] [--workers 2] [--quick]
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import multiprocessing
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from run import OF_SUBLAYERS, Bench, Cell, start
 
+from experiments.leaderboard import run
+from experiments.leaderboard.run import OF_SUBLAYERS, Bench, Cell, Sizes, workers
+from experiments.study import parse, parser, publish
 from svnup.pipeline import held_out_loss, stand_ins
 from svnup.provenance import hardware
 from svnup.scoring import Context
@@ -26,9 +28,8 @@ from svnup.shapley import Game, all_coalitions, exact_values
 from svnup.shapley.sliding_window import SlidingWindow
 from svnup.types import BlockScores, Floats
 
-PRUNERS = ("wanda", "sparsegpt")
-N_CALIBRATION, N_SELECTION, N_PAYOFF = 24, 32, 12
-SIZES = (f"dataset.n_seq={N_CALIBRATION}", f"selection.n_seq={N_SELECTION}", f"shapley.game.data.n_seq={N_PAYOFF}")
+FULL = Sizes(pruners=("wanda", "sparsegpt"), n_calibration=24, n_selection=32, n_payoff=12)
+QUICK = replace(run.QUICK, n_selection=2)
 EXACT = "shapley=exact"
 # Ideas that the command knows already, as its overrides.
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -94,100 +95,108 @@ SEMIVALUES: dict[str, Callable[[Game], Floats]] = {
 POWERS = (0.25, 0.5)
 
 
-def ideas() -> dict[str, Callable[[Bench, Cell], tuple[float, str]]]:
-    """Each idea as what measures it in a cell: the least loss, and what was chosen for it."""
-    out: dict[str, Callable[[Bench, Cell], tuple[float, str]]] = {}
-    for name, options in OPTIONS.items():
-        out[name] = lambda bench, cell, options=options: tuned(bench, cell, *options)
-    for name, values in SEMIVALUES.items():
-        out[name] = lambda bench, cell, values=values: tuned(bench, cell, scores=values)
-    for power in POWERS:
-        out[f"scale: power {power}"] = lambda bench, cell, power=power: tuned(
-            bench, cell, "allocator.scale=raw", scores=powered(power)
-        )
+Idea = Callable[[Bench, Cell], tuple[float, str]]  # measures it in a cell: the least loss, and what was chosen for it
+
+
+def ideas() -> dict[str, Idea]:
+    out: dict[str, Idea] = {name: tuned(*options) for name, options in OPTIONS.items()}
+    out |= {name: tuned(scores=values) for name, values in SEMIVALUES.items()}
+    out |= {f"scale: power {power}": tuned("allocator.scale=raw", scores=powered(power)) for power in POWERS}
     for n in (2, 3, 5):
         name = f"{n} rounds: values of the pruned model correct the budget"
-        out[name] = lambda bench, cell, n=n: tuned(bench, cell, f"allocator.rounds={n}", allocator="shapley_rounds")
-    out["players and budgets per sublayer, 3 rounds, the first to 0.3"] = lambda bench, cell: tuned(
-        bench, cell, *OF_SUBLAYERS, "allocator.lam=0.3", allocator="shapley_rounds"
+        out[name] = tuned(f"allocator.rounds={n}", allocator="shapley_rounds")
+    out["players and budgets per sublayer, 3 rounds, the first to 0.3"] = tuned(
+        *OF_SUBLAYERS, "allocator.lam=0.3", allocator="shapley_rounds"
     )
     return out
 
 
-def measure(task: tuple[str, str, str]) -> tuple[str, str, tuple[float, str]]:
-    cache, pruner, name = task
+QUICK_IDEAS = (
+    "default: recip_ppl, blocks skipped, w=5, log scale",
+    "windows of 1 (leave one out)",
+    "scale: power 0.25",
+    "2 rounds: values of the pruned model correct the budget",
+)
+
+
+def measure(cache: Path, sizes: Sizes, task: tuple[str, str]) -> tuple[str, str, tuple[float, str]]:
+    pruner, name = task
     torch.set_num_threads(1)
-    found = ideas()[name](_benches.setdefault(cache, Bench(cache)), ("tiny", pruner, 0.7))
+    bench = _benches.setdefault((cache, sizes), Bench(cache, sizes))
+    found = ideas()[name](bench, ("tiny", pruner, 0.7))
     print(f"{pruner} {name}: {math.exp(found[0]):.2f} ({found[1]})", flush=True)
     return pruner, name, found
 
 
-_benches: dict[str, Bench] = {}
+_benches: dict[tuple[Path, Sizes], Bench] = {}  # of a worker: its model stays loaded
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", default="results/cache")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    options = parser.parse_args()
-    found: dict[str, dict[str, tuple[float, str]]] = {name: {} for name in ideas()}
-    Path("results/tables").mkdir(parents=True, exist_ok=True)
-    with multiprocessing.get_context("spawn").Pool(options.workers, start) as pool:
-        tasks = [(options.cache, pruner, name) for name in found for pruner in PRUNERS]
-        for pruner, name, entry in pool.imap(measure, tasks):
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--workers", type=int, default=2, help="processes of one thread each; 0: this one alone")
+    options = parse(made, argv)
+    sizes = QUICK if options.quick else FULL
+    found: dict[str, dict[str, tuple[float, str]]] = {name: {} for name in (QUICK_IDEAS if options.quick else ideas())}
+    tasks = [(pruner, name) for name in found for pruner in sizes.pruners]
+    with workers(options.workers) as each:
+        for pruner, name, entry in each(partial(measure, options.cache, sizes), tasks):
             found[name][pruner] = entry
-            if len(found[name]) == len(PRUNERS):
-                Path("results/tables/budgets.md").write_text(report(found), encoding="utf-8")
+            if len(found[name]) == len(sizes.pruners):
+                publish(options, "budgets", report(found, sizes))
 
 
 def powered(power: float) -> Callable[[Game], Floats]:
     return lambda game: np.maximum(SlidingWindow().estimate(game).values, 0.0) ** power
 
 
-def tuned(
-    bench: Bench, cell: Cell, *options: str, scores: Callable[[Game], Floats] | None = None, allocator: str = "shapley"
-) -> tuple[float, str]:
-    """The least loss of all that the allocator tried, and which it was."""
-    job = bench.job(cell, allocator, 0, *SIZES, *(["allocator.lam=auto"] if allocator == "shapley" else []), *options)
-    lm, tokens = bench.model(job, cell[0]), job.tokens()
-    assert job.shapley is not None
-    if scores is None:
-        values = job.shapley.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm)))
-    else:
-        values = BlockScores(scores(job.shapley.play(lm, stand_ins(job, lm), job.cache_dir)), "study")  # type: ignore[assignment]
-    params = lm.sublayer_params if job.granularity == "sublayer" else lm.block_params
-    loss = held_out_loss(job, lm, tokens)
-    job.allocator.allocate(values.per_part(len(params)), params, job.sparsity, job.pattern, loss)
-    curve = loss.to_dict()
-    assert curve is not None
-    best = min(curve["curve"], key=lambda call: math.inf if call["loss"] is None else call["loss"])
-    return best["loss"], best["label"]
+def tuned(*options: str, scores: Callable[[Game], Floats] | None = None, allocator: str = "shapley") -> Idea:
+    """An allocator with these overrides, or with other scores of the blocks: of all that it tries the least loss is chosen."""
+
+    def idea(bench: Bench, cell: Cell) -> tuple[float, str]:
+        job = bench.job(cell, allocator, 0, *(["allocator.lam=auto"] if allocator == "shapley" else []), *options)
+        lm, tokens = bench.model(job, cell[0]), job.tokens()
+        assert job.shapley is not None
+        values: BlockScores
+        if scores is None:
+            values = job.shapley.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm)))
+        else:
+            values = BlockScores(scores(job.shapley.play(lm, stand_ins(job, lm), job.cache_dir)), "study")
+        params = lm.sublayer_params if job.granularity == "sublayer" else lm.block_params
+        loss = held_out_loss(job, lm, tokens)
+        job.allocator.allocate(values.per_part(len(params)), params, job.sparsity, job.pattern, loss)
+        curve = loss.to_dict()
+        assert curve is not None
+        best = min(curve["curve"], key=lambda call: math.inf if call["loss"] is None else call["loss"])
+        return best["loss"], best["label"]
+
+    return idea
 
 
-def report(found: dict[str, dict[str, tuple[float, str]]]) -> str:
+def report(found: dict[str, dict[str, tuple[float, str]]], sizes: Sizes) -> list[str]:
     machine = hardware()
     default = next(iter(found.values()))
-    whole = {name: losses for name, losses in found.items() if len(losses) == len(PRUNERS)}
+    whole = {name: losses for name, losses in found.items() if len(losses) == len(sizes.pruners)}
     left = [name for name in found if name not in whole]
+    length = sizes.seq_len
     text = [
         "# Ideas for a better Shapley budget",
         "",
         f"Made by `make study NAME=budgets`. {machine['cpu']}, one thread, torch {torch.__version__}, float32. Built-in "
-        f"model, 70 %, {N_CALIBRATION} x 256 calibration tokens, payoff text {N_PAYOFF} x 256; perplexity on selection text "
-        f"({N_SELECTION} x 256), on which the amplitude of each was chosen from seven; of rounds from three, then for each "
-        "further round one of two steps.",
+        f"model, 70 %, {sizes.n_calibration} x {length} calibration tokens, payoff text {sizes.n_payoff} x {length}; "
+        f"perplexity on selection text ({sizes.n_selection} x {length}), on which the amplitude of each was chosen from seven; "
+        "of rounds from three, then for each further round one of two steps.",
         "",
-        "| idea | " + " | ".join(f"{p} | vs default | chosen" for p in PRUNERS) + " |",
-        "| --- |" + " ---: | ---: | --- |" * len(PRUNERS),
+        "| idea | " + " | ".join(f"{p} | vs default | chosen" for p in sizes.pruners) + " |",
+        "| --- |" + " ---: | ---: | --- |" * len(sizes.pruners),
     ]
     for name, losses in sorted(whole.items(), key=lambda item: sum(loss for loss, _ in item[1].values())):
         cells = [
             f"{math.exp(losses[p][0]):.2f} | {100 * math.expm1(losses[p][0] - default[p][0]):+.1f} % | {losses[p][1]}"
-            for p in PRUNERS
+            for p in sizes.pruners
         ]
         text.append(f"| {name} | " + " | ".join(cells) + " |")
     text += ["", f"Not measured yet: {'; '.join(left)}."] if left else []
-    return "\n".join(text) + "\n"
+    return text
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ amplitude of the Shapley budget. 0.6 and 0.7 have all allocators, 0.5 and 0.8 un
 selection text. Writes results/tables/leaderboard.md and .csv and the figures; what is measured is kept in the cache, and a
 killed run goes on.
 
-    python experiments/leaderboard/run.py [--cache results/cache] [--workers 2] [--models tiny,tiny_opt] [--no-search]
+    python -m experiments.leaderboard.run [--cache results/cache] [--workers 2] [--models tiny,tiny_opt] [--no-search] [--quick]
 
 With --long-search tiny_opt/wanda there is one more search there, which gets twenty times what `shapley_rounds` cost: three
 quarters of an hour a cell.
@@ -22,15 +22,19 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 
+from experiments.study import figure, parse, parser, publish
 from svnup import NUMBERS_VERSION, config
 from svnup.allocation import Tuned, Uniform
 from svnup.config import CONF, Job
@@ -42,9 +46,6 @@ from svnup.scoring import Context
 from svnup.types import Floats, SparsityProfile
 
 MODELS = ("tiny", "tiny_opt")
-PRUNERS = ("magnitude", "wanda", "sparsegpt")
-SPARSITIES, MORE_SPARSITIES = (0.7, 0.6), (0.5, 0.8)
-SEEDS = (0, 1, 2)
 SUBLAYERS = "shapley_sublayers"  # attention and MLP are players with budgets of their own:
 OF_SUBLAYERS = ("allocator.granularity=sublayer", "shapley.game.players=sublayer")
 TUNED = ("shapley", SUBLAYERS, "leave_one_out", "owl", "alpha_pruning", "dlp", "atp", "block_influence")
@@ -54,9 +55,40 @@ SEARCH, LONG = "search", "search_long"  # the second at 20 times the cost of rou
 PROFILED = (ROUNDS, "curves", SEARCH, LONG)  # whose profile is the choice, made once for all seeds
 ALLOCATORS = ("uniform", ROUNDS, *TUNED, "curves", SEARCH, LONG, *CONTROLS)
 SEARCH_CELLS = {("wanda", 0.7), ("sparsegpt", 0.7)}  # a search costs as much as all else in a cell
-N_CALIBRATION, N_SELECTION, N_TEST, N_PAYOFF = 16, 24, 64, 8
-BUDGET = 20  # of search, in costs of the Shapley budget
 Cell = tuple[str, str, float]  # model, pruner, sparsity
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured, on how much text; the defaults made the committed leaderboard."""
+
+    pruners: tuple[str, ...] = ("magnitude", "wanda", "sparsegpt")
+    sparsities: tuple[float, ...] = (0.7, 0.6)
+    more_sparsities: tuple[float, ...] = (0.5, 0.8)
+    allocators: tuple[str, ...] = ALLOCATORS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    n_calibration: int = 16
+    n_selection: int = 24
+    n_test: int = 64
+    n_payoff: int = 8
+    seq_len: int = 256
+    search: int = 20  # the budget of search, in costs of the Shapley budget
+
+
+FULL = Sizes()
+QUICK = Sizes(
+    pruners=("wanda",),
+    sparsities=(0.7,),
+    more_sparsities=(),
+    allocators=("uniform", ROUNDS, "shapley", "owl", SEARCH, *CONTROLS),
+    seeds=(0, 1),
+    n_calibration=2,
+    n_selection=4,
+    n_test=3,
+    n_payoff=1,
+    seq_len=32,
+    search=1,
+)
 
 
 @dataclass(frozen=True)
@@ -81,8 +113,8 @@ class Entry:
 class Bench:
     """The models, and what was measured once ever: one JSON line each, in a file per process."""
 
-    def __init__(self, cache: str) -> None:
-        self.cache = Path(cache)
+    def __init__(self, cache: str | Path, sizes: Sizes = FULL) -> None:
+        self.cache, self.sizes = Path(cache), sizes
         self.folder = self.cache / "leaderboard"
         self.known: dict[str, Any] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
@@ -113,10 +145,13 @@ class Bench:
         if (asked := (cell, allocator, seed, *overrides)) in self.jobs:
             return self.jobs[asked]
         model, pruner, sparsity = cell
-        sizes = {"dataset": N_CALIBRATION, "selection": N_SELECTION, "evaluation": N_TEST, "shapley.game.data": N_PAYOFF}
+        sizes = self.sizes
+        texts = {"dataset": sizes.n_calibration, "selection": sizes.n_selection, "evaluation": sizes.n_test}
+        texts |= {"shapley.game.data": sizes.n_payoff}
         named = {LONG: SEARCH, SUBLAYERS: "shapley"}.get(allocator, allocator)
         base = [f"model={model}", f"pruner={pruner}", f"sparsity={sparsity}", f"allocator={named}", f"seed={seed}"]
-        base += ["model.device=cpu", f"cache_dir={self.cache}", *(f"{text}.n_seq={n}" for text, n in sizes.items())]
+        base += ["model.device=cpu", f"cache_dir={self.cache}", *(f"{text}.n_seq={n}" for text, n in texts.items())]
+        base += [f"model.seq_len={sizes.seq_len}"] if sizes.seq_len != FULL.seq_len else []
         cfg = compose("config", [*base, *overrides])
         return self.jobs.setdefault(asked, config.build(cfg, self.texts))
 
@@ -132,8 +167,8 @@ class Bench:
             base = self.entry(cell, ROUNDS if allocator == LONG else "shapley")
             lam, cost = base.chosen.partition("=")[2], base.cost
         overrides = self._overrides(cell, allocator, lam, cost)
-        job = self.job(cell, allocator, SEEDS[0], *overrides)
-        what = ["entry", allocator, job.key, self.model(job, cell[0]).fingerprint(), len(SEEDS)]
+        job = self.job(cell, allocator, self.sizes.seeds[0], *overrides)
+        what = ["entry", allocator, job.key, self.model(job, cell[0]).fingerprint(), len(self.sizes.seeds)]
         found = self.remembered(what)
         if found is None:
             found = self._measure(cell, allocator, overrides)
@@ -152,30 +187,31 @@ class Bench:
         if allocator in (SEARCH, LONG):  # as many generations as 20 times the cost pays for, and at least one
             search: Any = self.job(cell, SEARCH, 0).allocator
             widths = [search.offspring, *search.survivors]
-            lengths = [*search.sequences, N_SELECTION]
-            generation = sum(w * loss_cost(cell[1], n) for w, n in zip(widths, lengths, strict=True))
-            return [f"allocator.generations={max(1, round(BUDGET * cost / generation))}"]
+            lengths = [*search.sequences, self.sizes.n_selection]
+            generation = sum(w * loss_cost(cell[1], n, self.sizes) for w, n in zip(widths, lengths, strict=True))
+            return [f"allocator.generations={max(1, round(self.sizes.search * cost / generation))}"]
         return []
 
     def _measure(self, cell: Cell, allocator: str, overrides: list[str]) -> dict[str, Any]:
-        chosen, tuning, cost = "-", None, 0.0
+        chosen, tuning, cost, sizes = "-", None, 0.0, self.sizes
         losses, profiles = [], []
-        for seed in SEEDS:
+        for seed in sizes.seeds:
             job = self.job(cell, allocator, seed, *overrides)
             lm, tokens = self.model(job, cell[0]), job.tokens()
             params = lm.sublayer_params if job.granularity == "sublayer" else lm.block_params
             scores, cost_of_scores = None, 0.0
             if job.scorer is not None:
                 found = job.scorer.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm)))
-                scores, cost_of_scores = found.per_part(len(params)), score_cost(job, found, lm.n_blocks)
-            if seed == SEEDS[0]:
+                scores, cost_of_scores = found.per_part(len(params)), score_cost(job, found, lm.n_blocks, sizes)
+            if seed == sizes.seeds[0]:
                 loss = held_out_loss(job, lm, tokens)
                 profile = job.allocator.allocate(scores, params, job.sparsity, job.pattern, loss)
                 tuning = loss.to_dict()
                 cost = cost_of_scores + sum(
-                    loss_cost(cell[1], call.get("n_seq", N_SELECTION)) for call in (tuning or {"curve": []})["curve"]
+                    loss_cost(cell[1], call.get("n_seq", sizes.n_selection), sizes)
+                    for call in (tuning or {"curve": []})["curve"]
                 )
-                cost += sum(round_cost(cell[1], values, lm.n_blocks) for values in (tuning or {}).get("rounds", []))
+                cost += sum(round_cost(cell[1], values, lm.n_blocks, sizes) for values in (tuning or {}).get("rounds", []))
                 if allocator == ROUNDS or isinstance(job.allocator, Tuned):
                     assert tuning is not None
                     chosen = min(tuning["curve"], key=lambda call: math.inf if call["loss"] is None else call["loss"])["label"]
@@ -200,7 +236,14 @@ class Bench:
         """NLL per window of test text; the same profile, weights and calibration are pruned once."""
         tokens = job.tokens() if job.pruner.needs_inputs else None
         calibration = hashlib.sha256(tokens.tobytes()).hexdigest() if tokens is not None else None
-        what = ["test", lm.fingerprint(), repr(job.pruner), np.round(profile.sparsity, 12).tolist(), calibration, N_TEST]
+        what = [
+            "test",
+            lm.fingerprint(),
+            repr(job.pruner),
+            np.round(profile.sparsity, 12).tolist(),
+            calibration,
+            self.sizes.n_test,
+        ]
         what += [profile.to_dict()["linears"]] if profile.linears is not None else []
         found = self.remembered(what)
         if found is None:
@@ -211,21 +254,26 @@ class Bench:
         return found
 
 
-def loss_cost(pruner: str, n_seq: int) -> float:
+def loss_cost(pruner: str, n_seq: int, sizes: Sizes = FULL) -> float:
     """Of one loss on `n_seq` sequences: pruning runs each block twice over the calibration text, unless it needs no inputs."""
-    return (0 if pruner == "magnitude" else 2) + n_seq / N_CALIBRATION
+    return (0 if pruner == "magnitude" else 2) + n_seq / sizes.n_calibration
 
 
-def score_cost(job: Job, scores: Any, n_blocks: int) -> float:
+def score_cost(job: Job, scores: Any, n_blocks: int, sizes: Sizes = FULL) -> float:
     """A step of a sublayer counts as half of one of a block."""
-    share = N_PAYOFF / N_CALIBRATION if job.shapley is not None else 1.0
+    share = sizes.n_payoff / sizes.n_calibration if job.shapley is not None else 1.0
     share /= 2 if job.shapley is not None and job.shapley.game.players == "sublayer" else 1
     return float(scores.cost.n_block_forwards / n_blocks * share)
 
 
-def round_cost(pruner: str, values: dict[str, Any], n_blocks: int) -> float:
+def round_cost(pruner: str, values: dict[str, Any], n_blocks: int, sizes: Sizes = FULL) -> float:
     """Of Shapley values of a pruned model: its coalitions, and two prunings."""
-    return float(values["n_block_forwards"] / n_blocks * N_PAYOFF / N_CALIBRATION) + 2 * loss_cost(pruner, 0)
+    share = sizes.n_payoff / sizes.n_calibration
+    return float(values["n_block_forwards"] / n_blocks * share) + 2 * loss_cost(pruner, 0, sizes)
+
+
+def cells_of(models: Iterable[str], sizes: Sizes, sparsities: Iterable[float]) -> list[Cell]:
+    return [(model, pruner, sparsity) for sparsity in sparsities for model in models for pruner in sizes.pruners]
 
 
 def entries(
@@ -239,10 +287,10 @@ def entries(
                 yield cell, allocator
 
 
-def measure(task: tuple[str, Cell, str]) -> tuple[tuple[Cell, str], Entry]:
-    cache, cell, allocator = task
+def measure(cache: Path, sizes: Sizes, task: tuple[Cell, str]) -> tuple[tuple[Cell, str], Entry]:
+    cell, allocator = task
     torch.set_num_threads(1)
-    bench = _benches.setdefault(cache, Bench(cache))
+    bench = _benches.setdefault((cache, sizes), Bench(cache, sizes))
     began = time.process_time()
     entry = bench.entry(cell, allocator)
     shown = f"{entry.perplexities.mean():.2f} ({entry.chosen}), {time.process_time() - began:.0f} s of a core"
@@ -250,21 +298,35 @@ def measure(task: tuple[str, Cell, str]) -> tuple[tuple[Cell, str], Entry]:
     return (cell, allocator), entry
 
 
-_benches: dict[str, Bench] = {}  # of a worker: its models stay loaded
+_benches: dict[tuple[Path, Sizes], Bench] = {}  # of a worker: its models stay loaded
 
 
 def start() -> None:
+    """Let this process compose jobs."""
     config.register()
-    initialize_config_dir(str(CONF), version_base="1.3")
+    if not GlobalHydra.instance().is_initialized():
+        initialize_config_dir(str(CONF), version_base="1.3")
 
 
-def run_all(todo: list[tuple[Cell, str]], cache: str, workers: int) -> dict[tuple[Cell, str], Entry]:
+@contextmanager
+def workers(n: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` of so many processes, whose results come in order; 0 stays in this one."""
+    if n == 0:
+        start()
+        yield map
+        return
+    with multiprocessing.get_context("spawn").Pool(n, start) as pool:
+        yield pool.imap
+
+
+def run_all(todo: list[tuple[Cell, str]], cache: Path, n_workers: int, sizes: Sizes = FULL) -> dict[tuple[Cell, str], Entry]:
     """The Shapley budgets first, whose choices and costs controls and searches need."""
     board: dict[tuple[Cell, str], Entry] = {}
     first, last = ([entry for entry in todo if entry[1] == name] for name in ("shapley", LONG))
     for part in (first, [entry for entry in todo if entry not in (*first, *last)], last):
-        with multiprocessing.get_context("spawn").Pool(workers, start) as pool:
-            board.update(pool.imap_unordered(measure, [(cache, *entry) for entry in part]))
+        if part:
+            with workers(n_workers) as each:
+                board.update(each(partial(measure, cache, sizes), part))
     return {entry: board[entry] for entry in todo}
 
 
@@ -284,30 +346,32 @@ def change(entry: Entry, other: Entry) -> tuple[float, float, float, float]:
     return 100 * (ratio - 1), 100 * error, 100 * (low - 1), 100 * (high - 1)
 
 
-def ranking(board: dict[tuple[Cell, str], Entry], models: Iterable[str], among: Iterable[str]) -> list[str]:
-    """Allocators from the lowest loss on selection text, averaged over models, pruners and the two main sparsities."""
-    cells = [(m, p, s) for m in models for p in PRUNERS for s in SPARSITIES]
+def ranking(
+    board: dict[tuple[Cell, str], Entry], models: Iterable[str], among: Iterable[str], sizes: Sizes = FULL
+) -> list[str]:
+    """Allocators from the lowest loss on selection text, averaged over models, pruners and the main sparsities."""
+    cells = cells_of(models, sizes, sizes.sparsities)
 
     def least(entry: Entry) -> float:
         """Of the profiles that met the budget, which those with one block pruned do not."""
         return min(c["loss"] for c in entry.curve if c["loss"] is not None and not c["label"].startswith("layer "))
 
-    mean = {a: np.mean([least(board[cell, a]) for cell in cells]) for a in among}
+    mean = {a: np.mean([least(board[cell, a]) for cell in cells]) for a in among if a in sizes.allocators}
     return sorted(mean, key=lambda a: mean[a])
 
 
-def table(board: dict[tuple[Cell, str], Entry], model: str, sparsity: float) -> list[str]:
+def table(board: dict[tuple[Cell, str], Entry], model: str, sparsity: float, pruners: tuple[str, ...]) -> list[str]:
     """Perplexities of one model at one sparsity; the lowest that was not searched for is bold."""
-    lines = ["| allocator | " + " | ".join(f"{p} | vs uniform | cost" for p in PRUNERS) + " |"]
-    lines.append("| --- |" + " ---: |" * (3 * len(PRUNERS)))
-    names = [a for a in ALLOCATORS if any(((model, p, sparsity), a) in board for p in PRUNERS)]
+    lines = ["| allocator | " + " | ".join(f"{p} | vs uniform | cost" for p in pruners) + " |"]
+    lines.append("| --- |" + " ---: |" * (3 * len(pruners)))
+    names = [a for a in ALLOCATORS if any(((model, p, sparsity), a) in board for p in pruners)]
     least = {
         p: min((a for a in names if a not in (SEARCH, LONG)), key=lambda a: board[(model, p, sparsity), a].losses.mean())
-        for p in PRUNERS
+        for p in pruners
     }
     for name in names:
         cells = [name]
-        for pruner in PRUNERS:
+        for pruner in pruners:
             entry = board.get(((model, pruner, sparsity), name))
             if entry is None:
                 cells += ["-", "-", "-"]
@@ -323,9 +387,9 @@ def table(board: dict[tuple[Cell, str], Entry], model: str, sparsity: float) -> 
     return lines
 
 
-def against_rounds(board: dict[tuple[Cell, str], Entry], models: Iterable[str], sparsity: float) -> list[str]:
+def against_rounds(board: dict[tuple[Cell, str], Entry], models: Iterable[str], sparsity: float, sizes: Sizes) -> list[str]:
     """How much more perplexity each allocator leaves than the Shapley budget in rounds."""
-    cells = [(m, p, sparsity) for m in models for p in PRUNERS]
+    cells = cells_of(models, sizes, [sparsity])
     lines = ["| allocator | " + " | ".join(f"{m}, {p}" for m, p, _ in cells) + " |"]
     lines.append("| --- |" + " ---: |" * len(cells))
     for name in ALLOCATORS:
@@ -342,14 +406,14 @@ def against_rounds(board: dict[tuple[Cell, str], Entry], models: Iterable[str], 
     return lines
 
 
-def targets(board: dict[tuple[Cell, str], Entry], models: Iterable[str]) -> list[str]:
+def targets(board: dict[tuple[Cell, str], Entry], models: Iterable[str], sizes: Sizes = FULL) -> list[str]:
     """Who is lowest at 70 % without searching and by how much, also with one budget a block; and how the Shapley budgets stand
     against search."""
     against = [("shapley", SEARCH), (ROUNDS, SEARCH), (SUBLAYERS, SEARCH)]
     against += [(ROUNDS, LONG)] if any(name == LONG for _, name in board) else []
     heads = ["lowest without search", "next", "of one budget a block", "next", *(f"{a} against {b}" for a, b in against)]
     lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " --- |" * 4 + " ---: |" * len(against)]
-    for cell in ((m, p, 0.7) for m in models for p in PRUNERS):
+    for cell in cells_of(models, sizes, [0.7]):
         line = [", ".join(cell[:2])]
         for apart in ((SEARCH, LONG), (SEARCH, LONG, SUBLAYERS)):
             there = [a for a in ALLOCATORS if (cell, a) in board and a not in apart]
@@ -357,7 +421,7 @@ def targets(board: dict[tuple[Cell, str], Entry], models: Iterable[str]) -> list
             mean, error, *_ = change(board[cell, following], board[cell, best])
             line += [best, f"{following}, {mean:.2f} ± {error:.2f} % behind"]
         for name, search in against:
-            if (cell, search) in board:
+            if (cell, search) in board and (cell, name) in board:
                 mean, error, *_ = change(board[cell, name], board[cell, search])
                 times = board[cell, search].cost / board[cell, name].cost
                 line.append(f"{mean:+.2f} ± {error:.2f} %, search cost {times:.1f} times as much")
@@ -369,7 +433,7 @@ def targets(board: dict[tuple[Cell, str], Entry], models: Iterable[str]) -> list
         found = [(e, u) for e, u, control in pairs if control == name]
         means = sum(e.perplexities.mean() > u.perplexities.mean() for e, u in found)
         single = sum(int((e.perplexities < u.perplexities).sum()) for e, u in found)
-        runs = f"{single} of {3 * len(found)} single runs are better"
+        runs = f"{single} of {len(sizes.seeds) * len(found)} single runs are better"
         lines += ["", f"{name}: worse than uniform in {means} of {len(found)} cells; {runs}."]
     worse = [
         f"{name} ({', '.join(map(str, cell))}: {change(e, board[cell, 'uniform'])[0]:+.1f} %)"
@@ -379,9 +443,9 @@ def targets(board: dict[tuple[Cell, str], Entry], models: Iterable[str]) -> list
     return [*lines, "", f"Worse than uniform on test text, controls apart: {'; '.join(worse) or 'none'}."]
 
 
-def choices(board: dict[tuple[Cell, str], Entry], models: Iterable[str]) -> list[str]:
+def choices(board: dict[tuple[Cell, str], Entry], models: Iterable[str], sizes: Sizes) -> list[str]:
     """The knob that the selection text chose, with the number of its losses."""
-    cells = [(m, p, s) for m in models for p in PRUNERS for s in SPARSITIES]
+    cells = [(m, p, s) for m in models for p in sizes.pruners for s in sizes.sparsities]
     lines = ["| allocator | losses | " + " | ".join(f"{m}, {p}, {100 * s:.0f} %" for m, p, s in cells) + " |"]
     lines.append("| --- | ---: |" + " --- |" * len(cells))
     for name in ALLOCATORS:
@@ -394,60 +458,72 @@ def choices(board: dict[tuple[Cell, str], Entry], models: Iterable[str]) -> list
     return lines
 
 
-def report(board: dict[tuple[Cell, str], Entry], dense: dict[str, float], models: tuple[str, ...], best: list[str]) -> str:
-    machine = hardware()
+def report(
+    board: dict[tuple[Cell, str], Entry],
+    dense: dict[str, float],
+    models: tuple[str, ...],
+    best: list[str],
+    sizes: Sizes = FULL,
+) -> list[str]:
+    machine, length = hardware(), sizes.seq_len
     text = [
         "# Leaderboard: allocators, pruners, sparsities",
         "",
         f"Made by `make study NAME=leaderboard`. {machine['cpu']}, one thread a worker, torch {torch.__version__}, float32. "
-        f"Calibration {N_CALIBRATION} x 256 tokens, seeds {', '.join(map(str, SEEDS))}; selection text {N_SELECTION} x 256, "
-        f"payoff text {N_PAYOFF} x 256; perplexity on the first {N_TEST} windows of 256 tokens of the test text, mean ± "
+        f"Calibration {sizes.n_calibration} x {length} tokens, seeds {', '.join(map(str, sizes.seeds))}; selection text "
+        f"{sizes.n_selection} x {length}, payoff text {sizes.n_payoff} x {length}; perplexity on the first {sizes.n_test} "
+        f"windows of {length} tokens of the test text, mean ± "
         "standard deviation over the seeds.",
         "",
         "'vs uniform': relative change of perplexity, of the means, with the 95 % interval of a paired bootstrap over seeds "
         "and test windows. Cost: of the allocation, choice of its knob included, in forward passes of the whole model over the "
-        "calibration text. Bold: the lowest but for search, which had 20 times the cost of shapley (search_long: of "
-        "shapley_rounds), on the selection text.",
+        f"calibration text. Bold: the lowest but for search, which had {sizes.search} times the cost of shapley (search_long: "
+        "of shapley_rounds), on the selection text.",
     ]
     for model in models:
-        for sparsity in sorted((*SPARSITIES, *MORE_SPARSITIES)):
+        for sparsity in sorted((*sizes.sparsities, *sizes.more_sparsities)):
             if any(cell[0] == model and cell[2] == sparsity for cell, _ in board):
                 title = f"{model}, {100 * sparsity:.0f} % (dense {dense[model]:.2f})"
-                text += ["", f"## {title}", "", *table(board, model, sparsity)]
-    pairs = {f"{m}, {p}": (board[(m, p, 0.7), ROUNDS], board[(m, p, 0.7), "uniform"]) for m in models for p in PRUNERS}
+                text += ["", f"## {title}", "", *table(board, model, sparsity, sizes.pruners)]
+    pairs = {f"{m}, {p}": (board[(m, p, 0.7), ROUNDS], board[(m, p, 0.7), "uniform"]) for m in models for p in sizes.pruners}
     changes = "; ".join(f"{name} {change(*pair)[0]:+.2f} %" for name, pair in pairs.items())
     paper = "For LLaMA-7B with SparseGPT, another model on another text, arXiv 2505.01731 gives -18.01 %."
     text += ["", f"{ROUNDS} against uniform at 70 %: {changes}. {paper}"]
-    text += ["", "## Targets", "", *targets(board, models)]
+    text += ["", "## Targets", "", *targets(board, models, sizes)]
     text += ["", f"## Perplexity against that of {ROUNDS}", "", "± standard error over seeds, and the interval."]
     for sparsity in sorted({cell[2] for cell, _ in board}):
-        text += ["", f"### {100 * sparsity:.0f} %", "", *against_rounds(board, models, sparsity)]
-    text += ["", "## What was chosen on the selection text", "", *choices(board, models), ""]
-    text += [f"By the loss on selection text, averaged over all cells of 60 and 70 %: {', '.join(best)}."]
-    return "\n".join(text) + "\n"
+        text += ["", f"### {100 * sparsity:.0f} %", "", *against_rounds(board, models, sparsity, sizes)]
+    text += ["", "## What was chosen on the selection text", "", *choices(board, models, sizes), ""]
+    text += [f"By the loss on selection text, averaged over all cells of {and_(sizes.sparsities)} %: {', '.join(best)}."]
+    return text
 
 
-def csv(board: dict[tuple[Cell, str], Entry]) -> str:
+def and_(sparsities: Iterable[float]) -> str:
+    return " and ".join(f"{100 * sparsity:.0f}" for sparsity in sorted(sparsities))
+
+
+def csv(board: dict[tuple[Cell, str], Entry], seeds: Iterable[int] = FULL.seeds) -> str:
     lines = ["model,pruner,sparsity,allocator,seed,ppl,chosen,n_losses,cost"]
     for (cell, name), entry in board.items():
-        for seed, ppl in zip(SEEDS, entry.perplexities, strict=True):
+        for seed, ppl in zip(seeds, entry.perplexities, strict=True):
             lines.append(
                 f'{cell[0]},{cell[1]},{cell[2]},{name},{seed},{ppl:.6g},"{entry.chosen}",{entry.n_losses},{entry.cost:.4g}'
             )
     return "\n".join(lines) + "\n"
 
 
-def draw_front(board: dict[tuple[Cell, str], Entry], models: tuple[str, ...], path: Path) -> None:
+def draw_front(board: dict[tuple[Cell, str], Entry], models: tuple[str, ...], path: Path, sizes: Sizes = FULL) -> None:
     """Perplexity against cost at 70 %, and the Pareto front; without the controls."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     names = [a for a in ALLOCATORS if a not in CONTROLS]
     looks = {a: ("os^DvP"[i % 6], colormaps["tab10"](i % 10)) for i, a in enumerate(names)}
-    figure = Figure(figsize=(10, 3.6 * len(models) + 0.6), layout="constrained")
-    grid = np.atleast_2d(figure.subplots(len(models), 2))
+    drawing = Figure(figsize=(10, 3.6 * len(models) + 0.6), layout="constrained")
+    pruners = [p for p in ("wanda", "sparsegpt") if p in sizes.pruners]
+    grid = drawing.subplots(len(models), len(pruners), squeeze=False)
     for row, model in zip(grid, models, strict=True):
-        for axes, pruner in zip(row, ("wanda", "sparsegpt"), strict=True):
+        for axes, pruner in zip(row, pruners, strict=True):
             cell, front, least = (model, pruner, 0.7), [], math.inf
             found = {a: board[cell, a] for a in names if (cell, a) in board}
             for entry in sorted(found.values(), key=lambda e: e.cost):
@@ -463,17 +539,18 @@ def draw_front(board: dict[tuple[Cell, str], Entry], models: tuple[str, ...], pa
             axes.set_xlabel("cost of the allocation (forward passes over the calibration text)")
             axes.grid(color="0.92")
     handles, labels = max((axes.get_legend_handles_labels() for axes in grid.flat), key=lambda found: len(found[1]))
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    drawing.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    drawing.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def draw_profiles(board: dict[tuple[Cell, str], Entry], models: tuple[str, ...], path: Path) -> None:
     """Sparsity per block of each allocator at 70 % with Wanda."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     names = [a for a in ALLOCATORS if a not in ("uniform", *CONTROLS) and any(name == a for _, name in board)]
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    for axes, name in zip(figure.subplots(2, (len(names) + 1) // 2, sharex=True, sharey=True).flat, names, strict=False):
+    drawing = Figure(figsize=(12, 5), layout="constrained")
+    for axes, name in zip(drawing.subplots(2, (len(names) + 1) // 2, sharex=True, sharey=True).flat, names, strict=False):
         for model, color in zip(models, ("#3b6ea5", "#c1666b"), strict=False):
             entry = board.get(((model, "wanda", 0.7), name))
             if entry is not None:
@@ -481,44 +558,43 @@ def draw_profiles(board: dict[tuple[Cell, str], Entry], models: tuple[str, ...],
         axes.axhline(70, color="0.6", linewidth=0.8, linestyle="--")
         axes.set_title(name, fontsize=9)
         axes.grid(color="0.92")
-    figure.axes[0].legend(fontsize=8)
-    figure.axes[0].xaxis.get_major_locator().set_params(integer=True)
-    figure.supxlabel("layer (transformer block, counted from 0)", fontsize=9)
-    figure.supylabel("sparsity (% zeros)", fontsize=9)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    drawing.axes[0].legend(fontsize=8)
+    drawing.axes[0].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
+    drawing.supxlabel("layer (transformer block, counted from 0)", fontsize=9)
+    drawing.supylabel("sparsity (% zeros)", fontsize=9)
+    drawing.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", default="results/cache")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--search", action=argparse.BooleanOptionalAction, default=True, help="with the evolutionary search")
-    parser.add_argument(
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--workers", type=int, default=2, help="processes of one thread each; 0: this one alone")
+    made.add_argument("--models", help=f"separated by commas ({','.join(MODELS)}; quick: {MODELS[0]})")
+    made.add_argument("--search", action=argparse.BooleanOptionalAction, default=True, help="with the evolutionary search")
+    made.add_argument(
         "--long-search", default="", metavar="MODEL/PRUNER,...", help="one of 20 times the cost of shapley_rounds"
     )
-    parser.add_argument("--stage", choices=("main", "all"), default="all", help="main: no other sparsities than 0.6 and 0.7")
-    options = parser.parse_args()
-    models = tuple(options.models.split(","))
-    cells = [(model, pruner, sparsity) for sparsity in SPARSITIES for model in models for pruner in PRUNERS]
-    todo = [*entries(ALLOCATORS, cells, options.search, options.long_search.split(","))]
-    board = run_all(todo, options.cache, options.workers)
-    best = ranking(board, models, (ROUNDS, *TUNED, "curves"))
+    made.add_argument("--stage", choices=("main", "all"), default="all", help="main: no other sparsities than 0.6 and 0.7")
+    options = parse(made, argv)
+    sizes = QUICK if options.quick else FULL
+    models = tuple(options.models.split(",")) if options.models else MODELS[: 1 if options.quick else None]
+    cells = cells_of(models, sizes, sizes.sparsities)
+    todo = [*entries(sizes.allocators, cells, options.search, options.long_search.split(","))]
+    board = run_all(todo, options.cache, options.workers, sizes)
+    best = ranking(board, models, (ROUNDS, *TUNED, "curves"), sizes)
     if options.stage == "all":
-        cells = [(model, pruner, sparsity) for sparsity in MORE_SPARSITIES for model in models for pruner in PRUNERS]
-        board |= run_all([*entries(("uniform", *best[:5]), cells, False)], options.cache, options.workers)
+        cells = cells_of(models, sizes, sizes.more_sparsities)
+        board |= run_all([*entries(("uniform", *best[:5]), cells, False)], options.cache, options.workers, sizes)
     start()
     torch.set_num_threads(1)
-    bench, dense = Bench(options.cache), {}
+    bench, dense = Bench(options.cache, sizes), {}
     for model in models:
         job = bench.job((model, "none", 0.7), "uniform", 0)
         lm = bench.model(job, model)
         dense[model] = math.exp(np.mean(bench._test(job, lm, Uniform().allocate(None, lm.block_params, 0.0))))
-    Path("results/tables").mkdir(parents=True, exist_ok=True)
-    Path("results/tables/leaderboard.md").write_text(report(board, dense, models, best), encoding="utf-8")
-    Path("results/tables/leaderboard.csv").write_text(csv(board), encoding="utf-8")
-    draw_front(board, models, Path("docs/figures/leaderboard.png"))
-    draw_profiles(board, models, Path("docs/figures/profiles.png"))
+    publish(options, "leaderboard", report(board, dense, models, best, sizes))
+    (options.output / "results" / "tables" / "leaderboard.csv").write_text(csv(board, sizes.seeds), encoding="utf-8")
+    draw_front(board, models, figure(options, "leaderboard"), sizes)
+    draw_profiles(board, models, figure(options, "profiles"))
 
 
 if __name__ == "__main__":

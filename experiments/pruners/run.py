@@ -5,15 +5,13 @@ are correlated and differ in scale, or are badly conditioned besides. A layer is
 ||X (W - W')^T||^2 / ||X W^T||^2 on other inputs (of the selection text; for random layers drawn from the same distribution).
 Model: uniform budgets, perplexity on the selection text. Writes results/tables/pruners.md.
 
-    python experiments/pruners/run.py [--layers 100] [--n-seq 32] [--seeds 3]
+    python -m experiments.pruners.run [--layers 100] [--n-seq 32] [--seeds 3] [--quick]
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,12 +20,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from experiments.study import built_in, parse, parser, publish, text
 from svnup.allocation import Uniform
 from svnup.config import CONF
-from svnup.data import Docs
 from svnup.evaluation import perplexity
 from svnup.language_model import LanguageModel, matrix
-from svnup.model import BUILT_IN_FOLDER
 from svnup.provenance import hardware
 from svnup.pruning import Inputs, Pruner, temporarily_pruned
 
@@ -37,10 +34,30 @@ ON_MODEL |= {"mixed:8, 70 %": ("mixed:8", 0.7)}
 Layer = tuple[Tensor, Tensor, Tensor]  # weight, calibration inputs, other inputs
 
 
-def pruners(pattern: str) -> dict[str, Pruner]:
-    """Every pruner of conf/pruner that prunes, as configured there."""
+@dataclass(frozen=True)
+class Sizes:
+    """How much is pruned, on how much text; the defaults made the committed table."""
+
+    pruners: tuple[str, ...] | None = None  # None: all
+    n_blocks: int | None = None
+    n_layers: int = 100
+    n_seq: int = 32
+    n_selection: int = 48
+    n_seeds: int = 3
+    seq_len: int = 256
+
+
+QUICK = Sizes(
+    pruners=("magnitude", "sparsegpt", "wanda"), n_blocks=1, n_layers=2, n_seq=2, n_selection=2, n_seeds=2, seq_len=32
+)
+
+
+def pruners(pattern: str, names: tuple[str, ...] | None = None) -> dict[str, Pruner]:
+    """Every pruner of conf/pruner that prunes, or those of these names, as configured there."""
     made = {}
     for file in sorted((CONF / "pruner").glob("[!_]*.yaml")):
+        if names is not None and file.stem not in names:
+            continue
         pruner = instantiate(OmegaConf.merge(OmegaConf.load(file), {"pattern": pattern}))
         if pruner.prunes:
             made[file.stem] = pruner
@@ -67,8 +84,8 @@ class Keep:
 
 
 @torch.inference_mode()
-def real_layers(lm: LanguageModel, n_seq: int) -> Iterator[Layer]:
-    texts = [Docs(n_seq=n_seq, seq_len=256, role=role).tokens(lm.tokenizer) for role in ("calibration", "selection")]
+def real_layers(lm: LanguageModel, sizes: Sizes) -> Iterator[Layer]:
+    texts = [text("calibration", sizes.n_seq, sizes.seq_len), text("selection", sizes.n_seq, sizes.seq_len)]
     for visit in lm.walk(np.concatenate(texts)):
         inputs = Inputs(visit.linears, Keep())
         inputs.collect(visit, advance=True)
@@ -89,9 +106,8 @@ def random_layers(n_layers: int, badly: bool) -> Iterator[Layer]:
         yield torch.randn(d_out, d_in, generator=g), *x
 
 
-def errors(layers: Iterator[Layer], pattern: str, sparsity: float) -> dict[str, list[float]]:
+def errors(layers: Iterator[Layer], made: dict[str, Pruner], sparsity: float) -> dict[str, list[float]]:
     """Error of every layer on the other inputs, by pruner."""
-    made = pruners(pattern)
     found: dict[str, list[float]] = {name: [] for name in made}
     for weight, calibration, other in layers:
         outputs = (other @ weight.T).square().sum()
@@ -106,19 +122,19 @@ def errors(layers: Iterator[Layer], pattern: str, sparsity: float) -> dict[str, 
 def against_each_other(title: str, found: dict[str, list[float]]) -> list[str]:
     names, n = list(found), len(next(iter(found.values())))
     against_wanda = {x: np.exp(np.mean(np.log(np.array(found[x]) / np.array(found["wanda"])))) for x in names}
-    text = [f"### {title}: {n} layers", "", "| better than | " + " | ".join(names) + " | error / Wanda's |"]
-    text.append("| --- " * (len(names) + 2) + "|")
+    lines = [f"### {title}: {n} layers", "", "| better than | " + " | ".join(names) + " | error / Wanda's |"]
+    lines.append("| --- " * (len(names) + 2) + "|")
     for x in sorted(names, key=lambda x: against_wanda[x]):
         wins = [f"{100 * np.mean(np.array(found[x]) < np.array(found[y])):.0f} %" if x != y else "" for y in names]
-        text.append(f"| {x} | " + " | ".join(wins) + f" | {against_wanda[x]:.3f} |")
-    return [*text, ""]
+        lines.append(f"| {x} | " + " | ".join(wins) + f" | {against_wanda[x]:.3f} |")
+    return [*lines, ""]
 
 
-def on_model(lm: LanguageModel, n_seq: int, n_seeds: int) -> list[str]:
-    selection = Docs(n_seq=48, seq_len=256, role="selection").tokens(lm.tokenizer)
-    calibration = [Docs(n_seq=n_seq, seq_len=256, seed=seed).tokens(lm.tokenizer) for seed in range(n_seeds)]
-    text = ["| pruner | " + " | ".join(ON_MODEL) + " |", "| --- " * (len(ON_MODEL) + 1) + "|"]
-    for name in pruners("unstructured"):
+def on_model(lm: LanguageModel, sizes: Sizes) -> list[str]:
+    selection = text("selection", sizes.n_selection, sizes.seq_len)
+    calibration = [text("calibration", sizes.n_seq, sizes.seq_len, seed) for seed in range(sizes.n_seeds)]
+    lines = ["| pruner | " + " | ".join(ON_MODEL) + " |", "| --- " * (len(ON_MODEL) + 1) + "|"]
+    for name in pruners("unstructured", sizes.pruners):
         cells = []
         for pattern, sparsity in ON_MODEL.values():
             pruner, profile = pruners(pattern)[name], Uniform().allocate(None, lm.block_params, sparsity, pattern)
@@ -127,24 +143,26 @@ def on_model(lm: LanguageModel, n_seq: int, n_seeds: int) -> list[str]:
                 with temporarily_pruned(lm, profile, pruner, tokens):
                     found.append(perplexity(lm, selection))
             cells.append(f"{np.mean(found):.2f}" + (f" ± {np.std(found, ddof=1):.2f}" if len(found) > 1 else ""))
-        text.append(f"| {name} | " + " | ".join(cells) + " |")
-        print(text[-1], flush=True)
-    return text
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=100, help="random layers of each kind")
-    parser.add_argument("--n-seq", type=int, default=32, help="calibration sequences of 256 tokens")
-    parser.add_argument("--seeds", type=int, default=3, help="calibration seeds on the whole model")
-    options = parser.parse_args()
-    lm = LanguageModel.load(str(BUILT_IN_FOLDER), dtype="float32", device="cpu")
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--layers", type=int, metavar="N", help="random layers of each kind (100)")
+    made.add_argument("--n-seq", type=int, metavar="N", help="calibration sequences of 256 tokens (32)")
+    made.add_argument("--seeds", type=int, metavar="N", help="calibration seeds on the whole model (3)")
+    options = parse(made, argv)
+    given = {"n_layers": options.layers, "n_seq": options.n_seq, "n_seeds": options.seeds}
+    sizes = replace(QUICK if options.quick else Sizes(), **{name: n for name, n in given.items() if n is not None})
+    lm = built_in(sizes.n_blocks)
     machine = hardware()
-    text = [
+    lines = [
         "# Pruners against each other",
         "",
         f"Made by `make study NAME=pruners`. {machine['cpu']}, {machine['cores']} cores, torch {torch.__version__}, float32; "
-        f"{options.n_seq} x 256 calibration tokens.",
+        f"{sizes.n_seq} x {sizes.seq_len} calibration tokens.",
         "",
         "## Layer by layer",
         "",
@@ -154,23 +172,22 @@ def main() -> None:
     ]
     for title, (pattern, sparsity) in SETTINGS.items():
         kinds = {
-            f"Built-in model, {title}": real_layers(lm, options.n_seq),
-            f"Random, {title}": random_layers(options.layers, badly=False),
-            f"Random and badly conditioned, {title}": random_layers(options.layers, badly=True),
+            f"Built-in model, {title}": real_layers(lm, sizes),
+            f"Random, {title}": random_layers(sizes.n_layers, badly=False),
+            f"Random and badly conditioned, {title}": random_layers(sizes.n_layers, badly=True),
         }
         for kind, layers in kinds.items():
-            text += against_each_other(kind, errors(layers, pattern, sparsity))
+            lines += against_each_other(kind, errors(layers, pruners(pattern, sizes.pruners), sparsity))
             print(kind, flush=True)
-    text += [
+    lines += [
         "## On the whole model",
         "",
-        "Perplexity on 48 x 256 tokens of the selection text, uniform budgets, "
-        f"mean ± standard deviation over {options.seeds} calibration seeds.",
+        f"Perplexity on {sizes.n_selection} x {sizes.seq_len} tokens of the selection text, uniform budgets, "
+        f"mean ± standard deviation over {sizes.n_seeds} calibration seeds.",
         "",
-        *on_model(lm, options.n_seq, options.seeds),
+        *on_model(lm, sizes),
     ]
-    Path("results/tables").mkdir(parents=True, exist_ok=True)
-    Path("results/tables/pruners.md").write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
+    publish(options, "pruners", lines)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,10 @@ def build() -> dict[str, list[str]]:
     seen: set[str] = set()
     splits: dict[str, list[str]] = collections.defaultdict(list)
     for module in MODULES:
-        root = Path(find_spec(module).origin).parent  # found, not imported: nothing of the package runs
+        found = find_spec(module)  # found, not imported: nothing of the package runs
+        assert found is not None, f"{module} is not installed"
+        assert found.origin is not None, f"{module} is no package with files"
+        root = Path(found.origin).parent
         files = [Path(folder, f) for folder, _, names in os.walk(root) for f in names if f.endswith(".py")]
         for path in sorted(files, key=lambda p: (p.parent.as_posix(), p.name)):
             relative = path.relative_to(root.parent).as_posix()

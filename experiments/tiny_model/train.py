@@ -21,7 +21,15 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TextColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast, logging
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    logging,
+)
 
 VOCABULARY, POSITIONS, LENGTH, BATCH = 2048, 512, 256, 16
 PEAK, WARMUP, FLOOR = 2e-3, 100, 0.05
@@ -48,7 +56,7 @@ def train_tokenizer(text: Path) -> Tokenizer:
     return bpe
 
 
-def build_model(args: argparse.Namespace) -> torch.nn.Module:
+def build_model(args: argparse.Namespace) -> PreTrainedModel:
     torch.manual_seed(args.seed)
     common = {
         "vocab_size": VOCABULARY,

@@ -35,7 +35,8 @@ def leaderboard(metric: str) -> list[Any]:
 def sparsity_sweep(metric: str) -> list[Any]:
     """What quality each sparsity costs: a point a run."""
     sparsity = wr.Config("sparsity")
-    columns = [wr.ParallelCoordinatesPlotColumn(c) for c in (*METHODS, wr.SummaryMetric(metric))]
+    axes: list[wr.Config | wr.SummaryMetric] = [*METHODS, wr.SummaryMetric(metric)]
+    columns = [wr.ParallelCoordinatesPlotColumn(axis) for axis in axes]
     return [
         wr.ScatterPlot(title=f"{metric} against sparsity", x=sparsity, y=wr.SummaryMetric(metric), log_y=True),
         wr.ScatterPlot(title="Change against the dense model", x=sparsity, y=wr.SummaryMetric(f"vs_dense/{metric}")),

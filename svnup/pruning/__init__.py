@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from svnup.language_model import EnoughError, LanguageModel, Linear, Visit, matrix
-from svnup.memory import peak_memory
+from svnup.memory import peak_memory, synchronize
 from svnup.progress import stage
 from svnup.pruning.masks import n_zeros
 from svnup.pruning.packed import apply_masks, save_masks
@@ -273,8 +273,8 @@ def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, spars
 
 @contextmanager
 def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
+    synchronize()
     start = time.perf_counter()
     yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # or the work would be booked on the stage that waits for it
+    synchronize()
     clock[name] += time.perf_counter() - start

@@ -1,0 +1,454 @@
+"""What svnup does on a GPU, in at most nine minutes: the first run on a machine that has one for a short while.
+
+In this order: the tests marked gpu; the Triton kernel of SparseGPT's column blocks against the torch one; then a Llama-7B with
+random weights in bfloat16, drawn on the device: perplexity, Wanda, SparseGPT, and Shapley values by windows of 3. Each stage
+says its seconds and the peak of the device's memory. What it costs with the usual amount of text is calculated from that, and
+marked so. A stage that no longer fits the time is skipped, one that fails says why, and the next goes on.
+
+Every result is written when it is there: a line of gpu.jsonl, and gpu.md anew. Needs no network and no installation: any
+Python with torch, transformers, rich and, for the tests, pytest will do.
+
+    python -m experiments.benchmarks.gpu [--output results/benchmarks]
+    python -m experiments.benchmarks.gpu --device cpu --shape tiny --output /tmp/gpu     # all of it in seconds, on a CPU
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from svnup.language_model import LanguageModel
+    from svnup.pruning import Pruner
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 540  # seconds, of the whole script
+CLOSING = 5  # seconds before the limit at which nothing may run any more
+PARTS = {"machine": 60, "tests": 70, "kernel": 45, "model": LIMIT}  # a process each, and its seconds with Python's start
+SPARSITY = 0.5
+GROUPS = {"unstructured": None, "2:4": (2, 4)}
+WINDOW, COMMON_WINDOW = 3, 5
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+N_CALIBRATION, N_TEST = 128, 166  # the usual: sequences of C4, and windows of 2048 that WikiText2 has with LLaMA's tokenizer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama, and how many sequences of `seq_len` tokens each stage reads."""
+
+    model: dict[str, int]
+    seq_len: int = 2048
+    n_test: int = 8
+    n_calibration: int = 16
+    n_payoff: int = 4
+    block_rows: tuple[int, ...] = (4096, 11008)  # of the blocks of columns that the kernels settle
+    repeats: int = 20
+
+
+SHAPES = {
+    "llama_7b": Shape(
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "vocab_size": 32000,
+        }
+    ),
+    "tiny": Shape(
+        {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 256},
+        seq_len=32,
+        block_rows=(64,),
+        repeats=2,
+    ),
+}
+
+
+# -- results: one line each, written at once
+
+
+@dataclass
+class Results:
+    """The lines of one run in `folder`/gpu.jsonl, after those of earlier runs, and gpu.md about this run."""
+
+    folder: Path
+    run: str
+    device: str
+
+    def add(self, stage: str, status: str, **found: Any) -> None:
+        """Write down how a stage stands: started, done, failed, skipped or out of time."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"run": self.run, "stage": stage, "status": status, **found})
+        with (self.folder / "gpu.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if status != "started":
+            print(f"{stage}: {status} {found}", flush=True)
+        partial = self.folder / "gpu.md.partial"
+        partial.write_text(rendered(self.lines()), encoding="utf-8")
+        partial.replace(self.folder / "gpu.md")
+
+    def lines(self) -> dict[str, dict[str, Any]]:
+        """The last line of each stage of this run, in the order in which they began."""
+        file = self.folder / "gpu.jsonl"
+        found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+        return {line["stage"]: line for line in found if line["run"] == self.run}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Time a stage and take its peak of memory; what the block puts into the mapping is written with them.
+
+        What it raises is a result too: the stage failed, and the next one goes on.
+        """
+        import torch
+
+        from svnup.memory import peak_memory, reset_peak, synchronize
+
+        self.add(name, "started")
+        found: dict[str, Any] = {}
+        gc.collect()
+        torch.cuda.empty_cache()
+        synchronize()
+        reset_peak()
+        start = time.perf_counter()
+        try:
+            yield found
+            synchronize()
+        except Exception as error:
+            traceback.print_exc()
+            found.setdefault("seconds", time.perf_counter() - start)
+            self.add(name, "failed", **found, why=f"{type(error).__name__}: {error}"[:500])
+            return
+        found.setdefault("seconds", time.perf_counter() - start)
+        self.add(name, "done", peak_memory_bytes=peak_memory(torch.device(self.device)), **found)
+
+
+def rendered(lines: dict[str, dict[str, Any]]) -> str:
+    """The page about one run."""
+    machine = lines.get("machine", {})
+    text = [
+        "# svnup on a GPU",
+        "",
+        f"Made by `make bench-gpu` (shape {machine.get('shape')}). {machine.get('device')}, torch {machine.get('torch')}, "
+        f"transformers {machine.get('transformers')}, triton {machine.get('triton')}. {machine.get('model')} Peak: bytes that "
+        "tensors take on the device at most; on a CPU, memory of the process.",
+        "",
+        "| stage | | seconds | peak, GB | what it says |",
+        "| --- | --- | ---: | ---: | --- |",
+    ]
+    for name, line in lines.items():
+        if name != "machine":
+            found = {k: v for k, v in line.items() if k not in ("run", "stage", "status", "seconds", "peak_memory_bytes")}
+            seconds, peak = line.get("seconds"), line.get("peak_memory_bytes")
+            cells = [
+                name,
+                "not finished" if line["status"] == "started" else line["status"],
+                "" if seconds is None else _short(seconds),
+                "" if peak is None else f"{peak / 1e9:.2f}",
+                "; ".join(f"{k} {_short(v)}" for k, v in found.items()).replace("|", "/").replace("\n", " "),
+            ]
+            text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# -- the tests
+
+
+def tests(results: Results, options: argparse.Namespace) -> None:
+    """Run the tests marked gpu, as long as the time allows; what they said by then is counted either way.
+
+    Without the fixtures of the other tests, which need all of svnup's packages.
+    """
+    results.folder.mkdir(parents=True, exist_ok=True)
+    log = results.folder / "gpu_tests.log"
+    command = [sys.executable, "-m", "pytest", "--noconftest", "-m", "gpu", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    results.add("tests", "started")
+    start, over = time.perf_counter(), False
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            limit = max(1.0, options.until - time.time())
+            subprocess.run([*command, "tests/test_gpu.py"], cwd=ROOT, stdout=file, stderr=file, timeout=limit, check=False)
+        except subprocess.TimeoutExpired:
+            over = True
+    text = log.read_text(encoding="utf-8", errors="replace")
+    outcomes = re.findall(r"^tests/\S+.* (PASSED|FAILED|ERROR|SKIPPED)\b", text, re.MULTILINE)
+    counts = {outcome.lower(): outcomes.count(outcome) for outcome in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+    failed = re.findall(r"^(?:FAILED|ERROR) tests/test_gpu\.py::(\S+)", text, re.MULTILINE)
+    why = {"failures": failed} if failed else {} if any(counts.values()) else {"why": text.strip().splitlines()[-1:]}
+    bad = counts["failed"] + counts["error"] or not any(counts.values())
+    status = "out of time" if over else "failed" if bad else "done"
+    results.add("tests", status, seconds=time.perf_counter() - start, **counts, **why)
+
+
+# -- the column kernel
+
+
+def kernel(results: Results, options: argparse.Namespace) -> None:
+    """Settle blocks of 128 columns by Triton and by torch: seconds of each, and where they differ."""
+    import torch
+
+    from svnup.pruning.column_block import can_build_kernels, settle_by_torch
+
+    shape = SHAPES[options.shape]
+    device = torch.device(options.device)
+    torch.zeros(1, device=device)
+    with torch.inference_mode():
+        for rows in shape.block_rows:
+            for pattern, group in GROUPS.items():
+                with results.stage(f"columns {rows} x 128, {pattern}") as found:
+                    block, factor, mask, scale = a_block(rows, 128, group is None, device)
+                    torch_seconds, by_torch = timed(settle_by_torch, (block, factor, mask, group, scale), shape.repeats)
+                    found |= {"seconds": torch_seconds, "by": "torch"}
+                    if device.type != "cuda" or not can_build_kernels():
+                        found["triton"] = "not here"
+                        continue
+                    from svnup.pruning.column_block_triton import settle_by_triton
+
+                    start = time.perf_counter()
+                    settle_by_triton(block, factor, mask, group, scale)
+                    torch.cuda.synchronize()
+                    found["compiled in, s"] = time.perf_counter() - start
+                    seconds, by_triton = timed(settle_by_triton, (block, factor, mask, group, scale), shape.repeats)
+                    found |= {"seconds": seconds, "by": "triton", "torch, s": torch_seconds}
+                    found["torch / triton"] = torch_seconds / seconds
+                    found |= compared(by_triton, by_torch)
+
+
+def a_block(rows: int, columns: int, masked: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Weights (rows, columns), the factor of a Hessian of correlated inputs, a mask where one is wanted, and the scale."""
+    import torch
+
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(8 * columns, columns, generator=g)
+    h = (x + 0.5 * x.roll(1, dims=1)).double()
+    factor = torch.linalg.cholesky(torch.linalg.inv(h.T @ h / len(h)), upper=True).float().to(device)
+    mask = (torch.rand(rows, columns, generator=g) < SPARSITY).to(device) if masked else None
+    return torch.randn(rows, columns, generator=g).to(device), factor, mask, factor.diagonal().clone()
+
+
+def timed(work: Callable[..., Any], args: tuple[Any, ...], repeats: int) -> tuple[float, Any]:
+    """The median seconds of a call, after one that warms up, and what it returns."""
+    from svnup.memory import synchronize
+
+    out, seconds = work(*args), []
+    synchronize()
+    for _ in range(repeats):
+        start = time.perf_counter()
+        out = work(*args)
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), out
+
+
+def compared(ours: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """Where two settled blocks differ: rows whose masks do, and of the others the largest difference of weights and errors.
+
+    Raises ValueError where that is more than rounding.
+    """
+    other = ((ours[0] == 0) != (reference[0] == 0)).any(1)
+    pairs = [((a - b).abs().masked_fill(other[:, None], 0).max(), b.abs().max()) for a, b in zip(ours, reference, strict=True)]
+    found = {"rows of other masks": int(other.sum()), "largest difference": max(float(off / size) for off, size in pairs)}
+    if not found["largest difference"] < 1e-4 or other.sum() > len(other) // 100:
+        raise ValueError(f"the kernels disagree: {found}")
+    return found
+
+
+# -- a model
+
+
+def model(results: Results, options: argparse.Namespace) -> None:
+    """Perplexity, pruning and Shapley values of a random Llama; `unit` is the time of one block on one sequence.
+
+    Whether a stage still fits goes by that, and by guesses of what a block costs beside.
+    """
+    import numpy as np
+    import torch
+
+    from svnup.allocation import Uniform
+    from svnup.game import LayerGame
+    from svnup.language_model import LanguageModel, make_config
+    from svnup.pruning import prune_model
+    from svnup.pruning.sparsegpt import SparseGPT
+    from svnup.pruning.wanda import Wanda
+    from svnup.shapley import block_forwards
+    from svnup.shapley.sliding_window import SlidingWindow
+
+    shape = SHAPES[options.shape]
+    rng = np.random.default_rng(0)
+
+    def text(n_seq: int) -> Any:
+        return rng.integers(0, shape.model["vocab_size"], (n_seq, shape.seq_len))
+
+    def build() -> LanguageModel:
+        """The same weights every time, drawn where they are to be."""
+        config = make_config("llama", **shape.model, max_position_embeddings=shape.seq_len, pad_token_id=None)
+        with torch.device(options.device):
+            return LanguageModel.random(config, None, seed=0, dtype="bfloat16", device=options.device)
+
+    def fits(stage: str, seconds: float) -> bool:
+        left = options.until - time.time()
+        if seconds > left:
+            results.add(stage, "skipped", why=f"takes about {seconds:.0f} s, and {left:.0f} s are left")
+        return seconds <= left
+
+    torch.zeros(1, device=options.device)  # starts the device, so that the first stage need not
+    real = options.shape == "llama_7b"  # whose stages have a price beside the passes through blocks
+    lm: LanguageModel | None = None
+    with results.stage("model") as found:
+        lm = build()
+        found["parameters"] = sum(p.numel() for p in lm.model.parameters())
+    if lm is None or not fits("perplexity", 20 if real else 0):
+        return
+    n_blocks, params = lm.n_blocks, lm.block_params
+
+    unit = 0.0  # where it stays unknown, nothing is skipped for it
+    with results.stage("perplexity") as found:
+        tokens = text(shape.n_test)
+        lm.nll(tokens)  # libraries start, kernels are chosen
+        start = time.perf_counter()
+        losses = lm.nll(tokens)
+        found["seconds"] = seconds = time.perf_counter() - start
+        unit = seconds / shape.n_test / n_blocks
+        found |= {"windows": shape.n_test, "perplexity": math.exp(losses.mean())}
+        found["TFLOP/s"] = 2 * multiplied_parameters(lm) * tokens.size / seconds / 1e12
+        found[f"{N_TEST} windows (calculated), s"] = seconds * N_TEST / shape.n_test
+
+    pruners: dict[str, tuple[Pruner, int]] = {"Wanda": (Wanda(), 1), "SparseGPT": (SparseGPT(), 4)}
+    for name, (pruner, seconds_of_block) in pruners.items():
+        if not fits(name, 3 * unit * n_blocks * shape.n_calibration + seconds_of_block * n_blocks * real):
+            continue
+        with results.stage(name) as found:
+            lm = lm or build()
+            report = prune_model(lm, Uniform().allocate(None, params, SPARSITY), pruner, text(shape.n_calibration))
+            reading, pruning = report.seconds["inputs"] + report.seconds["rerun"], report.seconds["prune"]
+            found |= {"seconds": report.seconds["total"], "sequences": shape.n_calibration, "sparsity": report.sparsity}
+            found |= {"fallbacks": sum(linear.fallback is not None for linear in report.per_linear)}
+            found |= {"reads text in, s": reading, "selects and updates in, s": pruning}
+            found[f"{N_CALIBRATION} sequences (calculated), s"] = reading * N_CALIBRATION / shape.n_calibration + pruning
+            more = (N_CALIBRATION - shape.n_calibration) * shape.seq_len * shape.model["hidden_size"]  # of hidden states
+            found[f"{N_CALIBRATION} sequences (calculated), GB more"] = more * torch.bfloat16.itemsize / 1e9
+        lm = None  # its weights are gone: the next stage draws them anew
+
+    plans = {w: SlidingWindow(w).plan(n_blocks) for w in (WINDOW, COMMON_WINDOW) if w <= n_blocks}
+    forwards = {w: block_forwards(plan) for w, plan in plans.items()}
+    name = f"Shapley values, windows of {WINDOW}"
+    if not fits(name, 2 * unit * forwards[WINDOW] * shape.n_payoff + 30 * real):
+        return
+    with results.stage(name) as found:
+        lm = lm or build()
+        start = time.perf_counter()
+        game = LayerGame(lm, text(shape.n_payoff))
+        found["hash of the weights, s"] = time.perf_counter() - start
+        values = SlidingWindow(WINDOW).estimate(game)
+        found["seconds"] = time.perf_counter() - start
+        found |= {"sequences": shape.n_payoff, "evaluations": game.n_evaluations, "block-forwards": game.n_block_forwards}
+        found |= {"values, s": values.cost.seconds, "largest": float(values.values.max()), "least": float(values.values.min())}
+        for w in plans.keys() - {WINDOW}:
+            found[f"windows of {w} (calculated), s"] = values.cost.seconds * forwards[w] / forwards[WINDOW]
+
+
+def multiplied_parameters(lm: LanguageModel) -> int:
+    """Parameters that a token is multiplied with: all but the embeddings, which are looked up."""
+    return sum(p.numel() for p in lm.model.parameters()) - lm.model.get_input_embeddings().weight.numel()
+
+
+# -- all of it
+
+
+def machine(results: Results, options: argparse.Namespace) -> None:
+    """Write down where this is. Ends the run where the device is missing."""
+    import torch
+
+    cuda = options.device != "cpu"
+    if cuda and not torch.cuda.is_available():
+        sys.stderr.write(f"--device {options.device}: no CUDA device here; --device cpu --shape tiny tries it all on a CPU\n")
+        sys.exit(2)
+    shape = SHAPES[options.shape]
+    results.add(
+        "machine",
+        "done",
+        device=torch.cuda.get_device_name() if cuda else "CPU",
+        memory_bytes=torch.cuda.get_device_properties(0).total_memory if cuda else None,
+        shape=options.shape,
+        model=f"A random Llama of {shape.model['num_hidden_layers']} blocks of width {shape.model['hidden_size']}, bfloat16, "
+        f"sequences of {shape.seq_len} tokens; pruned to {100 * SPARSITY:.0f} %.",
+        **{package: _version(package) for package in ("torch", "transformers", "triton")},
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu")
+    parser.add_argument("--shape", choices=SHAPES, default="llama_7b")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmarks", metavar="DIR")
+    parser.add_argument("--seconds", type=float, default=LIMIT, help="of the whole script")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # of a process that main started
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    run = options.run or datetime.now(UTC).isoformat(timespec="microseconds")
+    results = Results(options.output.resolve(), run, options.device)
+    if options.part:
+        {"machine": machine, "tests": tests, "kernel": kernel, "model": model}[options.part](results, options)
+        return 0
+    end = time.time() + options.seconds - CLOSING
+    for part, limit in PARTS.items():
+        until = min(end, time.time() + limit)
+        if until <= time.time():
+            results.add(part, "skipped", why="no time is left")
+            continue
+        command = [sys.executable, "-m", "experiments.benchmarks.gpu", "--part", part, "--run", run, "--until", str(until)]
+        command += ["--output", str(results.folder), "--device", options.device, "--shape", options.shape]
+        try:  # the tests end by themselves, since they have a process of their own
+            timeout = until - time.time() + CLOSING / 2 * (part == "tests")
+            code = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, timeout=timeout, check=False).returncode
+        except subprocess.TimeoutExpired:
+            close(results, part, "out of time")
+            continue
+        if code == 2 and part == "machine":
+            return 2
+        if code:
+            close(results, part, "failed", why=f"exit code {code}")
+    return 0 if all(line["status"] == "done" for line in results.lines().values()) else 1
+
+
+def close(results: Results, part: str, status: str, **found: Any) -> None:
+    """Say how a process ended that did not get to the end of its part: of the stage in which that was."""
+    begun = [name for name, line in results.lines().items() if line["status"] == "started"]
+    for name in begun or [part]:
+        results.add(name, status, **found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

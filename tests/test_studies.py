@@ -1,0 +1,192 @@
+"""Every study and benchmark, run through its main in seconds; what the numbers are worth is not the matter here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from cli import read_once
+from hydra.core.global_hydra import GlobalHydra
+
+from svnup.data import Docs
+
+ROOT = Path(__file__).parent.parent
+STUDIES = {  # module: arguments, and the files that it writes
+    "estimators.run": ([], ["results/tables/estimators.md", "docs/figures/estimators.png"]),
+    "games.run": ([], ["results/tables/games.md", "docs/figures/games.png"]),
+    "pruners.run": ([], ["results/tables/pruners.md"]),
+    "leaderboard.budgets": (["--workers", "0"], ["results/tables/budgets.md"]),
+    "leaderboard.run": (
+        ["--workers", "0"],
+        [
+            *("results/tables/leaderboard.md", "results/tables/leaderboard.csv"),
+            *("docs/figures/leaderboard.png", "docs/figures/profiles.png"),
+        ],
+    ),
+}
+BENCHMARKS = {
+    "benchmarks.shapley_cost": ["--blocks", "5", "--seq-len", "32", "--repeats", "1", "--window-n-seq", "2"],
+    "benchmarks.pruning_cost": ["--shapes", "64x96", "--n-tokens", "256", "--n-seq", "2", "--seq-len", "32", "--repeats", "1"],
+    "benchmarks.offload": ["--blocks", "3", "--width", "64"],
+}
+OTHERS = {"benchmarks.gpu", "cloze.build", "report.screenshots", "tiny_model.card", "tiny_model.corpus", "tiny_model.train"}
+OTHERS |= {"tracking.dashboard"}
+
+
+@pytest.fixture(autouse=True)
+def _own_hydra(monkeypatch):
+    monkeypatch.setattr(Docs, "read", read_once)
+    GlobalHydra.instance().clear()
+    yield
+    GlobalHydra.instance().clear()
+
+
+def test_no_script_is_forgotten():
+    found = {p.relative_to(ROOT / "experiments") for p in (ROOT / "experiments").rglob("*.py")} - {Path("study.py")}
+    assert {".".join(p.with_suffix("").parts) for p in found} == STUDIES.keys() | BENCHMARKS.keys() | OTHERS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_quick_run_writes_what_the_study_writes(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, files = STUDIES[name]
+    import_module(f"experiments.{name}").main(["--quick", *arguments])
+    there = {p.relative_to(tmp_path / "results" / "quick").as_posix() for p in tmp_path.rglob("*.*") if "cache" not in p.parts}
+    assert there == set(files), "and nothing beside, least of all where the committed tables are"
+    for file in there:
+        path = tmp_path / "results" / "quick" / file
+        if path.suffix == ".md":
+            text = path.read_text(encoding="utf-8")
+            assert "these numbers say nothing" in text
+            assert "nan" not in text
+            rows = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+            assert len(rows) > 3
+        else:
+            assert path.stat().st_size > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_runs_in_seconds(name, tmp_path):
+    page = tmp_path / "page.md"
+    import_module(f"experiments.{name}").main([*BENCHMARKS[name], "--output", str(page)])
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ")
+    assert sum(line.startswith("|") for line in lines) >= 4
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS))
+def test_the_other_scripts_say_what_they_take(name, monkeypatch, capsys):
+    if name == "tracking.dashboard":
+        pytest.importorskip("wandb_workspaces")
+    module = import_module(f"experiments.{name}")
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as left:
+        module.main()
+    assert left.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+# -- the benchmark for a GPU
+
+
+def lines_of(folder: Path) -> dict[str, dict]:
+    found = [json.loads(line) for line in (folder / "gpu.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {line["stage"]: line for line in found}
+
+
+def gpu_options(folder, **given):
+    return argparse.Namespace(device="cpu", shape="tiny", output=folder, until=float("inf"), **given)
+
+
+@pytest.fixture
+def gpu():
+    return import_module("experiments.benchmarks.gpu")
+
+
+def test_each_stage_on_a_model_says_its_seconds_and_its_peak(gpu, tmp_path):
+    gpu.model(gpu.Results(tmp_path, "now", "cpu"), gpu_options(tmp_path))
+    lines = lines_of(tmp_path)
+    assert [*lines] == ["model", "perplexity", "Wanda", "SparseGPT", "Shapley values, windows of 3"]
+    for line in lines.values():
+        assert line["status"] == "done", line
+        assert 0 < line["seconds"] < 60
+        assert line["peak_memory_bytes"] > 1e6
+    assert 200 < lines["perplexity"]["perplexity"] < 400, "of 256 tokens by a random model"
+    assert lines["Wanda"]["sparsity"] == lines["SparseGPT"]["sparsity"] == 0.5
+    reading, pruning = (lines["SparseGPT"][key] for key in ("reads text in, s", "selects and updates in, s"))
+    assert lines["SparseGPT"]["128 sequences (calculated), s"] == pytest.approx(8 * reading + pruning)
+    values = lines["Shapley values, windows of 3"]
+    assert (values["evaluations"], values["block-forwards"]) == (20, 43)  # (n-w+2) 2^(w-1), and the walk's own count
+    page = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert all(f"| {stage} | done |" in page for stage in lines)
+
+
+def test_the_column_kernels_are_timed_and_compared(gpu, tmp_path):
+    import torch
+
+    gpu.kernel(gpu.Results(tmp_path, "now", "cpu"), gpu_options(tmp_path))
+    lines = lines_of(tmp_path)
+    assert [*lines] == ["columns 64 x 128, unstructured", "columns 64 x 128, 2:4"]
+    assert all(line["by"] == "torch" and line["triton"] == "not here" for line in lines.values())
+    ours = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert gpu.compared(ours, ours) == {"rows of other masks": 0, "largest difference": 0.0}
+    with pytest.raises(ValueError, match="the kernels disagree"):
+        gpu.compared((ours[0] * 1.01, ours[1]), ours)
+    with pytest.raises(ValueError, match="the kernels disagree"):
+        gpu.compared((ours[0].flip(1), ours[1]), ours)
+
+
+def test_what_fails_does_not_stop_what_follows_and_what_does_not_fit_is_skipped(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr("svnup.pruning.wanda.Wanda.prune", lambda *_: 1 / 0)
+    gpu.model(gpu.Results(tmp_path, "now", "cpu"), gpu_options(tmp_path))
+    lines = lines_of(tmp_path)
+    assert lines["Wanda"]["status"] == "failed"
+    assert lines["Wanda"]["why"] == "ZeroDivisionError: division by zero"
+    assert lines["SparseGPT"]["status"] == lines["Shapley values, windows of 3"]["status"] == "done"
+    assert gpu.main(["--device", "cpu", "--shape", "tiny", "--seconds", "1", "--output", str(tmp_path / "late")]) == 1
+    assert {line["status"] for line in lines_of(tmp_path / "late").values()} == {"skipped"}
+
+
+def test_a_process_that_is_killed_leaves_what_it_had(gpu, tmp_path):
+    results = gpu.Results(tmp_path, "now", "cpu")
+    gpu.Results(tmp_path, "before", "cpu").add("Wanda", "done", seconds=1.0)
+    results.add("perplexity", "done", seconds=2.0)
+    results.add("SparseGPT", "started")
+    gpu.close(results, "model", "out of time")
+    assert results.lines()["SparseGPT"]["status"] == "out of time"
+    page = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert "| perplexity | done | 2 |" in page
+    assert "| SparseGPT | out of time |" in page
+    assert "Wanda" not in page, "which an earlier run measured"
+
+
+@pytest.mark.slow
+def test_the_whole_benchmark_on_a_cpu(gpu, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it finds the repository by itself
+    for part in gpu.PARTS:  # however busy this machine is
+        monkeypatch.setitem(gpu.PARTS, part, 600)
+    assert gpu.main(["--device", "cpu", "--shape", "tiny", "--output", "out", "--seconds", "2400"]) == 0
+    lines = lines_of(tmp_path / "out")
+    assert [*lines][:2] == ["machine", "tests"]
+    assert lines["tests"]["passed"] + lines["tests"]["skipped"] > 50
+    assert all(line["status"] == "done" for line in lines.values())
+
+
+@pytest.mark.slow
+def test_the_benchmark_and_the_tests_that_it_runs_need_torch_and_transformers_alone():
+    """A machine that is lent for minutes has no time to install anything."""
+    unwanted = ["hydra", "omegaconf", "datasets", "lm_eval", "shapiq", "matplotlib", "wandb"]
+    code = f"import sys, experiments.benchmarks.gpu, test_gpu; print(*sorted(set({unwanted}) & set(sys.modules)))"
+    python_path = {"PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | python_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
