@@ -9,6 +9,7 @@ itself draws random numbers for the one, ignores the other, and warns.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
 import sys
@@ -35,6 +36,7 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
+    dot_natural_key,
     rename_source_key,
 )
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -422,11 +424,14 @@ class _LeftOut:
 
 def _places(names: list[str], model: PreTrainedModel, load_config: Any) -> dict[str, str]:
     """Where in the model transformers puts each stored tensor, or the first of several that it makes of it."""
-    mapping, state = load_config.weight_mapping or [], model.state_dict()
+    mapping, state = (
+        copy.deepcopy(load_config.weight_mapping or []),
+        model.state_dict(),
+    )  # which remember some names, in this order
     renamings = [c for c in mapping if isinstance(c, WeightRenaming)]
     converters = [c for c in mapping if isinstance(c, WeightConverter)]
     places = {}
-    for name in names:
+    for name in sorted(names, key=dot_natural_key):
         places[name], _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if places[name] not in state and name in state:
             places[name], _ = rename_source_key(name, [], [], model.base_model_prefix, state)
@@ -446,6 +451,6 @@ def _no_progress_bar() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_unless_terminal() -> Iterator[None]:
-    """Keep the library's progress bars, and its tables of what it loaded, which are told in a line, out of logs."""
+    """Keep the library's progress bars out of logs."""
     with contextlib.nullcontext() if sys.stderr.isatty() else _no_progress_bar():
         yield

@@ -447,6 +447,7 @@ def test_the_language_model_of_a_vision_language_model_is_pruned_and_the_rest_is
         if p.ndim == 2 and "embed" not in name:
             p.data *= 5  # loud enough for every block to matter
     model.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "preprocessor_config.json").write_text('{"size": 28}')
     expected = -logits(model).double().log_softmax(-1)[:, :-1].gather(-1, torch.as_tensor(TEXT)[:, 1:, None])[..., 0].mean(1)
     before = AutoModelForImageTextToText.from_pretrained(tmp_path / "m").state_dict()
     lms = [load(tmp_path / "m", way) for way in WAYS]
@@ -463,6 +464,7 @@ def test_the_language_model_of_a_vision_language_model_is_pruned_and_the_rest_is
         again, info = AutoModelForImageTextToText.from_pretrained(tmp_path / way, output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
+        assert (tmp_path / way / "preprocessor_config.json").read_text() == '{"size": 28}'
         after = again.state_dict()
         assert {n for n in after if not torch.equal(after[n], before[n])} == set(lm.pruned_names())
         lm.save(tmp_path / f"{way}-bits", "bitmask")
