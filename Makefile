@@ -7,7 +7,7 @@ STUDY  = $(firstword $(wildcard experiments/$(NAME)/run.py experiments/leaderboa
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all lint format table tables study benchmarks clean
+.PHONY: help install demo test test-slow test-all lint format table tables study benchmarks families clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -78,6 +78,9 @@ benchmarks: $(READY)  ## cost of Shapley values, pruning and offloading (about 2
 	$(OFFLINE) $(BIN)/python experiments/benchmarks/shapley_cost.py --output results/benchmarks/shapley_cost.md
 	$(OFFLINE) $(BIN)/python experiments/benchmarks/pruning_cost.py --output results/benchmarks/pruning_cost.md
 	$(OFFLINE) $(BIN)/python experiments/benchmarks/offload.py --output results/benchmarks/offload.md
+
+families: $(READY)  ## try a tiny model of every causal family that the installed transformers knows; AGAIN=1: also those in the table
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python experiments/families/run.py $(if $(AGAIN),--again)
 
 clean:  ## remove the environment and everything that runs wrote (not the committed tables)
 	rm -rf $(VENV) results/demo results/demo_zero_shot results/tables_* results/runs results/cache results/sweeps results/sweep \
