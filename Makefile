@@ -7,7 +7,7 @@ STUDY  = $(firstword $(wildcard experiments/$(NAME)/run.py experiments/leaderboa
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all lint format table tables study benchmarks bench-gpu clean
+.PHONY: help install demo test test-slow test-all lint format table tables study benchmarks bench-gpu families clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -84,6 +84,9 @@ OUT ?= results/benchmarks
 NAMED = $(filter-out file default undefined,$(origin PYTHON))
 bench-gpu:  ## what svnup does on a GPU, in at most nine minutes; into OUT=results/benchmarks
 	$(if $(NAMED),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON))) -m experiments.benchmarks.gpu --output $(OUT) $(if $(DEVICE),--device $(DEVICE)) $(if $(SHAPE),--shape $(SHAPE))
+
+families: $(READY)  ## try a tiny model of every causal family that the installed transformers knows; AGAIN=1: also those in the table
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m experiments.families.run $(if $(AGAIN),--again)
 
 clean:  ## remove the environment and everything that runs wrote (not the committed tables)
 	rm -rf $(VENV) results/demo results/demo_zero_shot results/tables_* results/runs results/cache results/sweeps results/sweep results/quick \

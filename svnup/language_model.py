@@ -611,10 +611,14 @@ class LanguageModel:
 
     @cached_property
     def _observed(self) -> Observed:
-        """A short forward of the model. Raises ValueError where it fails, is not causal, or does not run block after block."""
+        """A short forward of the model. Raises ValueError where it fails, looks ahead, or does not run block after block."""
         try:
             seen = observe(self.blocks, lambda: self._forward(self._probe).logits)
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # whatever the model's own code raises
+            if self.offloaded and isinstance(error, ValueError):  # a block that cannot be read says so
+                raise
             raise self._unfit("cannot read tokens as a causal decoder does", error) from error
         if seen.order != list(range(self.n_blocks)):
             raise self._unfit(f"{self.blocks_path} are not run once each, one after the other, but in the order {seen.order}")
