@@ -7,7 +7,7 @@ STUDY  = $(firstword $(wildcard experiments/$(NAME)/run.py experiments/leaderboa
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all lint format table tables study benchmarks clean
+.PHONY: help install demo test test-slow test-all lint format table tables study numbers benchmarks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -70,9 +70,12 @@ tables: $(READY)  ## remake every committed table of the built-in model, and a r
 tiny_%:  # two of them at a time, of one thread each
 	@$(MAKE) --no-print-directory table NAME=$* MODEL=tiny
 
-study: $(READY)  ## make study NAME=estimators|games|pruners|budgets|leaderboard: remake a study's table and figure
-	@test -f "$(STUDY)" || { echo "NAME=$(NAME): choose estimators, games, pruners, budgets or leaderboard" >&2; exit 2; }
+study: $(READY)  ## make study NAME=estimators|games|pruners|budgets|leaderboard|comparisons: remake a study's table and figure
+	@test -f "$(STUDY)" || { echo "NAME=$(NAME): choose estimators, games, pruners, budgets, leaderboard or comparisons" >&2; exit 2; }
 	$(OFFLINE) $(BIN)/python $(STUDY)
+
+numbers: $(READY)  ## write the numbers of the committed tables into the documentation
+	$(BIN)/python tools/insert_numbers.py
 
 benchmarks: $(READY)  ## cost of Shapley values, pruning and offloading (about 25 minutes)
 	$(OFFLINE) $(BIN)/python experiments/benchmarks/shapley_cost.py --output results/benchmarks/shapley_cost.md

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hydra.core.global_hydra import GlobalHydra
-
-SCRIPT = Path(__file__).parent.parent / "experiments" / "leaderboard" / "run.py"
+from scripts import script
 
 
 @pytest.fixture(scope="module")
 def board_of():
-    spec = importlib.util.spec_from_file_location("leaderboard_run", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return script("experiments/leaderboard/run.py")
 
 
 def entry(run, cell, name, nll, least=None):
