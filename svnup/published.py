@@ -163,12 +163,13 @@ class Ours:
     def uniform_after_all(self) -> list[str]:
         """The cells whose allocator gave every block the same: what they have is no number of that allocator."""
         keys = [key for key in (*self.table.by, *self.table.across) if key != METRIC]
-        same_everywhere = [
-            run
-            for run in self.runs
-            if run.settings["allocator"] != "uniform" and run.row.profile and len(set(run.row.profile["sparsity"])) == 1
-        ]
-        return list(dict.fromkeys(", ".join(run.settings.get(key, MISSING) for key in keys) for run in same_everywhere))
+        found = []
+        for run in self.runs:
+            profile = run.row.profile or {"sparsity": []}
+            same = len(set(profile["sparsity"])) == 1 and not profile.get("linears")
+            if same and run.settings["allocator"] != "uniform":
+                found.append(", ".join(run.settings.get(key, MISSING) for key in keys))
+        return list(dict.fromkeys(found))
 
     @property
     def calibration(self) -> list[str]:
@@ -250,7 +251,7 @@ def side_by_side(field: Published, ours: Ours, title: str | None = None, about: 
     notes += [f"[{i}] {source}{' (~: implied)' if _implied(source, theirs) else ''}." for i, source in enumerate(sources, 1)]
     if len({one.source for found in theirs.values() for one in found}) > 1:
         notes.append("Sources have baselines of their own and are no one protocol: compare published numbers within one.")
-    notes += ["* the best that its source reports in the column."] if best_theirs else []
+    notes += ["An asterisk marks the best that its source reports in the column."] if best_theirs else []
     return Grid(head, body, title, about, [*notes, *_left_out(ours, theirs), *plain.notes[1:]], 1, records)
 
 
