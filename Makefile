@@ -48,6 +48,7 @@ format: $(READY)  ## let ruff rewrite the code
 FIELD    := zero_shot_70 payoff_ablation calibration sparsities window_ablation nm llama_70
 LESS      = $(LESS_$(NAME)) shapley.game.data.n_seq=8 evaluation.n_seq=32 $(if $(filter calibration,$(NAME)),,dataset.n_seq=32)
 LESS_nm = model.seq_len=256
+LESS_llama_70 = allocator=uniform,owl,alpha_pruning,dlp,atp,shapley,shapley_rounds,shapley_sublayers
 LESS_window_ablation = 'hydra.sweeper.params={shapley.window:"1,3,5,7"}'
 LESS_calibration = hydra.sweeper.params.dataset=docs 'hydra.sweeper.params={dataset.n_seq:"4,16,64"}'
 ON_MODEL  = hydra.sweeper.params.model=$(MODEL) $(if $(filter tiny%,$(MODEL)),$(LESS))
