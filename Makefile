@@ -7,7 +7,7 @@ STUDY  = $(firstword $(wildcard experiments/$(NAME)/run.py experiments/leaderboa
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all lint format table tables study benchmarks bench-gpu families clean
+.PHONY: help install demo test test-slow test-all lint format table tables study numbers benchmarks bench-gpu families clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -48,6 +48,7 @@ format: $(READY)  ## let ruff rewrite the code
 FIELD    := zero_shot_70 payoff_ablation calibration sparsities window_ablation nm llama_70
 LESS      = $(LESS_$(NAME)) shapley.game.data.n_seq=8 evaluation.n_seq=32 $(if $(filter calibration,$(NAME)),,dataset.n_seq=32)
 LESS_nm = model.seq_len=256
+LESS_llama_70 = allocator=uniform,owl,alpha_pruning,dlp,atp,shapley,shapley_rounds,shapley_sublayers
 LESS_window_ablation = 'hydra.sweeper.params={shapley.window:"1,3,5,7"}'
 LESS_calibration = hydra.sweeper.params.dataset=docs 'hydra.sweeper.params={dataset.n_seq:"4,16,64"}'
 ON_MODEL  = hydra.sweeper.params.model=$(MODEL) $(if $(filter tiny%,$(MODEL)),$(LESS))
@@ -70,9 +71,12 @@ tables: $(READY)  ## remake every committed table of the built-in model, and a r
 tiny_%:  # two of them at a time, of one thread each
 	@$(MAKE) --no-print-directory table NAME=$* MODEL=tiny
 
-study: $(READY)  ## make study NAME=estimators|games|pruners|budgets|leaderboard [QUICK=1]: remake a study's table and figure
-	@test -f "$(STUDY)" || { echo "NAME=$(NAME): choose estimators, games, pruners, budgets or leaderboard" >&2; exit 2; }
+study: $(READY)  ## make study NAME=estimators|games|pruners|budgets|leaderboard|comparisons [QUICK=1]: remake a study's table and figure
+	@test -f "$(STUDY)" || { echo "NAME=$(NAME): choose estimators, games, pruners, budgets, leaderboard or comparisons" >&2; exit 2; }
 	$(OFFLINE) $(BIN)/python -m $(subst /,.,$(STUDY:.py=)) $(if $(QUICK),--quick)
+
+numbers: $(READY)  ## write the numbers of the committed tables into the documentation
+	$(BIN)/python tools/insert_numbers.py
 
 benchmarks: $(READY)  ## cost of Shapley values, pruning and offloading (about 25 minutes)
 	$(OFFLINE) $(BIN)/python -m experiments.benchmarks.shapley_cost --output results/benchmarks/shapley_cost.md

@@ -260,12 +260,14 @@ class FromFile:
 
 
 def name_of(node: dict[str, Any]) -> str:
-    """What people call the allocator of a configuration: by its scores where it has some, else by itself."""
+    """What people call the allocator of a configuration: by its scores where it has some, else by itself; with budgets of
+    attention and MLP apart '...sublayers'."""
     scorer, own = node.get("scorer"), method_name(node)
+    name = method_name(scorer) if scorer else own
     if scorer and "game" in scorer:
         control = "reversed" if node.get("reverse") else "random" if node.get("shuffle") is not None else "shapley"
-        return own if own.startswith("shapley") else control
-    return method_name(scorer) if scorer else own
+        name = own if own.startswith("shapley") else control
+    return f"{name}sublayers" if node.get("granularity") == "sublayer" else name
 
 
 def to_budget(

@@ -33,11 +33,15 @@ class Number:
     implied: bool
 
 
+Theirs = Mapping[tuple[Label, Label], tuple[Number, ...]]  # by place in the table
+
+
 @dataclass(frozen=True)
 class Published:
     """A table of the field: the keys that go down and across with the values that they have there (none: whatever was run).
 
-    `where` holds for all of it; `numbers` are all that are known, by IDENTITY and sequence length.
+    `where` holds for all of it; `numbers` are all that are known, by IDENTITY and sequence length. Several sources may have
+    reported a number of one cell, each measured by its own code: these stand side by side, and are compared within a source.
     """
 
     about: str
@@ -48,7 +52,7 @@ class Published:
     seq_len: int | None
     published_as: Mapping[str, str]
     checkpoints: Mapping[str, str]
-    numbers: Mapping[tuple[Label, str], Number]
+    numbers: Mapping[tuple[Label, str], tuple[Number, ...]]
 
     @classmethod
     def load(cls, name: str, models: Sequence[str] = (), metrics: Sequence[str] = ()) -> Published:
@@ -62,12 +66,10 @@ class Published:
         metrics = tuple(metrics or table["metrics"])
         columns = table["columns"] | ({"model": list(models)} if models else {})
         columns |= {METRIC: metrics} if METRIC in columns or len(metrics) > 1 else {}
-        numbers = {
-            (tuple(line[key] for key in IDENTITY), line["seq_len"]): Number(
-                float(line["value"]), line["source"], line["kind"] == "implied"
-            )
-            for line in _lines("numbers.csv")
-        }
+        numbers: dict[tuple[Label, str], tuple[Number, ...]] = {}
+        for line in _lines("numbers.csv"):
+            key = (tuple(line[name] for name in IDENTITY), line["seq_len"])
+            numbers[key] = (*numbers.get(key, ()), Number(float(line["value"]), line["source"], line["kind"] == "implied"))
         return cls(
             table["about"],
             metrics,
@@ -148,14 +150,26 @@ class Ours:
         there = {key: sorted({run.settings.get(key, MISSING) for run in self.runs}) for key in usual}
         return ", ".join(f"{key} {' or '.join(there[key])}" for key, text in usual.items() if there[key] not in ([], [text]))
 
-    def published(self, labels: Mapping[str, str]) -> Number | None:
-        """The published number of a cell under our sequence length."""
+    def published(self, labels: Mapping[str, str]) -> tuple[Number, ...]:
+        """The published numbers of a cell under our sequence length, one of each source."""
         key = self.field.key(labels)
-        return None if key is None else self.field.numbers.get((key, str(self.seq_len)))
+        return () if key is None else self.field.numbers.get((key, str(self.seq_len)), ())
 
     def change(self, ours: float | None, theirs: float | None, dense: bool = False) -> float | None:
         same = self.whole and (dense or not self.otherwise)
         return ours / theirs - 1 if same and ours is not None and theirs else None
+
+    @property
+    def uniform_after_all(self) -> list[str]:
+        """The cells whose allocator gave every block the same: what they have is no number of that allocator."""
+        keys = [key for key in (*self.table.by, *self.table.across) if key != METRIC]
+        found = []
+        for run in self.runs:
+            profile = run.row.profile or {"sparsity": []}
+            same = len(set(profile["sparsity"])) == 1 and not profile.get("linears")
+            if same and run.settings["allocator"] != "uniform":
+                found.append(", ".join(run.settings.get(key, MISSING) for key in keys))
+        return list(dict.fromkeys(found))
 
     @property
     def calibration(self) -> list[str]:
@@ -189,25 +203,28 @@ def side_by_side(field: Published, ours: Ours, title: str | None = None, about: 
     """Ours, published and the relative difference of each cell; a column of which nothing is published has ours alone."""
     table = replace(ours.table, baseline={})
     lines = [(table.labels(row, column), (row, column)) for row in table.rows for column in table.columns]
-    theirs = {place: found for labels, place in lines if (found := ours.published(labels)) is not None}
+    theirs = {place: found for labels, place in lines if (found := ours.published(labels))}
     dense = {
         column: found
         for column in table.columns
-        if (found := ours.published({**dict(zip(table.across, column, strict=True)), **DENSE})) is not None
+        if (found := ours.published({**dict(zip(table.across, column, strict=True)), **DENSE}))
     }
     compared = {*dense, *(column for _, column in theirs)}
-    sources = list(dict.fromkeys(found.source for found in (*dense.values(), *theirs.values())))
-    reported = {place: Summary((found.value,)) for place, found in theirs.items() if not found.implied}
-    best, best_theirs = table.best(), replace(table, cells=reported).best()
+    sources = list(dict.fromkeys(one.source for found in (*dense.values(), *theirs.values()) for one in found))
+    best, best_theirs = table.best(), _best_of_each_source(table, theirs)
     with_n = len({s.n for s in table.cells.values() if s.n}) > 1
 
-    def cells(mine: Summary, found: Number | None, column: Label, place: tuple[Label, Label] | None = None) -> list[Cell]:
+    def cells(mine: Summary, found: Sequence[Number], column: Label, place: tuple[Label, Label] | None = None) -> list[Cell]:
         own = Cell(shown(mine, with_n=with_n and place is not None), place in best)
         if column not in compared:
             return [own]
-        change = ours.change(mine.mean, found.value if found else None, place is None)
-        said = f"{'~' if found.implied else ''}{number(found.value)} [{sources.index(found.source) + 1}]" if found else MISSING
-        return [own, Cell(said, place in best_theirs), Cell(MISSING if change is None else f"{100 * change:+.1f} %")]
+        said, changes = [], []
+        for one in found:
+            mark = "*" if (place, one.source) in best_theirs else ""
+            said.append(f"{'~' if one.implied else ''}{number(one.value)}{mark} [{sources.index(one.source) + 1}]")
+            change = ours.change(mine.mean, one.value, place is None)
+            changes += [] if change is None else [f"{100 * change:+.1f} %"]
+        return [own, Cell("; ".join(said) or MISSING), Cell("; ".join(changes) or MISSING)]
 
     plain = grid(table)
     n_labels = len(table.by)
@@ -217,40 +234,58 @@ def side_by_side(field: Published, ours: Ours, title: str | None = None, about: 
     first = [Cell("dense"), *(Cell("") for _ in table.by[1:])]
     for column in table.columns:
         own = table.dense_of(table.rows[0], column)
-        first += cells(Summary(own.values[:1], errors=own.errors[:1]), dense.get(column), column)
+        first += cells(Summary(own.values[:1], errors=own.errors[:1]), dense.get(column, ()), column)
     body, records = [first], []
     for row in table.rows:
         body.append([Cell(text) for text in row])
         for column in table.columns:
-            mine, found = table.cells[row, column], theirs.get((row, column))
+            mine, found = table.cells[row, column], theirs.get((row, column), ())
             body[-1] += cells(mine, found, column, (row, column))
             record: dict[str, Any] = {METRIC: table.metric(row, column)} | table.labels(row, column)
             record |= {"mean": mine.mean, "std": mine.std, "n": mine.n}
             record |= {"state": "finished" if mine.n else mine.state.replace(MISSING, "missing")}
-            record |= {"published": found.value if found else None, "source": found.source if found else None}
-            records.append(record | {"difference": ours.change(mine.mean, found.value if found else None)})
+            for one in found or (None,):
+                said = {"published": one.value if one else None, "source": one.source if one else None}
+                records.append(record | said | {"difference": ours.change(mine.mean, one.value if one else None)})
     notes = [f"{field.about}: {plain.notes[0]}"]
     notes += [f"[{i}] {source}{' (~: implied)' if _implied(source, theirs) else ''}." for i, source in enumerate(sources, 1)]
+    if len({one.source for found in theirs.values() for one in found}) > 1:
+        notes.append("Sources have baselines of their own and are no one protocol: compare published numbers within one.")
+    notes += ["An asterisk marks the best that its source reports in the column."] if best_theirs else []
     return Grid(head, body, title, about, [*notes, *_left_out(ours, theirs), *plain.notes[1:]], 1, records)
 
 
-def _implied(source: str, theirs: Mapping[tuple[Label, Label], Number]) -> bool:
-    return any(found.implied for found in theirs.values() if found.source == source)
+def _best_of_each_source(table: Pivot, theirs: Theirs) -> set[tuple[tuple[Label, Label], str]]:
+    """Places and sources whose number is the best of several that the source reports in the column; implied ones apart."""
+    out: set[tuple[tuple[Label, Label], str]] = set()
+    for source in dict.fromkeys(one.source for found in theirs.values() for one in found if not one.implied):
+        cells = {place: Summary((one.value,)) for place, found in theirs.items() for one in found if one.source == source}
+        columns = [column for _, column in cells]
+        best = replace(table, cells=cells).best()
+        out |= {(place, source) for place in best if columns.count(place[1]) > 1}
+    return out
 
 
-def _left_out(ours: Ours, theirs: Mapping[tuple[Label, Label], Number]) -> list[str]:
+def _implied(source: str, theirs: Theirs) -> bool:
+    return any(one.implied for found in theirs.values() for one in found if one.source == source)
+
+
+def _left_out(ours: Ours, theirs: Theirs) -> list[str]:
     """What is not compared, and why."""
     seq_len = ours.seq_len
     under = f" at seq_len {seq_len}" if seq_len else ""
     notes = [] if theirs else [f"No published numbers of these cells are known{under}."]
     keys = {ours.field.key(ours.table.labels(row, column)) for row, column in ours.table.cells}
-    other = sorted(length for key, length in ours.field.numbers if key in keys and length != str(seq_len))
+    known = ours.field.numbers
+    other = sorted(length for key, length in known if key in keys and length != str(seq_len) for _ in known[key, length])
     if other:
         notes.append(
             f"Not compared: {len(other)} published numbers at seq_len {', '.join(dict.fromkeys(other))}; ours is {seq_len}."
         )
     notes += [] if ours.whole else [f"{PARTIAL}: no differences."]
     notes += ours.calibration if theirs else []
+    if even := ours.uniform_after_all:
+        notes.append(f"Not compared with uniform, because the budget came out uniform: {'; '.join(even)}.")
     return notes + ([f"Runs in this folder that are not of this table: {ours.n_others}."] if ours.n_others else [])
 
 

@@ -37,10 +37,12 @@ class Search:
     measured on the whole text, and the best becomes the parent if it is better. Deterministic by `seed`; losses that are known
     are not measured again, so that a search that was interrupted goes on. Under a pattern 'mixed:M' a step is at least 1/M.
 
-    Source: EvoPress, arXiv 2410.14649, algorithm 1 and its multi-step selection. There levels belong to linears, all of one
-    size, the fitness is the KL divergence to the dense model (here `selection_loss=kl`), and weights are pruned in advance,
-    each linear on the dense model; here levels belong to blocks, the fitness is the NLL by default, and every profile is
-    pruned anew, block after block.
+    Source: EvoPress, arXiv 2410.14649, algorithm 1 and its multi-step selection, and the released code. There a level is a
+    fixed number of weights of one linear, so that two linears of any size trade a level for a level; all levels are pruned
+    in advance, each on the inputs of the dense model, and a candidate is put together from them; the text of every stage is
+    drawn anew in each generation, the parent measured again with the last; and the fitness is the KL divergence to the
+    dense model by default (here `selection_loss=kl`). Here levels belong to blocks, every profile is pruned anew, block
+    after block, the text of a stage is always the same, so that losses can be kept, and the fitness is the NLL by default.
     """
 
     generations: int = 25

@@ -79,10 +79,8 @@ def describe(row: ResultRow) -> dict[str, Any]:
 
 def _options(node: dict[str, Any]) -> str:
     """What is set of a node's options: words as they are, numbers with their name."""
-    hidden = ("_target_", "scorer", "path")
+    hidden = ("_target_", "scorer", "path", "granularity")  # the last is in the method's name
     options = {k: v for k, v in node.items() if k not in hidden and v is not None and v is not False}
-    if options.get("granularity") == "block":
-        del options["granularity"]
     return ", ".join(
         v if isinstance(v, str) and v != "auto" else k if v is True else f"{k}={_value(v)}" for k, v in options.items()
     )

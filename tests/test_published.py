@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,17 +40,24 @@ OURS = [
 def cells(capsys, folder, *args: str) -> dict[tuple[str, ...], dict[str, str]]:
     assert main(["published", folder, "--format", "csv", *args]) == 0
     lines = csv.DictReader(io.StringIO(capsys.readouterr().out))
-    return {(line["pruner"], line["allocator"], line["model"]): line for line in lines}
+    out: dict[tuple[str, ...], dict[str, str]] = {}
+    for line in lines:  # of several sources the first
+        out.setdefault((line["pruner"], line["allocator"], line["model"]), line)
+    return out
 
 
 def test_every_number_has_a_source_and_one_place():
     with (FOLDER / "numbers.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 82
+    assert len(lines) == 101
     assert all(line["source"] and float(line["value"]) > 1 and line["kind"] in ("reported", "implied") for line in lines)
-    assert len(Published.load("llama_70").numbers) == len(lines)
+    numbers = Published.load("llama_70").numbers.values()
+    assert sum(map(len, numbers)) == len(lines)
+    assert all(len({one.source for one in found}) == len(found) for found in numbers), "one of each source"
     known = {
-        (line["model"], line["pruner"], line["allocator"]): float(line["value"]) for line in lines if line["sparsity"] == "0.7"
+        (line["model"], line["pruner"], line["allocator"]): float(line["value"])
+        for line in lines
+        if line["sparsity"] == "0.7" and (line["kind"] == "implied" or line["source"] == "OWL repository README")
     }
     with (FOLDER / "headline.csv").open() as file:
         for line in csv.DictReader(file):
@@ -62,9 +71,7 @@ def test_the_checkpoints_are_those_of_the_model_group():
         assert config["pretrained_model_name_or_path"] == path
         known = {(d["dataset"], str(d["seq_len"])): d["ppl"] for d in config.get("dense_ppl", [])}
         numbers = Published.load("llama_70").numbers
-        table = {
-            ("wikitext2", seq_len): number.value for (key, seq_len), number in numbers.items() if key[:2] == (name, "none")
-        }
+        table = {("wikitext2", seq_len): of[0].value for (key, seq_len), of in numbers.items() if key[:2] == (name, "none")}
         assert {k: v for k, v in known.items() if k in table} == {k: v for k, v in table.items() if k in known}
         if name in Published.load("llama_70").columns["model"]:
             assert ("wikitext2", "2048") in table
@@ -91,7 +98,7 @@ def test_the_headline_is_of_one_table(tmp_path, capsys):
 
 def test_without_runs_every_cell_of_ours_is_missing(tmp_path, capsys):
     found = cells(capsys, str(tmp_path))
-    assert len(found) == 3 * 4 * 8
+    assert len(found) == 3 * 8 * 8
     assert {line["state"] for line in found.values()} == {"missing"}
     assert {line["difference"] for line in found.values()} == {""}
     assert found["sparsegpt", "owl", "llama_30b"]["published"] == "10.28"
@@ -175,6 +182,48 @@ def test_mixed_protocols_and_mixed_settings_are_refused(tmp_path, capsys):
     assert main(["published", two]) == 2
     assert "differ in allocator.lam" in capsys.readouterr().err
     assert cells(capsys, two, "--where", "allocator.lam=0.1")["wanda", "shapley", "llama_7b"]["mean"] == "20.1"
+
+
+def test_sources_keep_their_own_baselines(tmp_path, capsys):
+    """Of one cell each source has a line, and what is best is marked within a source."""
+    folder = write(tmp_path, *OURS)
+    assert main(["published", folder, "--format", "csv"]) == 0
+    lines = [line for line in csv.DictReader(io.StringIO(capsys.readouterr().out)) if line["model"] == "llama_7b"]
+    uniform = [line for line in lines if (line["pruner"], line["allocator"]) == ("sparsegpt", "uniform")]
+    assert [(line["published"], line["source"]) for line in uniform] == [
+        ("26.3", "OWL repository README"),
+        ("25.38", "DLP repository README"),
+    ]
+    assert [float(line["difference"]) for line in uniform] == pytest.approx([26 / 26.3 - 1, 26 / 25.38 - 1])
+    assert main(["published", folder, "--format", "markdown"]) == 0
+    out = capsys.readouterr().out
+    numbers = dict(re.findall(r"- \[(\d+)\] ((?:OWL|DLP) repository README)\.", out))
+    of = {source: number for number, source in numbers.items()}
+    assert f"| sparsegpt | owl | - | 19.49* [{of['OWL repository README']}] |" in out
+    assert f"| sparsegpt | dlp | - | 17.76* [{of['DLP repository README']}] |" in out
+    assert "compare published numbers within one" in out
+
+
+def test_a_budget_that_came_out_uniform_is_said_to_be_no_comparison(tmp_path, capsys):
+    even = {"sparsity": [0.5, 0.5], "params": [10, 10], "target": 0.5, "pattern": "mixed:4"}
+    nm = {"sparsity": 0.5, "pattern": "mixed:4", "pruner__pattern": "mixed:4", "measured": {**FIELD, "seq_len": 4096}}
+    nm |= {"model": "meta-llama/Llama-2-7b-hf"}
+    rows = [
+        replace(llama(11.5, **nm), profile=even),
+        replace(llama(11.5, allocator="shapley", **nm), profile=even),
+        replace(llama(11.0, allocator="shapley", **nm | {"pruner": "sparsegpt"}), profile=even | {"sparsity": [0.25, 0.75]}),
+    ]
+    assert main(["published", write(tmp_path, *rows), "--table", "nm"]) == 0
+    said = "because the budget came out uniform: wanda, shapley, llama2_7b, mixed:4."
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_budgets_of_sublayers_are_a_row_of_their_own(tmp_path, capsys):
+    shapley = {"pruner": "sparsegpt", "allocator": "shapley"}
+    rows = [llama(21.0, **shapley), llama(20.0, **shapley, allocator__granularity="sublayer")]
+    found = cells(capsys, write(tmp_path, *rows))
+    assert found["sparsegpt", "shapley", "llama_7b"]["mean"] == "21.0"
+    assert found["sparsegpt", "shapleysublayers", "llama_7b"]["mean"] == "20.0"
 
 
 def test_n_m_by_their_mixed_names(tmp_path, capsys):

@@ -202,7 +202,8 @@ def rows():
 
 
 WITHOUT_SCORES = {"uniform", "atp", "search", "curves"}
-SHAPLEY = {"shapley", "shapley_rounds", "leave_one_out", "random", "reversed"}
+READ_INPUTS = {"owl", "owl_nm", "dlp", "block_influence"}
+SHAPLEY = {"shapley", "shapley_rounds", "shapley_sublayers", "leave_one_out", "random", "reversed"}
 
 
 @pytest.mark.parametrize("name", sorted({p.stem for p in (CONF / "allocator").glob("*.yaml")} - {"from_file"}))
@@ -213,7 +214,7 @@ def test_every_allocator_as_a_job(svnup, name):
     (row,) = rows()
     stored = {k for k in ("shapley", "scores") if row[k] is not None}
     assert stored == (set() if name in WITHOUT_SCORES else {"shapley"} if name in SHAPLEY else {"scores"})
-    assert ("dataset" in row["fingerprints"]) == (name in ("owl", "dlp", "block_influence"))
+    assert ("dataset" in row["fingerprints"]) == (name in READ_INPUTS)
     profile = row["profile"]
     assert np.average(profile["sparsity"], weights=profile["params"]) == pytest.approx(0.7, abs=1e-9)
     assert (np.ptp(profile["sparsity"]) == 0) == (name == "uniform")
@@ -228,7 +229,7 @@ def test_every_allocator_as_a_job(svnup, name):
     assert (code, "already finished" in out) == (0, True)
     code, out, err = svnup(f"allocator={name}", "dry_run=true")
     assert code == 0, err
-    assert ("scores' block forwards" in out) == (name in ("owl", "dlp", "block_influence"))
+    assert ("scores' block forwards" in out) == (name in READ_INPUTS)
 
 
 def test_random_differs_by_its_seed(svnup):
@@ -272,7 +273,7 @@ def test_budgets_of_sublayers(svnup):
     assert len(fine["shapley"]["values"]) == 6
     assert "linears" not in coarse["profile"]
     names = [describe(ResultRow.from_json(json.dumps(row)))["allocator"] for row in (fine, coarse)]
-    assert ["sublayer)" in name for name in names] == [True, False]
+    assert [name.split(" ")[0] for name in names] == ["shapleysublayers", "shapley"]
     values, got = np.array(fine["shapley"]["values"]), []
     for index, linears in enumerate(fine["profile"]["linears"]):
         for part in ("self_attn", "mlp"):

@@ -1,0 +1,459 @@
+"""The numbers in the documentation: computed from the committed tables and written into the pages.
+
+    python tools/insert_numbers.py            # or: make numbers
+
+A page marks a number, a phrase of numbers or a table with its name, `<!--n:NAME-->...<!--/n-->`; what stands between is
+replaced by `numbers()[NAME]`. tests/test_numbers.py fails where a page says something else, and on a result in prose that is
+not marked.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TABLES = ROOT / "results" / "tables"
+PAGES = ("README.md", "docs/choosing.md", "docs/leaderboard.md")
+MARK = re.compile(r"<!--n:([a-z0-9-]+)-->(.*?)<!--/n-->", re.DOTALL)
+
+MODELS, PRUNERS = ("tiny", "tiny_opt"), ("magnitude", "wanda", "sparsegpt")
+LEVELS = ("0.5", "0.6", "0.7", "0.8")
+FIELD = ("owl", "dlp", "alpha_pruning")
+CONTROLS = ("random", "reversed")
+SUBLAYERS, ROUNDS, SEARCH = "shapley_sublayers", "shapley_rounds", "search"
+SHOWN = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
+Cell = tuple[str, str, str]  # model, pruner, sparsity
+Line = dict[str, str]
+
+
+def filled(text: str, values: dict[str, str]) -> str:
+    """The page with every marked number as it is in `values`; raises ValueError for a name that is not there."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in values:
+            raise ValueError(f"<!--n:{name}-->: no such number; tools/insert_numbers.py has {', '.join(values)}")
+        return f"<!--n:{name}-->{values[name]}<!--/n-->"
+
+    return MARK.sub(value, text)
+
+
+# -- reading tables
+
+
+def lines_of(name: str, heading: str = "") -> list[Line]:
+    """The table of a Markdown file that follows the line that ends with `heading` (or is the first), by its column heads.
+
+    Of columns with the same head the second is called 'head 2', and so on.
+    """
+    lines = (TABLES / name).read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.endswith(heading)) if heading else 0
+    first = next(i for i in range(start, len(lines)) if lines[i].startswith("|"))
+    rows = []
+    for line in lines[first:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip().strip("|").split("|")])
+    head, _, *body = rows
+    names = [f"{name} {n}" if (n := head[: i + 1].count(name)) > 1 else name for i, name in enumerate(head)]
+    return [dict(zip(names, row, strict=True)) for row in body]
+
+
+def row(lines: list[Line], **where: str) -> Line:
+    (found,) = [line for line in lines if all(line[key] == value for key, value in where.items())]
+    return found
+
+
+def number(text: str) -> float:
+    """The first number of a cell: of '13.53 ± 0.01' the mean."""
+    return float(re.findall(r"[-+]?\d+(?:\.\d+)?", text.replace(",", ""))[0])
+
+
+class Board:
+    """leaderboard.csv: mean perplexities over the seeds, what was chosen, and what it cost."""
+
+    def __init__(self) -> None:
+        self.seeds: dict[tuple[Cell, str], list[float]] = {}
+        self.chosen: dict[tuple[Cell, str], str] = {}
+        self.cost: dict[tuple[Cell, str], float] = {}
+        with (TABLES / "leaderboard.csv").open(encoding="utf-8", newline="") as file:
+            for line in csv.DictReader(file):
+                key = ((line["model"], line["pruner"], line["sparsity"]), line["allocator"])
+                self.seeds.setdefault(key, []).append(float(line["ppl"]))
+                self.chosen[key], self.cost[key] = line["chosen"], float(line["cost"])
+        self.cells = [(m, p, s) for m in MODELS for s in LEVELS for p in PRUNERS]
+
+    def mean(self, cell: Cell, name: str) -> float:
+        return statistics.fmean(self.seeds[cell, name])
+
+    def names(self, cell: Cell) -> list[str]:
+        return [name for there, name in self.seeds if there == cell]
+
+    def change(self, cell: Cell, name: str, other: str = "uniform") -> float:
+        """Perplexity against another's in percent, of their means."""
+        return 100 * (self.mean(cell, name) / self.mean(cell, other) - 1)
+
+    def share(self, name: str, other: str, cells: Iterable[Cell]) -> float:
+        """The gain against uniform as a share of another's, in percent: the mean of the cells' ratios."""
+        return 100 * statistics.fmean(self.change(cell, name) / self.change(cell, other) for cell in cells)
+
+    def with_all(self, *names: str) -> list[Cell]:
+        return [cell for cell in self.cells if all((cell, name) in self.seeds for name in names)]
+
+
+# -- writing them
+
+
+def joined(texts: Iterable[str]) -> str:
+    *first, last = texts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def percents(values: Iterable[float], digits: int = 0, sign: bool = False) -> str:
+    """'58, 37 and 17 %'"""
+    return joined(f"{value:{'+' if sign else ''}.{digits}f}" for value in values) + " %"
+
+
+def span(values: Sequence[float], digits: int = 0) -> str:
+    """'12 to 14 %'"""
+    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return f"{low} %" if low == high else f"{low} to {high} %"
+
+
+def table(head: Sequence[str], align: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    rows = [head, align, *body]
+    return "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def columns(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table as a terminal shows it, indented: numbers to the right."""
+    widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
+    numeric = [all(re.match(r"[-+]?[\d.]+|-$", line[i]) for line in body) for i in range(len(head))]
+
+    def shown(line: Sequence[str]) -> str:
+        cells = (f"{text:>{w}}" if n else f"{text:<{w}}" for text, w, n in zip(line, widths, numeric, strict=True))
+        return ("      " + "   ".join(cells)).rstrip()
+
+    rule = "     " + "─" * (sum(widths) + 3 * len(widths) - 1)
+    return "\n\n" + "\n".join([shown(head), rule, *map(shown, body)]) + "\n\n"
+
+
+# -- the numbers, page by page
+
+
+def of_the_leaderboard() -> dict[str, str]:
+    board, out = Board(), {}
+    for model in MODELS:
+        at_70 = [(model, pruner, "0.7") for pruner in PRUNERS]
+        out[f"sublayers-gain-{model}"] = percents(-board.change(cell, SUBLAYERS) for cell in at_70)
+        mine = [cell for cell in board.cells if cell[0] == model]
+        for name in ("block_influence", "leave_one_out"):
+            lower = sum(board.mean(cell, name) < board.mean(cell, "shapley") for cell in mine)
+            out[f"{name.replace('_', '-')}-lower-{model}"] = f"{lower} of {len(mine)}"
+        gains = [board.change((model, pruner, "0.7"), SUBLAYERS) for pruner in ("sparsegpt", "magnitude")]
+        out[f"better-pruner-{model}"] = percents([100 * gains[0] / gains[1]])
+        rounds = [-board.change(cell, ROUNDS, "shapley") for cell in at_70]
+        out[f"rounds-gain-{model}"] = span(rounds, 1) if min(rounds) > 0 else f"up to {max(rounds):.1f} %"
+    out["cells"] = str(len(board.cells))
+    out["share-block-influence"] = percents([board.share("block_influence", "shapley", board.cells)])
+    out["share-leave-one-out"] = percents([board.share("leave_one_out", "shapley", board.cells)])
+    out["share-rounds"] = percents([board.share(ROUNDS, "shapley", board.cells)])
+    opt = {pruner: -board.change(("tiny_opt", pruner, "0.7"), "block_influence", "shapley") for pruner in PRUNERS}
+    out["influence-opt-70"] = percents([opt["magnitude"], opt["wanda"], opt["sparsegpt"]], 1)
+    cell = ("tiny", "wanda", "0.7")
+    for name in ("shapley", "block_influence", "leave_one_out", ROUNDS, SUBLAYERS, SEARCH):
+        out[f"cost-{name.replace('_', '-')}"] = f"{board.cost[cell, name]:.0f}"
+    tuning = board.cost[cell, "atp"]  # seven losses and no scores
+    for name in ("shapley", "block_influence", "leave_one_out"):
+        out[f"scores-cost-{name.replace('_', '-')}"] = f"{board.cost[cell, name] - tuning:.0f}"
+    out["rounds-cost"] = f"{board.cost[cell, ROUNDS] / board.cost[cell, 'shapley']:.1f} times"
+    for name in ("shapley", ROUNDS, SUBLAYERS):
+        out[f"search-cost-{name.replace('_', '-')}"] = f"{board.cost[cell, SEARCH] / board.cost[cell, name]:.0f} times"
+    out |= lowest(board) | published_heuristics(board) | controls(board) | tables_at_70(board)
+    out["search-cells"] = str(len(board.with_all(SEARCH)))
+    out["curves-behind-wanda"] = span([board.change((m, "wanda", "0.7"), "curves", ROUNDS) for m in MODELS])
+    out["curves-behind-opt-sparsegpt"] = percents([board.change(("tiny_opt", "sparsegpt", "0.7"), "curves", ROUNDS)], 1)
+    odd = [[f"{board.mean(('tiny_opt', p, s), 'uniform'):.1f}" for s in LEVELS] for p in ("wanda", "magnitude")]
+    out["opt-uniform-wanda"], out["opt-uniform-magnitude"] = map(joined, odd)
+    largest = [c for c in board.cells if board.chosen[c, SUBLAYERS] == "lam=0.3"]
+    out["sublayers-largest-lam"] = f"{len(largest)} of {len(board.cells)}"
+    return out
+
+
+def lowest(board: Board) -> dict[str, str]:
+    """Who has the lowest mean, and what search has to do with it."""
+    out, whole = {}, len(board.cells)
+    entered = {cell: [n for n in board.names(cell) if n not in CONTROLS] for cell in board.cells}
+    first = {cell: min(names, key=lambda n: board.mean(cell, n)) for cell, names in entered.items()}
+    out["sublayers-lowest"] = f"{sum(name == SUBLAYERS for name in first.values())} of {whole}"
+    blocks = {cell: [n for n in names if n != SUBLAYERS] for cell, names in entered.items()}
+    best = {cell: min(board.mean(cell, n) for n in names) for cell, names in blocks.items()}
+    out["rounds-lowest"] = f"{sum(board.mean(cell, ROUNDS) == best[cell] for cell in board.cells)} of {whole}"
+    others = {
+        cell: min(names, key=lambda n: board.mean(cell, n))
+        for cell, names in blocks.items()
+        if board.mean(cell, ROUNDS) > best[cell]
+    }
+    counts = {name: sum(other == name for other in others.values()) for name in dict.fromkeys(others.values())}
+    out["rounds-not-lowest"] = joined(f"`{name}` in {count}" for name, count in counts.items())
+    searched = board.with_all(SEARCH)
+    for name in ("shapley", ROUNDS, SUBLAYERS):
+        out[f"against-search-{name.replace('_', '-')}"] = percents(
+            (board.change(c, name, SEARCH) for c in searched), 1, sign=True
+        )
+    lower = sum(board.mean(cell, SEARCH) < board.mean(cell, ROUNDS) for cell in searched)
+    out["search-below-rounds"] = f"{lower} of {len(searched)}"
+    return out
+
+
+def published_heuristics(board: Board) -> dict[str, str]:
+    """Where the selection text chose an amplitude for OWL, DLP and AlphaPruning, and what came of it on test text."""
+    cells = board.with_all(*FIELD)
+    pairs = [(cell, name) for name in FIELD for cell in cells]
+    chosen = [pair for pair in pairs if number(board.chosen[pair].partition("=")[2]) > 0]
+    out = {"heuristics-uniform": f"{len(pairs) - len(chosen)} of {len(pairs)}", "heuristics-chosen": str(len(chosen))}
+    for pruner in ("magnitude", "wanda"):
+        cell = ("tiny", pruner, "0.7")
+        out[f"heuristics-tiny-{pruner}"] = percents(-board.change(cell, name) for name in ("owl", "dlp"))
+        out[f"atp-tiny-{pruner}"] = percents([-board.change(cell, "atp")])
+    rest = [pair for pair in chosen if (pair[0][0], pair[0][2]) != ("tiny", "0.7")]
+    out["heuristics-rest"] = joined(
+        f"{name} on {c[0]} with {SHOWN[c[1]]} at {100 * float(c[2]):.0f} % ({board.change(c, name):+.1f} %)" for c, name in rest
+    )
+    return out
+
+
+def controls(board: Board) -> dict[str, str]:
+    out = {}
+    for name in CONTROLS:
+        cells = board.with_all(name)
+        changes = [board.change(cell, name) for cell in cells]
+        runs = [pair for cell in cells for pair in zip(board.seeds[cell, name], board.seeds[cell, "uniform"], strict=True)]
+        better = sum(mine < uniform for mine, uniform in runs)
+        out[f"{name}-worse"] = f"{sum(change > 0 for change in changes)} of {len(cells)}"
+        out[f"{name}-better-runs"] = f"{better} of {len(runs)}"
+        out[f"{name}-span"] = span(changes)
+        out[f"{name}-least"] = percents([min(changes)])
+    worse = [
+        f"`{name}` by {board.change(cell, name):.1f} % ({cell[0]}, {SHOWN[cell[1]]}, {100 * float(cell[2]):.0f} %)"
+        for cell in board.cells
+        for name in board.names(cell)
+        if name not in (*CONTROLS, "uniform") and board.change(cell, name) > 0
+    ]
+    return out | {"worse-than-uniform": joined(worse), "n-worse-than-uniform": str(len(worse))}
+
+
+def tables_at_70(board: Board) -> dict[str, str]:
+    names = ("uniform", "owl, dlp, alpha_pruning, atp", "block_influence", "curves", "shapley", ROUNDS, SUBLAYERS, SEARCH)
+    body = []
+    for model in MODELS:
+        for pruner in PRUNERS:
+            cell: Cell = (model, pruner, "0.7")
+            least = min(board.mean(cell, name) for name in board.names(cell) if name not in CONTROLS)
+            shown = [f"{model}, {SHOWN[pruner]}"]
+            for name in names:
+                found = min(
+                    (n for n in name.split(", ") if n in board.names(cell)), key=lambda n: board.mean(cell, n), default=None
+                )
+                if found is None:
+                    shown.append("")
+                    continue
+                ppl = board.mean(cell, found)
+                said = f" ({found})" if ", " in name and ppl < board.mean(cell, "uniform") else ""
+                shown.append(f"**{ppl:.2f}**{said}" if ppl == least else f"{ppl:.2f}{said}")
+            body.append(shown)
+    heads = ["", *(f"best of {name}" if ", " in name else name for name in names)]
+    return {"board-70": table(heads, ["---", *["---:"] * len(names)], body)}
+
+
+def of_the_comparisons() -> dict[str, str]:
+    """Counts of differences that are more than chance, and the intervals at 70 %."""
+    out = {}
+    questions = {
+        "sublayers": f"{SUBLAYERS} against the best of all others",
+        "rounds": f"{ROUNDS} against the best other with one budget a block",
+        "rounds-not-searched": f"{ROUNDS} against the best other with one budget a block, but for search",
+        "influence": "block_influence against shapley",
+        "leave-one-out": "leave_one_out against shapley",
+        "shapley-uniform": "shapley against uniform",
+        "rounds-search": f"{ROUNDS} against search",
+        "sublayers-search": f"{SUBLAYERS} against search",
+    }
+    for key, question in questions.items():
+        lines = lines_of("comparisons.md", f"## {question}")
+        tested = [line for line in lines if line["p, corrected"] != "-"]
+        alone = [line for line in tested if "[-" in line["95 % interval"] and ", -" in line["95 % interval"]]
+        sure = [line for line in tested if line["p, corrected"] == "under 0.001" or number(line["p, corrected"]) < 0.05]
+        out[f"{key}-tested"] = str(len(tested))
+        out[f"{key}-alone"] = f"{len(alone)} of {len(tested)}"
+        out[f"{key}-sure"] = f"{sum(number(line['change']) < 0 for line in sure)} of {len(tested)}"
+        out[f"{key}-surely-worse"] = f"{sum(number(line['change']) > 0 for line in sure)} of {len(tested)}"
+        for line in lines:
+            model, pruner, sparsity = line["cell"].split(", ")
+            if sparsity == "70 %":
+                shown = line["change"] if line["95 % interval"] == "-" else f"{line['change']} {line['95 % interval']}"
+                out[f"{key}-{model.replace('_', '-')}-{pruner}"] = f"{shown} ({line['against']})"
+    against = [cell for level in LEVELS for cell in row(lines_at(level), allocator=SUBLAYERS).items() if cell[0] != "allocator"]
+    zero = sum(", +" in text for _, text in against)
+    out["sublayers-bootstrap-zero"] = f"{zero} of {len(against)}"
+    return out
+
+
+def lines_at(level: str) -> list[Line]:
+    """Of leaderboard.md: perplexity against that of the rounds, with bootstrap intervals."""
+    return lines_of("leaderboard.md", f"### {100 * float(level):.0f} %")
+
+
+def of_the_games() -> dict[str, str]:
+    screen = lines_of("games.md", "## Screen: perplexity on the selection text, Wanda, 70 %, seed 0")
+    best = {line["what"]: line["perplexity"] for line in lines_of("games.md", "The best of each kind:")}
+    setting = "absence, players, payoff, estimator; scale"
+    text = (TABLES / "games.md").read_text(encoding="utf-8")
+    out = {"games-settings": re.findall(r"of (\d+) settings beat uniform", text)[0]}
+    out["games-uniform"] = row(screen, **{setting: "uniform"})["perplexity"]
+    kinds = {
+        "payoffs": ("recip_ppl", "kl", "accuracy", "neg_nll", "neg_nll, capped", "neg_ppl"),
+        "scales": ("log", "rank", "clip", "raw"),
+        "players": ("sublayer", "block"),
+        "absences": ("skip", "prune"),
+        "estimators": ("w=1", "w=5", "w=3", "exact", "w=8", "w=5, context absent", "gates"),
+    }
+    for kind, names in kinds.items():
+        out[f"games-{kind}"] = " / ".join(best[name] for name in names)
+    for name, what in {
+        "nll-window": "skip, block, neg_nll, w=5; log",
+        "capped-exact": "skip, block, neg_nll, capped, exact; log",
+        "recip-exact": "skip, block, recip_ppl, exact; log",
+        "default": "skip, block, recip_ppl, w=5; log",
+        "recip-w1": "skip, block, recip_ppl, w=1; log",
+    }.items():
+        out[f"games-{name}"] = row(screen, **{setting: what})["perplexity"]
+    seeds = lines_of("games.md", "mean ± sd over 3 calibration seeds")
+    words = {
+        "uniform": "uniform",
+        "skip, block, neg_nll, w=5; log": "-NLL, w=5, log (plain)",
+        "skip, block, recip_ppl, w=5; log": "recip_ppl, w=5, log (default)",
+        "skip, block, recip_ppl, exact; log": "recip_ppl, exact, log",
+        "skip, sublayer, recip_ppl, w=1; log": "recip_ppl, sublayers, w=1, log",
+    }
+    cells = [key for key in seeds[0] if key != "setting"]
+    heads = ["setting", *(cell.replace("wanda", "Wanda").replace("sparsegpt", "SparseGPT") for cell in cells)]
+    body = [[said, *(row(seeds, setting=what)[cell].split(" ")[0] for cell in cells)] for what, said in words.items()]
+    out["games-seeds"] = table(heads, ["---"] * len(heads), body)
+    tested = lines_of("games.md", "## Test text, read once: perplexity at 70 %, mean ± sd over 3 calibration seeds")
+    uniform = row(tested, setting="uniform")
+    body = []
+    for line in tested:
+        said = {"uniform": "uniform", "skip, block, neg_nll, w=5; log": "plain"}.get(line["setting"], "default")
+        changes = [f" ({100 * (number(line[p]) / number(uniform[p]) - 1):+.1f} %)" for p in ("wanda", "sparsegpt")]
+        cells = [
+            line[p] + (change if said == "default" else "") for p, change in zip(("wanda", "sparsegpt"), changes, strict=True)
+        ]
+        body.append([said, *cells])
+    out["games-test"] = table(["setting", "Wanda", "SparseGPT"], ["---"] * 3, body)
+    exact = exact_values("## skip, -NLL capped at chance")
+    out["first-block"] = f"{exact[0] / statistics.median(exact[1:]):.0f} times"
+    return out
+
+
+def exact_values(heading: str) -> list[float]:
+    text = (TABLES / "estimators.md").read_text(encoding="utf-8").partition(f"{heading}\n")[2]
+    return [float(value) for value in re.findall(r"Exact values: (.*)\.\n", text)[0].split(", ")]
+
+
+def of_budgets_and_windows() -> dict[str, str]:
+    ideas = {line["idea"]: line for line in lines_of("budgets.md")}
+    out = {}
+    for name, idea in {
+        "sublayers": "players and budgets per sublayer",
+        "sublayers-w1": "players and budgets per sublayer, windows of 1",
+        "sublayer-rounds": "players and budgets per sublayer, 3 rounds, the first to 0.3",
+        "linears-shapley": "blocks divided among linears by their Shapley values",
+        "linears-outliers": "blocks divided among linears by outliers",
+        "rounds": "2 rounds: values of the pruned model correct the budget",
+        "pruned": "absent is pruned, others dense",
+        "w1": "windows of 1 (leave one out)",
+    }.items():
+        out[f"budgets-{name}"] = (
+            joined(ideas[idea][column].removesuffix(" %") for column in ("vs default", "vs default 2")) + " %"
+        )
+    windows = [line for line in lines_of("window_ablation_tiny.md") if line["allocator"] == "shapley"]
+    body = [[line["shapley.window"], *(line[f"tiny {p} ours"].strip("*") for p in ("wanda", "sparsegpt"))] for line in windows]
+    out["windows"] = table(["window", "Wanda", "SparseGPT"], ["---:"] * 3, body)
+    return out
+
+
+def of_the_estimators() -> dict[str, str]:
+    games = {"capped": "## skip, -NLL capped at chance", "pruned": "## prune (Wanda, 70 %), -NLL", "plain": "## skip, -NLL"}
+    lines = {name: lines_of("estimators.md", heading) for name, heading in games.items()}
+
+    def value(game: str, estimator: str, column: str) -> float:
+        return number(row(lines[game], estimator=estimator)[column])
+
+    out = {f"spearman-w{w}": f"{value('capped', f'sliding window w={w}', 'Spearman'):.3f}" for w in (1, 5)}
+    for game in ("capped", "pruned"):
+        out[f"permutation-error-{game}"] = percents([100 * value(game, "permutation, budget 144", "error / spread")], 1)
+    plain = value("pruned", "permutation, budget 400, not antithetic", "error / spread")
+    out["antithetic"] = percents([100 * value("pruned", "permutation, budget 400", "error / spread") / plain])
+    rho = [value("plain", f"gates, {nodes} nodes", "Spearman") for nodes in (2, 4, 8)]
+    out["spearman-gates"] = f"{min(rho):.3f} to {max(rho):.3f}"
+    benchmark = (ROOT / "results" / "benchmarks" / "shapley_cost.md").read_text(encoding="utf-8")
+    out["gates-cost"] = f"{float(re.findall(r'Gates with 8 nodes: ([0-9.]+) full', benchmark)[0]):.0f}"
+    forwards = [
+        value("capped", name, "block-forwards")
+        for name in ("permutation, budget 1200, truncated 1 %", "permutation, budget 1200")
+    ]
+    out["truncation"] = f"{forwards[0]:,.0f} block-forwards instead of {forwards[1]:,.0f}"
+    steps = [value("plain", f"sliding window w={w}", "block-forwards") for w in (1, 5)]
+    out["w1-forwards"], out["w5-forwards"] = (f"{step:.0f}" for step in steps)
+    return out
+
+
+def of_the_pruners() -> dict[str, str]:
+    errors = {line["better than"]: line for line in lines_of("pruners.md", "### Built-in model, 70 %: 84 layers")}
+    whole = {line["pruner"]: line for line in lines_of("pruners.md", "## On the whole model")}
+    share = "error / Wanda's"
+    order = sorted(whole, key=lambda name: (number(whole[name]["50 %"]), number(whole[name]["70 %"])))
+    body = []
+    for name in order:
+        perplexities = [whole[name][column].split(" ")[0] for column in ("50 %", "70 %", "2:4")]
+        body.append([f"`{name}`", *perplexities, errors[name][share], errors[name]["sparsegpt"]])
+    heads = ["pruner", "50 %", "70 %", "2:4", "error", "better than SparseGPT in"]
+    return {"pruners": table(heads, ["---"] * 6, body)}
+
+
+def of_the_demo() -> dict[str, str]:
+    lines = lines_of("smoke.md")
+    return {"smoke": columns(list(lines[0]), [list(line.values()) for line in lines])}
+
+
+def of_the_paper() -> dict[str, str]:
+    with (ROOT / "experiments" / "published" / "headline.csv").open(encoding="utf-8", newline="") as file:
+        lines = {line["model"]: float(line["change"]) for line in csv.DictReader(file)}
+    return {"paper-7b": percents([-100 * lines["llama_7b"]], 2)}
+
+
+def numbers() -> dict[str, str]:
+    """Every number by its name."""
+    parts = [of_the_leaderboard(), of_the_comparisons(), of_the_games(), of_budgets_and_windows(), of_the_estimators()]
+    parts += [of_the_pruners(), of_the_demo(), of_the_paper()]
+    out: dict[str, str] = {}
+    for part in parts:
+        assert not out.keys() & part.keys()
+        out |= {name.replace("_", "-"): text for name, text in part.items()}
+    return out
+
+
+def main() -> None:
+    values = numbers()
+    for name in PAGES:
+        page = ROOT / name
+        page.write_text(filled(page.read_text(encoding="utf-8"), values), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
