@@ -667,7 +667,12 @@ def _blame_omegaconf() -> Iterator[None]:
 def explain(error: Exception, overrides: list[str]) -> str:
     """A composition error as one line: the key, what was given, and what to do."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        group, _, option = str(error.missing_cfg_file).partition("/")  # which may itself be a path
+        if group == "hydra":
+            group, _, option = str(error.missing_cfg_file).rpartition("/")
+        if group == "model" and (Path(option).expanduser().is_dir() or "/" in option):
+            way = f"model=pretrained model.pretrained_model_name_or_path={option}"
+            return f"model={option}: no option of the group; a folder or a hub model is {way}"
         options = [o for o in error.options or [] if not o.startswith("_")]
         if options:
             return f"{group}={option}: choose among {', '.join(options)}{did_you_mean(option, options)}"

@@ -292,6 +292,15 @@ def test_model_paths(capsys, monkeypatch, tmp_path):
     assert f"{key}=./file" in line
 
 
+@pytest.mark.parametrize("name", ["mine", "./mine", "below/mine", "an-organisation/a-model"])
+def test_a_folder_or_hub_name_for_an_option_of_the_model_names_the_way(name, capsys, monkeypatch, tmp_path):
+    if name != "an-organisation/a-model":
+        (tmp_path / name).mkdir(parents=True)
+    line = refused(capsys, monkeypatch, f"model={name}")
+    assert line.startswith(f"svnup: model={name}: no option")
+    assert line.endswith(f" model=pretrained model.pretrained_model_name_or_path={name}")
+
+
 def test_offload_of_checkpoints(capsys, monkeypatch, tmp_path):
     """A model that is spread over devices cannot wait elsewhere; one without safetensors, or with torn ones, cannot on disk."""
     from importlib.machinery import ModuleSpec
