@@ -20,8 +20,6 @@ BUILT_IN_FOLDER = Path(__file__).parent / "assets" / "tiny"
 SHIPPED = {BUILT_IN: BUILT_IN_FOLDER, BUILT_IN_OPT: BUILT_IN_FOLDER.with_name("tiny_opt")}
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
-DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def one_block_of(config: Any) -> Any:
@@ -134,23 +132,22 @@ class Pretrained:
             raise ValueError(
                 f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: its config.json is not JSON ({error})"
             ) from None
-        return config | config.get("text_config", {})
+        return config
 
     def n_blocks(self) -> int:
-        """Number of blocks by config.json; raises ValueError where the model or that number cannot be found."""
-        depth = next((self._config[key] for key in DEPTH_KEYS if key in self._config), None)
+        """Number of blocks of the language model, by its configuration; raises ValueError where that has none."""
+        usual, config = "num_hidden_layers", self._config
+        if type(config.get(usual)) is int and config[usual] > 0 and not any(key.endswith("_config") for key in config):
+            return int(config[usual])  # at once: importing transformers, which knows all other names, takes seconds
+        from svnup.language_model import read_config
+
+        config = read_config(self._source, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        depth = getattr(config.get_text_config(), usual, None)
         if depth is None:
             raise ValueError(
                 f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: config.json names no number of layers"
             )
         return int(depth)
-
-    def max_positions(self) -> int | None:
-        return next((self._config[key] for key in POSITION_KEYS if key in self._config), None)
-
-    def widths(self) -> list[int]:
-        """Input widths of linears, as far as config.json names them."""
-        return [self._config[key] for key in ("hidden_size", "intermediate_size", "ffn_dim") if key in self._config]
 
     def check_offload(self, offload: Offload) -> None:
         """Raise ValueError where blocks cannot wait there."""
@@ -272,12 +269,6 @@ class Random:
 
     def n_blocks(self) -> int:
         return self.num_hidden_layers
-
-    def max_positions(self) -> int | None:
-        return self.max_position_embeddings
-
-    def widths(self) -> list[int]:
-        return [self.hidden_size, self.intermediate_size]
 
     def check_offload(self, offload: Offload) -> None:
         if offload == "disk":
