@@ -221,7 +221,7 @@ class Job:
                     "embeddings; use the tokenizer that the model was trained with"
                 )
         with _blame("evaluation"):
-            self.evaluation.check()
+            self.evaluation.check(self.skeleton, tokenizer)
 
     def check_shapes(self) -> LanguageModel:
         """Check pattern, budget and lengths against the real shapes of the model; returns the skeleton that has them."""
