@@ -180,7 +180,7 @@ class Pretrained:
             return f"{self.pretrained_model_name_or_path}@{self._config_file.parent.name}"
         total = hashlib.sha256()
         for path in sorted(self._config_file.parent.iterdir()):
-            if path.suffix in (".safetensors", ".bin", ".json", ".model", ".txt"):
+            if path.suffix in (".safetensors", ".bin", ".json", ".model", ".txt") and path.is_file():
                 total.update(path.name.encode())
                 with path.open("rb") as file:
                     total.update(hashlib.file_digest(file, "sha256").digest())
