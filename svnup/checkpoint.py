@@ -11,8 +11,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,8 +24,32 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 BITMASK = "svnup_bitmask.json"
 BITMASK_VERSION = 1
+POINTER = b"version https://git-lfs"  # how what git-lfs leaves in place of a file begins
+POINTS_ELSEWHERE = "is what git-lfs leaves in place of a file; get the file with git lfs pull"
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of a number
 Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor of a checkpoint that is read when its numbers are asked for, by `[...]`, as transformers' loader does.
+
+    `outline` is a tensor of its shape and dtype without memory.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+    outline: Tensor
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.checkpoint.read([self.name])[self.name][index]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.outline.dtype
+
+    def is_floating_point(self) -> bool:
+        return self.outline.is_floating_point()
 
 
 class Checkpoint:
@@ -48,6 +73,25 @@ class Checkpoint:
                 self._files = dict.fromkeys(file.keys(), single.name)
         else:
             raise ValueError(f"{self.folder}: no safetensors checkpoint; save the model once more with safe_serialization")
+
+    @classmethod
+    def of_files(cls, files: Iterable[Path]) -> Self:
+        """The checkpoint that safetensors files make together, whatever their names; they lie in one folder."""
+        checkpoint = cls.__new__(cls)
+        paths = list(files)
+        checkpoint.folder, checkpoint._shapes, checkpoint._files = Path(*paths[:1]).parent, {}, {}
+        for path in paths:
+            with _opened(path) as file:
+                checkpoint._files |= dict.fromkeys(file.keys(), path.name)
+        return checkpoint
+
+    def stored(self) -> dict[str, StoredTensor]:
+        """Every tensor by its name, to be read one at a time."""
+        out: dict[str, StoredTensor] = {}
+        for names in self.by_file():
+            with _opened(self.folder / self._files[self._key(names[0])]) as file:
+                out |= {name: StoredTensor(self, name, self._outline(file, name)) for name in names}
+        return out
 
     def names(self) -> list[str]:
         """Names of the tensors, as in the model's state dict."""
@@ -80,10 +124,14 @@ class Checkpoint:
                     out[name] = self._unpacked(file, name) if name in self._shapes else self._stored(file, name).clone()
         return out
 
-    def dtype(self) -> torch.dtype | None:
-        """Of the first tensor of floating point, as `from_pretrained` takes it where the configuration names none."""
-        tensors = (self.read([name])[name] for name in self.names())
-        return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+    def _outline(self, file: Any, name: str) -> Tensor:
+        try:
+            kept = file.get_slice(self._key(name))
+        except SafetensorError as error:
+            raise ValueError(f"{self.folder}: cannot be read ({error}); copy the checkpoint again") from None
+        shape = self._shapes.get(name, kept.get_shape())
+        dtype = kept[:0].dtype if kept.get_shape() else kept[...].dtype
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     def _key(self, name: str) -> str:
         """Under which a tensor, or its kept values, is stored."""
@@ -101,6 +149,12 @@ class Checkpoint:
         if int(keep.sum()) != len(values):
             raise ValueError(f"{self.folder}: {name} is damaged: {int(keep.sum())} bits for {len(values)} values")
         return torch.zeros(shape, dtype=values.dtype).masked_scatter_(keep, values)
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether git-lfs has left a pointer in place of the file."""
+    with path.open("rb") as file:
+        return file.read(len(POINTER)) == POINTER
 
 
 def is_bitmask(folder: str | Path) -> bool:
@@ -188,6 +242,8 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
+        if path.is_file() and is_pointer(path):
+            raise ValueError(f"{path}: {POINTS_ELSEWHERE}") from None
         raise ValueError(f"{path}: cannot be read ({error}); copy the checkpoint again") from None
 
 

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,19 +18,16 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers import AutoConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
-from svnup.checkpoint import Checkpoint, Tensors, in_place, is_bitmask, write_bitmask, write_dense
-from svnup.offload import DiskShelf, HostShelf, Shelf, fill
+from svnup.checkpoint import Tensors, in_place, is_bitmask, write_bitmask, write_dense
+from svnup.loading import Loader, auto_class, outline, quiet_unless_terminal
+from svnup.offload import DiskShelf, HostShelf, Shelf
 from svnup.progress import stage
 from svnup.types import Floats, Ints, Offload, SaveFormat
 
@@ -131,6 +127,7 @@ class LanguageModel:
         self.decoder = model.get_submodule(self.blocks_path.rpartition(".")[0])
         self.n_block_runs = 0  # of visited blocks on all inputs
         self._shelf: Shelf | None = None
+        self._companions: dict[str, bytes] = {}  # files that are saved beside the model
         _refuse_experts(model, self.blocks)
 
     @classmethod
@@ -146,94 +143,72 @@ class LanguageModel:
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         blocks_path: str | None = None,
+        gguf_file: str | None = None,
         offload: Offload = "none",
         scratch: Path | None = None,
     ) -> Self:
         """Load a checkpoint folder (dense or bitmask) or a hub model; names as in `from_pretrained`, `device` = auto, cpu,
         cuda, cuda:1, ...
 
+        A quantized checkpoint is dequantized; `gguf_file` names a GGUF file of the folder or hub model to read in place of it.
         `tokenizer` None takes the checkpoint's own. `offload`: where blocks and calibration states wait while they are not
         computed with: `none` on the device, `cpu` in its memory, `disk` in the checkpoint itself and in files under `scratch`
         (None: temporary ones), so that the whole model is never in memory.
 
-        Raises ValueError where the checkpoint cannot be loaded.
+        Raises ValueError where the checkpoint cannot be loaded, or is not the whole of the model.
         """
-        source = pretrained_model_name_or_path
-        remote: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        if offload == "disk" or is_bitmask(source):
-            if device_map is not None:
-                raise ValueError(f"model.device_map={device_map}: {source} is read for one device; use device_map=null")
-            config, checkpoint = read_config(source, **remote), Checkpoint(_local_folder(source, revision))
-            config.dtype = config.dtype or checkpoint.dtype()
-            config = config_with(config, dtype, attn_implementation)
-            lm = cls._assembled(checkpoint, config, pick_device(device), trust_remote_code, blocks_path, offload, scratch)
-            if (checkpoint.folder / "generation_config.json").is_file():
-                lm.model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
-            lm.tokenizer = tokenizer or read_tokenizer(source, **remote)
-            return lm
-        options: dict[str, Any] = {"device_map": device_map, "attn_implementation": attn_implementation}
-        with _quiet_unless_terminal():
-            try:
-                model = AutoModelForCausalLM.from_pretrained(
-                    source,
-                    dtype=dtype,
-                    **remote,
-                    **{k: v for k, v in options.items() if v is not None},
-                )
-            except (OSError, ImportError) as error:
-                raise ValueError(f"{source} cannot be loaded: {error}") from error
-        if device_map is not None and any(p.is_meta for p in model.parameters()):
+        loader = Loader(
+            source=pretrained_model_name_or_path,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            device_map=device_map,
+            gguf_file=gguf_file,
+        )
+        tokenizer = tokenizer or loader.tokenizer()
+        return cls.loaded(loader, tokenizer, device=device, blocks_path=blocks_path, offload=offload, scratch=scratch)
+
+    @classmethod
+    def loaded(
+        cls,
+        loader: Loader,
+        tokenizer: Any,
+        *,
+        device: str = "auto",
+        blocks_path: str | None = None,
+        offload: Offload = "none",
+        scratch: Path | None = None,
+    ) -> Self:
+        """What `load` returns, of a loader that is there."""
+        if loader.device_map is not None and (offload == "disk" or is_bitmask(loader.source)):
             raise ValueError(
-                f"model.device_map={device_map}: the model does not fit the GPUs at hand; use more, or a smaller one"
+                f"model.device_map={loader.device_map}: {loader.source} is read for one device; use device_map=null"
             )
-        lm = cls(model, tokenizer or read_tokenizer(source, **remote), blocks_path)
-        if device_map is None:
+        if offload == "disk":
+            return cls._left_on_disk(loader, tokenizer, pick_device(device), blocks_path, scratch)
+        model = loader.load()
+        if loader.device_map is not None and any(p.is_meta for p in model.parameters()):
+            raise ValueError(
+                f"model.device_map={loader.device_map}: the model does not fit the GPUs at hand; use more, or a smaller one"
+            )
+        lm = cls(model, tokenizer, blocks_path)
+        lm._companions = loader.companions()
+        if loader.device_map is None:
             lm._move(pick_device(device), offload)
         return lm
 
     @classmethod
-    def _assembled(
-        cls,
-        checkpoint: Checkpoint,
-        config: Any,
-        device: torch.device,
-        trust_remote_code: bool,
-        blocks_path: str | None,
-        offload: Offload,
-        scratch: Path | None,
+    def _left_on_disk(
+        cls, loader: Loader, tokenizer: Any, device: torch.device, blocks_path: str | None, scratch: Path | None
     ) -> Self:
-        """A model whose tensors are read one after the other: all but the blocks, and these too unless they stay on disk."""
-        with _parameters_without_memory():
-            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
-        for module in model.modules():  # as loading does: what is computed and not stored comes out the same in any dtype
-            if module._non_persistent_buffers_set:
-                model._init_weights(module)
-        lm = cls(model, None, blocks_path)
-        stored = _stored_names(model, checkpoint.names())
-
-        def read(names: list[str], prefix: str = "") -> Tensors:
-            where = {n: stored.get(prefix + n, prefix + n) for n in names}
-            tensors = checkpoint.read(where.values())
-            return {n: tensors[found] for n, found in where.items()}
-
-        def read_block(index: int) -> Tensors:
-            return read([n for n, _ in lm.blocks[index].named_parameters()], f"{lm.blocks_path}.{index}.")
-
-        rest = [n for n, _ in model.named_parameters() if not n.startswith(lm.blocks_path + ".")]
-        tied = set(model.all_tied_weights_keys or {})
-        fill(model, read([n for n in rest if n not in tied]), device)
-        model.tie_weights()
-        kept = set(model.state_dict())  # buffers that a checkpoint has, some of them in blocks, stay on the device
-        for name, value in read([n for n, _ in model.named_buffers() if n in kept and n in stored]).items():
-            model.get_buffer(name).copy_(value)
-        _buffers_to(model, device)
-        if offload == "disk":
-            lm._put_on(DiskShelf(lm.blocks, read_block, device, scratch, f"{checkpoint.identity()} {config.dtype}"))
-            return lm
-        for index, block in enumerate(lm.blocks):
-            fill(block, read_block(index), torch.device("cpu") if offload == "cpu" else device)
-        if offload == "cpu":
-            lm._move(device, offload)
+        """A model whose blocks stay in the checkpoint until they are brought."""
+        path = cls(loader.outline(), None, blocks_path).blocks_path
+        model, read, identity = loader.without_blocks(path)
+        lm = cls(model, tokenizer, path)
+        lm._companions = loader.companions()
+        lm._move_all_but_blocks(device)
+        lm._put_on(DiskShelf(lm.blocks, read, device, scratch, f"{identity} {model.config.dtype}"))
         return lm
 
     def _move(self, device: torch.device, offload: Offload) -> None:
@@ -241,12 +216,17 @@ class LanguageModel:
         if offload == "none" or device.type == "cpu":
             self.model.to(device)
             return
+        self._move_all_but_blocks(device)
+        self._put_on(HostShelf(self.blocks, device))
+
+    def _move_all_but_blocks(self, device: torch.device) -> None:
+        """Put everything on a device but the parameters of blocks; buffers of blocks go there, too."""
         blocks = {id(p) for p in self.blocks.parameters()}
         for p in self.model.parameters():
             if id(p) not in blocks:
                 p.data = p.data.to(device)
-        _buffers_to(self.model, device)
-        self._put_on(HostShelf(self.blocks, device))
+        for module in self.model.modules():
+            module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
 
     def _put_on(self, shelf: Shelf) -> None:
         """Let every forward of a block bring it first, whoever runs it; one that is replaced for a while needs no weights."""
@@ -268,15 +248,14 @@ class LanguageModel:
         """A model of the given transformers config with weights drawn from `seed`."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            lm = cls(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)), tokenizer)
+            lm = cls(auto_class(config).from_config(config, dtype=getattr(torch, dtype)), tokenizer)
         lm._move(pick_device(device), offload)
         return lm
 
     @classmethod
     def skeleton(cls, config: Any, blocks_path: str | None = None, trust_remote_code: bool = False) -> Self:
         """The same modules and shapes without memory for weights, to check a job before anything is loaded."""
-        with torch.device("meta"):
-            return cls(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), None, blocks_path)
+        return cls(outline(config, trust_remote_code), None, blocks_path)
 
     # -- what it is made of
 
@@ -437,8 +416,10 @@ class LanguageModel:
                     write_bitmask(partial, self.parts(), set(self.pruned_names()))
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(partial)
+            for name, data in self._companions.items():
+                (partial / name).write_bytes(data)
 
-        with _quiet_unless_terminal():
+        with quiet_unless_terminal():
             in_place(folder, fill_folder)
 
     # -- running it
@@ -656,57 +637,6 @@ def _same(a: Any, b: Any) -> bool:
     return True
 
 
-def _buffers_to(model: nn.Module, device: torch.device) -> None:
-    for module in model.modules():
-        module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
-
-
-@contextlib.contextmanager
-def _parameters_without_memory() -> Iterator[None]:
-    """Modules made inside have parameters of shape and dtype only; buffers are real, since no checkpoint stores them all."""
-    register = nn.Module.register_parameter
-
-    def without_memory(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(module, name, param if param is None else nn.Parameter(param.to("meta"), requires_grad=False))
-
-    nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def config_with(config: Any, dtype: str, attn_implementation: str | None) -> Any:
-    """A transformers config with the dtype (`auto`: as it says) and the attention that are asked for."""
-    config.dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or torch.float32
-    if attn_implementation is not None:
-        config._attn_implementation = attn_implementation
-    return config
-
-
-def _local_folder(name: str, revision: str | None) -> Path:
-    """The folder of a checkpoint, downloaded if it is a hub model."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name} cannot be loaded: {error}") from error
-
-
-def _stored_names(model: PreTrainedModel, stored: list[str]) -> dict[str, str]:
-    """Where a checkpoint has each tensor, by its name in the model: some were saved without the head's model around the base
-    model, some under names that transformers has changed since."""
-    base, renamings = model.base_model_prefix, [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
-    names: dict[str, str] = {}
-    for name in stored:
-        renamed = name
-        for renaming in renamings:
-            renamed = renaming.rename_source_key(renamed)[0]
-        names |= dict.fromkeys((f"{base}.{renamed}", renamed.removeprefix(f"{base}."), renamed), name)
-    return names | {name: name for name in stored}
-
-
 def _refuse_experts(model: PreTrainedModel, blocks: nn.Module) -> None:
     """Fused experts are parameters of three dimensions, which no pruner here sees; listed ones may never see a token."""
     for name, p in blocks.named_parameters():
@@ -724,6 +654,9 @@ def _find_blocks(model: PreTrainedModel, path: str | None) -> str:
         if path not in dict(model.named_modules()) or not isinstance(model.get_submodule(path), nn.ModuleList):
             raise ValueError(f"model.blocks_path={path}: no such ModuleList in {type(model).__name__}; found {found}")
         return path
+    if len(found) > 1:  # a vision tower may be as deep
+        decoder = {id(m) for m in model.get_decoder().modules()}
+        found = [name for name in found if id(model.get_submodule(name)) in decoder] or found
     if len(found) != 1:
         raise ValueError(
             f"{type(model).__name__} has {len(found)} ModuleLists of length num_hidden_layers={n} ({found}): "
@@ -742,35 +675,6 @@ def pick_device(device: str) -> torch.device:
     return picked
 
 
-def read_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a checkpoint folder or hub model; raises ValueError where it cannot be read."""
-    try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name} has no readable config: {error}") from error
-
-
 def make_config(model_type: str, **shape: Any) -> Any:
     """A transformers config of a model family with the given names and values."""
     return AutoConfig.for_model(model_type, **shape)
-
-
-def read_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint folder or hub model; raises ValueError where it cannot be read."""
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{name} has no readable tokenizer: {error}") from error
-
-
-@contextlib.contextmanager
-def _quiet_unless_terminal() -> Iterator[None]:
-    """Keep the library's progress bars out of logs."""
-    if sys.stderr.isatty() or not transformers_logging.is_progress_bar_enabled():
-        yield
-        return
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.enable_progress_bar()

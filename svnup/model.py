@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from svnup.language_model import LanguageModel
+    from svnup.loading import Loader
     from svnup.types import Offload
 
 BUILT_IN, BUILT_IN_OPT = "svnup/tiny", "svnup/tiny_opt"
@@ -49,6 +52,7 @@ KNOWN = ("dataset", "seq_len", "ppl", "source")  # of a dense perplexity
 class Pretrained:
     """A checkpoint folder, a hub model, or a built-in one (`SHIPPED`); names as in transformers' `from_pretrained`.
 
+    `gguf_file` names a GGUF file of the folder or hub model, which is dequantized and read in place of a checkpoint.
     `seq_len` is the model's default sequence length, `test_text` the data set whose perplexity is reported by default,
     `test_tasks` the tasks whose accuracy is, and `dense_ppl` lists known dense perplexities as {dataset, seq_len, ppl, source},
     with n_windows where it is known how many windows of that length the text has.
@@ -62,6 +66,7 @@ class Pretrained:
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     blocks_path: str | None = None
+    gguf_file: str | None = None
     seq_len: int = 2048
     test_text: str = "wikitext2"
     test_tasks: str = "with_rte"
@@ -70,6 +75,9 @@ class Pretrained:
     def __post_init__(self) -> None:
         _check_device_name(self.device)
         _check_known(self.dense_ppl)
+        for package in ("gguf", "accelerate") if self.gguf_file is not None else ():
+            if find_spec(package) is None:
+                raise ValueError(f"gguf_file={self.gguf_file}: needs the package {package}; pip install '.[gguf]'")
         if self.device_map is None:
             return
         if self.device_map not in DEVICE_MAPS:
@@ -102,20 +110,27 @@ class Pretrained:
 
     @cached_property
     def _config_file(self) -> Path:
-        given = f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}"
+        """What describes the model: its config.json, or the GGUF file."""
+        given, name = f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}", self.gguf_file or "config.json"
         if self._is_local:
             folder = Path(self._source)
+            if folder.suffix == ".gguf" and folder.is_file():
+                raise ValueError(f"{given}: is one file; give its folder, and gguf_file={folder.name}")
             if not folder.is_dir():
                 raise ValueError(
                     f"{given}: there is no such folder; give a checkpoint folder or a hub name (organisation/name)"
                 )
-            if not (folder / "config.json").is_file():
-                raise ValueError(f"{given}: the folder has no config.json; give a folder written by save_pretrained")
-            return folder / "config.json"
+            if not (folder / name).is_file():
+                there = sorted(path.name for path in folder.glob("*.gguf"))
+                if self.gguf_file is not None:
+                    raise ValueError(f"gguf_file={name}: no such file in {folder}; it has {', '.join(there) or 'no GGUF file'}")
+                way = f"add model.gguf_file={there[0]}" if there else "give a folder written by save_pretrained"
+                raise ValueError(f"{given}: the folder has no config.json; {way}")
+            return folder / name
         from huggingface_hub import hf_hub_download
 
         try:
-            return Path(hf_hub_download(given.partition("=")[2], "config.json", revision=self.revision))
+            return Path(hf_hub_download(given.partition("=")[2], name, revision=self.revision))
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
@@ -125,13 +140,17 @@ class Pretrained:
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        text = self._config_file.read_text(encoding="utf-8")
+        """The names and values of config.json, those of the language model first."""
+        path = self._config_file
+        if self.gguf_file is not None:
+            return self._loader.config.to_dict()
+        wrong = f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: its config.json"
         try:
-            config = json.loads(text)
+            config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(
-                f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: its config.json is not JSON ({error})"
-            ) from None
+            raise ValueError(f"{wrong} is not JSON ({error}); copy it again") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{wrong} is no object of names and values; copy it again")
         return config
 
     def n_blocks(self) -> int:
@@ -139,10 +158,7 @@ class Pretrained:
         usual, config = "num_hidden_layers", self._config
         if type(config.get(usual)) is int and config[usual] > 0 and not any(key.endswith("_config") for key in config):
             return int(config[usual])  # at once: importing transformers, which knows all other names, takes seconds
-        from svnup.language_model import read_config
-
-        config = read_config(self._source, revision=self.revision, trust_remote_code=self.trust_remote_code)
-        depth = getattr(config.get_text_config(), usual, None)
+        depth = getattr(self._loader.config.get_text_config(), usual, None)
         if depth is None:
             raise ValueError(
                 f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: config.json names no number of layers"
@@ -163,6 +179,8 @@ class Pretrained:
                     f"device_map={self.device_map}: a bitmask checkpoint is read for one device; use device_map=null, or "
                     "make a dense one with svnup-expand"
                 )
+        if offload == "disk" and self.gguf_file is not None:
+            raise ValueError(f"offload=disk: gguf_file={self.gguf_file} is not read block by block; use offload=none or cpu")
         if offload == "disk" and self._is_local:
             from svnup.checkpoint import Checkpoint
 
@@ -178,6 +196,8 @@ class Pretrained:
         """Identifies the weights without loading them: SHA-256 of a local checkpoint's files, the commit of a hub model."""
         if not self._is_local:
             return f"{self.pretrained_model_name_or_path}@{self._config_file.parent.name}"
+        if self.gguf_file is not None:
+            return self._gguf_sha256
         total = hashlib.sha256()
         for path in sorted(self._config_file.parent.iterdir()):
             if path.suffix in (".safetensors", ".bin", ".json", ".model", ".txt") and path.is_file():
@@ -187,42 +207,64 @@ class Pretrained:
         return total.hexdigest()
 
     @cached_property
-    def tokenizer(self) -> Any:
-        from svnup.language_model import read_tokenizer
+    def _gguf_sha256(self) -> str:
+        with self._config_file.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
-        return read_tokenizer(self._source, revision=self.revision, trust_remote_code=self.trust_remote_code)
+    def dequantized_from(self) -> dict[str, Any] | None:
+        """What the weights were before they were dequantized, None where they are as they were stored.
+
+        Of a GGUF file its name, SHA-256 and how many tensors it has of each of its types; of another quantized checkpoint what
+        its config.json says.
+        """
+        if self.gguf_file is None:
+            stored = self._config.get("quantization_config")
+            return {"quantization_config": stored} if stored else None
+        from gguf import GGUFReader
+
+        types = Counter(tensor.tensor_type.name for tensor in GGUFReader(self._config_file).tensors)
+        return {"gguf_file": self.gguf_file, "sha256": self._gguf_sha256, "tensors": dict(types.most_common())}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return self._loader.tokenizer()
+
+    @cached_property
+    def _loader(self) -> Loader:
+        from svnup.loading import Loader
+
+        return Loader(
+            source=self._source,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+            device_map=self.device_map,
+            gguf_file=self.gguf_file,
+        )
 
     def skeleton(self) -> LanguageModel:
-        """The model without weights, for its shapes."""
-        from svnup.language_model import LanguageModel, read_config
+        """The model without weights, for its shapes; of a local checkpoint the names and shapes of its tensors are checked."""
+        from svnup.language_model import LanguageModel
 
-        config = read_config(self._source, revision=self.revision, trust_remote_code=self.trust_remote_code)
-        return LanguageModel.skeleton(config, self.blocks_path, self.trust_remote_code)
+        lm = LanguageModel(self._loader.outline(), None, self.blocks_path)
+        if self._is_local and self.gguf_file is None:
+            self._loader.check()
+        return lm
 
     def one_block(self) -> LanguageModel:
         """One block of this shape with random weights, to time."""
-        from svnup.language_model import LanguageModel, read_config
+        from svnup.language_model import LanguageModel
 
-        config = read_config(self._source, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        config = copy.deepcopy(self._loader.config)
         dtype = self.dtype if self.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
         return LanguageModel.random(one_block_of(config), None, seed=0, dtype=dtype, device=self.device)
 
     def load(self, offload: Offload = "none", scratch: Path | None = None) -> LanguageModel:
         from svnup.language_model import LanguageModel
 
-        return LanguageModel.load(
-            self._source,
-            tokenizer=self.tokenizer,
-            revision=self.revision,
-            dtype=self.dtype,
-            device=self.device,
-            device_map=self.device_map,
-            attn_implementation=self.attn_implementation,
-            trust_remote_code=self.trust_remote_code,
-            blocks_path=self.blocks_path,
-            offload=offload,
-            scratch=scratch,
-        )
+        places: dict[str, Any] = {"device": self.device, "blocks_path": self.blocks_path, "offload": offload}
+        return LanguageModel.loaded(self._loader, self.tokenizer, scratch=scratch, **places)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,9 +324,12 @@ class Random:
     def fingerprint(self) -> str:
         return "determined by the configuration"
 
+    def dequantized_from(self) -> None:
+        return None
+
     @cached_property
     def tokenizer(self) -> Any:
-        from svnup.language_model import read_tokenizer
+        from svnup.loading import read_tokenizer
 
         return read_tokenizer(str(BUILT_IN_FOLDER))
 

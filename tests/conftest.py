@@ -90,3 +90,25 @@ def svnup(tmp_path, monkeypatch, capsys):
     yield run
     logger.handlers[:], logger.propagate = before[0], before[1]
     logger.setLevel(before[2])
+
+
+@pytest.fixture
+def svnup_on(monkeypatch, capsys, tmp_path):
+    """Runs the command on a checkpoint in an empty folder: (exit code, errors)."""
+    monkeypatch.setattr(Docs, "read", read_once)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    logger = logging.getLogger("svnup")
+    before = (logger.handlers[:], logger.propagate, logger.level)
+
+    def run(folder, *args):
+        texts = ["dataset=docs", "dataset@shapley.game.data=docs", "dataset@selection=docs", "model.test_text=docs"]
+        job = ["svnup", "model=pretrained", f"model.pretrained_model_name_or_path={folder}", "model.seq_len=32", *texts]
+        monkeypatch.setattr(sys, "argv", [*job, "allocator=uniform", "dataset.n_seq=2", "evaluation.n_seq=2", *args])
+        capsys.readouterr()
+        return main(), capsys.readouterr().err
+
+    yield run
+    logger.handlers[:], logger.propagate = before[0], before[1]
+    logger.setLevel(before[2])

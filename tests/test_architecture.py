@@ -16,16 +16,17 @@ MODULES = {path.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(path.rea
 ONLY_IN = {
     "hydra": {"__main__", "config"},
     "omegaconf": {"__main__", "config"},
-    "transformers": {"language_model", "data"},
+    "transformers": {"loading", "language_model", "data"},
     "wandb": {"tracking"},
     "lm_eval": {"evaluation"},
     "pandas": {"results", "tables"},
     "matplotlib": {"plots"},
     "datasets": {"data", "assets/tasks/docs_cloze"},
     "shapiq": {"shapley/library"},
+    "gguf": {"model"},
     "triton": {"pruning/column_block_triton"},  # itself imported lazily
 }
-LAZY = {"wandb", "lm_eval", "matplotlib", "datasets", "shapiq"}
+LAZY = {"wandb", "lm_eval", "matplotlib", "datasets", "shapiq", "gguf"}
 PURE = {"types", "allocation", "search"} | {
     name for name in MODULES if name.startswith("shapley/")
 }  # numpy, and nothing else of weight
