@@ -255,10 +255,9 @@ def _encode(tokenizer: Any, text: str) -> Ints:
     try:
         return np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
     except Exception as error:  # tokenizers are other people's code and data
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"the tokenizer cannot encode the text ({type(error).__name__}: {reason}); check the tokenizer of the checkpoint"
-        ) from error
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        name = tokenizer.name_or_path
+        raise ValueError(f"the tokenizer of {name} cannot encode the text ({reason}); check its files") from error
 
 
 def _load(path: str, *args: Any, **kwargs: Any) -> Any:

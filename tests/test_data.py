@@ -219,7 +219,7 @@ def test_a_tokenizer_that_fails_is_named(hundred):
             return {"input_ids": [None, None]}  # as tokenizers do that have no token for what they do not know
 
     source = TextFile(path=hundred, n_seq=None, seq_len=10)
-    with pytest.raises(ValueError, match=r"^the tokenizer cannot encode the text \(TypeError: .*\); check the tokenizer"):
+    with pytest.raises(ValueError, match=r"^the tokenizer of words cannot encode the text \(TypeError: .*\); check its files$"):
         source.tokens(Broken())
 
 
