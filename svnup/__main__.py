@@ -88,6 +88,7 @@ def _tell(message: str) -> None:
 def _run(cfg: Any, overrides: list[str], texts: config.Texts, sweep: str | None) -> None:
     job = config.build(cfg, texts)
     if job.dry_run:
+        job.check_shapes()
         job.check_texts()
         _print_plan(job)
         return
@@ -117,8 +118,8 @@ def execute(job: config.Job, overrides: list[str], sweep: str | None = None) -> 
         return
     for key in ("results_dir", "cache_dir"):
         _check_folder(key, Path(getattr(job, key)).expanduser())
-    job.check_texts()
     job.check_shapes()
+    job.check_texts()
     if sharded:
         from svnup import pipeline
 

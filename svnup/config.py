@@ -17,6 +17,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -79,9 +80,10 @@ class Schema:
     save_masks: bool = False
 
 
-def _shared(source: TokenSource, known: Texts) -> TokenSource:
+def _shared(source: TokenSource, known: Texts, key: str) -> TokenSource:
     """The same source of an earlier job, if its text is still the same, for the tokens that it has already read."""
-    return known.setdefault((source, "" if source.from_hub else source.fingerprint()), source)
+    with _blame(key):
+        return known.setdefault((source, "" if source.from_hub else source.fingerprint()), source)
 
 
 class KeepSecrets(Callback):
@@ -199,23 +201,35 @@ class Job:
             return np.zeros((0, self.dataset.seq_len), dtype=np.int64)
         return self.dataset.tokens(self.model.tokenizer)
 
+    @cached_property
+    def skeleton(self) -> LanguageModel:
+        """The model without weights, which has the shapes that they will have."""
+        with _blame("model"):
+            return self.model.skeleton()
+
     def check_texts(self) -> None:
         """Read every text and task, before any weight is loaded; raises ValueError with the key at fault."""
         with _blame("model"):
             tokenizer = self.model.tokenizer
+        known = self.skeleton.n_embeddings
         for key, source in self.sources().items():
             with _blame(key):
-                source.tokens(tokenizer)
+                highest = int(source.tokens(tokenizer).max())
+            if highest >= known:
+                raise ValueError(
+                    f"model={self.model.name}: its tokenizer gives token {highest} in the text of {key}, the model has {known} "
+                    "embeddings; use the tokenizer that the model was trained with"
+                )
         with _blame("evaluation"):
-            self.evaluation.check()
+            self.evaluation.check(self.skeleton, tokenizer)
 
     def check_shapes(self) -> LanguageModel:
-        """Check pattern and budget against the real shapes of the model; returns the skeleton without weights that has them."""
+        """Check pattern, budget and lengths against the real shapes of the model; returns the skeleton that has them."""
         from svnup.language_model import matrix
         from svnup.pruning import check_profile
 
-        with _blame("model"):
-            lm = self.model.skeleton()
+        lm = self.skeleton
+        self._check_lengths(lm)
         group = parse_pattern(self.pattern)
         linears = [(i, name, m) for i in range(lm.n_blocks) for name, m in lm.linears(i).items()]
         if not linears:
@@ -231,6 +245,19 @@ class Job:
                 for index in range(lm.n_blocks):
                     lm.sublayers(index)
         return lm
+
+    def _check_lengths(self, lm: LanguageModel) -> None:
+        longest = lm.max_positions
+        for name, source in self.sources().items():
+            given = f"{name.partition('.datasets')[0]}.seq_len={source.seq_len}"
+            if longest is not None and source.seq_len > longest:
+                raise ValueError(
+                    f"{given}: the model has {longest} positions; choose at most that, for all texts by model.seq_len={longest}"
+                )
+            if longest is None and (reason := lm.why_too_long(source.seq_len)) is not None:
+                raise ValueError(
+                    f"{given}: too long for the model ({reason}); choose a shorter one, for all texts by model.seq_len=..."
+                )
 
 
 def _texts(
@@ -259,7 +286,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     _refuse_missing(config)
     model = construct(config["model"], "model")
     dataset = construct(config["dataset"], "dataset")
-    dataset = _shared(dataset, known)
+    dataset = _shared(dataset, known, "dataset")
     scorer = _scorer(config["allocator"].get("scorer"), known)
     shapley = scorer if isinstance(scorer, ShapleyScorer) else None
     given = {k: v for k, v in config["shapley"].items() if k not in ("game", "shard") and v != "???"}
@@ -281,7 +308,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     tracker = construct(config["tracker"], "tracker")
     with _blame("tracker", ("tracker",)):
         tracker.check()
-    texts = _texts(dataset, shapley, _shared(selection, known) if chooses else None, evaluation)
+    texts = _texts(dataset, shapley, _shared(selection, known, "selection") if chooses else None, evaluation)
     _check_roles(texts)
     if online or model.from_hub or any(source.from_hub for source in texts.values()):
         _go_offline_if_unreachable()
@@ -298,19 +325,10 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
         raise ValueError(f"pattern={config['pattern']}: the linears of a block share its N; add split=uniform")
     with _blame("model", ("offload",)):
         model.check_offload(config["offload"])
-    if group is not None and any(width % group[1] for width in model.widths()):
-        raise ValueError(_does_not_divide(config["pattern"], f"the widths {model.widths()} of the model"))
     if shapley is not None:
         with _blame("shapley", ("shapley",)):
             shapley.check(n_blocks)
     _refuse_mixed_roles(texts)
-    for name, source in texts.items():
-        if source.seq_len > (model.max_positions() or source.seq_len):
-            longest = model.max_positions()
-            raise ValueError(
-                f"{name.partition('.datasets')[0]}.seq_len={source.seq_len}: the model has {longest} positions; choose at most "
-                f"that, for all texts by model.seq_len={longest}"
-            )
     pruner = construct(config["pruner"], "pruner")  # the first that imports torch
     if shapley is not None and shapley.game.absence == "prune":
         stand_in = shapley.game.pruner
@@ -499,7 +517,7 @@ def _scorer(node: Any, known: Texts) -> Scorer | None:
     if options.get("absence") != "prune":  # whose pruner is not used then, and need not be imported
         options["pruner"] = None
     game: GameOptions = construct(options, "shapley.game")
-    game = replace(game, data=_shared(game.data, known))
+    game = replace(game, data=_shared(game.data, known, "shapley.game.data"))
     with _blame("shapley"):
         return ShapleyScorer(construct(estimator, "shapley"), game, node.get("shard"))
 
@@ -526,7 +544,7 @@ def _evaluation(node: dict[str, Any], known: Texts) -> Any:
         merged = plain | fixed | (options or {})
         _refuse_missing(merged, f"evaluation.datasets.{i}.{name}.")
         source = construct(merged, f"evaluation.datasets.{i}")
-        sources.append(_shared(source, known))
+        sources.append(_shared(source, known, f"evaluation.datasets.{i}"))
     return construct(node | {"datasets": sources}, "evaluation")
 
 
@@ -667,7 +685,12 @@ def _blame_omegaconf() -> Iterator[None]:
 def explain(error: Exception, overrides: list[str]) -> str:
     """A composition error as one line: the key, what was given, and what to do."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        group, _, option = str(error.missing_cfg_file).partition("/")  # which may itself be a path
+        if group == "hydra":
+            group, _, option = str(error.missing_cfg_file).rpartition("/")
+        if group == "model" and (Path(option).expanduser().is_dir() or "/" in option):
+            way = f"model=pretrained model.pretrained_model_name_or_path={option}"
+            return f"model={option}: no option of the group; a folder or a hub model is {way}"
         options = [o for o in error.options or [] if not o.startswith("_")]
         if options:
             return f"{group}={option}: choose among {', '.join(options)}{did_you_mean(option, options)}"

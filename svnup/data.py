@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import random
 import zlib
 from abc import ABC, abstractmethod
+from codecs import BOM_UTF8
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,6 +22,9 @@ import numpy as np
 from svnup.types import Ints
 
 Role = Literal["calibration", "payoff", "selection", "test"]
+Sampler = Literal["distinct", "literature"]
+MAX_TEXT = 2**30  # bytes of a text file, unpacked: all of it is tokenized at once
+CHUNK = 2**20
 TEXTS = Path(__file__).parent / "assets" / "text"
 
 
@@ -90,17 +96,36 @@ class TextFile(TokenSource):
             raise ValueError(f"path={self.path}: the file is empty; name a file with text")
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(Path(self.path).expanduser().read_bytes()).hexdigest()
+        total = hashlib.sha256()
+        for chunk in self._chunks():
+            total.update(chunk)
+        return total.hexdigest()
 
     def read(self, tokenizer: Any) -> Ints:
-        raw = Path(self.path).expanduser().read_bytes()
         try:
-            text = (gzip.decompress(raw) if self.path.endswith(".gz") else raw).decode("utf-8")
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+            text = b"".join(self._chunks()).decode("utf-8")
+        except UnicodeDecodeError as error:
             raise ValueError(f"path={self.path}: not UTF-8 text ({error}); convert the file") from None
+        if "\0" in text:
+            raise ValueError(f"path={self.path}: not UTF-8 text (it has zero bytes, as UTF-16 has); convert the file")
         if not text.strip():
             raise ValueError(f"path={self.path}: the file has no text; name a file with text")
         return _windows(_encode(tokenizer, text), self)
+
+    def _chunks(self) -> Iterator[bytes]:
+        """The bytes of the text, unpacked and without a byte-order mark, a piece at a time; raises ValueError at the bound."""
+        size = 0
+        try:
+            with (gzip.open if self.path.endswith(".gz") else open)(Path(self.path).expanduser(), "rb") as file:
+                chunk = file.read(CHUNK).removeprefix(BOM_UTF8)
+                while chunk:
+                    size += len(chunk)
+                    if size > MAX_TEXT:
+                        raise ValueError(f"path={self.path}: more than {MAX_TEXT >> 20} MiB of text; give a part of it")
+                    yield chunk
+                    chunk = file.read(CHUNK)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"path={self.path}: cannot be read ({error}); check the file") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +152,16 @@ class WikiText2(TokenSource):
 @dataclass(frozen=True, kw_only=True)
 class C4(TokenSource):
     """C4 (en): calibration, payoff and selection are random crops of documents longer than seq_len from the first, second and
-    third training file; test is the field's protocol: the first 1,100 validation documents joined by a space, 256 windows."""
+    third training file; test is the field's protocol: the first 1,100 validation documents joined by a space, 256 windows.
+
+    `sampler`: `distinct` takes no document twice; `literature` draws as `get_c4` of Wanda (lib/data.py) does, so that the
+    calibration text of a seed is its sample. That of SparseGPT (datautils.py), too: there a document of just seq_len tokens
+    is not passed over, but ends the program.
+    """
 
     path: str = "allenai/c4"
     revision: str | None = None
+    sampler: Sampler = "distinct"
     name = "c4"
     from_hub = True
 
@@ -143,7 +174,9 @@ class C4(TokenSource):
             text = " ".join(documents[i]["text"] for i in range(min(1100, len(documents))))
             return _windows(_encode(tokenizer, text)[: 256 * self.seq_len], self)
         shard = ("calibration", "payoff", "selection").index(self.role)
-        return _random_crops(self._documents(f"en/c4-train.{shard:05d}-of-01024.json.gz"), tokenizer, self)
+        documents = self._documents(f"en/c4-train.{shard:05d}-of-01024.json.gz")
+        crops = _literature_crops if self.sampler == "literature" else _distinct_crops
+        return crops(documents, tokenizer, self)
 
     def _documents(self, file: str) -> Any:
         return _load(self.path, data_files={"part": file}, split="part", revision=self.revision)
@@ -163,19 +196,44 @@ def folder_digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def _random_crops(documents: Any, tokenizer: Any, source: TokenSource) -> Ints:
-    if source.n_seq is None:
-        raise ValueError(f"n_seq=null: {source.name} is sampled for {source.role}; give a number of sequences")
-    rng = np.random.default_rng(source.seed)
+def _distinct_crops(documents: Any, tokenizer: Any, source: TokenSource) -> Ints:
+    """Crops of documents in an order by the seed, none twice."""
+    wanted, rng = _n_sampled(source), np.random.default_rng(source.seed)
     rows: list[Ints] = []
     for index in rng.permutation(len(documents)):
         ids = _encode(tokenizer, documents[int(index)]["text"])
         if len(ids) > source.seq_len:
             start = rng.integers(len(ids) - source.seq_len + 1)
             rows.append(ids[start : start + source.seq_len])
-            if len(rows) == source.n_seq:
+            if len(rows) == wanted:
                 return np.stack(rows)
-    raise ValueError(f"n_seq={source.n_seq}: {source.name} has only {len(rows)} documents longer than seq_len={source.seq_len}")
+    raise ValueError(f"n_seq={wanted}: {source.name} has only {len(rows)} documents longer than seq_len={source.seq_len}")
+
+
+def _literature_crops(documents: Any, tokenizer: Any, source: TokenSource) -> Ints:
+    """Crops of documents drawn with replacement by Python's generator, as the published scripts draw them."""
+    wanted, rng = _n_sampled(source), random.Random(source.seed)
+    rows: list[Ints] = []
+    short: set[int] = set()
+    while len(rows) < wanted:
+        index = rng.randint(0, len(documents) - 1)
+        if index in short:
+            continue
+        ids = _encode(tokenizer, documents[index]["text"])
+        if len(ids) > source.seq_len:
+            start = rng.randint(0, len(ids) - source.seq_len - 1)  # so there, which never draws the last crop
+            rows.append(ids[start : start + source.seq_len])
+            continue
+        short.add(index)
+        if len(short) == len(documents):
+            raise ValueError(f"seq_len={source.seq_len}: no document of {source.name} is longer; ask for shorter sequences")
+    return np.stack(rows)
+
+
+def _n_sampled(source: TokenSource) -> int:
+    if source.n_seq is None:
+        raise ValueError(f"n_seq=null: {source.name} is sampled for {source.role}; give a number of sequences")
+    return source.n_seq
 
 
 def _windows(ids: Ints, source: TokenSource) -> Ints:
@@ -194,7 +252,12 @@ def _windows(ids: Ints, source: TokenSource) -> Ints:
 
 
 def _encode(tokenizer: Any, text: str) -> Ints:
-    return np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
+    try:
+        return np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
+    except Exception as error:  # tokenizers are other people's code and data
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        name = tokenizer.name_or_path
+        raise ValueError(f"the tokenizer of {name} cannot encode the text ({reason}); check its files") from error
 
 
 def _load(path: str, *args: Any, **kwargs: Any) -> Any:

@@ -45,6 +45,10 @@ TASK_SETS = {
     "with_piqa": dict.fromkeys(("boolq", "piqa", "winogrande", "arc_easy"), "acc")
     | dict.fromkeys(("hellaswag", "arc_challenge", "openbookqa"), "acc_norm"),
 }
+# Families whose accuracies on these sets were published without a BOS token: lm-eval 0.3, of which Wanda and LLM-Pruner used
+# versions, encodes with add_special_tokens=False whatever the tokenizer does by itself (its models/huggingface.py, tok_encode).
+PUBLISHED_SETS, WITHOUT_BOS = ("with_rte", "with_piqa"), ("llama", "opt", "mistral")
+NEEDS_BOS = "gemma"  # of whose models lm-eval 0.4.0 to 0.4.9 says that they underperform without one
 ACCURACIES = ("acc", "acc_norm")
 FEWSHOT_SEED = 1234  # lm-eval's own
 Check = Callable[[Metrics], None]
@@ -83,8 +87,8 @@ class Evaluation(Protocol):
         """What its other inputs are by content, by the key under which they were configured."""
         return {}
 
-    def check(self) -> None:
-        """Read the other inputs, before any weight is loaded; raises ValueError with the option at fault."""
+    def check(self, lm: LanguageModel, tokenizer: Any) -> None:
+        """Read the other inputs for a model of which there is only the skeleton; raises ValueError with the option at fault."""
 
     def run(self, lm: LanguageModel) -> Metrics:
         """The metrics of a model as it is now."""
@@ -151,7 +155,9 @@ class ZeroShot(Evaluation):
 
     `tasks` is the name of a set (TASK_SETS), a list of lm-eval's names, or a mapping of them to the metric that tables show
     (`acc`, as for a list, or `acc_norm`). Each of at most `limit` items has `num_fewshot` examples before it; `include_path`
-    is a folder with tasks of your own in lm-eval's form. Raises ValueError where lm-eval is missing or a task is no such task.
+    is a folder with tasks of your own in lm-eval's form. `add_bos_token` puts a BOS token before every request (true) or no
+    special token (false); null does as the set was published for the model's family (WITHOUT_BOS), else as its tokenizer does
+    by itself. Raises ValueError where lm-eval is missing or a task is no such task.
     """
 
     tasks: str | list[str] | dict[str, str]
@@ -159,6 +165,7 @@ class ZeroShot(Evaluation):
     batch_size: int = 8
     limit: int | None = None
     include_path: str | None = None
+    add_bos_token: bool | None = None
     needs_whole_model: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -192,8 +199,33 @@ class ZeroShot(Evaluation):
         parts = [folder_digest(folder) for folder in sorted({path.parent for path in self._files.values()})]
         return {"evaluation.tasks": hashlib.sha256(json.dumps(parts).encode()).hexdigest()}
 
-    def check(self) -> None:
+    def check(self, lm: LanguageModel, tokenizer: Any) -> None:
+        start = tokenizer.bos_token_id
+        if self.add_bos_token and start is None:
+            raise ValueError("add_bos_token=true: the tokenizer has no BOS token; use false, or null for what it does itself")
+        if start is None and tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"tasks={self.tasks}: lm-eval puts a BOS or EOS token before an empty context, and the tokenizer has neither; "
+                "name one in its tokenizer_config.json (bos_token), or use evaluation=ppl"
+            )
         _ = self._loaded
+        if max(tokenizer.get_vocab().values(), default=0) >= lm.n_embeddings:
+            self._refuse_unknown_tokens(lm, tokenizer)
+
+    def _refuse_unknown_tokens(self, lm: LanguageModel, tokenizer: Any) -> None:
+        """Tokens that the model has no embeddings for may be in the vocabulary, and in no request."""
+        special = {} if (bos := self._bos_option(lm)) is None else {"add_special_tokens": bos}
+        for name, task in self._loaded.items():
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            with _quietly():
+                task.build_all_requests(limit=self.limit, rank=0, world_size=1)
+            for request in task.instances:
+                highest = max(tokenizer("".join(request.args), **special)["input_ids"], default=0)
+                if highest >= lm.n_embeddings:
+                    raise ValueError(
+                        f"tasks={name}: the tokenizer gives token {highest}, the model has {lm.n_embeddings} embeddings; use "
+                        "the tokenizer that the model was trained with"
+                    )
 
     def run(self, lm: LanguageModel) -> Metrics:
         """Metrics `<task>/acc` and, where the task has it, `<task>/acc_norm`, each with its protocol, and of several tasks
@@ -205,7 +237,8 @@ class ZeroShot(Evaluation):
             raise ValueError("offload: lm-eval needs the whole model in memory; use offload=none, or evaluation=ppl")
         from lm_eval.evaluator import evaluate
 
-        model, metrics = _harness_model(lm, self.batch_size), Metrics()
+        protocols, option = self._protocols_of(lm), self._bos_option(lm)
+        model, metrics = _harness_model(lm, self.batch_size, option), Metrics()
         for name, task in self._loaded.items():
             model.task, model.n_truncated = name, 0
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -217,7 +250,7 @@ class ZeroShot(Evaluation):
                 values = {key.partition(",")[0]: value for key, value in found.items()}
             except NoNumberError as error:
                 reason = str(error)
-            protocol = self._protocols[name] | {"n_truncated": model.n_truncated}
+            protocol = protocols[name] | {"n_truncated": model.n_truncated}
             for metric in (m for m in ACCURACIES if m in values):
                 variance = values[metric] * (1 - values[metric]) / max(1, protocol["n_items"] - 1)
                 metrics[f"{name}/{metric}"] = Metric(
@@ -233,8 +266,23 @@ class ZeroShot(Evaluation):
         return metrics
 
     def dense(self, lm: LanguageModel, cache_dir: str | Path, check: Check = unchecked) -> Metrics:
-        of = [self.shown, self._protocols, version("lm_eval")]
+        if self._bos_option(lm) is False and NEEDS_BOS in lm.model.config.get_text_config().model_type:
+            logger.warning("evaluation.add_bos_token=false: this model is far worse without a BOS token; use true, or null")
+        of = [self.shown, self._protocols_of(lm), version("lm_eval")]
         return _measured_once(lm, of, cache_dir, lambda lm: ZeroShot.run(self, lm), check)
+
+    def _bos_option(self, lm: LanguageModel) -> bool | None:
+        """Whether a BOS token begins each request of this model; None leaves it to its tokenizer."""
+        if self.add_bos_token is None and self.tasks in PUBLISHED_SETS:
+            return False if lm.model.config.get_text_config().model_type in WITHOUT_BOS else None
+        return self.add_bos_token
+
+    def _protocols_of(self, lm: LanguageModel) -> dict[str, dict[str, Any]]:
+        """What determines the numbers of each task on a model, but for what only running it tells."""
+        begins = self._bos_option(lm)
+        if begins is None:  # the tokenizer decides
+            begins = lm.tokenizer("a")["input_ids"] != lm.tokenizer("a", add_special_tokens=False)["input_ids"]
+        return {name: protocol | {"add_bos_token": begins} for name, protocol in self._protocols.items()}
 
     @cached_property
     def _files(self) -> dict[str, Path]:
@@ -364,8 +412,8 @@ def _task_files(folder: Path, tasks: Iterable[str] = ("",)) -> dict[str, Path]:
     return found
 
 
-def _harness_model(lm: LanguageModel, batch_size: int) -> Any:
-    """The model in memory as lm-eval takes it."""
+def _harness_model(lm: LanguageModel, batch_size: int, add_bos_token: bool | None) -> Any:
+    """The model in memory as lm-eval takes it; `add_bos_token` None leaves what begins a request to the tokenizer."""
     import torch
     from lm_eval.models.huggingface import HFLM
 
@@ -373,6 +421,13 @@ def _harness_model(lm: LanguageModel, batch_size: int) -> Any:
         """Counts the requests whose beginning does not fit the model's context, and takes no answer that is not a number."""
 
         task, n_truncated = "", 0
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+            if add_special_tokens is not None or not self.add_bos_token:
+                return super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
+            ids = super().tok_encode(string, add_special_tokens=False, **kwargs)  # true is for tokenizers that add none, too
+            start = self.tokenizer.bos_token_id
+            return ids if ids[:1] == [start] else [start, *ids]
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             for _, context, continuation in requests:
@@ -392,6 +447,8 @@ def _harness_model(lm: LanguageModel, batch_size: int) -> Any:
             pretrained=lm.model,
             tokenizer=copy.deepcopy(lm.tokenizer),  # lm-eval gives it a token for padding
             batch_size=batch_size,
+            add_bos_token=add_bos_token,
+            max_length=lm.max_positions,  # None: lm-eval looks for one
             softmax_dtype=torch.float32,
         )
 

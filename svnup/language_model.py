@@ -287,6 +287,33 @@ class LanguageModel:
     def vocab_size(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]
 
+    @property
+    def n_embeddings(self) -> int:
+        """How many tokens the model can read: every id is below."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence that the model is made for: by its configuration, whatever that calls it, or by its table of
+        positions; None where neither says so."""
+        named = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if named is not None and named > 0:
+            return int(named)
+        tables = {n: m for n, m in self.decoder.named_modules() if isinstance(m, nn.Embedding)}
+        return min((m.num_embeddings for n, m in tables.items() if "pos" in n or n.endswith("wpe")), default=None)
+
+    def why_too_long(self, seq_len: int) -> str | None:
+        """Why a skeleton cannot be run on sequences of that length, where it can be run on short ones; else None.
+
+        What depends on weights or on values of tokens is not seen.
+        """
+        for length in (2, seq_len):
+            try:
+                self.decoder(input_ids=torch.zeros(1, length, dtype=torch.int64, device="meta"), use_cache=False)
+            except Exception as error:  # of any family's code
+                return str(error).partition("\n")[0] if length == seq_len > 2 else None
+        return None
+
     def linears(self, index: int) -> dict[str, Linear]:
         """The prunable linears of a block by name (nn.Linear, or GPT-2's Conv1D); never embeddings, norms and the LM head."""
         return {name: m for name, m in self.blocks[index].named_modules() if isinstance(m, Linear)}

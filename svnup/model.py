@@ -23,8 +23,6 @@ BUILT_IN_FOLDER = Path(__file__).parent / "assets" / "tiny"
 SHIPPED = {BUILT_IN: BUILT_IN_FOLDER, BUILT_IN_OPT: BUILT_IN_FOLDER.with_name("tiny_opt")}
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
-DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def one_block_of(config: Any) -> Any:
@@ -151,30 +149,21 @@ class Pretrained:
             config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{wrong} is not JSON ({error}); copy it again") from None
-        if not isinstance(config, dict) or not isinstance(config.get("text_config") or {}, dict):
+        if not isinstance(config, dict):
             raise ValueError(f"{wrong} is no object of names and values; copy it again")
-        config |= config.get("text_config") or {}
-        for key in (*DEPTH_KEYS, *POSITION_KEYS, "hidden_size"):
-            value = config.get(key)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{wrong} has {key}={value!r}, which is no whole number from 1; copy it again")
         return config
 
     def n_blocks(self) -> int:
-        """Number of blocks by config.json; raises ValueError where the model or that number cannot be found."""
-        depth = next((self._config[key] for key in DEPTH_KEYS if key in self._config), None)
+        """Number of blocks of the language model, by its configuration; raises ValueError where that has none."""
+        usual, config = "num_hidden_layers", self._config
+        if type(config.get(usual)) is int and config[usual] > 0 and not any(key.endswith("_config") for key in config):
+            return int(config[usual])  # at once: importing transformers, which knows all other names, takes seconds
+        depth = getattr(self._loader.config.get_text_config(), usual, None)
         if depth is None:
             raise ValueError(
                 f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: config.json names no number of layers"
             )
         return int(depth)
-
-    def max_positions(self) -> int | None:
-        return next((self._config[key] for key in POSITION_KEYS if key in self._config), None)
-
-    def widths(self) -> list[int]:
-        """Input widths of linears, as far as config.json names them."""
-        return [self._config[key] for key in ("hidden_size", "intermediate_size", "ffn_dim") if key in self._config]
 
     def check_offload(self, offload: Offload) -> None:
         """Raise ValueError where blocks cannot wait there."""
@@ -211,7 +200,7 @@ class Pretrained:
             return self._gguf_sha256
         total = hashlib.sha256()
         for path in sorted(self._config_file.parent.iterdir()):
-            if path.suffix in (".safetensors", ".bin", ".json", ".model", ".txt"):
+            if path.suffix in (".safetensors", ".bin", ".json", ".model", ".txt") and path.is_file():
                 total.update(path.name.encode())
                 with path.open("rb") as file:
                     total.update(hashlib.file_digest(file, "sha256").digest())
@@ -322,12 +311,6 @@ class Random:
 
     def n_blocks(self) -> int:
         return self.num_hidden_layers
-
-    def max_positions(self) -> int | None:
-        return self.max_position_embeddings
-
-    def widths(self) -> list[int]:
-        return [self.hidden_size, self.intermediate_size]
 
     def check_offload(self, offload: Offload) -> None:
         if offload == "disk":

@@ -28,7 +28,8 @@ Where = Mapping[str, Sequence[str]]
 
 MISSING = "-"
 METRIC = "metric"  # a key of tables of several metrics
-OF_MODEL = ("tokens_sha256", "n_windows", "n_tokens", "n_truncated", "batch_size")  # of a protocol: a model brings them
+# Of a protocol: a model brings them.
+OF_MODEL = ("tokens_sha256", "n_windows", "n_tokens", "n_truncated", "batch_size", "add_bos_token")
 DIGESTS = ("text", "tokens_sha256", "items_sha256")
 LOWER_IS_BETTER = ("ppl", "perplexity", "nll", "loss", "bits_per_byte")
 CONDITIONS = ("model", "sparsity", "pattern", METRIC)  # methods are compared under the same of these

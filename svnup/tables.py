@@ -181,7 +181,8 @@ def _in_words(name: str, protocol: dict[str, Any]) -> str:
         return f"{name}: {protocol['n_windows']} windows of {protocol['seq_len']} tokens ({protocol['role']} text)"
     limit = "" if protocol["complete"] else f", limit {protocol['limit']}"
     what = f"mean over {', '.join(protocol['tasks'])}" if "tasks" in protocol else f"{protocol['n_items']} items"
-    return f"{name}: {what}, {protocol['num_fewshot']}-shot, in %{limit}"
+    bos = {True: ", with BOS", False: ", without BOS", None: ""}[protocol.get("add_bos_token")]  # older results do not tell
+    return f"{name}: {what}, {protocol['num_fewshot']}-shot{bos}, in %{limit}"
 
 
 def _digest(protocol: dict[str, Any]) -> str:

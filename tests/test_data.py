@@ -3,6 +3,8 @@
 import gzip
 import itertools
 import json
+import random
+import tracemalloc
 from pathlib import Path
 from typing import Any, get_args
 
@@ -161,13 +163,64 @@ def test_text_files_that_are_none(tmp_path):
         read("blank.gz", gzip.compress(b"\n"))
     with pytest.raises(ValueError, match=r"latin\.txt: not UTF-8"):
         read("latin.txt", "1 2 ü".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"fake\.gz: not UTF-8"):
+    with pytest.raises(ValueError, match=r"fake\.gz: cannot be read \(Not a gzipped"):
         read("fake.gz", b"1 2 3")
     with pytest.raises(ValueError, match=r"n_seq=2: .*19 tokens, 1 windows of seq_len=10"):
         read("short.txt", numbers(0, 19).encode())
     (tmp_path / "short.txt").write_text(numbers(0, 9))
     with pytest.raises(ValueError, match="9 tokens, 0 windows"):  # all there are, but there are none
         TextFile(path=str(tmp_path / "short.txt"), n_seq=None, seq_len=10, role="test").tokens(Words())
+
+
+def test_a_byte_order_mark_and_a_gz_are_no_other_text(tmp_path):
+    text = numbers(0, 100).encode()
+    files = {"plain.txt": text, "mark.txt": b"\xef\xbb\xbf" + text, "mark.txt.gz": gzip.compress(b"\xef\xbb\xbf" + text)}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    sources = [TextFile(path=str(tmp_path / name), n_seq=None, seq_len=10, role="test") for name in files]
+    assert len({source.fingerprint() for source in sources}) == 1
+    assert all(np.array_equal(source.tokens(Words()), np.arange(100).reshape(10, 10)) for source in sources)
+
+
+@pytest.mark.parametrize("name", ["long.txt", "long.txt.gz"])
+def test_more_text_than_can_be_tokenized_is_refused_at_a_bound(name, tmp_path, monkeypatch):
+    """Neither unpacked as a whole nor kept: what is read before the refusal is little more than the bound."""
+    text = b" 12345678 123456" * (2 << 20)  # 32 MiB
+    (tmp_path / name).write_bytes(gzip.compress(text, 1) if name.endswith("gz") else text)
+    monkeypatch.setattr("svnup.data.MAX_TEXT", 3 << 20)
+    source = TextFile(path=str(tmp_path / name), n_seq=2, seq_len=10)
+    said = r"^path=\S+long\.txt(\.gz)?: more than 3 MiB of text; give a part of it$"
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=said):
+        source.fingerprint()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6 << 20
+    with pytest.raises(ValueError, match=said):
+        source.tokens(Words())
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "cp1252"])
+def test_text_in_another_encoding_is_told_in_one_line(encoding, tmp_path):
+    (tmp_path / "other.txt").write_bytes("naïve words, again and again ".encode(encoding) * 20)
+    with pytest.raises(ValueError, match=r"^path=\S+other\.txt: not UTF-8 text \(.*\); convert the file$"):
+        windows(str(tmp_path / "other.txt"), "test")
+
+
+def test_zeros_are_no_text(tmp_path):
+    (tmp_path / "ascii16.txt").write_bytes(numbers(0, 100).encode("utf-16-le"))  # which is UTF-8, too
+    with pytest.raises(ValueError, match=r"^path=\S+ascii16\.txt: not UTF-8 text \(it has zero bytes, as UTF-16 has\)"):
+        windows(str(tmp_path / "ascii16.txt"), "test")
+
+
+def test_a_tokenizer_that_fails_is_named(hundred):
+    class Broken(Words):
+        def __call__(self, text: str, verbose: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [None, None]}  # as tokenizers do that have no token for what they do not know
+
+    source = TextFile(path=hundred, n_seq=None, seq_len=10)
+    with pytest.raises(ValueError, match=r"^the tokenizer of words cannot encode the text \(TypeError: .*\); check its files$"):
+        source.tokens(Broken())
 
 
 def test_a_gz_file_damaged_inside(tmp_path):
@@ -265,6 +318,35 @@ def test_c4_crops_are_random_windows_of_long_documents(copies):
     assert C4(n_seq=20, seq_len=seq_len).tokens(Words()).shape == (20, seq_len)
     with pytest.raises(ValueError, match=r"n_seq=21: c4 has only 20 documents longer than seq_len=100"):
         C4(n_seq=21, seq_len=seq_len).tokens(Words())
+
+
+def test_the_literature_s_sample_of_c4(copies):
+    """Seed 0 is what the published scripts read from the same file, document by document and crop by crop."""
+    with gzip.open(copies / "allenai" / "c4" / "en" / "c4-train.00000-of-01024.json.gz", "rt") as file:
+        documents = [[int(word) for word in json.loads(line)["text"].split()] for line in file]
+
+    def published(n: int, seed: int, length: int) -> list[list[int]]:
+        random.seed(seed)
+        sample: list[list[int]] = []
+        for _ in range(n):
+            ids: list[int] = []
+            while len(ids) <= length:
+                ids = documents[random.randint(0, len(documents) - 1)]
+            first = random.randint(0, len(ids) - length - 1)
+            sample.append(ids[first : first + length])
+        return sample
+
+    for seed, n, length in ((0, 16, 100), (1, 30, 150), (0, 5, 199)):
+        rows = C4(n_seq=n, seq_len=length, seed=seed, sampler="literature").tokens(Words())
+        assert rows.tolist() == published(n, seed, length)
+    assert not np.array_equal(C4(n_seq=16, seq_len=100).tokens(Words()), published(16, 0, 100))
+    state = random.getstate()
+    C4(n_seq=16, seq_len=100, sampler="literature", role="payoff").tokens(Words())
+    assert random.getstate() == state, "nobody else's generator is used up"
+    with pytest.raises(ValueError, match=r"^seq_len=200: no document of c4 is longer; ask for shorter sequences$"):
+        C4(n_seq=1, seq_len=200, sampler="literature").tokens(Words())
+    with pytest.raises(ValueError, match=r"n_seq=null: c4 is sampled for calibration"):
+        C4(n_seq=None, seq_len=10, sampler="literature").tokens(Words())
 
 
 def test_c4_test_protocol(copies):

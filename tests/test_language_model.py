@@ -322,3 +322,13 @@ def test_random_models_say_what_is_wrong_with_their_shape():
     ):
         with pytest.raises(ValueError, match=message):
             Random(**(shape | change))
+
+
+def test_positions_that_the_configuration_does_not_name_are_those_of_the_table():
+    model_type, shape = FAMILIES["gpt2"]
+    lm = LanguageModel.skeleton(make_config(model_type, **shape))
+    assert lm.max_positions == 64
+    lm.model.config.max_position_embeddings = None
+    assert lm.max_positions == 64
+    lm.decoder.wpe = None
+    assert lm.max_positions is None

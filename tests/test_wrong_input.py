@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from cli import SMALL, SMALL_W2
 
 from svnup.__main__ import main
+from svnup.model import BUILT_IN_FOLDER
 
 
 @pytest.fixture(autouse=True)
@@ -283,13 +285,22 @@ def test_model_paths(capsys, monkeypatch, tmp_path):
     line = refused(capsys, monkeypatch, *local("./bare"))
     assert f"{key}=./bare" in line
     assert "not JSON" in line
-    (tmp_path / "bare" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "bare" / "config.json").write_text('{"model_type": "blt"}')  # which is made of several stacks
     line = refused(capsys, monkeypatch, *local("./bare"))
     assert f"{key}=./bare" in line
     assert "number of layers" in line
     (tmp_path / "file").write_text("a file, not a folder")
     line = refused(capsys, monkeypatch, *local("./file"))
     assert f"{key}=./file" in line
+
+
+@pytest.mark.parametrize("name", ["mine", "./mine", "below/mine", "an-organisation/a-model"])
+def test_a_folder_or_hub_name_for_an_option_of_the_model_names_the_way(name, capsys, monkeypatch, tmp_path):
+    if name != "an-organisation/a-model":
+        (tmp_path / name).mkdir(parents=True)
+    line = refused(capsys, monkeypatch, f"model={name}")
+    assert line.startswith(f"svnup: model={name}: no option")
+    assert line.endswith(f" model=pretrained model.pretrained_model_name_or_path={name}")
 
 
 def test_offload_of_checkpoints(capsys, monkeypatch, tmp_path):
@@ -326,6 +337,57 @@ def test_a_checkpoint_without_a_tokenizer(capsys, monkeypatch, tmp_path):
     line = refused(capsys, monkeypatch, *local("./bare"))
     assert "bare" in line
     assert "tokenizer" in line
+
+
+VOCABULARY = {"vocab_size": 2048, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "start_token_id": 0}
+
+
+def shape_alone(folder: Path, model_type: str, **shape: object) -> list[str]:
+    """A checkpoint folder with the built-in tokenizer and a config.json: without weights, so what is told of it needs none."""
+    folder.mkdir()
+    for file in BUILT_IN_FOLDER.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, **VOCABULARY} | shape))
+    return [*local(f"./{folder.name}"), "model.seq_len=32", "allocator=uniform", "pruner=magnitude"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "shape", "said"),
+    [
+        ("gpt2", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 24}, "24 positions"),
+        ("gpt_neo", {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}, None),
+        ("ctrl", {"n_embd": 32, "dff": 48, "n_layer": 3, "n_head": 4, "n_positions": 24}, "24 positions"),
+        ("mpt", {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 24}, "too long for the model (Attempting"),
+        ("bloom", {"hidden_size": 32, "n_layer": 3, "n_head": 4}, None),
+    ],
+)
+def test_positions_are_known_by_whatever_name_a_family_has_for_them(model_type, shape, said, capsys, monkeypatch, tmp_path):
+    args = shape_alone(tmp_path / "shape", model_type, **shape)
+    if said is not None:
+        line = refused(capsys, monkeypatch, *args)
+        assert line.startswith("svnup: evaluation.seq_len=32: ")
+        assert said in line
+        assert "for all texts by model.seq_len=" in line
+    monkeypatch.setattr(sys, "argv", ["svnup", *args, "model.seq_len=24", "dry_run=true"])
+    assert main() == 0, capsys.readouterr().err
+
+
+def test_widths_that_differ_between_blocks(capsys, monkeypatch, tmp_path):
+    widths = {"intermediate_size": [64, 66], "num_hidden_layers": 2, "activation_sparsity_pattern": [0.0, 0.0]}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_kv_shared_layers": 0}
+    sizes = {"hidden_size": 32, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 2048, "laurel_rank": 4}
+    kinds = {"layer_types": ["full_attention"] * 2, "altup_num_inputs": 4}
+    args = shape_alone(tmp_path / "shape", "gemma3n_text", **widths, **heads, **sizes, **kinds)
+    line = refused(capsys, monkeypatch, *args, "pattern='2:4'", "sparsity=0.5")
+    assert "pattern=2:4" in line
+    assert "the 66 inputs of block 1, mlp.down_proj" in line
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings(capsys, monkeypatch, tmp_path):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    line = refused(capsys, monkeypatch, *shape_alone(tmp_path / "shape", "llama", **shape, vocab_size=1000))
+    assert re.search(r"model=\./shape: its tokenizer gives token [12]\d{3} in the text of evaluation\.datasets", line)
+    assert "the model has 1000 embeddings; use the tokenizer that" in line
 
 
 def write_profile(path: Path, sparsity: list[float], target: float) -> None:

@@ -1,5 +1,6 @@
 """Zero-shot accuracy by the released lm-eval: its numbers against their definition, protocols, the field's tasks offline."""
 
+import copy
 import gzip
 import importlib.util
 import json
@@ -18,7 +19,7 @@ from cli import RANDOM, last_row
 from svnup.__main__ import main
 from svnup.data import TEXTS, Docs
 from svnup.evaluation import OWN_TASKS, TASK_SETS, Full, Perplexity, ZeroShot
-from svnup.language_model import LanguageModel
+from svnup.language_model import LanguageModel, make_config
 from svnup.model import Random
 from svnup.tables import render
 from svnup.types import Metric, Metrics, ResultRow
@@ -54,6 +55,10 @@ def _no_network(monkeypatch):
 
 def cloze(**options: Any) -> ZeroShot:
     return ZeroShot(**({"tasks": "cloze", "limit": 12} | options))
+
+
+def check(evaluation: ZeroShot, lm: LanguageModel) -> None:
+    evaluation.check(lm, lm.tokenizer)
 
 
 @pytest.fixture
@@ -167,6 +172,107 @@ def test_the_built_in_set_needs_no_hub_and_no_working_directory(lm, tmp_path, mo
     monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
     assert cloze(limit=2).run(lm)["docs_cloze/acc"].protocol["n_items"] == 2
     assert list(tmp_path.iterdir()) == []
+
+
+# -- what begins a request
+
+
+@pytest.fixture
+def requests(monkeypatch) -> list[tuple[list[int], list[int]]]:
+    """Token ids of the requests that lm-eval scored: context and choice."""
+    from lm_eval.models.huggingface import HFLM
+
+    seen: list[tuple[list[int], list[int]]] = []
+    score = HFLM._loglikelihood_tokens
+
+    def spy(self: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.extend((context, choice) for _, context, choice in requests)
+        return score(self, requests, *args, **kwargs)
+
+    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", spy)
+    return seen
+
+
+def with_tokenizer(lm: LanguageModel, **options: Any) -> LanguageModel:
+    """The same model with options of its tokenizer changed."""
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    for name, value in options.items():
+        setattr(tokenizer, name, value)
+    return LanguageModel(lm.model, tokenizer)
+
+
+def test_an_item_with_a_bos_token_and_without(lm, requests):
+    row, start = items()[0], lm.tokenizer.bos_token_id
+    context = lm.tokenizer(row["context"], add_special_tokens=False)["input_ids"]
+    choices = [lm.tokenizer(f" {c}", add_special_tokens=False)["input_ids"] for c in row["choices"]]
+    without, with_it = ([(before, choice) for choice in choices] for before in (context, [start, *context]))
+    adds = with_tokenizer(lm, add_bos_token=True)
+    assert adds.tokenizer(row["context"])["input_ids"] == [start, *context]
+    for model, option, expected in (
+        (lm, None, without),
+        (lm, False, without),
+        (lm, True, with_it),  # though its tokenizer adds none
+        (adds, None, with_it),
+        (adds, False, without),
+        (adds, True, with_it),  # and no second one
+    ):
+        requests.clear()
+        metrics = cloze(limit=1, add_bos_token=option).run(model)
+        assert sorted(requests) == sorted(expected)
+        assert metrics["docs_cloze/acc"].protocol["add_bos_token"] is (expected is with_it)
+
+
+def test_the_field_s_sets_are_as_published_for_the_families_that_were(lm):
+    """Without a BOS token for LLaMA, OPT and Mistral, whatever their tokenizers do; elsewhere the tokenizer knows best."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 2048}
+    tokenizer = with_tokenizer(lm, add_bos_token=True).tokenizer
+
+    def begins(family: str, tasks: Any, **options: Any) -> bool:
+        sizes = {"ffn_dim": 48, "word_embed_proj_dim": 32} if family == "opt" else {"intermediate_size": 48}
+        model = LanguageModel.skeleton(make_config(family, **shape, **sizes))
+        model.tokenizer = tokenizer
+        evaluation = ZeroShot(tasks=tasks, **options)
+        vars(evaluation)["_loaded"] = {}  # the tasks themselves have no part in it
+        vars(evaluation)["_protocols"] = {"any": {}}
+        return evaluation._protocols_of(model)["any"]["add_bos_token"]
+
+    for tasks in ("with_rte", "with_piqa"):
+        found = {family: begins(family, tasks) for family in ("llama", "opt", "mistral", "qwen2", "gemma2")}
+        assert found == {"llama": False, "opt": False, "mistral": False, "qwen2": True, "gemma2": True}
+    assert begins("llama", "with_rte", add_bos_token=True)
+    assert begins("llama", ["boolq"]), "a list of tasks is no set"
+    assert not begins("qwen2", ["boolq"], add_bos_token=False)
+
+
+def test_gemma_without_a_bos_token_is_warned_of(lm, tmp_path, caplog):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    gemma = LanguageModel.random(make_config("gemma2", vocab_size=2048, **shape), lm.tokenizer, seed=0, device="cpu")
+    with caplog.at_level("WARNING", "svnup"):
+        for model, option in ((gemma, None), (gemma, True), (lm, False)):
+            cloze(limit=2, add_bos_token=option).dense(model, tmp_path)
+        assert caplog.messages == []
+        cloze(limit=2, add_bos_token=False).dense(gemma, tmp_path)
+    assert caplog.messages == ["evaluation.add_bos_token=false: this model is far worse without a BOS token; use true, or null"]
+
+
+def test_tokenizers_without_tokens_that_are_needed(lm):
+    bare = with_tokenizer(lm, bos_token=None)
+    check(cloze(), bare)  # the end of a text stands for its beginning
+    with pytest.raises(ValueError, match=r"^add_bos_token=true: the tokenizer has no BOS token; use false, or null"):
+        check(cloze(add_bos_token=True), bare)
+    with pytest.raises(ValueError, match=r"^tasks=cloze: lm-eval puts a BOS or EOS token .* has neither; name one in"):
+        check(cloze(), with_tokenizer(lm, bos_token=None, eos_token=None))
+
+
+def test_tokens_beyond_the_embeddings_are_refused_where_they_occur(lm):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == 2048
+    cloze().check(LanguageModel.skeleton(make_config("llama", vocab_size=2048, **shape)), tokenizer)
+    smaller = LanguageModel.skeleton(make_config("llama", vocab_size=1500, **shape))
+    with pytest.raises(ValueError, match=r"^tasks=docs_cloze: the tokenizer gives token [12]\d{3}, the model has 1500 emb"):
+        cloze().check(smaller, tokenizer)
 
 
 # -- metrics and their protocol
@@ -357,6 +463,7 @@ def test_the_field_s_sets_offline(tasks, hub_copies, lm):
     assert set(mean.protocol["tasks"]) == set(TASK_SETS[tasks])
     assert mean.protocol["tasks"]["boolq"]["task_version"] == 2.0
     assert mean.protocol["limit"] is None
+    assert mean.protocol["add_bos_token"] is False
 
 
 def test_a_limit_is_in_the_protocol_of_the_mean(hub_copies, lm):
@@ -385,17 +492,17 @@ def test_boolq_is_scored_by_hand(hub_copies, lm):
         ({"boolq": "acc_norm"}, r"^tasks=boolq: has no acc_norm \(multiple_choice: acc\); choose another"),
     ],
 )
-def test_tasks_that_cannot_be_had(tasks, said, hub_copies):
+def test_tasks_that_cannot_be_had(tasks, said, hub_copies, lm):
     with pytest.raises(ValueError, match=said):
-        ZeroShot(tasks=tasks).check()
+        check(ZeroShot(tasks=tasks), lm)
 
 
-def test_a_data_set_that_is_not_there_says_what_it_needs(tmp_path, monkeypatch):
+def test_a_data_set_that_is_not_there_says_what_it_needs(tmp_path, monkeypatch, lm):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         ValueError, match=r"^tasks=piqa: cannot be loaded \(.*the hub, a filled datasets cache, or a local copy"
     ):
-        ZeroShot(tasks=["piqa"]).check()
+        check(ZeroShot(tasks=["piqa"]), lm)
 
 
 @pytest.mark.parametrize(
@@ -461,12 +568,12 @@ def test_tasks_of_one_s_own(own_tasks, tmp_path, lm, monkeypatch):
     assert again.run(lm)["sums/acc"].protocol["task_version"] == 3.1
 
 
-def test_only_multiple_choice_has_an_accuracy(own_tasks, tmp_path, monkeypatch):
+def test_only_multiple_choice_has_an_accuracy(own_tasks, tmp_path, monkeypatch, lm):
     monkeypatch.chdir(tmp_path)
     text = OWN.replace("multiple_choice", "generate_until").replace("doc_to_choice: choices\n", "").replace("{metric: acc}", "")
     (tmp_path / "mine" / "sums.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"^tasks=sums: has no acc \(generate_until: not multiple choice\); choose another"):
-        ZeroShot(tasks=["sums"], include_path="mine").check()
+        check(ZeroShot(tasks=["sums"], include_path="mine"), lm)
 
 
 JOB = [*RANDOM, "model.seq_len=32", "dataset.n_seq=4", "pruner=magnitude", "allocator=uniform", "results_dir=results"]
@@ -494,7 +601,7 @@ def test_the_command(tmp_path, monkeypatch, capsys, svnup):
     table = render([ResultRow(**row)], "markdown")
     assert "docs_cloze/acc (limit 8) dense" in table
     assert "acc_norm" not in table
-    assert "docs_cloze/acc: 8 items, 0-shot, in %, limit 8" in table
+    assert "docs_cloze/acc: 8 items, 0-shot, without BOS, in %, limit 8" in table
     code, out, err = run(
         "evaluation=full", "evaluation.limit=8", "evaluation.n_seq=4", "evaluation.tasks={docs_cloze: acc_norm}"
     )
