@@ -33,6 +33,7 @@ from svnup import NUMBERS_VERSION
 from svnup.allocation import Allocator, Chooser, FromFile, Granularity, Ratios, ScoreBudget, Tuned, name_of
 from svnup.data import TokenSource
 from svnup.evaluation import Evaluation
+from svnup.files import default_cache_dir
 from svnup.model import Pretrained, Random
 from svnup.provenance import redact_code
 from svnup.scoring import GameOptions, Scorer, ShapleyScorer
@@ -391,11 +392,6 @@ def _go_offline_if_unreachable() -> None:
 def _resolves(host: str | None, found: list[bool]) -> None:
     with contextlib.suppress(OSError):
         found.append(bool(socket.getaddrinfo(host, 443)))
-
-
-def default_cache_dir() -> Path:
-    """The user's cache folder for svnup (XDG)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "svnup"
 
 
 # -- building one node

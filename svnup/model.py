@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from svnup import smollm2
+
 if TYPE_CHECKING:
     from svnup.language_model import LanguageModel
     from svnup.types import Offload
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 BUILT_IN, BUILT_IN_OPT = "svnup/tiny", "svnup/tiny_opt"
 BUILT_IN_FOLDER = Path(__file__).parent / "assets" / "tiny"
 SHIPPED = {BUILT_IN: BUILT_IN_FOLDER, BUILT_IN_OPT: BUILT_IN_FOLDER.with_name("tiny_opt")}
+FETCHED = {smollm2.NAME: smollm2.COMMAND}  # what brings a model to the user's cache, once
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
@@ -31,6 +34,11 @@ def one_block_of(config: Any) -> Any:
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
     return config
+
+
+def own_folder(name: str) -> Path | None:
+    """Where a model lies that svnup ships or fetches; None for other names."""
+    return smollm2.home() if name in FETCHED else SHIPPED.get(name)
 
 
 def _check_known(dense_ppl: list[dict[str, Any]]) -> None:
@@ -49,7 +57,7 @@ KNOWN = ("dataset", "seq_len", "ppl", "source")  # of a dense perplexity
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """A checkpoint folder, a hub model, or a built-in one (`SHIPPED`); names as in transformers' `from_pretrained`.
+    """A checkpoint folder, a hub model, or one of svnup's own (`own_folder`); names as in transformers' `from_pretrained`.
 
     `seq_len` is the model's default sequence length, `test_text` the data set whose perplexity is reported by default,
     `test_tasks` the tasks whose accuracy is, and `dense_ppl` lists known dense perplexities as {dataset, seq_len, ppl, source},
@@ -91,8 +99,8 @@ class Pretrained:
     def _source(self) -> str:
         """What transformers is given."""
         given = self.pretrained_model_name_or_path
-        if given in SHIPPED:
-            return str(SHIPPED[given])
+        if (own := own_folder(given)) is not None:
+            return str(own)
         return str(Path(given).expanduser()) if self._is_local else given
 
     @property
@@ -100,13 +108,16 @@ class Pretrained:
         """A folder, or something that can only be meant as one: hub names are `name` or `organisation/name`."""
         given = self.pretrained_model_name_or_path
         looks_local = given.startswith((".", "/", "~")) or given.count("/") > 1
-        return given in SHIPPED or looks_local or Path(given).expanduser().exists()
+        return own_folder(given) is not None or looks_local or Path(given).expanduser().exists()
 
     @cached_property
     def _config_file(self) -> Path:
         given = f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}"
         if self._is_local:
             folder = Path(self._source)
+            command = FETCHED.get(self.pretrained_model_name_or_path)
+            if command is not None and not (folder / "config.json").is_file():
+                raise ValueError(f"{given}: not in {folder} yet; run {command}, which brings it in about two minutes")
             if not folder.is_dir():
                 raise ValueError(
                     f"{given}: there is no such folder; give a checkpoint folder or a hub name (organisation/name)"
@@ -151,6 +162,11 @@ class Pretrained:
     def widths(self) -> list[int]:
         """Input widths of linears, as far as config.json names them."""
         return [self._config[key] for key in ("hidden_size", "intermediate_size", "ffn_dim") if key in self._config]
+
+    @property
+    def dequantized_from(self) -> dict[str, str] | None:
+        """File, SHA-256 and quantization that the weights were dequantized from, where the checkpoint says so."""
+        return self._config.get(smollm2.ORIGIN)
 
     def check_offload(self, offload: Offload) -> None:
         """Raise ValueError where blocks cannot wait there."""
@@ -248,6 +264,7 @@ class Random:
     test_tasks: str = "cloze"
     dense_ppl: list[dict[str, Any]] = field(default_factory=list)
     from_hub: ClassVar[bool] = False
+    dequantized_from: ClassVar[dict[str, str] | None] = None
 
     def __post_init__(self) -> None:
         _check_device_name(self.device)
