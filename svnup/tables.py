@@ -60,7 +60,9 @@ def describe(row: ResultRow) -> dict[str, Any]:
     """The names by which people know a run."""
     config = row.config
     scorer = config["allocator"].get("scorer")
-    words = [_method(scorer) if "game" in scorer else _options(scorer)] if scorer else []
+    shared = config["allocator"].items()  # what a scorer has from its allocator is said once
+    own = {k: v for k, v in (scorer or {}).items() if (k, v) not in shared}
+    words = [_method(scorer) if "game" in scorer else _options(own)] if scorer else []
     split = config.get("split", {"_target_": "UniformSplit"})  # results of earlier versions have none
     if (inside := method_name(split).removesuffix("split")) != "uniform":
         words.append(", ".join(filter(None, (f"split by {inside}", _options(split)))))
