@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from svnup.types import Ints
+from svnup.types import LOCAL_COPY, Ints
 
 Role = Literal["calibration", "payoff", "selection", "test"]
 DRAWN = ("calibration", "payoff")  # roles for which windows are drawn with the seed
@@ -157,8 +157,8 @@ class C4(TokenSource):
 
 
 def _hub_fingerprint(path: str, revision: str | None) -> str:
-    """The name and revision of a data set of the hub; the content where a folder of that name is read instead."""
-    return folder_digest(Path(path)) if Path(path).is_dir() else f"{path}@{revision or 'main'}"
+    """The name of a data set of the hub with its revision, or with the content of a folder of that name, read instead."""
+    return f"{path}{LOCAL_COPY}{folder_digest(Path(path))}" if Path(path).is_dir() else f"{path}@{revision or 'main'}"
 
 
 def folder_digest(folder: Path) -> str:
