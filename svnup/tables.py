@@ -110,10 +110,9 @@ def _method(scorer: dict[str, Any]) -> str:
 
 def _setting(row: ResultRow) -> str:
     """What a run has in common with its uniform counterpart: all of its configuration that can move a number but the budget,
-    and what its weights and test text are by content."""
+    and its weights by content."""
     config = {k: v for k, v in moving_numbers(row.config).items() if k not in ("allocator", "split")}
-    inputs = {k: v for k, v in row.fingerprints.items() if k == "weights" or k.startswith("evaluation.")}
-    return hashlib.sha256(json.dumps([config, inputs], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([config, row.fingerprints.get("weights")], sort_keys=True).encode()).hexdigest()
 
 
 def render(rows: list[ResultRow], form: str, title: str | None = None, command: str | None = None, ansi: bool = False) -> str:
