@@ -24,9 +24,9 @@ from svnup.types import ResultRow
 HARDWARE = {"cpu": "Abacus 9000", "cores": 2, "gpus": [], "threads": 1}
 
 
-def metric(value: float, name: str = "docs", seq_len: int = 256, n_windows: int = 300) -> dict[str, Any]:
+def metric(value: float, name: str = "docs", seq_len: int = 256, n_windows: int = 300, **more: Any) -> dict[str, Any]:
     protocol = {"dataset": name, "role": "test", "seq_len": seq_len, "n_windows": n_windows, "tokens_sha256": "abc"}
-    return {"value": value, "protocol": protocol}
+    return {"value": value, "protocol": protocol | more}
 
 
 def row(
