@@ -19,13 +19,13 @@ from svnup.results import load
 Sweep = list[str]  # overrides of experiment=smollm2
 
 SPARSITY, PRUNER, ALLOCATOR = (f"hydra.sweeper.params.{axis}" for axis in ("sparsity", "pruner", "allocator"))
-SUBLAYERS = ["allocator.granularity=sublayer", "shapley.window=1"]
+SUBLAYERS = ["allocator.granularity=sublayer", "shapley.game.players=sublayer"]
 RECOMMENDED = [f"{ALLOCATOR}=shapley", "shapley.window=1", "shapley.game.absence=prune"]
 BUDGETS: dict[str, Sweep] = {  # what `--best` may name, besides allocators
     "recommended": RECOMMENDED,
     "block_influence_sublayers": [f"{ALLOCATOR}=block_influence", "allocator.granularity=sublayer"],
-    "leave_one_out_sublayers": [f"{ALLOCATOR}=leave_one_out", *SUBLAYERS[:1], "shapley.game.players=sublayer"],
-    "shapley_sublayers": [*RECOMMENDED, *SUBLAYERS[:1], "shapley.game.players=sublayer"],
+    "leave_one_out_sublayers": [f"{ALLOCATOR}=leave_one_out", *SUBLAYERS],
+    "shapley_sublayers": [*RECOMMENDED, *SUBLAYERS],
 }
 KNOBS = {"owl": "lam", "alpha_pruning": "epsilon", "dlp": "lam", "atp": "beta", "block_influence": "lam", "shapley": "lam"}
 
