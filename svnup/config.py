@@ -34,6 +34,7 @@ from svnup import NUMBERS_VERSION
 from svnup.allocation import Allocator, Chooser, FromFile, Granularity, Ratios, ScoreBudget, Tuned, name_of
 from svnup.data import TokenSource
 from svnup.evaluation import Evaluation
+from svnup.files import default_cache_dir
 from svnup.model import Pretrained, Random
 from svnup.provenance import redact_code
 from svnup.scoring import GameOptions, Scorer, ShapleyScorer
@@ -240,10 +241,13 @@ class Job:
         if self.scorer is None and not isinstance(self.allocator, Chooser):
             with _blame("allocator"):
                 check_profile(lm, self.allocator.allocate(None, lm.block_params, self.sparsity, self.pattern))
-        if self.shapley is not None and self.shapley.game.players == "sublayer":
-            with _blame("shapley.game"):
+        if getattr(self.scorer, "granularity", "block") == "sublayer":
+            key = "shapley.game.players" if self.shapley is not None else "allocator.granularity"
+            try:
                 for index in range(lm.n_blocks):
                     lm.sublayers(index)
+            except ValueError as error:
+                raise ValueError(str(error).replace("players=", f"{key}=")) from None
         return lm
 
     def _check_lengths(self, lm: LanguageModel) -> None:
@@ -297,7 +301,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     selection: TokenSource = construct(config["selection"], "selection")
     split: Split = construct(config["split"], "split")
     if config["allocator"].get("granularity") == "sublayer":
-        _check_sublayers(config, shapley, split)
+        _check_sublayers(config, scorer, split)
     if isinstance(allocator, ShapleyRounds):
         _check_rounds(shapley)
     if scorer is None and isinstance(getattr(allocator, "allocator", allocator), (ScoreBudget, Ratios)):
@@ -409,11 +413,6 @@ def _go_offline_if_unreachable() -> None:
 def _resolves(host: str | None, found: list[bool]) -> None:
     with contextlib.suppress(OSError):
         found.append(bool(socket.getaddrinfo(host, 443)))
-
-
-def default_cache_dir() -> Path:
-    """The user's cache folder for svnup (XDG)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "svnup"
 
 
 # -- building one node
@@ -540,7 +539,7 @@ def _evaluation(node: dict[str, Any], known: Texts) -> Any:
             names = sorted(p.stem for p in file.parent.glob("*.yaml"))
             raise ValueError(f"evaluation.datasets={name}: choose among {', '.join(names)}{did_you_mean(str(name), names)}")
         plain = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file)))
-        fixed = {k: node[k] for k in ("seq_len", "n_seq", "role")} | {"seed": 0}
+        fixed = {k: node[k] for k in ("seq_len", "n_seq", "skip", "role")} | {"seed": 0}
         merged = plain | fixed | (options or {})
         _refuse_missing(merged, f"evaluation.datasets.{i}.{name}.")
         source = construct(merged, f"evaluation.datasets.{i}")
@@ -598,10 +597,11 @@ def _check_scalars(config: dict[str, Any]) -> None:
         raise ValueError(f"save_format={config['save_format']}: no model would be saved; add save_model=true")
 
 
-def _check_sublayers(config: dict[str, Any], shapley: ShapleyScorer | None, split: Split) -> None:
+def _check_sublayers(config: dict[str, Any], scorer: Scorer | None, split: Split) -> None:
     """Refuse budgets of sublayers without their scores, or divided as those of blocks."""
-    if shapley is None or shapley.game.players != "sublayer":
-        what = "allocator=shapley shapley.game.players=sublayer" if shapley is None else "shapley.game.players=sublayer"
+    if getattr(scorer, "granularity", "block") != "sublayer":
+        of_game = isinstance(scorer, ShapleyScorer)
+        what = "shapley.game.players=sublayer" if of_game else "allocator=shapley shapley.game.players=sublayer"
         raise ValueError(
             f"allocator.granularity=sublayer: the scores are those of blocks; add {what}, or use granularity=block"
         )

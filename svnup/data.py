@@ -19,12 +19,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from svnup.types import Ints
+from svnup.types import LOCAL_COPY, Ints
 
 Role = Literal["calibration", "payoff", "selection", "test"]
 Sampler = Literal["distinct", "literature"]
 MAX_TEXT = 2**30  # bytes of a text file, unpacked: all of it is tokenized at once
 CHUNK = 2**20
+DRAWN = ("calibration", "payoff")  # roles for which windows are drawn with the seed
 TEXTS = Path(__file__).parent / "assets" / "text"
 
 
@@ -32,13 +33,15 @@ TEXTS = Path(__file__).parent / "assets" / "text"
 class TokenSource(ABC):
     """Where tokens come from: `n_seq` sequences of `seq_len` tokens for one role; `n_seq` None means all there are, in order.
 
-    Raises ValueError on construction where the numbers make no sense.
+    `skip`: so many windows at the beginning of a text that is read in order are left out. Raises ValueError on construction
+    where the numbers make no sense.
     """
 
     n_seq: int | None
     seq_len: int
     seed: int = 0
     role: Role = "calibration"
+    skip: int = 0
     name: ClassVar[str]
     from_hub: ClassVar[bool] = False
 
@@ -49,6 +52,10 @@ class TokenSource(ABC):
             raise ValueError(f"seq_len={self.seq_len}: a sequence needs at least 2 tokens to have something to predict")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: choose 0 or more")
+        if self.skip < 0:
+            raise ValueError(f"skip={self.skip}: windows left out at the beginning; choose 0 or more")
+        if self.skip and self.role in DRAWN:
+            raise ValueError(f"skip={self.skip}: {self.role} text is drawn by its seed, not read in order; use skip=0")
 
     def tokens(self, tokenizer: Any) -> Ints:
         """int64 tokens (n_seq, seq_len), read once per tokenizer; raises ValueError where text is missing or too short."""
@@ -183,8 +190,8 @@ class C4(TokenSource):
 
 
 def _hub_fingerprint(path: str, revision: str | None) -> str:
-    """The name and revision of a data set of the hub; the content where a folder of that name is read instead."""
-    return folder_digest(Path(path)) if Path(path).is_dir() else f"{path}@{revision or 'main'}"
+    """The name of a data set of the hub with its revision, or with the content of a folder of that name, read instead."""
+    return f"{path}{LOCAL_COPY}{folder_digest(Path(path))}" if Path(path).is_dir() else f"{path}@{revision or 'main'}"
 
 
 def folder_digest(folder: Path) -> str:
@@ -233,20 +240,24 @@ def _literature_crops(documents: Any, tokenizer: Any, source: TokenSource) -> In
 def _n_sampled(source: TokenSource) -> int:
     if source.n_seq is None:
         raise ValueError(f"n_seq=null: {source.name} is sampled for {source.role}; give a number of sequences")
+    if source.skip:
+        raise ValueError(f"skip={source.skip}: {source.name} is sampled for {source.role}, not read in order; use skip=0")
     return source.n_seq
 
 
 def _windows(ids: Ints, source: TokenSource) -> Ints:
     """Cut into non-overlapping windows, remainder dropped; calibration and payoff draw theirs with the seed."""
     available = len(ids) // source.seq_len
-    wanted = source.n_seq if source.n_seq is not None else available
-    if wanted > available or not available:
+    left = available - source.skip
+    wanted = source.n_seq if source.n_seq is not None else left
+    if wanted > left or left < 1:
+        given = f"n_seq={source.n_seq}" + (f", skip={source.skip}" if source.skip else "")
         raise ValueError(
-            f"n_seq={source.n_seq}: the {source.role} text of {source.name} has {len(ids)} tokens, {available} windows of "
+            f"{given}: the {source.role} text of {source.name} has {len(ids)} tokens, {available} windows of "
             f"seq_len={source.seq_len}; ask for fewer or shorter windows, or give a longer text"
         )
-    rows = ids[: available * source.seq_len].reshape(available, source.seq_len)
-    if source.role in ("calibration", "payoff") and wanted < available:
+    rows = ids[source.skip * source.seq_len : available * source.seq_len].reshape(left, source.seq_len)
+    if source.role in DRAWN and wanted < available:
         return rows[np.random.default_rng(source.seed).permutation(available)[:wanted]]
     return rows[:wanted]
 

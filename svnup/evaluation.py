@@ -113,11 +113,13 @@ class NoEvaluation(Evaluation):
 
 @dataclass(frozen=True)
 class Perplexity(Evaluation):
-    """Perplexity on each data set, in non-overlapping windows of `seq_len` of its text for `role`, all or the first `n_seq`."""
+    """Perplexity on each data set, in non-overlapping windows of `seq_len` of its text for `role`, all or the first `n_seq`,
+    after the first `skip` of them."""
 
     datasets: list[TokenSource]
     seq_len: int
     n_seq: int | None = None
+    skip: int = 0
     role: Role = "test"
 
     def __post_init__(self) -> None:
@@ -514,6 +516,7 @@ def _protocol(source: TokenSource, tokens: Ints) -> dict[str, Any]:
         "seq_len": int(tokens.shape[1]),
         "n_windows": int(tokens.shape[0]),
         "n_tokens": int(tokens.size),
-        "complete": source.n_seq is None,
+        **({"skip": source.skip} if source.skip else {}),
+        "complete": source.n_seq is None and not source.skip,
         "mean": "over windows of the mean over their seq_len - 1 targets",
     }

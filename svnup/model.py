@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from svnup import smollm2
+
 if TYPE_CHECKING:
     from svnup.language_model import LanguageModel
     from svnup.loading import Loader
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 BUILT_IN, BUILT_IN_OPT = "svnup/tiny", "svnup/tiny_opt"
 BUILT_IN_FOLDER = Path(__file__).parent / "assets" / "tiny"
 SHIPPED = {BUILT_IN: BUILT_IN_FOLDER, BUILT_IN_OPT: BUILT_IN_FOLDER.with_name("tiny_opt")}
+FETCHED = {smollm2.NAME: smollm2.COMMAND}  # what brings a model to the user's cache, once
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -32,6 +35,11 @@ def one_block_of(config: Any) -> Any:
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:1]
     return config
+
+
+def own_folder(name: str) -> Path | None:
+    """Where a model lies that svnup ships or fetches; None for other names."""
+    return smollm2.home() if name in FETCHED else SHIPPED.get(name)
 
 
 def _check_known(dense_ppl: list[dict[str, Any]]) -> None:
@@ -50,7 +58,7 @@ KNOWN = ("dataset", "seq_len", "ppl", "source")  # of a dense perplexity
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """A checkpoint folder, a hub model, or a built-in one (`SHIPPED`); names as in transformers' `from_pretrained`.
+    """A checkpoint folder, a hub model, or one of svnup's own (`own_folder`); names as in transformers' `from_pretrained`.
 
     `gguf_file` names a GGUF file of the folder or hub model, which is dequantized and read in place of a checkpoint.
     `seq_len` is the model's default sequence length, `test_text` the data set whose perplexity is reported by default,
@@ -97,8 +105,8 @@ class Pretrained:
     def _source(self) -> str:
         """What transformers is given."""
         given = self.pretrained_model_name_or_path
-        if given in SHIPPED:
-            return str(SHIPPED[given])
+        if (own := own_folder(given)) is not None:
+            return str(own)
         return str(Path(given).expanduser()) if self._is_local else given
 
     @property
@@ -106,7 +114,7 @@ class Pretrained:
         """A folder, or something that can only be meant as one: hub names are `name` or `organisation/name`."""
         given = self.pretrained_model_name_or_path
         looks_local = given.startswith((".", "/", "~")) or given.count("/") > 1
-        return given in SHIPPED or looks_local or Path(given).expanduser().exists()
+        return own_folder(given) is not None or looks_local or Path(given).expanduser().exists()
 
     @cached_property
     def _config_file(self) -> Path:
@@ -116,6 +124,9 @@ class Pretrained:
             folder = Path(self._source)
             if folder.suffix == ".gguf" and folder.is_file():
                 raise ValueError(f"{given}: is one file; give its folder, and gguf_file={folder.name}")
+            command = FETCHED.get(self.pretrained_model_name_or_path)
+            if command is not None and not (folder / "config.json").is_file():
+                raise ValueError(f"{given}: not in {folder} yet; run {command}, which brings it in about two minutes")
             if not folder.is_dir():
                 raise ValueError(
                     f"{given}: there is no such folder; give a checkpoint folder or a hub name (organisation/name)"
@@ -214,10 +225,12 @@ class Pretrained:
     def dequantized_from(self) -> dict[str, Any] | None:
         """What the weights were before they were dequantized, None where they are as they were stored.
 
-        Of a GGUF file its name, SHA-256 and how many tensors it has of each of its types; of another quantized checkpoint what
-        its config.json says.
+        Of a GGUF file its name, SHA-256 and how many tensors it has of each of its types; of another quantized checkpoint,
+        or of one that was dequantized before it was saved, what its config.json says.
         """
         if self.gguf_file is None:
+            if (origin := self._config.get(smollm2.ORIGIN)) is not None:
+                return dict(origin)
             stored = self._config.get("quantization_config")
             return {"quantization_config": stored} if stored else None
         from gguf import GGUFReader

@@ -19,7 +19,7 @@ from typing import Any
 
 from svnup.allocation import name_of
 from svnup.grid import Cell, Grid
-from svnup.types import ResultRow, method_name, moving_numbers
+from svnup.types import LOCAL_COPY, ResultRow, method_name, moving_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,27 @@ def is_seed(key: str) -> bool:
 def model_of(config: Mapping[str, Any]) -> str:
     """The model of a configuration, in full."""
     return str(config["model"].get("pretrained_model_name_or_path") or f"random {config['model'].get('model_type')}")
+
+
+def notes_on_inputs(rows: Iterable[ResultRow]) -> list[str]:
+    """What numbers depend on that no setting tells: which file weights were dequantized from, and the content of the local
+    copies that stood in for data sets of the hub."""
+    weights, texts = set(), set()
+    for row in rows:
+        if origin := row.provenance.get("dequantized_from"):
+            weights.add(f"Weights of {model_of(row.config)}: dequantized from {_origin(origin)}.")
+        for name, content, digest in (text.partition(LOCAL_COPY) for text in row.fingerprints.values()):
+            if content:
+                texts.add(f"{name} (SHA-256 {digest[:16]})")
+    return [*sorted(weights), *([f"Texts from local copies: {', '.join(sorted(texts))}."] if texts else [])]
+
+
+def _origin(origin: Mapping[str, Any]) -> str:
+    """A quantized file or checkpoint, in words."""
+    if (quantized := origin.get("quantization_config")) is not None:
+        return f"a checkpoint in {quantized.get('quant_method')}"
+    file = " of ".join(filter(None, (origin.get("file") or origin.get("gguf_file"), origin.get("package"))))
+    return f"{file} ({origin.get('quantization') or ', '.join(origin.get('tensors', ()))}, SHA-256 {origin['sha256']})"
 
 
 def short_names(models: Iterable[str]) -> dict[str, str]:
@@ -424,7 +445,7 @@ def pivot(
         dense.setdefault(of_model, []).append((run, metric))
     summaries = {place: summarize(entries) for place, entries in cells.items()}
     before = {label: _dense(entries) for label, entries in dense.items()}
-    notes = tuple(dict.fromkeys(_notes(runs, metrics)))
+    notes = tuple(dict.fromkeys([*_notes(runs, metrics), *notes_on_inputs(run.row for run in runs)]))
     percent = {name for run in runs for name, metric in run.metrics.items() if metric["protocol"].get("unit") == "%"}
     names = tuple(f"{name} (%)" if name in percent else name for name in metrics)
     return Pivot(by, across, tuple(metrics), names, summaries, before, dict(baseline or {}), notes, dict(where or {}))

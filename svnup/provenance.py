@@ -54,10 +54,12 @@ def provenance(
     name: str | None = None,
     sweep: str | None = None,
     texts: dict[str, dict[str, Any]] | None = None,
+    dequantized_from: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Where a number came from, as nested JSON values: command, seeds, texts, code and what of it is not committed, machine.
 
-    `config` is the resolved one, `sweep` the name of the sweep that the job belongs to, `texts` says by key what was read.
+    `config` is the resolved one, `sweep` the name of the sweep that the job belongs to, `texts` says by key what was read,
+    `dequantized_from` what the weights were dequantized from, if anything.
     """
     return {
         "command": " ".join(["svnup", *map(shlex.quote, overrides)]),
@@ -68,6 +70,7 @@ def provenance(
         "numbers": NUMBERS_VERSION,
         "seeds": dict(_seeds(config)),
         "texts": texts or {},
+        "dequantized_from": dequantized_from,
         **_git(),
         "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p)) is not None},
         "hardware": hardware(),

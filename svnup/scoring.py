@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
+from svnup.allocation import Granularity
 from svnup.data import TokenSource
 from svnup.progress import stage
 from svnup.shapley import Estimator
@@ -66,7 +67,7 @@ class GameOptions:
     payoff: Literal["neg_nll", "neg_ppl", "recip_ppl", "kl", "accuracy"] = "recip_ppl"
     cap: Literal["none", "chance"] = "none"
     absence: Literal["skip", "prune"] = "skip"
-    players: Literal["block", "sublayer"] = "block"
+    players: Granularity = "block"
     pruner: Any = None  # a svnup.pruning.Pruner, which cannot be named here without importing torch
 
     def __post_init__(self) -> None:
@@ -106,6 +107,11 @@ class ShapleyScorer:
     @property
     def needs_inputs(self) -> bool:
         return self.game.absence == "prune" and self.game.pruner.needs_inputs
+
+    @property
+    def granularity(self) -> Granularity:
+        """What has a score of its own."""
+        return self.game.players
 
     @property
     def _gated(self) -> bool:
@@ -227,7 +233,7 @@ class Owl:
             threshold = self.m * sum(float(s.double().sum()) for s in scores) / n
             return sum(int((s > threshold).sum()) for s in scores) / n
 
-        return _walked(lm, context, f"Owl(m={self.m:g})", lambda visit: ratio([*wanda_scores(visit).values()]))
+        return _walked(lm, context, f"Owl(m={self.m:g})", lambda visit: [ratio([*wanda_scores(visit).values()])])
 
 
 @dataclass(frozen=True)
@@ -252,7 +258,7 @@ class Dlp:
                 return float(torch.cat([s.flatten() for s in scores]).median())
             return sum(float(s.double().sum()) for s in scores) / sum(s.numel() for s in scores)
 
-        found = _walked(lm, context, f"Dlp({self.statistic})", lambda visit: middle([*wanda_scores(visit).values()]))
+        found = _walked(lm, context, f"Dlp({self.statistic})", lambda visit: [middle([*wanda_scores(visit).values()])])
         return BlockScores(1 - found.values / found.values.sum(), found.method, cost=found.cost)
 
 
@@ -260,33 +266,60 @@ class Dlp:
 class BlockInfluence:
     """How far each block turns the hidden state: 1 - mean over tokens of cos(h_l, h_(l+1)); higher: denser.
 
-    Source: ShortGPT, arXiv 2403.03853, equation 1: there blocks of low influence are removed; the budget from it is ours.
+    `granularity=sublayer`: how far its attention turns it, and how far its MLP then does; raises ValueError where a block does
+    not run the one after the other. Source: ShortGPT, arXiv 2403.03853, equation 1: there blocks of low influence are removed;
+    the budget from it, and the influence of sublayers, are ours.
     """
 
+    granularity: Granularity = "block"
     needs_inputs: ClassVar[bool] = True
 
     def plan(self, n_blocks: int) -> dict[str, int]:
-        return {"block_forwards": n_blocks}
+        return {"block_forwards": n_blocks * (2 if self.granularity == "sublayer" else 1)}
 
     def score(self, lm: LanguageModel, context: Context) -> BlockScores:
         import torch
         from torch.nn.functional import cosine_similarity
 
-        def influence(visit: Visit) -> float:
+        from svnup.blocks import hidden_of
+
+        def cosine(before: Tensor, after: Tensor) -> Tensor:
+            """Mean over the tokens of each sequence, (b, s, d) to float64 (b,)."""
+            return cosine_similarity(before.float(), after.float(), dim=-1).double().mean(1).cpu()
+
+        def of_block(visit: Visit) -> list[float]:
             cosines: list[Tensor] = []
 
             def see(block: Any, args: Any, out: Any) -> None:
-                after = out[0] if isinstance(out, tuple) else out
-                cosines.append(cosine_similarity(args[0].float(), after.float(), dim=-1).double().mean(1).cpu())
+                cosines.append(cosine(args[0], hidden_of(out)))
 
             hook = visit.block.register_forward_hook(see)
             try:
                 visit.run(advance=True)
             finally:
                 hook.remove()
-            return float(1 - torch.cat(cosines).mean())
+            return [float(1 - torch.cat(cosines).mean())]
 
-        return _walked(lm, context, "BlockInfluence", influence)
+        def of_sublayers(visit: Visit) -> list[float]:
+            cosines: tuple[list[Tensor], list[Tensor]] = ([], [])
+            ends: list[Tensor] = []
+            for batch in visit.batches:
+                middle = lm.run_block(visit.index, batch, part="attention")
+                end = lm.run_block(visit.index, middle, part="mlp")
+                cosines[0].append(cosine(batch.hidden, middle.hidden))
+                cosines[1].append(cosine(middle.hidden, end.hidden))
+                ends = ends or [end.hidden]
+            visit.run(advance=True)
+            whole = visit.batches[0].hidden
+            if not torch.allclose(whole.float(), ends[0].float(), rtol=1e-2, atol=1e-2 * float(whole.abs().max())):
+                raise ValueError(
+                    f"allocator.granularity=sublayer: block {visit.index} does not run attention, then MLP; use "
+                    "allocator.granularity=block"
+                )
+            return [float(1 - torch.cat(part).mean()) for part in cosines]
+
+        measure = of_sublayers if self.granularity == "sublayer" else of_block
+        return _walked(lm, context, "BlockInfluence", measure, self.plan(lm.n_blocks)["block_forwards"])
 
 
 @dataclass(frozen=True)
@@ -351,15 +384,22 @@ def wanda_scores(visit: Visit) -> dict[str, Tensor]:
     return {name: matrix(m).float().abs() * inputs.stats(name).squares.sqrt() for name, m in visit.linears.items()}
 
 
-def _walked(lm: LanguageModel, context: Context, method: str, measure: Callable[[Visit], float]) -> BlockScores:
-    """One number per block from a walk over the dense model; `measure` runs the block that it is given."""
+def _walked(
+    lm: LanguageModel,
+    context: Context,
+    method: str,
+    measure: Callable[[Visit], list[float]],
+    n_block_forwards: int | None = None,
+) -> BlockScores:
+    """Numbers per block from a walk over the dense model; `measure` runs the block that it is given, once unless said."""
     import torch
 
     start = time.perf_counter()
     with torch.inference_mode(), stage("scores", lm.n_blocks, "blocks") as advance:
-        values = []
+        values: list[float] = []
         for visit in lm.walk(context.tokens):
-            values.append(measure(visit))
+            values += measure(visit)
             advance(1)
-    cost = Cost(n_block_forwards=lm.n_blocks, n_new_block_forwards=lm.n_blocks, seconds=time.perf_counter() - start)
+    n_forwards = lm.n_blocks if n_block_forwards is None else n_block_forwards
+    cost = Cost(n_block_forwards=n_forwards, n_new_block_forwards=n_forwards, seconds=time.perf_counter() - start)
     return BlockScores(np.array(values), method, cost=cost)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
 from svnup.allocation import name_of
 from svnup.grid import Cell, Grid
-from svnup.pivot import fallback_of, model_of, short_names
+from svnup.pivot import fallback_of, model_of, notes_on_inputs, short_names
 from svnup.types import UNSTRUCTURED, ResultRow, method_name, moving_numbers
 
 LIMITED = " (limit "  # such numbers stand in columns of their own, without a change
@@ -60,7 +61,9 @@ def describe(row: ResultRow) -> dict[str, Any]:
     """The names by which people know a run."""
     config = row.config
     scorer = config["allocator"].get("scorer")
-    words = [_method(scorer) if "game" in scorer else _options(scorer)] if scorer else []
+    shared = config["allocator"].items()  # what a scorer has from its allocator is said once
+    own = {k: v for k, v in (scorer or {}).items() if (k, v) not in shared}
+    words = [_method(scorer) if "game" in scorer else _options(own)] if scorer else []
     split = config.get("split", {"_target_": "UniformSplit"})  # results of earlier versions have none
     if (inside := method_name(split).removesuffix("split")) != "uniform":
         words.append(", ".join(filter(None, (f"split by {inside}", _options(split)))))
@@ -104,9 +107,10 @@ def _method(scorer: dict[str, Any]) -> str:
 
 
 def _setting(row: ResultRow) -> str:
-    """What a run has in common with its uniform counterpart: all of its configuration that can move a number but the budget."""
+    """What a run has in common with its uniform counterpart: all of its configuration that can move a number but the budget,
+    and its weights by content."""
     config = {k: v for k, v in moving_numbers(row.config).items() if k not in ("allocator", "split")}
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([config, row.fingerprints.get("weights")], sort_keys=True).encode()).hexdigest()
 
 
 def render(rows: list[ResultRow], form: str, title: str | None = None, command: str | None = None, ansi: bool = False) -> str:
@@ -116,7 +120,7 @@ def render(rows: list[ResultRow], form: str, title: str | None = None, command: 
         return data.drop(columns="setting").to_csv(index=False)
     drop = [c for c, same in (("seed", 0), ("pattern", UNSTRUCTURED), ("status", "finished")) if (data[c] == same).all()]
     shown = _with_change(data).drop(columns=[*drop, "setting", "seconds", "key"])
-    return flat(shown, title, about(rows, command)).render(form, ansi)
+    return flat(shown, title, about(rows, command), notes_on_inputs(rows)).render(form, ansi)
 
 
 def listing(rows: list[ResultRow], sort: str | None = None) -> Grid:
@@ -134,11 +138,12 @@ def listing(rows: list[ResultRow], sort: str | None = None) -> Grid:
     return flat(data[first + rest])
 
 
-def flat(data: pd.DataFrame, title: str | None = None, about: str = "") -> Grid:
+def flat(data: pd.DataFrame, title: str | None = None, about: str = "", notes: Sequence[str] = ()) -> Grid:
     """Lines and columns of data as they are."""
     shown = data.astype(object)
     lines = [[Cell(_cell(c, v)) for c, v in zip(shown.columns, line, strict=True)] for line in shown.itertuples(index=False)]
-    return Grid([(column,) for column in shown.columns], lines, title, about, records=shown.to_dict("records"))  # type: ignore[arg-type]
+    records: list[dict[str, Any]] = shown.to_dict("records")  # type: ignore[assignment]
+    return Grid([(str(column),) for column in shown.columns], lines, title, about, list(notes), records=records)
 
 
 def _with_change(data: pd.DataFrame) -> pd.DataFrame:
@@ -178,7 +183,9 @@ def about(rows: list[ResultRow], command: str | None = None) -> str:
 
 def _in_words(name: str, protocol: dict[str, Any]) -> str:
     if "n_windows" in protocol:
-        return f"{name}: {protocol['n_windows']} windows of {protocol['seq_len']} tokens ({protocol['role']} text)"
+        skip, n = protocol.get("skip", 0), protocol["n_windows"]
+        which = f", its windows {skip + 1} to {skip + n}" if skip else ""
+        return f"{name}: {n} windows of {protocol['seq_len']} tokens ({protocol['role']} text{which})"
     limit = "" if protocol["complete"] else f", limit {protocol['limit']}"
     what = f"mean over {', '.join(protocol['tasks'])}" if "tasks" in protocol else f"{protocol['n_items']} items"
     bos = {True: ", with BOS", False: ", without BOS", None: ""}[protocol.get("add_bos_token")]  # older results do not tell

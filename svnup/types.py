@@ -31,6 +31,8 @@ NOT_IN_KEY = (
 )
 NOT_IN_MODEL_KEY = ("device", "device_map", "trust_remote_code", "test_text", "test_tasks", "dense_ppl")
 
+LOCAL_COPY = "@sha256:"  # in a fingerprint: between the name of a data set of the hub and the content of the copy that was read
+
 CHOICES = 4  # endings that the accuracy payoff of a game tells apart
 
 

@@ -16,7 +16,7 @@ MODULES = {path.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(path.rea
 ONLY_IN = {
     "hydra": {"__main__", "config"},
     "omegaconf": {"__main__", "config"},
-    "transformers": {"loading", "language_model", "data"},
+    "transformers": {"loading", "language_model", "data", "smollm2"},
     "wandb": {"tracking"},
     "lm_eval": {"evaluation"},
     "pandas": {"results", "tables"},

@@ -31,6 +31,7 @@ HUB = {
     "mistral_7b": "mistralai/Mistral-7B-v0.1",
     "qwen2_5_7b": "Qwen/Qwen2.5-7B",
 }
+SMOLLM2 = {"smollm2_135m": "HuggingFaceTB/SmolLM2-135M", "smollm2_135m_instruct_q4": "svnup/smollm2_135m_instruct_q4"}
 ON_TINY = ["model=tiny", "dataset=docs", "dataset@shapley.game.data=docs", "evaluation.datasets=[docs]"]
 SMALL = [*RANDOM, "shapley.window=2"]
 
@@ -109,7 +110,23 @@ def test_the_smoke_experiment_is_the_demo_s_grid():
 
 def test_every_model_yaml_is_tested_here():
     files = {p.stem for p in (CONF / "model").glob("*.yaml") if not p.stem.startswith("_")}
-    assert files == {*HUB, "tiny", "tiny_opt", "random", "pretrained"}
+    assert files == {*HUB, *SMOLLM2, "tiny", "tiny_opt", "random", "pretrained"}
+
+
+@pytest.mark.parametrize("model", SMOLLM2)
+def test_small_real_models_read_the_texts_of_the_field_in_short_windows(model):
+    cfg = plain(f"model={model}")
+    assert cfg["model"]["pretrained_model_name_or_path"] == SMOLLM2[model]
+    assert cfg["dataset"]["_target_"] == cfg["selection"]["_target_"] == cfg["shapley"]["game"]["data"]["_target_"]
+    assert cfg["dataset"]["_target_"] == "svnup.data.C4"
+    assert cfg["evaluation"]["datasets"] == ["wikitext2"]
+    assert {cfg[part]["seq_len"] for part in ("model", "dataset", "selection", "evaluation")} == {512}
+
+
+def test_the_table_of_a_real_model_reads_no_window_that_was_read_for_choices():
+    real, table = plain("experiment=real")["evaluation"], plain("experiment=smollm2")["evaluation"]
+    assert (real["skip"], real["n_seq"]) == (0, 32)
+    assert (table["skip"], table["n_seq"]) == (32, 128)
 
 
 @pytest.mark.parametrize("model", HUB)

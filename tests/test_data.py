@@ -89,6 +89,26 @@ def test_reported_windows_come_in_order_and_drop_the_remainder(role, hundred):
     assert windows(hundred, role, seq_len=7).shape == (143, 7)
 
 
+@pytest.mark.parametrize("role", ["test", "selection"])
+def test_windows_at_the_beginning_are_left_out(role, hundred):
+    def after(skip: int, n_seq: int | None = None) -> np.ndarray:
+        return TextFile(path=hundred, n_seq=n_seq, seq_len=10, role=role, skip=skip).tokens(Words())
+
+    assert np.array_equal(after(32, 5), np.arange(320, 370).reshape(5, 10))
+    assert np.array_equal(after(97), np.arange(970, 1000).reshape(3, 10))
+    assert np.array_equal(after(0), windows(hundred, role))
+    with pytest.raises(ValueError, match=r"^n_seq=4, skip=97: .* 100 windows"):
+        after(97, 4)
+    with pytest.raises(ValueError, match=r"^n_seq=None, skip=100: "):
+        after(100)
+
+
+@pytest.mark.parametrize("role", ["calibration", "payoff"])
+def test_windows_that_are_drawn_have_no_beginning(role, hundred):
+    with pytest.raises(ValueError, match=rf"^skip=3: {role} text is drawn"):
+        TextFile(path=hundred, n_seq=2, seq_len=10, role=role, skip=3)
+
+
 @pytest.mark.parametrize("role", ["calibration", "payoff"])
 def test_sampled_windows_are_drawn_by_the_seed(role, hundred):
     zero, one = (windows(hundred, role, n_seq=20, seed=s) for s in (0, 1))
@@ -118,7 +138,7 @@ def test_tokens_are_read_once_per_tokenizer(hundred, monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"n_seq": 0}, "n_seq=0"), ({"n_seq": -1}, "n_seq=-1"), ({"seq_len": 1}, "seq_len=1")],
+    [({"n_seq": 0}, "n_seq=0"), ({"n_seq": -1}, "n_seq=-1"), ({"seq_len": 1}, "seq_len=1"), ({"skip": -1}, "skip=-1")],
 )
 def test_numbers_that_make_no_sense(options, said, hundred):
     with pytest.raises(ValueError, match=f"^{said}: "):
@@ -370,6 +390,13 @@ def test_c4_joins_documents_by_one_space(copies):
     assert seen == [numbers(0, 1100)]
 
 
+def test_c4_test_windows_after_others_and_no_crops_after_others(copies):
+    first = C4(n_seq=5, seq_len=10, role="test").tokens(Words())
+    assert np.array_equal(C4(n_seq=3, seq_len=10, role="test", skip=2).tokens(Words()), first[2:])
+    with pytest.raises(ValueError, match=r"^skip=2: c4 is sampled for selection"):
+        C4(n_seq=3, seq_len=10, role="selection", skip=2).tokens(Words())
+
+
 def test_sampling_needs_a_number(copies):
     with pytest.raises(ValueError, match=r"n_seq=null: c4 is sampled for calibration"):
         C4(n_seq=None, seq_len=10).tokens(Words())
@@ -392,5 +419,6 @@ def test_not_available_offline(source, role, tmp_path, monkeypatch):
 def test_a_changed_local_copy_has_another_fingerprint(copies):
     source = C4(n_seq=None, seq_len=10, role="test")
     before = source.fingerprint()
+    assert before.startswith("allenai/c4@sha256:")
     write_c4(copies, "validation.00000-of-00008", [f"{i}" for i in range(5000, 6300)])
     assert source.fingerprint() != before

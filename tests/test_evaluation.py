@@ -127,8 +127,10 @@ def test_protocols_tell_texts_windows_and_lengths_apart(tmp_path):
         (metric,) = docs(**options).run(lm).values()
         return metric.protocol
 
-    variants = [protocol(), protocol(n_seq=5), protocol(seq_len=16, n_seq=8), protocol(role="selection")]
-    assert len({json.dumps(p, sort_keys=True) for p in variants}) == 4
+    variants = [protocol(), protocol(n_seq=5), protocol(seq_len=16, n_seq=8), protocol(role="selection"), protocol(skip=1)]
+    assert len({json.dumps(p, sort_keys=True) for p in variants}) == 5
+    assert variants[-1]["skip"] == 1
+    assert not protocol(n_seq=None, skip=1)["complete"], "a known dense perplexity is that of the whole text"
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"The value of {name} is returned to the caller of this function. " * 20)
     files = [Perplexity([TextFile(path=str(tmp_path / f"{n}.txt"), n_seq=None, seq_len=16, role="test")], 16) for n in "ab"]

@@ -24,9 +24,9 @@ from svnup.types import ResultRow
 HARDWARE = {"cpu": "Abacus 9000", "cores": 2, "gpus": [], "threads": 1}
 
 
-def metric(value: float, name: str = "docs", seq_len: int = 256, n_windows: int = 300) -> dict[str, Any]:
+def metric(value: float, name: str = "docs", seq_len: int = 256, n_windows: int = 300, **more: Any) -> dict[str, Any]:
     protocol = {"dataset": name, "role": "test", "seq_len": seq_len, "n_windows": n_windows, "tokens_sha256": "abc"}
-    return {"value": value, "protocol": protocol}
+    return {"value": value, "protocol": protocol | more}
 
 
 def row(
@@ -237,6 +237,7 @@ def test_change_only_against_the_same_setting():
         row("u2", 20.0, sparsity=0.6),
         row("u3", 60.0, model="other/model"),
         row("u4", 70.0, seed=1),
+        replace(UNIFORM, config_key="u5", fingerprints={"weights": "another checkpoint of that name"}),
     ]
 
     def change(*rows: ResultRow) -> str:
@@ -351,6 +352,24 @@ def some_results(tmp_path) -> Path:
     for one in (UNIFORM, SHAPLEY):
         RunFolder.of(tmp_path / "results", one.config_key).write(one)
     return tmp_path / "results"
+
+
+def test_a_table_says_what_no_setting_tells():
+    origin = {"file": "m.gguf", "package": "m 1.0", "quantization": "Q4_1", "sha256": "f" * 64}
+    texts = {"dataset": f"allenai/c4@sha256:{'a' * 64}", "evaluation.datasets.0": f"some/text@sha256:{'b' * 64}"}
+    made = replace(
+        row("c3", 50.0, skip=32, n_windows=128),
+        provenance=UNIFORM.provenance | {"dequantized_from": origin},
+        fingerprints={"weights": "w"} | texts,
+    )
+    for form in ("markdown", "terminal"):
+        text = " ".join(render([made], form).split())
+        assert f"Weights of svnup/tiny: dequantized from m.gguf of m 1.0 (Q4_1, SHA-256 {'f' * 64})." in text
+        assert f"local copies: allenai/c4 (SHA-256 {'a' * 16}), some/text (SHA-256 {'b' * 16})." in text
+    assert "128 windows of 256 tokens (test text, its windows 33 to 160)" in render([made], "markdown")
+    plain = render([replace(UNIFORM, fingerprints={"weights": "w", "dataset": "allenai/c4@main"})], "markdown")
+    assert "dequantized" not in plain
+    assert "local" not in plain
 
 
 def test_every_format_through_the_command(some_results, capsys):

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import GPTNeoXConfig
 
 from svnup.config import CONF
+from svnup.language_model import LanguageModel
 from svnup.scoring import AlphaPruning, BlockInfluence, Context, Dlp, Owl, hill
 from svnup.tables import describe
 from svnup.types import ResultRow
@@ -110,6 +112,56 @@ def test_block_influence_is_the_angle_between_input_and_output(random_model, tok
     scores = BlockInfluence().score(lm, context(tokens))
     np.testing.assert_allclose(scores.values, expected, atol=1e-6)
     assert scores.higher_is == "denser"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_influence_of_attention_and_mlp_is_that_of_their_residual_updates(random_model, tokens, model_type):
+    """What a sublayer's output projection writes is added to the state that it was given."""
+    lm = random_model(3, model_type=model_type)
+    _, states = seen(lm, tokens)
+    written, hooks = {}, []
+    last = {"llama": ("o_proj", "down_proj"), "opt": ("out_proj", "fc2")}[model_type]
+    for index in range(3):
+        for name, linear in lm.linears(index).items():
+            if name.endswith(last):
+                part = last.index(name.rpartition(".")[2])
+                key = (index, part)
+                hooks.append(linear.register_forward_hook(lambda m, a, out, key=key: written.update({key: out.double()})))
+    with torch.no_grad():
+        lm.model(torch.as_tensor(tokens))
+    for hook in hooks:
+        hook.remove()
+    expected = []
+    for index in range(3):
+        before = states[index][0]
+        for part in range(2):
+            after = before + written[index, part].reshape(before.shape).numpy()
+            norms = np.linalg.norm(before, axis=-1) * np.linalg.norm(after, axis=-1)
+            expected.append(1 - ((before * after).sum(-1) / norms).mean())
+            before = after
+    scores = BlockInfluence("sublayer").score(lm, context(tokens))
+    np.testing.assert_allclose(scores.values, expected, atol=1e-6)
+    assert np.ptp(expected) > 1e-3
+    assert scores.cost.n_block_forwards == 6
+
+
+def test_influence_of_sublayers_needs_blocks_that_run_one_after_the_other(random_model, tokens):
+    config = GPTNeoXConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        use_parallel_residual=True,
+    )
+    parallel = LanguageModel.random(config, None, seed=0, device="cpu")
+    with torch.no_grad():
+        for index in range(2):
+            for linear in parallel.linears(index).values():
+                linear.weight.mul_(20)
+    with pytest.raises(ValueError, match=r"^allocator\.granularity=sublayer: block 0 .*use allocator\.granularity=block"):
+        BlockInfluence("sublayer").score(parallel, context(tokens))
+    assert len(BlockInfluence().score(parallel, context(tokens)).values) == 2
 
 
 def test_a_block_that_does_nothing_has_no_influence(random_model, tokens):
@@ -294,6 +346,20 @@ def test_budgets_of_sublayers(svnup):
     again = rows()[-1]
     assert again["profile"] == fine["profile"]
     assert again["metrics"] == fine["metrics"]
+
+
+def test_influence_makes_budgets_of_sublayers(svnup):
+    args = ("allocator=block_influence", "pruner=magnitude")
+    code, _, err = svnup(*args, "allocator.granularity=sublayer")
+    assert code == 0, err
+    assert svnup(*args)[0] == 0
+    fine, coarse = rows()
+    assert [len(row["scores"]["values"]) for row in (fine, coarse)] == [6, 3]
+    assert "linears" in fine["profile"]
+    assert "linears" not in coarse["profile"]
+    assert fine["sparsity"]["actual"] == pytest.approx(0.7, abs=1e-3)
+    names = [describe(ResultRow.from_json(json.dumps(row)))["allocator"] for row in (fine, coarse)]
+    assert names == ["blockinfluence (log, lam=0.15, sublayer)", "blockinfluence (log, lam=0.15)"]
 
 
 def test_amplitudes_of_sublayers_are_tuned(svnup):

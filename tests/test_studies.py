@@ -36,7 +36,7 @@ BENCHMARKS = {
     "benchmarks.offload": ["--blocks", "3", "--width", "64"],
 }
 OTHERS = {"benchmarks.gpu", "cloze.build", "report.screenshots", "tiny_model.card", "tiny_model.corpus", "tiny_model.train"}
-OTHERS |= {"tracking.dashboard", "leaderboard.comparisons", "families.run"}
+OTHERS |= {"tracking.dashboard", "leaderboard.comparisons", "families.run", "smollm2.run"}
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ import re
 import sys
 import tempfile
 import traceback
+import typing
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ from svnup.language_model import LanguageModel
 from svnup.pruning import Pruner, prune_model
 from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.wanda import Wanda
+from svnup.types import Offload
 
 OUTPUT = Path("results/tables/families.csv")
 N_BLOCKS, VOCABULARY = 4, 99
@@ -245,6 +247,9 @@ def tried(folder: Path, scratch: Path) -> Iterator[tuple[str, Callable[[], str]]
         sparse.save(scratch / "bitmask", "bitmask")
         return compared(logits(load(scratch / "bitmask").model), logits(sparse.model))
 
+    def offloaded(where: Offload) -> str:
+        return compared(logits(load(folder, offload=where).model), expected)
+
     def reload() -> str:
         sparse = pruned(folder, Wanda())
         sparse.save(scratch / "pruned")
@@ -253,8 +258,8 @@ def tried(folder: Path, scratch: Path) -> Iterator[tuple[str, Callable[[], str]]
         return compared(load(scratch / "pruned").nll(TOKENS), sparse.nll(TOKENS))
 
     yield "none", lambda: compared(logits(lm().model), expected)
-    for where in ("cpu", "disk"):
-        yield where, lambda where=where: compared(logits(load(folder, offload=where).model), expected)
+    for where in typing.get_args(Offload)[1:]:
+        yield where, functools.partial(offloaded, where)
     yield "bitmask", bitmask
     yield "walk", walk
     yield "order", order

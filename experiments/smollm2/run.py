@@ -1,0 +1,102 @@
+"""The table of a real model, stage by stage: `make table NAME=smollm2`.
+
+Every stage is a list of sweeps of `experiment=smollm2`; a finished job is not run again, so that a killed table goes on where
+it was. The table is written anew after every sweep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from svnup import results_cli
+from svnup.allocation import name_of
+from svnup.results import load
+
+Sweep = list[str]  # overrides of experiment=smollm2
+
+SPARSITY, PRUNER, ALLOCATOR = (f"hydra.sweeper.params.{axis}" for axis in ("sparsity", "pruner", "allocator"))
+SUBLAYERS = ["allocator.granularity=sublayer", "shapley.game.players=sublayer"]
+RECOMMENDED = [f"{ALLOCATOR}=shapley", "shapley.window=1", "shapley.game.absence=prune"]
+BUDGETS: dict[str, Sweep] = {  # what `--best` may name, besides allocators
+    "recommended": RECOMMENDED,
+    "block_influence_sublayers": [f"{ALLOCATOR}=block_influence", "allocator.granularity=sublayer"],
+    "leave_one_out_sublayers": [f"{ALLOCATOR}=leave_one_out", *SUBLAYERS],
+    "shapley_sublayers": [*RECOMMENDED, *SUBLAYERS],
+}
+KNOBS = {"owl": "lam", "alpha_pruning": "epsilon", "dlp": "lam", "atp": "beta", "block_influence": "lam", "shapley": "lam"}
+
+
+def budget(name: str) -> Sweep:
+    return BUDGETS.get(name, [f"{ALLOCATOR}={name}"])
+
+
+def sweeps(stage: int, best: list[str], results: Path) -> Iterator[Sweep]:
+    """The sweeps of a stage; those of the second look at the results of the first ones that they yield."""
+    if stage == 1:  # every budget with the options that were published for it
+        yield []
+        yield from BUDGETS.values()
+    if stage == 2:  # knobs, chosen at 60 % with Wanda on selection text and used everywhere
+        for allocator, knob in KNOBS.items():
+            yield [f"{SPARSITY}=0.6", f"{PRUNER}=wanda", *budget(allocator), f"allocator.{knob}=auto"]
+            if (value := chosen(results, allocator, knob)) is not None:
+                yield [*budget(allocator), f"allocator.{knob}={value}"]
+    if stage == 3:
+        for name in ("uniform", *best):
+            yield [*budget(name), "+hydra.sweeper.params.seed='1,2'"]
+    if stage == 4:
+        for name in dict.fromkeys(("uniform", "block_influence", *best[:1])):
+            yield [f"{SPARSITY}=0.6", f"{PRUNER}=alps", *budget(name)]
+    if stage == 5:
+        for name in ("uniform", *best):
+            yield [f"{SPARSITY}=0.5", *budget(name)]
+
+
+def chosen(results: Path, allocator: str, knob: str) -> str | None:
+    """The value of a knob with the least loss of a finished run that tried its values at 60 % with Wanda."""
+    for row in load(results):
+        tuned = row.config["allocator"].get(knob) == "auto" and row.config["sparsity"] == 0.6
+        if tuned and row.status == "finished" and row.tuning and name_of(row.config["allocator"]) == allocator.replace("_", ""):
+            points = [point for point in row.tuning["curve"] if point["loss"] is not None]
+            return str(min(points, key=lambda point: point["loss"])["label"]).partition("=")[2] if points else None
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", default="1", help="such as 1 or 1,2: the order in which they are run")
+    parser.add_argument("--best", default="block_influence,recommended", help="budgets that stages 3 to 5 go on with")
+    parser.add_argument("--datasets", type=Path, help="a folder with local copies of data sets, organisation/name")
+    parser.add_argument("--results", type=Path, default=Path("results/smollm2"))
+    parser.add_argument("--cache", type=Path, default=Path("results/cache"))
+    parser.add_argument("--output", type=Path, default=Path("results/tables/smollm2.md"))
+    parser.add_argument("overrides", nargs="*", help="for every job, such as dataset.n_seq=2")
+    options = parser.parse_args(argv)
+    stages, best = [int(stage) for stage in options.stages.split(",")], options.best.split(",")
+    if wrong := [stage for stage in stages if stage not in range(1, 6)]:
+        parser.error(f"--stages {wrong[0]}: choose among 1 to 5")
+    where = [f"results_dir={options.results}", f"cache_dir={options.cache}"]
+    where += [f"datasets_dir={options.datasets.absolute()}"] if options.datasets is not None else []
+    failed = False
+    for stage in stages:
+        for sweep in sweeps(stage, best, options.results):
+            command = [sys.executable, "-m", "svnup", "-m", "experiment=smollm2", *sweep, *where, *options.overrides]
+            code = subprocess.run(command, check=False).returncode
+            if code not in (0, 1):  # 1: a job failed, which its line of the table says
+                return code
+            failed = failed or code == 1
+            write_table(options.results, options.output)
+    return int(failed)
+
+
+def write_table(results: Path, output: Path) -> None:
+    title, command = "SmolLM2-135M-Instruct, 4 bits", "make table NAME=smollm2"
+    options = ["--format", "markdown", "--output", str(output), "--title", title, "--command", command]
+    results_cli.main(["table", str(results), *options])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""The stages of the table of a real model: every job of them composes, and knobs go from the cell where they are chosen to the
+others."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from rows import run as row
+from rows import write
+
+from svnup import config
+
+SCRIPT = Path(__file__).parent.parent / "experiments" / "smollm2" / "run.py"
+ON_TINY = ["model=tiny", "model.seq_len=64"]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("smollm2_run", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def axes(sweep: list[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """What a sweep of the experiment varies, and what it sets for all of its jobs."""
+    given = {o.get_key_element(): o for o in OverridesParser.create().parse_overrides(sweep)}
+    prefix = "hydra.sweeper.params."
+    varied = {k.lstrip("+").removeprefix(prefix): str(o.value()).split(",") for k, o in given.items() if prefix in k}
+    return varied, [o for o in sweep if prefix not in o]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4, 5])
+def test_every_job_of_a_stage_is_accepted(script, tmp_path, stage):
+    config.register()
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        seen = set()
+        for sweep in script.sweeps(stage, ["owl", "shapley_sublayers"], tmp_path):
+            varied, fixed = axes(sweep)
+            allocators = varied.get("allocator", ["uniform", "curves", "leave_one_out"])
+            for allocator in allocators:
+                for pruner in varied.get("pruner", ["sparsegpt"]):
+                    options = [f"{k}={v[-1]}" for k, v in varied.items() if k in ("sparsity", "seed")]
+                    given = [f"allocator={allocator}", f"pruner={pruner}", *options, *fixed]
+                    seen.add(config.build(compose("config", overrides=["experiment=smollm2", *ON_TINY, *given])).key)
+        assert len(seen) == {1: 7, 2: 6, 3: 3, 4: 3, 5: 3}[stage]
+
+
+def test_a_knob_is_chosen_where_it_was_tried_and_used_everywhere(script, tmp_path):
+    tried = [{"label": "lam=0", "loss": 5.0}, {"label": "lam=0.1", "loss": 4.5}, {"label": "lam=0.2", "loss": None}]
+    options = {"allocator": "owl", "sparsity": 0.6, "allocator__lam": "auto"}
+    assert script.chosen(tmp_path, "owl", "lam") is None
+    done = row(30.0, **options)
+    write(tmp_path, type(done)(**vars(done) | {"tuning": {"curve": tried}}), row(31.0, allocator="owl", sparsity=0.6))
+    assert script.chosen(tmp_path, "owl", "lam") == "0.1"
+    assert script.chosen(tmp_path, "dlp", "lam") is None
+    sweeps = list(script.sweeps(2, [], tmp_path))
+    assert ["hydra.sweeper.params.allocator=owl", "allocator.lam=0.1"] in sweeps
+
+
+def test_the_table_is_written_after_every_sweep_and_stops_at_a_mistake(script, tmp_path, monkeypatch):
+    commands, tables, codes = [], [], iter([0, 1, 2])
+
+    class Done:
+        def __init__(self, command, check):
+            commands.append(command)
+            self.returncode = next(codes)
+
+    monkeypatch.setattr(script.subprocess, "run", Done)
+    monkeypatch.setattr(script, "write_table", lambda results, output: tables.append(output))
+    output = tmp_path / "t.md"
+    assert script.main(["--datasets", str(tmp_path), "--output", str(output), "dataset.n_seq=2"]) == 2
+    assert tables == [output, output]
+    assert len(commands) == 3
+    for command in commands:
+        assert command[1:5] == ["-m", "svnup", "-m", "experiment=smollm2"]
+        assert f"datasets_dir={tmp_path}" in command
+        assert command[-1] == "dataset.n_seq=2"
+    with pytest.raises(SystemExit):
+        script.main(["--stages", "6"])
