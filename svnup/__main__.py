@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
+import shlex
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup import config
+from svnup.outside import of_ours, targets
 from svnup.progress import say, to_nobody
-from svnup.provenance import provenance, redact
+from svnup.provenance import Asked, provenance, python_path, redact, redact_code
 from svnup.results import RunFolder
 from svnup.types import ResultRow
 
 logger = logging.getLogger("svnup")
+
+CONFIG_NAME = "config"
+OF_SWEEPS = re.compile(r"[+~]*hydra([./]launcher|[./]sweeper|\.sweep\b|\.mode=)")  # overrides that a single job does not need
 
 
 def main() -> int:
@@ -32,14 +39,15 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back as exceptions, and become one line here
     config.register()
     overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
+    program = ["python", "-m", "svnup"] if Path(sys.argv[0]).name == "__main__.py" else ["svnup"]
     codes: list[int] = []  # Hydra drops what a task returns
     texts: config.Texts = {}  # the jobs of a sweep read the same texts
 
     def task(cfg: Any) -> None:
-        codes.append(_job(cfg, texts, overrides))
+        codes.append(_job(cfg, texts, program, overrides))
 
     try:
-        hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")(task)()
+        hydra.main(config_path=str(config.CONF), config_name=CONFIG_NAME, version_base="1.3")(task)()
     except JobFailed:
         return 1
     except BrokenPipeError:  # `svnup --help | head -1`
@@ -56,23 +64,46 @@ class JobFailed(Exception):
     """A job of a sweep failed, which it has already told; the other jobs have run."""
 
 
-def _job(cfg: Any, texts: config.Texts, given: list[str]) -> int:
-    """One job of a sweep, or the only one; a user's mistake is told at once, since a sweep goes on."""
+def _job(cfg: Any, texts: config.Texts, program: list[str], given: list[str]) -> int:
+    """One job of a sweep, or the only one; what goes wrong in a sweep is told at once, since it goes on."""
     hydra_cfg = HydraConfig.get()
-    sweep = None
-    if hydra_cfg.mode == RunMode.MULTIRUN:
+    alone, sweep = hydra_cfg.mode != RunMode.MULTIRUN, None
+    if not alone:
         config.KeepSecrets.redact()
         sweep = hydra_cfg.runtime.choices["experiment"] or _sweep_name(given)
+    overrides = list(hydra_cfg.overrides.task)
     try:
-        _run(cfg, list(hydra_cfg.overrides.task), texts, sweep)
+        _run(cfg, texts, Asked(_command(cfg, program, hydra_cfg), overrides, sweep))
         return 0
     except ValueError as error:
         message = str(error)
+        _tell(message)
+    except Exception as error:
+        if alone:
+            raise
+        message = repr(error)
+        sys.stderr.write(redact(traceback.format_exc()))
     # Outside the except block: Hydra keeps what is raised until the sweep ends, and a traceback would keep the model with it.
-    _tell(message)
-    if hydra_cfg.mode == RunMode.MULTIRUN:
+    if not alone:
         raise JobFailed(message)
     return 2
+
+
+def _command(cfg: Any, program: list[str], hydra_cfg: Any) -> str:
+    """What to paste into a shell, in the same folder, to run this job alone, be it one of a sweep or not."""
+    sources = {source.provider: source.path for source in hydra_cfg.runtime.config_sources}
+    flags = {
+        "--config-path": sources["main"] if Path(sources["main"]) != config.CONF else None,
+        "--config-dir": sources.get("command-line"),
+        "--config-name": hydra_cfg.job.config_name if hydra_cfg.job.config_name != CONFIG_NAME else None,
+    }
+    words = [word for name, value in flags.items() if value is not None for word in (name, value)]
+    words += [redact_code(o) for o in hydra_cfg.overrides.hydra if not OF_SWEEPS.match(o)]
+    if hydra_cfg.mode == RunMode.MULTIRUN and not any(o.startswith("hydra.mode=") for o in hydra_cfg.overrides.hydra):
+        words.append("hydra.mode=RUN")  # as an experiment has it that sweeps
+    path = python_path() if any(not of_ours(target) for target in targets(OmegaConf.to_container(cfg))) else None
+    before = [f"PYTHONPATH={shlex.quote(path)}"] if path else []
+    return " ".join([*before, *map(shlex.quote, [*program, *words, *hydra_cfg.overrides.task])])
 
 
 def _sweep_name(overrides: list[str]) -> str:
@@ -85,19 +116,19 @@ def _tell(message: str) -> None:
     sys.stderr.write(redact(f"svnup: {' '.join(message.split())}\n"))
 
 
-def _run(cfg: Any, overrides: list[str], texts: config.Texts, sweep: str | None) -> None:
+def _run(cfg: Any, texts: config.Texts, asked: Asked) -> None:
     job = config.build(cfg, texts)
     if job.dry_run:
         job.check_texts()
         _print_plan(job)
         return
-    execute(job, overrides, sweep)
+    execute(job, asked)
 
 
-def execute(job: config.Job, overrides: list[str], sweep: str | None = None) -> None:
+def execute(job: config.Job, asked: Asked) -> None:
     """Run a job that is not finished yet, and record it in its run folder and where it is tracked.
 
-    `overrides` are those that composed it, `sweep` is the name of the sweep that it belongs to.
+    Raises what goes wrong; a run that had begun is then recorded as failed, with its traceback in svnup.log.
     """
     folder = RunFolder.of(job.results_dir, job.key)
     sharded = job.shapley is not None and job.shapley.shard is not None
@@ -132,7 +163,7 @@ def execute(job: config.Job, overrides: list[str], sweep: str | None = None) -> 
 
     from svnup import pipeline, plots
 
-    made_by = provenance(overrides, job.config, name=job.name, sweep=sweep, texts=job.texts())
+    made_by = provenance(asked, job.config, name=job.name, texts=job.texts())
     blank = ResultRow("running", job.key, job.config, made_by, prints)
     if not stands:  # one that is only run to save its model stays until it has the same again
         folder.write(blank)

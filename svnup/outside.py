@@ -30,12 +30,17 @@ def targets(node: Any) -> Iterator[str]:
             yield from targets(value)
 
 
+def of_ours(target: str) -> bool:
+    """Whether a target lies in this package."""
+    return target.partition(".")[0] == OURS
+
+
 def outside_code(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The user's own code that a configuration names, by top-level package: its targets, version, hash, folder and git state.
 
     Raises ValueError where a target's package is not found.
     """
-    found = sorted({target for target in targets(config) if target.partition(".")[0] != OURS})
+    found = sorted({target for target in targets(config) if not of_ours(target)})
     told = {}
     for package in dict.fromkeys(target.partition(".")[0] for target in found):
         places = _places_with_imports(package)
