@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -9,6 +10,7 @@ import re
 import shlex
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,9 +139,9 @@ def execute(job: config.Job, asked: Asked) -> None:
     unsaved = not folder.has(job.save_model, job.save_format, job.save_masks)
     stands = earlier is not None and earlier.status == "finished" and not (job.force or changed)
     if earlier is not None and stands and not (sharded or unsaved):
-        folder.clear_scratch()  # of a process that ended between its result and this
         _say(f"already finished, not run again (force=true redoes it): {folder.path}")
         _print_result(earlier)
+        _complete(folder, earlier)
         if job.tracker.awaited:
             from svnup import plots
 
@@ -147,7 +149,7 @@ def execute(job: config.Job, asked: Asked) -> None:
                 log(earlier, plots.figures(earlier, folder.path / "figures"))
         return
     for key in ("results_dir", "cache_dir"):
-        _check_folder(key, Path(getattr(job, key)).expanduser())
+        _check_folder(key, Path(getattr(job, key)))
     job.check_texts()
     job.check_shapes()
     if sharded:
@@ -155,36 +157,56 @@ def execute(job: config.Job, asked: Asked) -> None:
 
         _say(f"shard done: {pipeline.run_shard(job)} new coalitions in {job.cache_dir}")
         return
-    if job.force or changed:
-        folder.clear_scratch()
-        folder.clear_saved()
     if changed:
         _say(f"the inputs of {folder.path} have changed since it was made: it runs again")
-
-    from svnup import pipeline, plots
+    if job.force or changed:
+        folder.clear_scratch()
+        if gone := folder.clear_saved():
+            _say(f"removed, since the model is pruned anew: {', '.join(gone)} in {folder.path}")
+    if job.save_model and (others := [path.name for form, path in folder.models().items() if form != job.save_format]):
+        _say(f"{', '.join(others)} stays as it is; the {job.save_format} model goes to {folder.place(job.save_format)}")
 
     made_by = provenance(asked, job.config, name=job.name, texts=job.texts())
     blank = ResultRow("running", job.key, job.config, made_by, prints)
     if not stands:  # one that is only run to save its model stays until it has the same again
         folder.write(blank)
-    folder.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(job.config)))
-    handler = _log_to(folder.path / "svnup.log")
-    row = None
     try:
-        with job.tracker.run(folder.path, blank, fresh=job.force or changed) as log:
-            row = pipeline.run(job, folder.path, blank)
-            folder.write(row)
-            folder.clear_scratch()
-            log(row, plots.figures(row, folder.path / "figures"))
+        row = _run_into(folder, job, blank, fresh=job.force or changed)
     except Exception as error:
-        if row is None and not stands:  # a result stands, whatever becomes of its figures or of W&B
+        left = folder.read()
+        if left is None or left.status != "finished":  # a result stands, whatever becomes of its figures or of W&B
             folder.write(replace(blank, status="failed", error=f"{type(error).__name__}: {error}"))
         raise
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
     _say(f"{folder.path}  ({row.seconds:.0f} s)")
     _print_result(row)
+
+
+def _run_into(folder: RunFolder, job: config.Job, blank: ResultRow, fresh: bool) -> ResultRow:
+    """Run a job and write what it leaves; its result comes last, so that one that is there is whole."""
+    from svnup import pipeline, plots
+
+    with _logging_to(folder.path / "svnup.log"), job.tracker.run(folder.path, blank, fresh=fresh) as log:
+        folder.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(job.config)))
+        row = pipeline.run(job, folder.path, blank).finite()
+        try:
+            figures = plots.figures(row, folder.path / "figures")
+        finally:
+            folder.write(row)
+        folder.clear_scratch()
+        log(row, figures)
+    return row
+
+
+def _complete(folder: RunFolder, row: ResultRow) -> None:
+    """Bring what a finished run lacks beside its result, of a process that ended too early or of an earlier version."""
+    if not os.access(folder.path, os.W_OK):
+        return
+    folder.clear_scratch()
+    folder.complete(row)
+    from svnup import plots
+
+    if not all((folder.path / "figures" / f"{name}.png").is_file() for name in plots.names(row)):
+        plots.figures(row, folder.path / "figures")
 
 
 class _Redacted(logging.Formatter):
@@ -192,8 +214,9 @@ class _Redacted(logging.Formatter):
         return redact(super().format(record))
 
 
-def _log_to(path: Path) -> logging.Handler:
-    """Send what the library logs to the run's own file, and to the console."""
+@contextlib.contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Send what the library logs to the run's own file and to the console, and the traceback of what goes wrong to the file."""
     logger.setLevel(logging.INFO)
     logger.propagate = False
     if not any(getattr(h, "svnup_console", False) for h in logger.handlers):
@@ -204,7 +227,15 @@ def _log_to(path: Path) -> logging.Handler:
     handler = logging.FileHandler(path, mode="w", encoding="utf-8")
     handler.setFormatter(_Redacted("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
-    return handler
+    try:
+        yield
+    except Exception:
+        what = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, "the run failed", (), sys.exc_info())
+        handler.handle(what)
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def _check_folder(key: str, folder: Path) -> None:
