@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
+import re
+import shlex
 import sys
+import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +24,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup import config
+from svnup.outside import of_ours, targets
 from svnup.progress import say, to_nobody
-from svnup.provenance import provenance, redact
+from svnup.provenance import Asked, provenance, python_path, redact, redact_code
 from svnup.results import RunFolder
 from svnup.types import ResultRow
 
 logger = logging.getLogger("svnup")
+
+CONFIG_NAME = "config"
+OF_SWEEPS = re.compile(r"[+~]*hydra([./]launcher|[./]sweeper|\.sweep\b|\.mode=)")  # overrides that a single job does not need
 
 
 def main() -> int:
@@ -32,14 +41,15 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back as exceptions, and become one line here
     config.register()
     overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
+    program = ["python", "-m", "svnup"] if Path(sys.argv[0]).name == "__main__.py" else ["svnup"]
     codes: list[int] = []  # Hydra drops what a task returns
     texts: config.Texts = {}  # the jobs of a sweep read the same texts
 
     def task(cfg: Any) -> None:
-        codes.append(_job(cfg, texts, overrides))
+        codes.append(_job(cfg, texts, program, overrides))
 
     try:
-        hydra.main(config_path=str(config.CONF), config_name="config", version_base="1.3")(task)()
+        hydra.main(config_path=str(config.CONF), config_name=CONFIG_NAME, version_base="1.3")(task)()
     except JobFailed:
         return 1
     except BrokenPipeError:  # `svnup --help | head -1`
@@ -56,23 +66,46 @@ class JobFailed(Exception):
     """A job of a sweep failed, which it has already told; the other jobs have run."""
 
 
-def _job(cfg: Any, texts: config.Texts, given: list[str]) -> int:
-    """One job of a sweep, or the only one; a user's mistake is told at once, since a sweep goes on."""
+def _job(cfg: Any, texts: config.Texts, program: list[str], given: list[str]) -> int:
+    """One job of a sweep, or the only one; what goes wrong in a sweep is told at once, since it goes on."""
     hydra_cfg = HydraConfig.get()
-    sweep = None
-    if hydra_cfg.mode == RunMode.MULTIRUN:
+    alone, sweep = hydra_cfg.mode != RunMode.MULTIRUN, None
+    if not alone:
         config.KeepSecrets.redact()
         sweep = hydra_cfg.runtime.choices["experiment"] or _sweep_name(given)
+    overrides = list(hydra_cfg.overrides.task)
     try:
-        _run(cfg, list(hydra_cfg.overrides.task), texts, sweep)
+        _run(cfg, texts, Asked(_command(cfg, program, hydra_cfg), overrides, sweep))
         return 0
     except ValueError as error:
         message = str(error)
+        _tell(message)
+    except Exception as error:
+        if alone:
+            raise
+        message = repr(error)
+        sys.stderr.write(redact(traceback.format_exc()))
     # Outside the except block: Hydra keeps what is raised until the sweep ends, and a traceback would keep the model with it.
-    _tell(message)
-    if hydra_cfg.mode == RunMode.MULTIRUN:
+    if not alone:
         raise JobFailed(message)
     return 2
+
+
+def _command(cfg: Any, program: list[str], hydra_cfg: Any) -> str:
+    """What to paste into a shell, in the same folder, to run this job alone, be it one of a sweep or not."""
+    sources = {source.provider: source.path for source in hydra_cfg.runtime.config_sources}
+    flags = {
+        "--config-path": sources["main"] if Path(sources["main"]) != config.CONF else None,
+        "--config-dir": sources.get("command-line"),
+        "--config-name": hydra_cfg.job.config_name if hydra_cfg.job.config_name != CONFIG_NAME else None,
+    }
+    words = [word for name, value in flags.items() if value is not None for word in (name, value)]
+    words += [redact_code(o) for o in hydra_cfg.overrides.hydra if not OF_SWEEPS.match(o)]
+    if hydra_cfg.mode == RunMode.MULTIRUN and not any(o.startswith("hydra.mode=") for o in hydra_cfg.overrides.hydra):
+        words.append("hydra.mode=RUN")  # as an experiment has it that sweeps
+    path = python_path() if any(not of_ours(target) for target in targets(OmegaConf.to_container(cfg))) else None
+    before = [f"PYTHONPATH={shlex.quote(path)}"] if path else []
+    return " ".join([*before, *map(shlex.quote, [*program, *words, *hydra_cfg.overrides.task])])
 
 
 def _sweep_name(overrides: list[str]) -> str:
@@ -85,20 +118,20 @@ def _tell(message: str) -> None:
     sys.stderr.write(redact(f"svnup: {' '.join(message.split())}\n"))
 
 
-def _run(cfg: Any, overrides: list[str], texts: config.Texts, sweep: str | None) -> None:
+def _run(cfg: Any, texts: config.Texts, asked: Asked) -> None:
     job = config.build(cfg, texts)
     if job.dry_run:
         job.check_shapes()
         job.check_texts()
         _print_plan(job)
         return
-    execute(job, overrides, sweep)
+    execute(job, asked)
 
 
-def execute(job: config.Job, overrides: list[str], sweep: str | None = None) -> None:
+def execute(job: config.Job, asked: Asked) -> None:
     """Run a job that is not finished yet, and record it in its run folder and where it is tracked.
 
-    `overrides` are those that composed it, `sweep` is the name of the sweep that it belongs to.
+    Raises what goes wrong; a run that had begun is then recorded as failed, with its traceback in svnup.log.
     """
     folder = RunFolder.of(job.results_dir, job.key)
     sharded = job.shapley is not None and job.shapley.shard is not None
@@ -107,9 +140,9 @@ def execute(job: config.Job, overrides: list[str], sweep: str | None = None) -> 
     unsaved = not folder.has(job.save_model, job.save_format, job.save_masks)
     stands = earlier is not None and earlier.status == "finished" and not (job.force or changed)
     if earlier is not None and stands and not (sharded or unsaved):
-        folder.clear_scratch()  # of a process that ended between its result and this
         _say(f"already finished, not run again (force=true redoes it): {folder.path}")
         _print_result(earlier)
+        _complete(folder, earlier)
         if job.tracker.awaited:
             from svnup import plots
 
@@ -117,7 +150,7 @@ def execute(job: config.Job, overrides: list[str], sweep: str | None = None) -> 
                 log(earlier, plots.figures(earlier, folder.path / "figures"))
         return
     for key in ("results_dir", "cache_dir"):
-        _check_folder(key, Path(getattr(job, key)).expanduser())
+        _check_folder(key, Path(getattr(job, key)))
     job.check_shapes()
     job.check_texts()
     if sharded:
@@ -125,37 +158,57 @@ def execute(job: config.Job, overrides: list[str], sweep: str | None = None) -> 
 
         _say(f"shard done: {pipeline.run_shard(job)} new coalitions in {job.cache_dir}")
         return
-    if job.force or changed:
-        folder.clear_scratch()
-        folder.clear_saved()
     if changed:
         _say(f"the inputs of {folder.path} have changed since it was made: it runs again")
-
-    from svnup import pipeline, plots
+    if job.force or changed:
+        folder.clear_scratch()
+        if gone := folder.clear_saved():
+            _say(f"removed, since the model is pruned anew: {', '.join(gone)} in {folder.path}")
+    if job.save_model and (others := [path.name for form, path in folder.models().items() if form != job.save_format]):
+        _say(f"{', '.join(others)} stays as it is; the {job.save_format} model goes to {folder.place(job.save_format)}")
 
     origin = job.model.dequantized_from()
-    made_by = provenance(overrides, job.config, name=job.name, sweep=sweep, texts=job.texts(), dequantized_from=origin)
+    made_by = provenance(asked, job.config, name=job.name, texts=job.texts(), dequantized_from=origin)
     blank = ResultRow("running", job.key, job.config, made_by, prints)
     if not stands:  # one that is only run to save its model stays until it has the same again
         folder.write(blank)
-    folder.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(job.config)))
-    handler = _log_to(folder.path / "svnup.log")
-    row = None
     try:
-        with job.tracker.run(folder.path, blank, fresh=job.force or changed) as log:
-            row = pipeline.run(job, folder.path, blank)
-            folder.write(row)
-            folder.clear_scratch()
-            log(row, plots.figures(row, folder.path / "figures"))
+        row = _run_into(folder, job, blank, fresh=job.force or changed)
     except Exception as error:
-        if row is None and not stands:  # a result stands, whatever becomes of its figures or of W&B
+        left = folder.read()
+        if left is None or left.status != "finished":  # a result stands, whatever becomes of its figures or of W&B
             folder.write(replace(blank, status="failed", error=f"{type(error).__name__}: {error}"))
         raise
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
     _say(f"{folder.path}  ({row.seconds:.0f} s)")
     _print_result(row)
+
+
+def _run_into(folder: RunFolder, job: config.Job, blank: ResultRow, fresh: bool) -> ResultRow:
+    """Run a job and write what it leaves; its result comes last, so that one that is there is whole."""
+    from svnup import pipeline, plots
+
+    with _logging_to(folder.path / "svnup.log"), job.tracker.run(folder.path, blank, fresh=fresh) as log:
+        folder.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(job.config)))
+        row = pipeline.run(job, folder.path, blank).finite()
+        try:
+            figures = plots.figures(row, folder.path / "figures")
+        finally:
+            folder.write(row)
+        folder.clear_scratch()
+        log(row, figures)
+    return row
+
+
+def _complete(folder: RunFolder, row: ResultRow) -> None:
+    """Bring what a finished run lacks beside its result, of a process that ended too early or of an earlier version."""
+    if not os.access(folder.path, os.W_OK):
+        return
+    folder.clear_scratch()
+    folder.complete(row)
+    from svnup import plots
+
+    if not all((folder.path / "figures" / f"{name}.png").is_file() for name in plots.names(row)):
+        plots.figures(row, folder.path / "figures")
 
 
 class _Redacted(logging.Formatter):
@@ -163,8 +216,9 @@ class _Redacted(logging.Formatter):
         return redact(super().format(record))
 
 
-def _log_to(path: Path) -> logging.Handler:
-    """Send what the library logs to the run's own file, and to the console."""
+@contextlib.contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Send what the library logs to the run's own file and to the console, and the traceback of what goes wrong to the file."""
     logger.setLevel(logging.INFO)
     logger.propagate = False
     if not any(getattr(h, "svnup_console", False) for h in logger.handlers):
@@ -175,7 +229,15 @@ def _log_to(path: Path) -> logging.Handler:
     handler = logging.FileHandler(path, mode="w", encoding="utf-8")
     handler.setFormatter(_Redacted("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
-    return handler
+    try:
+        yield
+    except Exception:
+        what = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, "the run failed", (), sys.exc_info())
+        handler.handle(what)
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 def _check_folder(key: str, folder: Path) -> None:

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from svnup.files import at_home
+
 INDEX = "model.safetensors.index.json"
 BITMASK = "svnup_bitmask.json"
 BITMASK_VERSION = 1
@@ -289,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("target", type=Path, help="folder to make")
     args = parser.parse_args(argv)
     try:
-        expand(args.source, args.target)
+        expand(at_home("source", args.source), at_home("target", args.target))
     except ValueError as error:
         sys.stderr.write(f"svnup-expand: {error}\n")
         return 2

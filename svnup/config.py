@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
 import socket
@@ -16,7 +17,7 @@ import typing
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -34,7 +35,7 @@ from svnup import NUMBERS_VERSION
 from svnup.allocation import Allocator, Chooser, FromFile, Granularity, Ratios, ScoreBudget, Tuned, name_of
 from svnup.data import TokenSource
 from svnup.evaluation import Evaluation
-from svnup.files import default_cache_dir
+from svnup.files import at_home, default_cache_dir
 from svnup.model import Pretrained, Random
 from svnup.provenance import redact_code
 from svnup.scoring import GameOptions, Scorer, ShapleyScorer
@@ -93,7 +94,8 @@ class KeepSecrets(Callback):
     sweeps: ClassVar[set[Path]] = set()
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
-        self.sweeps.add(Path(str(config.hydra.sweep.dir)))
+        with contextlib.suppress(OmegaConfBaseException):  # there is no such folder, which the sweep is about to say
+            self.sweeps.add(Path(str(config.hydra.sweep.dir)))
 
     @classmethod
     def redact(cls) -> None:
@@ -106,6 +108,7 @@ def register() -> None:
     """Make the schema, and what the help text lists, known to Hydra."""
     ConfigStore.instance().store(name="schema", node=Schema)
     OmegaConf.register_new_resolver("svnup_groups", _groups, replace=True)
+    OmegaConf.register_new_resolver("svnup_home", lambda folder: str(at_home("results_dir", folder)), replace=True)
 
 
 def _groups() -> str:
@@ -286,6 +289,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     with _blame_omegaconf():
         config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
     _refuse_unknown(config)
+    _check_values(config)
     _check_scalars(config)
     _refuse_missing(config)
     model = construct(config["model"], "model")
@@ -349,7 +353,8 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     with _blame("model"):
         model.check_device()
     scalars = {k: config[k] for k in Schema.__annotations__ if not isinstance(config[k], dict)}
-    scalars["cache_dir"] = config["cache_dir"] or str(default_cache_dir())
+    folders = {"results_dir": config["results_dir"], "cache_dir": config["cache_dir"] or default_cache_dir()}
+    scalars |= {key: str(at_home(key, folder)) for key, folder in folders.items()}
     return Job(
         model=model,
         dataset=dataset,
@@ -441,7 +446,7 @@ def _arguments(node: dict[str, Any], key: str) -> tuple[Any, dict[str, Any]]:
     except (ImportError, ValueError, AttributeError) as error:
         raise ValueError(f"{key}._target_={target}: cannot be imported ({error}); check the spelling") from None
     parameters = inspect.signature(cls).parameters
-    hints = typing.get_type_hints(cls.__init__)
+    hints = _hints(cls)
     arguments = {}
     for name, value in node.items():
         if name == "_target_":
@@ -454,6 +459,14 @@ def _arguments(node: dict[str, Any], key: str) -> tuple[Any, dict[str, Any]]:
             raise ValueError(f"{key}.{name}={value}: {complaint}")
         arguments[name] = value
     return cls, arguments
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    """The types of a constructor's arguments; those of a dataclass are understood where each of its bases was written."""
+    try:
+        return typing.get_type_hints(cls if is_dataclass(cls) else cls.__init__)
+    except NameError:  # of a name that only type checkers import
+        return {}
 
 
 def _type_complaint(value: Any, hint: Any) -> str | None:
@@ -579,6 +592,17 @@ def _refuse_unknown(config: dict[str, Any]) -> None:
     """Keys that were added with + at the top, where the schema is no longer asked."""
     for name in set(config) - set(Schema.__annotations__):
         raise ValueError(f"{name}={config[name]}: there is no such key{did_you_mean(name, list(Schema.__annotations__))}")
+
+
+def _check_values(node: Any, key: str = "") -> None:
+    """Refuse numbers that are not finite, and paths of unknown users, wherever they stand."""
+    if isinstance(node, (dict, list)):
+        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+            _check_values(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, float) and not math.isfinite(node):
+        raise ValueError(f"{key}={node}: must be a finite number; choose one")
+    elif isinstance(node, str) and node.startswith("~") and re.search(r"(path|dir)$", key):
+        at_home(key, node)
 
 
 def _check_scalars(config: dict[str, Any]) -> None:

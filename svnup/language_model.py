@@ -409,7 +409,7 @@ class LanguageModel:
         """Names in the state dict of the weights that pruners may change."""
         return [f"{self.blocks_path}.{i}.{name}.weight" for i in range(self.n_blocks) for name in self.linears(i)]
 
-    def save(self, folder: Path, form: SaveFormat = "dense") -> None:
+    def save(self, folder: str | Path, form: SaveFormat = "dense") -> None:
         """Write a checkpoint that appears when it is complete: `dense` safetensors that `from_pretrained` reloads to the same
         logits, or `bitmask`, where pruned matrices are their kept values and a bit per weight (`LanguageModel.load` and
         `svnup-expand` restore them exactly)."""
@@ -432,7 +432,7 @@ class LanguageModel:
                 (partial / name).write_bytes(data)
 
         with quiet_unless_terminal():
-            in_place(folder, fill_folder)
+            in_place(Path(folder), fill_folder)
 
     # -- running it
 

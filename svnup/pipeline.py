@@ -17,7 +17,7 @@ from svnup.evaluation import check_dense
 from svnup.game import StandIns
 from svnup.memory import Stages, peak_memory
 from svnup.pruning import prune_model, pruned_weights, save_masks, temporarily_pruned
-from svnup.results import SCRATCH
+from svnup.results import SCRATCH, RunFolder
 from svnup.scoring import Context
 from svnup.tuning import HeldOutLoss
 from svnup.types import Ints, ResultRow, ShapleyValues, SparsityProfile
@@ -73,8 +73,9 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     ended("evaluation", lm.device)
     logger.info("pruned: %s", ", ".join(f"{k} {m.value:.4g}" for k, m in metrics.items()) or "not evaluated")
     if job.save_model:
-        lm.save(folder / "model", job.save_format)
-        (folder / "model" / "profile.json").write_text(json.dumps(profile.to_dict(), indent=1) + "\n", encoding="utf-8")
+        place = RunFolder(folder).place(job.save_format)
+        lm.save(place, job.save_format)
+        (place / "profile.json").write_text(json.dumps(profile.to_dict(), indent=1) + "\n", encoding="utf-8")
     if job.save_masks:
         save_masks(lm, folder / "masks.safetensors")
     if job.save_model or job.save_masks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,13 @@ UNITS = {
     "kl": "nats per token of KL divergence",
     "accuracy": "share of right answers",
 }
+
+
+def names(row: ResultRow) -> list[str]:
+    """The figures that `figures` draws of a run."""
+    scores = [name for name in ("shapley", "scores") if getattr(row, name) and row.profile]
+    tuning = ["tuning"] if row.tuning else []
+    return [*scores, *tuning, *(["profile"] if (scores or tuning) and row.profile else [])]
 
 
 def figures(row: ResultRow, folder: Path) -> dict[str, Path]:
@@ -112,5 +120,7 @@ def _profile(profile: dict[str, Any], path: Path) -> Path:
 
 def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
+    temporary.replace(path)  # a figure that is there is a whole one
     return path

@@ -1,4 +1,4 @@
-"""Where a number came from: code, packages, machine, environment; and what may never be written down beside it."""
+"""Where a number came from: command, code, packages, machine, environment; and what may never be written down beside it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import json
 import os
 import platform
 import re
-import shlex
-import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from svnup import NUMBERS_VERSION
+from svnup.outside import OURS, code_hash, git, outside_code
 
 PACKAGES = (
     *("svnup", "torch", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "accelerate", "triton"),
@@ -47,37 +47,54 @@ ASSIGNED = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class Asked:
+    """How a job was asked for: the shell `command` that runs it alone, its `overrides`, the name of its `sweep` if any."""
+
+    command: str = OURS
+    overrides: list[str] = field(default_factory=list)
+    sweep: str | None = None
+
+
 def provenance(
-    overrides: list[str],
+    asked: Asked,
     config: dict[str, Any],
     *,
     name: str | None = None,
-    sweep: str | None = None,
     texts: dict[str, dict[str, Any]] | None = None,
     dequantized_from: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Where a number came from, as nested JSON values: command, seeds, texts, code and what of it is not committed, machine.
 
-    `config` is the resolved one, `sweep` the name of the sweep that the job belongs to, `texts` says by key what was read,
-    `dequantized_from` what the weights were dequantized from, if anything.
+    `config` is the resolved one, `texts` says by key what was read, `dequantized_from` what the weights were dequantized from,
+    if anything. Raises ValueError where code that `config` names is not found.
     """
     return {
-        "command": " ".join(["svnup", *map(shlex.quote, overrides)]),
-        "overrides": overrides,
+        "command": asked.command,
+        "overrides": asked.overrides,
         "name": name,
-        "sweep": sweep,
+        "sweep": asked.sweep,
         "seed": config.get("seed"),
         "numbers": NUMBERS_VERSION,
         "seeds": dict(_seeds(config)),
         "texts": texts or {},
         "dequantized_from": dequantized_from,
-        **_git(),
+        "code_sha256": code_hash(OURS),
+        **_checkout(),
+        "outside": outside_code(config),
         "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p)) is not None},
         "hardware": hardware(),
         "environment": {k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
+        "pythonpath": python_path(),
         "cwd": str(Path.cwd()),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def python_path() -> str | None:
+    """PYTHONPATH with whole paths, so that it leads to the same places from anywhere; None where there is none."""
+    places = [place for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    return os.pathsep.join(map(os.path.abspath, places)) or None
 
 
 def hardware() -> dict[str, Any]:
@@ -129,29 +146,19 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git() -> dict[str, Any]:
+def _checkout() -> dict[str, Any]:
     """Commit of svnup's own checkout, the difference to it, and code that git does not know; None where svnup is installed
     from a wheel. `diff_sha256` is that of the whole difference, `diff` its beginning."""
     here = Path(__file__).parent
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *args], cwd=here, capture_output=True, text=True, errors="replace", timeout=10, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", "types.py") is None:
+    if git(here, "ls-files", "--error-unmatch", "types.py") is None:
         return dict.fromkeys(("git", "dirty", "diff", "diff_sha256", "untracked"))
-    commit = git("rev-parse", "HEAD")
-    diff = git("diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color", "--", ":/", ":(exclude,top,glob)**/.env*")
+    commit = git(here, "rev-parse", "HEAD")
+    diff = git(here, "diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color", "--", ":/", ":(exclude,top,glob)**/.env*")
     conf = [p for p in ("conf", "../conf") if (here / p).is_dir()]
-    untracked = git("ls-files", "--others", "--exclude-standard", "--", ".", *conf) or ""
+    untracked = git(here, "ls-files", "--others", "--exclude-standard", "--", ".", *conf) or ""
     return {
         "git": commit.strip() if commit else None,
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(git(here, "status", "--porcelain", "--untracked-files=no")),
         "diff": _cut(redact_code(diff)) if diff else None,
         "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
         "untracked": untracked.splitlines()[:100],

@@ -8,19 +8,25 @@ import subprocess
 import sys
 import tempfile
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from svnup.pivot import flatten
-from svnup.provenance import MOVES_NUMBERS
+from svnup.provenance import MOVES_NUMBERS, Asked
 from svnup.results import load
 from svnup.types import ResultRow
 
 Verdict = Literal["equal", "within 1 %", "different", "other protocol"]
 VERDICTS: tuple[Verdict, ...] = typing.get_args(Verdict)
 TOLERANCE = 0.01
-ENDS = ("git", "dirty", "diff_sha256", "untracked", "numbers", "versions", "hardware", "environment", "texts")  # of provenance
+# Of the provenance: what two results of one origin share, and what has to be told to say so of code, packages and machine.
+ENDS = (
+    *("code_sha256", "outside", "git", "dirty", "diff_sha256", "untracked"),
+    *("numbers", "versions", "hardware", "environment", "texts"),
+)
+NEEDED = {"code": "code_sha256", "packages": "versions", "machine": "hardware"}
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,9 @@ class Repeated:
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
         """What differs in where the two came from, by key; keys that a result of an earlier version lacks are not compared."""
-        known = {k: self.first.provenance[k] for k in ENDS if k in self.first.provenance}
-        first = flatten(known | {"inputs": self.first.fingerprints, "config_key": self.first.config_key})
-        again = flatten({k: self.again.provenance[k] for k in known} | {"inputs": self.again.fingerprints})
-        again["config_key"] = self.again.config_key
-        both = [k for k in first if k in again or k.startswith(("versions", "environment", "inputs"))]
-        both += [k for k in again if k not in first and k.startswith("environment")]
+        first, again = _origin(self.first, self.first.provenance), _origin(self.again, self.first.provenance)
+        both = [k for k in first if k in again or k.startswith(("versions", "environment", "inputs", "outside"))]
+        both += [k for k in again if k not in first and k.startswith(("environment", "outside"))]
         return {k: (first.get(k), again.get(k)) for k in both if first.get(k) != again.get(k)}
 
     def report(self) -> str:
@@ -62,8 +65,14 @@ class Repeated:
         width = max(map(len, verdicts), default=0)
         lines += [f"  {n:{width}}  {_shown(a):>24}  {_shown(b):>24}  {verdict}" for n, (a, b, verdict) in verdicts.items()]
         differences = self.differences()
-        lines += ["where they came from differs in" if differences else "they came from the same code, packages and machine"]
-        lines += [f"  {key}: {_shown(a)} -> {_shown(b)}" for key, (a, b) in differences.items()]
+        unknown = [what for what, key in NEEDED.items() if key not in self.first.provenance]
+        if not (differences or unknown):
+            lines += ["they came from the same code, packages and machine"]
+        if differences:
+            lines += ["where they came from differs in"]
+            lines += [f"  {key}: {_shown(a)} -> {_shown(b)}" for key, (a, b) in differences.items()]
+        if unknown:
+            lines += [f"whether they came from the same {' and '.join(unknown)} is not known: the first result does not tell"]
         counts = {v: sum(one == v for *_, one in verdicts.values()) for v in VERDICTS}
         return "\n".join([*lines, ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)]) + "\n"
 
@@ -117,7 +126,8 @@ def _again(result: Path, into: str, cache_dir: str) -> int:
     config.register()
     try:
         job = config.build(config.stored(row.config, **changes))
-        execute(job, row.provenance.get("overrides", []), row.provenance.get("sweep"))
+        made = row.provenance
+        execute(job, Asked(made.get("command", "svnup"), made.get("overrides", []), made.get("sweep")))
     except ValueError as error:
         sys.stderr.write(f"svnup-results: {' '.join(str(error).split())}\n")
         return 2
@@ -134,6 +144,15 @@ def _numbers(row: ResultRow) -> dict[str, Any]:
     for name, scores in (("Shapley values", row.shapley), ("scores", row.scores)):
         out |= {name: scores["values"]} if scores else {}
     return out | ({"profile": row.profile["sparsity"]} if row.profile else {})
+
+
+def _origin(row: ResultRow, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a result came from, flat, as far as another's provenance tells: of outside code its version and its hash."""
+    known = {k: row.provenance.get(k) for k in ENDS if k in told}
+    if "outside" in known:
+        code: dict[str, dict[str, Any]] = known["outside"] or {}
+        known["outside"] = {package: {k: of[k] for k in ("version", "sha256")} for package, of in code.items()}
+    return flatten(known | {"inputs": row.fingerprints, "config_key": row.config_key})
 
 
 def _compare(first: Any, again: Any) -> Verdict:

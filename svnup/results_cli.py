@@ -7,12 +7,15 @@ import math
 import sys
 from pathlib import Path
 
+from svnup.files import at_home
 from svnup.grid import FORMATS, csv_text, together
 from svnup.progress import say
 from svnup.results import load, run_folders
 from svnup.types import ResultRow
 
 Options = argparse.Namespace
+
+PATHS = {"results_dir", "a", "b", "into", "output"}  # options, by their names
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     _report_options(commands.add_parser("report", help="write one HTML page about the runs that lie in a results folder"))
     options = parser.parse_args(argv)
     try:
+        for name in PATHS & vars(options).keys():
+            if (path := getattr(options, name)) is not None:
+                setattr(options, name, type(path)(at_home(name, path)))
         code: int = options.run(options)
         return code
     except (ValueError, OSError) as error:

@@ -363,6 +363,18 @@ class Metrics(dict[str, Metric]):
         return cls({name: Metric.from_dict(metric) for name, metric in data.items()})
 
 
+def _finite(node: Any, key: str, found: dict[str, str]) -> Any:
+    """Nested JSON values with None for each number that is not finite; `found` takes their keys, and what they were."""
+    if isinstance(node, float) and not math.isfinite(node):
+        found[key] = str(float(node))
+        return None
+    if isinstance(node, dict):
+        return {name: _finite(value, f"{key}.{name}", found) for name, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [_finite(value, f"{key}.{i}", found) for i, value in enumerate(node)]
+    return node
+
+
 @dataclass(frozen=True)
 class ResultRow:
     """Everything a table, a figure or a repeat of one job needs, as nested JSON values."""
@@ -384,11 +396,20 @@ class ResultRow:
     peak_memory_bytes: int | None = None
     seconds: float = 0.0
     error: str | None = None
+    not_finite: dict[str, str] | None = None  # by dotted key: what stands as null, since it is nan or infinite
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
             raise ValueError(f"schema_version={self.schema_version}: this svnup reads version {SCHEMA_VERSION}")
+        if not re.fullmatch(r"[\w-]+", self.config_key):  # which names folders
+            raise ValueError(f"config_key={self.config_key}: no key of a run")
+
+    def finite(self) -> Self:
+        """The row with null for each number that is not finite, which JSON cannot hold; `not_finite` says what it was."""
+        found: dict[str, str] = {}
+        measured = {k: _finite(v, k, found) for k, v in vars(self).items() if k not in ("config", "provenance")}
+        return replace(self, **measured | {"not_finite": found or None})
 
     def to_json(self) -> str:
         return json.dumps({"schema_version": self.schema_version} | vars(self), indent=1, allow_nan=False) + "\n"

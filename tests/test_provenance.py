@@ -12,7 +12,8 @@ from cli import last_row
 import svnup
 from svnup import provenance
 from svnup.memory import Stages
-from svnup.provenance import LONGEST_DIFF, redact
+from svnup.outside import code_hash
+from svnup.provenance import LONGEST_DIFF, Asked, redact
 from svnup.results import RunFolder
 from svnup.types import ResultRow
 
@@ -37,8 +38,10 @@ def checkout(tmp_path, monkeypatch):
 
 
 def test_what_is_told():
-    made = provenance.provenance(["seed=3", "model.x=a b"], {"seed": 3, "dataset": {"seed": 4, "a": {"seed": 0}}, "b": {}})
-    assert (made["command"], made["overrides"]) == ("svnup seed=3 'model.x=a b'", ["seed=3", "model.x=a b"])
+    asked = Asked("svnup seed=3 'model.x=a b'", ["seed=3", "model.x=a b"], "a sweep")
+    made = provenance.provenance(asked, {"seed": 3, "dataset": {"seed": 4, "a": {"seed": 0}}, "b": {}})
+    assert (made["command"], made["overrides"], made["sweep"]) == (asked.command, asked.overrides, "a sweep")
+    assert (made["code_sha256"], made["outside"]) == (code_hash("svnup"), {})
     assert made["numbers"] == svnup.NUMBERS_VERSION
     assert (made["seed"], made["seeds"]) == (3, {"seed": 3, "dataset.seed": 4, "dataset.a.seed": 0})
     assert made["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
@@ -51,7 +54,7 @@ def test_what_is_told():
 
 
 def test_a_clean_checkout(checkout):
-    made = provenance.provenance([], {})
+    made = provenance.provenance(Asked(), {})
     assert made["git"] == git(checkout, "rev-parse", "HEAD")
     assert (made["dirty"], made["diff"], made["diff_sha256"], made["untracked"]) == (False, None, None, [])
 
@@ -59,17 +62,17 @@ def test_a_clean_checkout(checkout):
 def test_a_changed_checkout(checkout):
     (checkout / "types.py").write_text("a = 2\n")
     (checkout / "new.py").write_text("")
-    made = provenance.provenance([], {})
+    made = provenance.provenance(Asked(), {})
     assert made["dirty"] is True
     assert made["diff"].splitlines()[-2:] == ["-a = 1", "+a = 2"]
     assert made["untracked"] == ["new.py"]
     (checkout / "types.py").write_text("a = 3\n")
-    assert provenance.provenance([], {})["diff_sha256"] != made["diff_sha256"]
+    assert provenance.provenance(Asked(), {})["diff_sha256"] != made["diff_sha256"]
 
 
 def test_a_long_difference_is_cut_and_says_so(checkout):
     (checkout / "types.py").write_text("a = 2\n" * LONGEST_DIFF)
-    diff = provenance.provenance([], {})["diff"]
+    diff = provenance.provenance(Asked(), {})["diff"]
     assert len(diff) < LONGEST_DIFF + 100
     assert "[cut: 50,000 of " in diff.splitlines()[-1]
 
@@ -85,7 +88,7 @@ def test_no_secret_is_in_the_difference(checkout, monkeypatch):
     git(checkout, "add", ".env")
     git(checkout, "commit", "-q", "-m", "env", ".env")
     (checkout / ".env").write_text("unseen")
-    diff = provenance.provenance([], {})["diff"]
+    diff = provenance.provenance(Asked(), {})["diff"]
     assert [m for m in marks if m in diff] == []
     assert "unseen" not in diff
     for kept in ("+x = '[SOME_TOKEN]'", "+WANDB_API_KEY = '[redacted]'", "https://me:[redacted]@host/a", "PASSWORD=[redacted]"):
@@ -98,7 +101,7 @@ def test_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "lib" / "svnup" / "provenance.py"))
     (tmp_path / "lib" / "svnup").mkdir(parents=True)
     (tmp_path / "lib" / "svnup" / "types.py").write_text("")
-    made = provenance.provenance([], {})
+    made = provenance.provenance(Asked(), {})
     assert (made["git"], made["dirty"], made["diff"]) == (None, None, None)
 
 

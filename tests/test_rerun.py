@@ -11,7 +11,7 @@ import pytest
 from cli import last_row
 
 from svnup.config import build, register, stored
-from svnup.provenance import provenance
+from svnup.provenance import Asked, provenance
 from svnup.rerun import Repeated, rerun
 from svnup.types import ResultRow
 
@@ -21,7 +21,7 @@ def metric(value, **protocol):
 
 
 def result(value=10.0, status="finished", key="abc123", **changes):
-    made = provenance([], {"seed": 0})
+    made = provenance(Asked(), {"seed": 0})
     row = ResultRow(status, key, {}, made, {"weights": "w"}, {"docs/ppl": metric(value)}, {"docs/ppl": metric(5.0)})
     return replace(row, sparsity={"target": 0.5, "actual": 0.5}, profile={"sparsity": [0.25, 0.75]}, **changes)
 
@@ -84,6 +84,42 @@ def test_differences_of_provenance():
     assert repeated.differences()["hardware.cpu"] == (first.provenance["hardware"]["cpu"], "Abacus 9000")
     assert "hardware.cpu: " in repeated.report()
     assert "same code, packages and machine" in Repeated(first, first, Path("there")).report()
+
+
+def code(sha256="c0de", outside="0ff", **more):
+    """A result of code with these hashes."""
+    told = {
+        "code_sha256": sha256,
+        "outside": {"mine": {"sha256": outside, "version": None, "folder": "/a", "git": "f00"} | more},
+    }
+    return replace(result(), provenance=result().provenance | told)
+
+
+@pytest.mark.parametrize(
+    ("again", "differs"),
+    [
+        (code(folder="/b", git="ba7"), set()),
+        (code(sha256="dec0de"), {"code_sha256"}),
+        (code(outside="1ff"), {"outside.mine.sha256"}),
+        (code(version="2"), {"outside.mine.version"}),
+        (result(), {"code_sha256", "outside.mine.sha256"}),
+    ],
+    ids=["elsewhere", "ours edited", "theirs edited", "theirs of a version", "without it"],
+)
+def test_the_same_code_is_said_of_the_same_code_only(again, differs):
+    """A wheel has no commit, and a commit says nothing of a tree that was edited or of the user's own code."""
+    for first, second in ((code(), again), (again, code())):
+        unlike = Repeated(first, second, Path("there"))
+        assert set(unlike.differences()) == differs
+        assert ("the same code" in unlike.report()) == (not differs)
+
+
+def test_a_result_that_does_not_tell_its_code_is_not_said_to_have_the_same():
+    older = result()
+    older = replace(older, provenance={k: v for k, v in older.provenance.items() if k not in ("code_sha256", "outside")})
+    said = Repeated(older, result(), Path("there")).report()
+    assert "came from the same code, " not in said
+    assert "whether they came from the same code is not known" in said
 
 
 def test_a_run_that_is_not_finished_has_nothing_to_compare(tmp_path):

@@ -31,7 +31,7 @@ def test_a_wheel_runs_where_there_is_no_checkout(tmp_path):
         archive.extractall(site)
 
     def run(*args: str) -> str:
-        env = os.environ | {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(elsewhere / "code")]), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run([sys.executable, *args], cwd=elsewhere, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
@@ -40,3 +40,12 @@ def test_a_wheel_runs_where_there_is_no_checkout(tmp_path):
     for model in ("tiny", "tiny_opt"):
         assert "plan of" in run("-m", "svnup", f"model={model}", "evaluation=full", "dry_run=true")
     assert "llama_7b" in run("-c", "from svnup.results_cli import main; main(['published', '.'])")
+    (elsewhere / "code").mkdir()
+    (elsewhere / "code" / "own.py").write_text(
+        "from svnup.pruning.magnitude import Magnitude\n\n\nclass Own(Magnitude):\n    pass\n"
+    )
+    (elsewhere / "conf" / "pruner").mkdir(parents=True)
+    (elsewhere / "conf" / "pruner" / "own.yaml").write_text("_target_: own.Own\npattern: ${pattern}\n")
+    assert "plan of svnup/tiny own uniform" in run(
+        "-m", "svnup", "--config-dir", "conf", "pruner=own", "allocator=uniform", "dry_run=true"
+    )

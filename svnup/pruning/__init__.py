@@ -257,9 +257,7 @@ def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, spars
         raise ValueError(f"stage pruning: {full_name}: the pruned weights are not all finite")
     error_ratio = None
     if errors and pruner.needs_inputs:
-        x = inputs.first_tokens(name).float()
-        before = (x @ weight.float().T).square().sum()
-        error_ratio = float((x @ (weight - pruned).float().T).square().sum() / before) if before > 0 else 0.0
+        error_ratio = _error(inputs.first_tokens(name), weight, pruned)
     weight.copy_(pruned)
     zeros, asked = int((weight == 0).sum()), n_zeros(sparsity, weight.numel())
     # Kept weights may have been zero before, or too small for the dtype after an update; fewer zeros than asked is a bug.
@@ -269,6 +267,21 @@ def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, spars
     if fallback is not None:
         logger.warning("%s: %s", full_name, fallback)
     return LinearReport(visit.index, name, zeros, weight.numel(), error_ratio, time.perf_counter() - start, fallback)
+
+
+def _error(x: Tensor, weight: Tensor, pruned: Tensor) -> float:
+    """||X (W - W')^T||^2 / ||X W^T||^2 of inputs (tokens, d_in), 0 where nothing comes out.
+
+    In float32, or in float64 where squares are beyond float32's range; not finite only where inputs or weights are not.
+    """
+    before, error = _squares(x.float(), weight.float()), _squares(x.float(), (weight - pruned).float())
+    if not (before.isfinite() and error.isfinite()):
+        before, error = _squares(x.double(), weight.double()), _squares(x.double(), weight.double() - pruned.double())
+    return float(error / before) if before != 0 else 0.0
+
+
+def _squares(x: Tensor, weight: Tensor) -> Tensor:
+    return (x @ weight.T).square().sum()
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def smallest(scores: Tensor, sparsity: float, pattern: str, per: Literal["row", 
     """True at the weights that go, bool (d_out, d_in): the smallest scores of each row, of the whole matrix, or, where the
     pattern says so, of every M consecutive inputs of a row. Raises ValueError where a score is nan or infinite."""
     if not scores.isfinite().all():
-        raise ValueError("nan or infinity in the weights, or in the statistics of their inputs")
+        raise ValueError("nan or infinity in the weights, in the statistics of their inputs, or in products of both")
     group = steps_of(pattern, sparsity)
     if group is not None:
         return lowest_of_groups(scores, *group)
