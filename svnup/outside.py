@@ -1,0 +1,165 @@
+"""Code that is not in a configuration but moves its numbers: which files they are, their hash, version and state in git."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+OURS = "svnup"
+IMPORTED = re.compile(r"^[ \t]*(?:from[ \t]+(\w[\w.]*)|import[ \t]+(\w[\w., \t]*))", re.MULTILINE)
+
+
+def targets(node: Any) -> Iterator[str]:
+    """Every `_target_` of a configuration, wherever it stands."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield str(node["_target_"])
+        for value in node.values():
+            yield from targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from targets(value)
+
+
+def outside_code(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The user's own code that a configuration names, by top-level package: its targets, version, hash, folder and git state.
+
+    Raises ValueError where a target's package is not found.
+    """
+    found = sorted({target for target in targets(config) if target.partition(".")[0] != OURS})
+    told = {}
+    for package in dict.fromkeys(target.partition(".")[0] for target in found):
+        places = _places_with_imports(package)
+        told[package] = {
+            "targets": [target for target in found if target.partition(".")[0] == package],
+            "version": _version(package),
+            "sha256": code_hash(package),
+            "folder": str(places[0].parent),
+            **git_state(places[0].parent, places),
+        }
+    return told
+
+
+@cache
+def code_hash(target: str) -> str:
+    """sha256 of the code behind a target: names and contents of all its files, in hex.
+
+    It is that of the first time that this process asked, since what is imported stays as it was then.
+    Raises ValueError where the target's package is not found.
+    """
+    package, _, rest = target.partition(".")
+    if rest:
+        return code_hash(package)
+    digest = hashlib.sha256()
+    for name, file in sorted(code_files(package).items()):
+        digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def code_files(package: str) -> dict[str, Path]:
+    """The files of a top-level package, which are all its .py files, or of a module, by their names below where it lies.
+
+    Code that is not installed brings what it imports of the same folder, as a script brings the helper beside it.
+    Raises ValueError where it is not found.
+    """
+    return {name: file for place in reversed(_places_with_imports(package)) for name, file in _files(place).items()}
+
+
+def git_state(folder: Path, places: list[Path]) -> dict[str, Any]:
+    """Commit of the checkout that has these files and folders, and what of them is not committed; None where git knows none.
+
+    `diff_sha256` is that of their whole difference to the commit, `untracked` names files that are in no commit.
+    """
+    names = [str(place) for place in places]
+    known = git(folder, "ls-files", "--cached", "--others", "--exclude-standard", "--", *names)
+    if not known:
+        return dict.fromkeys(("git", "dirty", "diff_sha256", "untracked"))
+    commit = git(folder, "rev-parse", "HEAD")
+    diff = git(folder, "diff", "HEAD", "--no-ext-diff", "--no-textconv", "--no-color", "--", *names)
+    untracked = (git(folder, "ls-files", "--others", "--exclude-standard", "--", *names) or "").splitlines()
+    return {
+        "git": commit.strip() if commit else None,
+        "dirty": bool(diff or untracked),
+        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+        "untracked": untracked[:100],
+    }
+
+
+def git(folder: Path, *args: str) -> str | None:
+    """What git says in a folder; None where it fails or is not there."""
+    try:
+        done = subprocess.run(
+            ["git", *args], cwd=folder, capture_output=True, text=True, errors="replace", timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _places(package: str) -> list[Path]:
+    """Where a top-level package or module lies, not imported for it: its folders (several of a namespace), or its file."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # `__main__` has none
+        spec = None
+    if spec is not None and spec.submodule_search_locations:
+        return [Path(place).absolute() for place in spec.submodule_search_locations]
+    origin = spec.origin if spec is not None and spec.has_location else getattr(sys.modules.get(package), "__file__", None)
+    if origin is None:
+        raise ValueError(f"_target_={package}: its code lies in no file; put it in a module of its own on PYTHONPATH")
+    return [Path(origin).absolute()]
+
+
+def _places_with_imports(package: str) -> list[Path]:
+    """Also where the packages and modules lie that it imports from its own folder, if it is not installed."""
+    places = _places(package)
+    root = places[0].parent
+    if package in {OURS, *sys.stdlib_module_names} or {"site-packages", "dist-packages"} & set(root.parts):
+        return places
+    left = list(places)
+    while left:
+        for name in _imports(_files(left.pop()).values()):
+            beside = [place for place in _beside(name) if place.parent == root and place not in places]
+            places += beside
+            left += beside
+    return places
+
+
+def _beside(package: str) -> list[Path]:
+    with contextlib.suppress(ValueError):
+        return _places(package)
+    return []
+
+
+def _files(place: Path) -> dict[str, Path]:
+    """All .py files of a folder, or the one file that it is, by their names below where it lies."""
+    files = [place] if place.is_file() else [f for f in sorted(place.rglob("*.py")) if not _is_hidden(f.relative_to(place))]
+    return {file.relative_to(place.parent).as_posix(): file for file in files}
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _imports(files: Iterable[Path]) -> set[str]:
+    """Top-level names that files import, but relative ones."""
+    found: set[str] = set()
+    for file in files:
+        for one, several in IMPORTED.findall(file.read_text(encoding="utf-8", errors="replace")):
+            found |= {name.split()[0].partition(".")[0] for name in (one or several).split(",") if name.split()}
+    return found - {OURS}
+
+
+def _version(package: str) -> str | None:
+    """Of the distribution that brought a package, or as the package says; None where neither does."""
+    names = importlib.metadata.packages_distributions().get(package)
+    return importlib.metadata.version(names[0]) if names else getattr(sys.modules.get(package), "__version__", None)
