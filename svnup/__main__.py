@@ -21,8 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from svnup import config
 from svnup.progress import say, to_nobody
 from svnup.provenance import provenance, redact
-from svnup.results import RunFolder
-from svnup.types import ResultRow
+from svnup.results import RunFolder, run_folders
+from svnup.types import ResultRow, moving_numbers
 
 logger = logging.getLogger("svnup")
 
@@ -103,6 +103,8 @@ def execute(job: config.Job, overrides: list[str], sweep: str | None = None) -> 
     sharded = job.shapley is not None and job.shapley.shard is not None
     earlier, prints = folder.read(), job.fingerprints()
     changed = earlier is not None and earlier.fingerprints != prints
+    if earlier is None and (before := _of_other_code(job, prints)) is not None:
+        _say(f"code from outside svnup has changed since {before} was made: its job runs again")
     unsaved = not folder.has(job.save_model, job.save_format, job.save_masks)
     stands = earlier is not None and earlier.status == "finished" and not (job.force or changed)
     if earlier is not None and stands and not (sharded or unsaved):
@@ -154,6 +156,18 @@ def execute(job: config.Job, overrides: list[str], sweep: str | None = None) -> 
         handler.close()
     _say(f"{folder.path}  ({row.seconds:.0f} s)")
     _print_result(row)
+
+
+def _of_other_code(job: config.Job, prints: dict[str, str]) -> Path | None:
+    """The folder of a run that differs from this job in nothing but the code from outside that it names."""
+    if not any(name.endswith(" code") for name in prints):
+        return None
+    for folder in run_folders(Path(job.results_dir).expanduser() / "runs"):
+        row = folder.read()
+        same = row is not None and moving_numbers(row.config) == moving_numbers(job.config)
+        if row is not None and same and any(row.fingerprints.get(k, v) != v for k, v in prints.items() if k.endswith(" code")):
+            return folder.path
+    return None
 
 
 class _Redacted(logging.Formatter):

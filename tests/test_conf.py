@@ -76,11 +76,11 @@ def test_the_default_job():
     assert type(job.allocator).__name__ == "ScoreBudget"
     assert type(job.scorer.estimator).__name__ == "SlidingWindow"
     assert job.scorer.estimator.window == 5
-    assert [s.name for s in job.evaluation.sources()] == ["docs"]
+    assert {k: s.name for k, s in job.evaluation.sources().items()} == {"datasets.docs": "docs"}
     assert {k: s.role for k, s in job.sources().items()} == {
         "dataset": "calibration",
         "shapley.game.data": "payoff",
-        "evaluation.datasets.0": "test",
+        "evaluation.datasets.docs": "test",
     }
     assert {s.seq_len for s in job.sources().values()} == {256}
 
@@ -120,7 +120,7 @@ def test_hub_models_follow_the_field_s_protocol(model):
     assert cfg["dataset"]["_target_"] == cfg["shapley"]["game"]["data"]["_target_"] == "svnup.data.C4"
     assert (cfg["dataset"]["role"], cfg["shapley"]["game"]["data"]["role"]) == ("calibration", "payoff")
     assert (cfg["dataset"]["n_seq"], cfg["dataset"]["seq_len"]) == (128, 2048)
-    assert cfg["evaluation"]["datasets"] == ["wikitext2"]
+    assert (cfg["evaluation"]["datasets"], cfg["model"]["test_text"]) == (None, "wikitext2")
     assert (cfg["evaluation"]["seq_len"], cfg["evaluation"]["n_seq"], cfg["evaluation"]["role"]) == (2048, None, "test")
     assert cfg["allocator"]["scorer"] == cfg["shapley"]
     for known in cfg["model"]["dense_ppl"]:
@@ -203,22 +203,12 @@ def test_a_misspelt_key_in_an_experiment_file_is_refused(tmp_path):
         ("+pruner.patern=1", r"^pruner\.patern=1: .*did you mean pattern\?"),
         ("+evaluation.nseq=1", r"^evaluation\.nseq=1: .*did you mean n_seq\?"),
         ("+tracker.project=x", r"^tracker\.project=x: .*NoTracker has no such option"),
-        ("evaluation.datasets=[{docs: {sed: 1}}]", r"^evaluation\.datasets\.0\.sed=1: .*did you mean seed\?"),
+        ("+evaluation.datasets.docs.sed=1", r"^evaluation\.datasets\.docs\.sed=1: .*did you mean seed\?"),
     ],
 )
 def test_misspelt_keys_are_refused_by_name(given, said):
     with pytest.raises(ValueError, match=said):
-        config.build(composed(*SMALL, given))
-
-
-def test_two_data_sets_in_one_mapping_are_refused_or_both_read(tmp_path):
-    (tmp_path / "t.txt").write_text("text")
-    cfg = composed(*SMALL, f"evaluation.datasets=[{{docs: {{n_seq: 2}}, text_file: {{path: '{tmp_path}/t.txt'}}}}]")
-    try:
-        sources = config.build(cfg).evaluation.sources()
-    except ValueError:
-        return
-    assert len(sources) == 2
+        config.build(composed(*SMALL, "+dataset@evaluation.datasets.docs=docs", given))
 
 
 # -- the key of a configuration

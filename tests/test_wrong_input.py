@@ -62,7 +62,7 @@ CONFIG_ALONE = {
     ),
     "unknown experiment": (["experiment=smok"], ["experiment=smok", "did you mean smoke?"]),
     "unknown data set": (["dataset=wikitext"], ["dataset=wikitext", "did you mean wikitext2?"]),
-    "unknown evaluation data set": (["evaluation.datasets=[doc]"], ["evaluation.datasets=doc", "did you mean docs?"]),
+    "unknown evaluation data set": (["evaluation.datasets=[doc]"], ["evaluation.datasets=['doc']", "did you mean docs?"]),
     "evaluation data sets not a list": (["evaluation.datasets=docs"], ["evaluation.datasets=docs", "[docs]"]),
     "no evaluation data set": (["evaluation.datasets=[]"], ["evaluation.datasets=[]", "evaluation=none"]),
     "unknown task": (
@@ -149,8 +149,8 @@ CONFIG_ALONE = {
         ["shapley.game.data.path=nope.txt", "no such file"],
     ),
     "evaluation text missing": (
-        ["evaluation.datasets=[{text_file: {path: nope.txt}}]"],
-        ["evaluation.datasets.0.path=nope.txt", "no such file"],
+        ["dataset@evaluation.datasets.test=text_file", "evaluation.datasets.test.path=nope.txt"],
+        ["evaluation.datasets.test.path=nope.txt", "no such file"],
     ),
     "profile not given": (["allocator=from_file"], ["allocator.path", "add allocator.path="]),
     "profile missing": (

@@ -233,19 +233,19 @@ def test_the_dense_number_is_measured_once(tmp_path, lm, random_model, evaluatio
 
 
 def test_full_is_both_and_shares_their_dense_numbers(tmp_path, lm, evaluations):
-    texts = [Docs(n_seq=3, seq_len=32, role="test")]
+    texts = {"docs": Docs(n_seq=3, seq_len=32, role="test")}
     ppl, full = Perplexity(texts, 32, 3), Full(texts, 32, 3, tasks="cloze", limit=12)
     assert full.run(lm) == {**ppl.run(lm), **cloze().run(lm)}
     evaluations.clear()
     apart = {**ppl.dense(lm, tmp_path), **cloze().dense(lm, tmp_path)}
     assert full.dense(lm, tmp_path) == apart
     assert evaluations == ["docs_cloze"]
-    assert full.sources() == texts
+    assert full.sources() == {"datasets.docs": texts["docs"]}
 
 
 def test_a_dense_perplexity_that_is_off_stops_before_the_tasks(tmp_path, lm, evaluations):
     """And what was measured is kept: the same job again stops without measuring."""
-    full = Full([Docs(n_seq=3, seq_len=32, role="test")], 32, 3, tasks="cloze", limit=12)
+    full = Full({"docs": Docs(n_seq=3, seq_len=32, role="test")}, 32, 3, tasks="cloze", limit=12)
 
     def gate(metrics: Metrics) -> None:
         assert set(metrics) == {"docs/ppl"}
