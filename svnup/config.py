@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from svnup import NUMBERS_VERSION
 from svnup.allocation import Allocator, Chooser, FromFile, Granularity, Ratios, ScoreBudget, Tuned, name_of
-from svnup.construction import blame, check_node, construct, did_you_mean, refuse_outside
+from svnup.construction import blame, check_node, construct, did_you_mean, refuse_outside, type_complaint
 from svnup.data import NAMED, TokenSource
 from svnup.evaluation import Evaluation
 from svnup.model import Model
@@ -479,6 +479,8 @@ def _scorer(node: Any, known: Texts) -> Scorer | None:
         options.pop("pruner", None)
     game: GameOptions = construct(options, "shapley.game", "game")
     game = replace(game, data=_shared(game.data, known))
+    if complaint := type_complaint(node.get("shard"), str | None):
+        raise ValueError(f"shapley.shard={node['shard']}: {complaint}")
     with blame("shapley"):
         return ShapleyScorer(construct(estimator, "shapley", "estimator"), game, node.get("shard"))
 
@@ -567,6 +569,9 @@ def _check_groups(config: dict[str, Any]) -> None:
 
 
 def _check_scalars(config: dict[str, Any]) -> None:
+    for name, hint in typing.get_type_hints(Schema).items():
+        if name not in GROUPS and (complaint := type_complaint(config[name], hint)):
+            raise ValueError(f"{name}={config[name]}: {complaint}")
     sparsity = config["sparsity"]
     if not 0 <= sparsity < 1:
         hint = f"; did you mean sparsity={sparsity / 100:g}?" if 1 < sparsity < 100 else ""

@@ -177,7 +177,7 @@ def _argument(value: Any, key: str, hint: Any) -> Any:
         if isinstance(value, list):
             return [_entry(entry, f"{key}.{index}", of_entries) for index, entry in enumerate(value)]
     _refuse_nodes(value, key)
-    if complaint := _type_complaint(value, hint):
+    if complaint := type_complaint(value, hint):
         raise ValueError(f"{key}={value}: {complaint}")
     return value
 
@@ -227,17 +227,17 @@ def _component_of_entries(hint: Any) -> Any:
     return _component(args[-1]) if origin in (list, dict) and args else None
 
 
-def _type_complaint(value: Any, hint: Any) -> str | None:
+def type_complaint(value: Any, hint: Any) -> str | None:
     """Why a plain value does not suit an annotation, or None; annotations of other kinds are left to the constructor."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated and not _component(hint):
-        return _type_complaint(value, args[0])
+        return type_complaint(value, args[0])
     if origin is Literal:
         if value in args:
             return None
         return f"choose one of {', '.join(map(str, args))}{did_you_mean(str(value), [str(a) for a in args])}"
     if origin in (typing.Union, types.UnionType):
-        complaints = [_type_complaint(value, a) for a in args]
+        complaints = [type_complaint(value, a) for a in args]
         return None if None in complaints else next(c for c in complaints if c)
     if hint is type(None):
         return None if value is None else "must be null"
