@@ -572,6 +572,9 @@ def _check_scalars(config: dict[str, Any]) -> None:
     for name, hint in typing.get_type_hints(Schema).items():
         if name not in GROUPS and (complaint := type_complaint(config[name], hint)):
             raise ValueError(f"{name}={config[name]}: {complaint}")
+    folder = config["datasets_dir"]
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        raise ValueError(f"datasets_dir={folder}: there is no such folder; name one with data sets in it, such as allenai/c4")
     sparsity = config["sparsity"]
     if not 0 <= sparsity < 1:
         hint = f"; did you mean sparsity={sparsity / 100:g}?" if 1 < sparsity < 100 else ""

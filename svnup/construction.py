@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import importlib
 import inspect
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -157,12 +159,13 @@ def _members(asked: Any) -> dict[str, bool]:
 
 def _hints(cls: Any) -> dict[str, Any]:
     """The annotations of a constructor; those of KINDS are understood where they are imported for type checking alone."""
+    told = cls if dataclasses.is_dataclass(cls) else cls.__init__  # a dataclass: each base as its own module understands it
     try:
-        return typing.get_type_hints(cls.__init__, include_extras=True)
+        return typing.get_type_hints(told, include_extras=True)
     except NameError:
         kinds = {path.rpartition(".")[2]: Annotated[Any, kind] for kind, path in KINDS.items()}
         with contextlib.suppress(NameError):
-            return typing.get_type_hints(cls.__init__, kinds | cls.__init__.__globals__, include_extras=True)
+            return typing.get_type_hints(told, kinds | vars(sys.modules[cls.__module__]), include_extras=True)
         return {}
 
 

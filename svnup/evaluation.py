@@ -286,8 +286,8 @@ class ZeroShot(Evaluation):
         return task
 
     def _spec(self, path: Path) -> Any:
-        """A task as lm-eval loads it: its file, or what that says with the copy of its data set in `datasets_dir`; such a copy
-        needs no training split where no examples are asked for."""
+        """A task as lm-eval loads it: its file, or what that says with the copy of its data set in `datasets_dir`; where no
+        examples are asked for, such a copy needs no split but the one that is evaluated."""
         from lm_eval.tasks._yaml_loader import load_yaml
 
         if self.datasets_dir is None:
@@ -296,8 +296,9 @@ class ZeroShot(Evaluation):
         copy = Path(self.datasets_dir).expanduser() / str(config.get("dataset_path"))
         if not config.get("dataset_path") or not copy.is_dir():
             return str(path)
-        unused = {} if self.num_fewshot else {"training_split": None, "fewshot_split": None}
-        return config | {"dataset_path": str(copy.absolute())} | unused
+        unused = ["training_split", "fewshot_split", *(["validation_split"] if config.get("test_split") else [])]
+        splits = dict.fromkeys([] if self.num_fewshot else unused)
+        return config | {"dataset_path": str(copy.absolute())} | splits
 
     @cached_property
     def _protocols(self) -> dict[str, dict[str, Any]]:

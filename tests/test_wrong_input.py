@@ -148,6 +148,28 @@ CONFIG_ALONE = {
         ["dataset@shapley.game.data=text_file", "+shapley.game.data.path=nope.txt"],
         ["shapley.game.data.path=nope.txt", "no such file"],
     ),
+    "a folder of data sets missing": (["datasets_dir=nowhere"], ["datasets_dir=nowhere", "no such folder", "allenai/c4"]),
+    "an evaluation text without a path": (
+        ["dataset@evaluation.datasets.test=text_file"],
+        ["evaluation.datasets.test.path", "add evaluation.datasets.test.path="],
+    ),
+    "an evaluation text in the old form": (
+        ["evaluation.datasets=[{text_file: {path: nope.txt}}]"],
+        ["evaluation.datasets=", "dataset@evaluation.datasets.test=text_file"],
+    ),
+    "an evaluation text in a word": (
+        ["model.test_text=text_file"],
+        ["model.test_text=text_file", "dataset@evaluation.datasets.test=text_file"],
+    ),
+    "a second evaluation text without a plus": (
+        ["dataset@evaluation.datasets.mine=docs"],
+        ["dataset@evaluation.datasets.mine=docs", "put a + before it"],
+    ),
+    "evaluation texts as a list and by name": (
+        ["dataset@evaluation.datasets.test=docs", "evaluation.datasets=[docs]"],
+        ["evaluation.datasets:", "in one way"],
+    ),
+    "one evaluation text twice": (["evaluation.datasets=[docs,docs]"], ["evaluation.datasets=", "docs/ppl", "once"]),
     "evaluation text missing": (
         ["dataset@evaluation.datasets.test=text_file", "evaluation.datasets.test.path=nope.txt"],
         ["evaluation.datasets.test.path=nope.txt", "no such file"],

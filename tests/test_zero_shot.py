@@ -359,6 +359,21 @@ def test_the_field_s_sets_offline(tasks, hub_copies, lm):
     assert mean.protocol["limit"] is None
 
 
+def test_data_sets_of_tasks_lie_below_any_folder(hub_copies, lm, monkeypatch, tmp_path_factory):
+    """Without examples there is no need for a split to take them from."""
+    tasks = ["boolq", "arc_easy"]
+    here = ZeroShot(tasks=tasks).run(lm)
+    for readme in hub_copies.rglob("README.md"):
+        lines = readme.read_text().splitlines()
+        train = {k for i, text in enumerate(lines) if text == "  - split: train" for k in (i, i + 1)}
+        readme.write_text("\n".join(text for i, text in enumerate(lines) if i not in train))
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    there = ZeroShot(tasks=tasks, datasets_dir=str(hub_copies))
+    assert there.run(lm) == here
+    with pytest.raises(ValueError, match=r"^tasks=boolq: cannot be loaded .*below datasets_dir"):
+        ZeroShot(tasks=tasks, datasets_dir=str(hub_copies), num_fewshot=1).check()
+
+
 def test_a_limit_is_in_the_protocol_of_the_mean(hub_copies, lm):
     both = ["boolq", "winogrande"]
     whole, part = (ZeroShot(tasks=both, limit=limit).run(lm)["zero_shot/mean"].protocol for limit in (None, 4))
