@@ -182,7 +182,7 @@ def test_an_experiment_chooses_the_data_sets_of_its_evaluation(tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(
         "# @package _global_\n"
-        "defaults:\n  - override /dataset@evaluation.datasets.test: c4\n  - /dataset@evaluation.datasets.wiki: wikitext2\n"
+        "defaults:\n  - /dataset@evaluation.datasets.wiki: wikitext2\n  - override /dataset@evaluation.datasets.test: c4\n"
         "evaluation: {n_seq: 2, datasets: {wiki: {n_seq: 3}}}\n"
     )
     for evaluation in ("ppl", "full"):
