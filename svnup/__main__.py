@@ -27,8 +27,8 @@ from svnup import config
 from svnup.outside import of_ours, targets
 from svnup.progress import say, to_nobody
 from svnup.provenance import Asked, provenance, python_path, redact, redact_code
-from svnup.results import RunFolder
-from svnup.types import ResultRow
+from svnup.results import RunFolder, run_folders
+from svnup.types import ResultRow, moving_numbers
 
 logger = logging.getLogger("svnup")
 
@@ -137,6 +137,8 @@ def execute(job: config.Job, asked: Asked) -> None:
     sharded = job.shapley is not None and job.shapley.shard is not None
     earlier, prints = folder.read(), job.fingerprints()
     changed = earlier is not None and earlier.fingerprints != prints
+    if earlier is None and (before := _of_other_code(job, prints)) is not None:
+        _say(f"code from outside svnup has changed since {before} was made: its job runs again")
     unsaved = not folder.has(job.save_model, job.save_format, job.save_masks)
     stands = earlier is not None and earlier.status == "finished" and not (job.force or changed)
     if earlier is not None and stands and not (sharded or unsaved):
@@ -167,7 +169,7 @@ def execute(job: config.Job, asked: Asked) -> None:
     if job.save_model and (others := [path.name for form, path in folder.models().items() if form != job.save_format]):
         _say(f"{', '.join(others)} stays as it is; the {job.save_format} model goes to {folder.place(job.save_format)}")
 
-    origin = job.model.dequantized_from()
+    origin = getattr(job.model, "dequantized_from", lambda: None)()
     made_by = provenance(asked, job.config, name=job.name, texts=job.texts(), dequantized_from=origin)
     blank = ResultRow("running", job.key, job.config, made_by, prints)
     if not stands:  # one that is only run to save its model stays until it has the same again
@@ -209,6 +211,18 @@ def _complete(folder: RunFolder, row: ResultRow) -> None:
 
     if not all((folder.path / "figures" / f"{name}.png").is_file() for name in plots.names(row)):
         plots.figures(row, folder.path / "figures")
+
+
+def _of_other_code(job: config.Job, prints: dict[str, str]) -> Path | None:
+    """The folder of a run that differs from this job in nothing but the code from outside that it names."""
+    if not any(name.endswith(" code") for name in prints):
+        return None
+    for folder in run_folders(Path(job.results_dir) / "runs"):
+        row = folder.read()
+        same = row is not None and moving_numbers(row.config) == moving_numbers(job.config)
+        if row is not None and same and any(row.fingerprints.get(k, v) != v for k, v in prints.items() if k.endswith(" code")):
+            return folder.path
+    return None
 
 
 class _Redacted(logging.Formatter):

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
-import inspect
 import json
 import math
 import os
 import re
 import socket
 import threading
-import types
 import typing
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import MISSING as MISSING_DEFAULT
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -27,21 +25,22 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
-from hydra.utils import get_object
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup import NUMBERS_VERSION
 from svnup.allocation import Allocator, Chooser, FromFile, Granularity, Ratios, ScoreBudget, Tuned, name_of
-from svnup.data import TokenSource
+from svnup.construction import blame, check_node, construct, did_you_mean, refuse_outside, type_complaint
+from svnup.data import NAMED, TokenSource
 from svnup.evaluation import Evaluation
 from svnup.files import at_home, default_cache_dir
-from svnup.model import Pretrained, Random
+from svnup.model import Model
+from svnup.naming import code_from_outside, named
 from svnup.provenance import redact_code
 from svnup.scoring import GameOptions, Scorer, ShapleyScorer
 from svnup.search import ShapleyRounds
 from svnup.splitting import Split
-from svnup.tracking import NoTracker, WandbTracker
+from svnup.tracking import Tracker
 from svnup.types import Ints, Offload, SaveFormat, SelectionLoss, method_name, moving_numbers, parse_pattern
 
 if TYPE_CHECKING:
@@ -74,6 +73,7 @@ class Schema:
     selection_loss: str = "nll"
     results_dir: str = "results"
     cache_dir: str | None = None
+    datasets_dir: str | None = None
     force: bool = False
     dry_run: bool = False
     offload: str = "none"
@@ -82,9 +82,12 @@ class Schema:
     save_masks: bool = False
 
 
+GROUPS = tuple(name for name, hint in Schema.__annotations__.items() if hint == "Any")
+
+
 def _shared(source: TokenSource, known: Texts, key: str) -> TokenSource:
     """The same source of an earlier job, if its text is still the same, for the tokens that it has already read."""
-    with _blame(key):
+    with blame(key):
         return known.setdefault((source, "" if source.from_hub else source.fingerprint()), source)
 
 
@@ -109,6 +112,7 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=Schema)
     OmegaConf.register_new_resolver("svnup_groups", _groups, replace=True)
     OmegaConf.register_new_resolver("svnup_home", lambda folder: str(at_home("results_dir", folder)), replace=True)
+    OmegaConf.register_new_resolver("svnup_text", _of_text, replace=True)
 
 
 def _groups() -> str:
@@ -117,11 +121,18 @@ def _groups() -> str:
     return "\n".join(f"{p.name}: {', '.join(sorted(f.stem for f in p.glob('[!_]*.yaml')))}" for p in folders)
 
 
+def _of_text(option: str, usual: Any, *, _root_: Any, _parent_: Any) -> Any:
+    """An option of a data set by where its yaml is used: in an evaluation as that has it, elsewhere as usual."""
+    if not _parent_._get_full_key("").startswith("evaluation.datasets."):
+        return usual
+    return 0 if option == "seed" else _root_.evaluation[option]
+
+
 @dataclass(frozen=True)
 class Job:
     """One experiment, with every part built and checked; `config` is the resolved configuration and `key` its hash."""
 
-    model: Pretrained | Random
+    model: Model
     dataset: TokenSource
     scorer: Scorer | None
     allocator: Allocator
@@ -129,7 +140,7 @@ class Job:
     split: Split
     pruner: Pruner
     evaluation: Evaluation
-    tracker: NoTracker | WandbTracker
+    tracker: Tracker
     sparsity: float
     pattern: str
     seed: int
@@ -137,6 +148,7 @@ class Job:
     selection_loss: SelectionLoss
     results_dir: str
     cache_dir: str
+    datasets_dir: str | None
     force: bool
     dry_run: bool
     offload: Offload
@@ -168,7 +180,7 @@ class Job:
         path = self.config["allocator"].get("path")
         if path is not None:
             prints["allocator.path"] = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
-        return prints | self.evaluation.fingerprints()
+        return prints | self.evaluation.fingerprints() | code_from_outside(_counting(self.config))
 
     def texts(self) -> dict[str, dict[str, Any]]:
         """What was read of each text, by the key of its source, for the record: after `check_texts`, which reads them."""
@@ -208,23 +220,23 @@ class Job:
     @cached_property
     def skeleton(self) -> LanguageModel:
         """The model without weights, which has the shapes that they will have."""
-        with _blame("model"):
+        with blame("model"):
             return self.model.skeleton()
 
     def check_texts(self) -> None:
         """Read every text and task, before any weight is loaded; raises ValueError with the key at fault."""
-        with _blame("model"):
+        with blame("model"):
             tokenizer = self.model.tokenizer
         known = self.skeleton.n_embeddings
         for key, source in self.sources().items():
-            with _blame(key):
+            with blame(key):
                 highest = int(source.tokens(tokenizer).max())
             if highest >= known:
                 raise ValueError(
                     f"model={self.model.name}: its tokenizer gives token {highest} in the text of {key}, the model has {known} "
                     "embeddings; use the tokenizer that the model was trained with"
                 )
-        with _blame("evaluation"):
+        with blame("evaluation"):
             self.evaluation.check(self.skeleton, tokenizer)
 
     def check_shapes(self) -> LanguageModel:
@@ -242,7 +254,7 @@ class Job:
             if (width := matrix(linear).shape[1]) % group[1]:  # type: ignore[index]
                 raise ValueError(_does_not_divide(self.pattern, f"the {width} inputs of block {index}, {name}"))
         if self.scorer is None and not isinstance(self.allocator, Chooser):
-            with _blame("allocator"):
+            with blame("allocator"):
                 check_profile(lm, self.allocator.allocate(None, lm.block_params, self.sparsity, self.pattern))
         if getattr(self.scorer, "granularity", "block") == "sublayer":
             key = "shapley.game.players" if self.shapley is not None else "allocator.granularity"
@@ -277,7 +289,7 @@ def _texts(
     if shapley is not None:
         texts["shapley.game.data"] = shapley.game.data
     texts |= {"selection": selection} if selection is not None else {}
-    return texts | {f"evaluation.datasets.{i}": s for i, s in enumerate(evaluation.sources())}
+    return texts | {f"evaluation.{option}": source for option, source in evaluation.sources().items()}
 
 
 def build(cfg: Any, known: Texts | None = None) -> Job:
@@ -289,21 +301,23 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     with _blame_omegaconf():
         config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
     _refuse_unknown(config)
+    _check_groups(config)
     _check_values(config)
     _check_scalars(config)
+    config["evaluation"] = _with_named_texts(config)
     _refuse_missing(config)
-    model = construct(config["model"], "model")
-    dataset = construct(config["dataset"], "dataset")
+    model: Model = construct(config["model"], "model", "model")
+    dataset: TokenSource = construct(config["dataset"], "dataset", "text")
     dataset = _shared(dataset, known, "dataset")
     scorer = _scorer(config["allocator"].get("scorer"), known)
     shapley = scorer if isinstance(scorer, ShapleyScorer) else None
     given = {k: v for k, v in config["shapley"].items() if k not in ("game", "shard") and v != "???"}
-    _arguments(given, "shapley")  # a misspelt key is one where the group is not used, too
+    check_node(given, "shapley", "estimator")  # a misspelt key is one where the group is not used, too
     allocator = _allocator({k: v for k, v in config["allocator"].items() if k != "scorer"})
     chooses = isinstance(allocator, Chooser)
     key = config_key(config, chooses)
-    selection: TokenSource = construct(config["selection"], "selection")
-    split: Split = construct(config["split"], "split")
+    selection: TokenSource = construct(config["selection"], "selection", "text")
+    split: Split = construct(config["split"], "split", "split")
     if config["allocator"].get("granularity") == "sublayer":
         _check_sublayers(config, scorer, split)
     if isinstance(allocator, ShapleyRounds):
@@ -311,18 +325,18 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     if scorer is None and isinstance(getattr(allocator, "allocator", allocator), (ScoreBudget, Ratios)):
         raise ValueError("allocator.scorer=null: this allocator needs scores; leave its scorer as its yaml has it")
     evaluation: Evaluation = _evaluation(config["evaluation"], known)
-    with _blame("evaluation"):
+    with blame("evaluation"):
         online = evaluation.from_hub
-    tracker = construct(config["tracker"], "tracker")
-    with _blame("tracker", ("tracker",)):
+    tracker: Tracker = construct(config["tracker"], "tracker", "tracker")
+    with blame("tracker", ("tracker",)):
         tracker.check()
     texts = _texts(dataset, shapley, _shared(selection, known, "selection") if chooses else None, evaluation)
     _check_roles(texts)
     if online or model.from_hub or any(source.from_hub for source in texts.values()):
         _go_offline_if_unreachable()
-    with _blame("model"):
+    with blame("model"):
         n_blocks = model.n_blocks()
-    with _blame("allocator", ("sparsity", "pattern")):
+    with blame("allocator", ("sparsity", "pattern")):
         allocator.check(n_blocks, config["sparsity"], config["pattern"])
     group = parse_pattern(config["pattern"])
     if isinstance(allocator, FromFile) and allocator.divided and not split.uniform:
@@ -331,13 +345,13 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
         )
     if group is not None and not split.uniform:
         raise ValueError(f"pattern={config['pattern']}: the linears of a block share its N; add split=uniform")
-    with _blame("model", ("offload",)):
+    with blame("model", ("offload",)):
         model.check_offload(config["offload"])
     if shapley is not None:
-        with _blame("shapley", ("shapley",)):
+        with blame("shapley", ("shapley",)):
             shapley.check(n_blocks)
     _refuse_mixed_roles(texts)
-    pruner = construct(config["pruner"], "pruner")  # the first that imports torch
+    pruner: Pruner = construct(config["pruner"], "pruner", "pruner")  # the first that imports torch
     if shapley is not None and shapley.game.absence == "prune":
         stand_in = shapley.game.pruner
         if stand_in is None or not stand_in.prunes or config["sparsity"] == 0:
@@ -350,7 +364,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
             f"offload={config['offload']}: lm-eval needs the whole model in memory; use offload=none, or evaluation=ppl"
         )
     _check_memory(config, pruner, split, shapley, chooses)
-    with _blame("model"):
+    with blame("model"):
         model.check_device()
     scalars = {k: config[k] for k in Schema.__annotations__ if not isinstance(config[k], dict)}
     folders = {"results_dir": config["results_dir"], "cache_dir": config["cache_dir"] or default_cache_dir()}
@@ -371,15 +385,44 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     )
 
 
-def stored(config: dict[str, Any], **changes: Any) -> Any:
+def stored(config: dict[str, Any], trust: bool = False, **changes: Any) -> Any:
     """The configuration that lies in a result, to build its job anew, with changes at its top.
 
-    Keys that svnup did not have when the result was made are as by default.
+    Keys that svnup did not have when the result was made are as by default. Whoever wrote the result chose its values, so it
+    names no code from outside svnup unless `trust` says that it may, and nothing in it is interpolated: it is stored resolved.
+    Raises ValueError with the key and the value.
     """
+    config = config | changes
+    if not trust:
+        refuse_outside(config)
+    _refuse_interpolations(config)
+    config["evaluation"] = _with_nodes_of_lists(config)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         usual = compose("config", overrides=["~local"] if (CONF / "local" / "default.yaml").is_file() else [])
-    defaults = typing.cast(dict[str, Any], OmegaConf.to_container(usual, resolve=False))
-    return OmegaConf.create({k: v for k, v in defaults.items() if k not in config} | config | changes)
+    with _blame_omegaconf():
+        for group in set(GROUPS) & set(config):
+            usual[group] = None  # which is replaced as a whole, not merged with
+        return OmegaConf.merge(usual, config)
+
+
+def _refuse_interpolations(node: Any, key: str = "") -> None:
+    for name, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        where = f"{key}.{name}".lstrip(".")
+        if isinstance(value, str) and "${" in value:
+            raise ValueError(f"{where}={value}: a result holds values, no interpolations; write the value")
+        _refuse_interpolations(value, where)
+
+
+def _with_nodes_of_lists(config: dict[str, Any]) -> Any:
+    """The evaluation of a result, with nodes for the data sets of earlier versions: [docs,{text_file: {path: my.txt}}]."""
+    node = config.get("evaluation")
+    if not isinstance(node, dict) or not isinstance(node.get("datasets"), list):
+        return node
+    entries = [entry if isinstance(entry, dict) else {entry: {}} for entry in node["datasets"]]
+    if any(name not in NAMED for entry in entries for name in entry):
+        return node
+    pairs = [(name, options or {}) for entry in entries for name, options in entry.items()]
+    return node | {"datasets": {name: _named_text(name, config, **options) for name, options in pairs}}
 
 
 def config_key(config: dict[str, Any], chooses: bool) -> str:
@@ -387,16 +430,21 @@ def config_key(config: dict[str, Any], chooses: bool) -> str:
 
     `chooses`: the selection text and the loss on it count.
     """
-    kept = moving_numbers(config)
-    scorer = kept["allocator"].get("scorer")
-    if scorer:
-        kept["allocator"] = kept["allocator"] | {"scorer": {k: v for k, v in scorer.items() if k != "shard"}}
+    kept = _counting(config)
     if chooses:
-        kept["selection"] = config["selection"]
+        kept["selection"] = moving_numbers(config | {"dataset": config["selection"]})["dataset"]
     if chooses and config["selection_loss"] != "nll":  # as it was before there was a choice
         kept["selection_loss"] = config["selection_loss"]
-    text = json.dumps([NUMBERS_VERSION, kept], sort_keys=True)
+    text = json.dumps([NUMBERS_VERSION, named(kept)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _counting(config: dict[str, Any]) -> dict[str, Any]:
+    """What can change a number of a job that chooses nothing."""
+    kept = moving_numbers(config)
+    if scorer := kept["allocator"].get("scorer"):
+        kept["allocator"] = kept["allocator"] | {"scorer": {k: v for k, v in scorer.items() if k != "shard"}}
+    return kept
 
 
 def _go_offline_if_unreachable() -> None:
@@ -420,89 +468,13 @@ def _resolves(host: str | None, found: list[bool]) -> None:
         found.append(bool(socket.getaddrinfo(host, 443)))
 
 
-# -- building one node
-
-
-def construct(node: dict[str, Any], key: str) -> Any:
-    """Build the object that a `_target_` node describes, nested nodes first; every argument is checked by name and type."""
-    cls, arguments = _arguments(node, key)
-    parameters = inspect.signature(cls).parameters
-    lacking = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]
-    if lacking:
-        raise ValueError(f"{key}.{lacking[0]}: {node['_target_']} needs it; add {key}.{lacking[0]}=...")
-    with _blame(key):
-        return cls(**arguments)
-
-
-def _arguments(node: dict[str, Any], key: str) -> tuple[Any, dict[str, Any]]:
-    """The class of a node and its checked arguments, nested nodes built."""
-    if not isinstance(node, dict):
-        raise ValueError(f"{key}={node}: must be a node with a _target_; choose an option of a group, as in dataset@{key}=...")
-    target = node.get("_target_")
-    if target is None:
-        raise ValueError(f"{key}: has no _target_; choose an option of the group: {key}=...")
-    try:
-        cls = get_object(target)
-    except (ImportError, ValueError, AttributeError) as error:
-        raise ValueError(f"{key}._target_={target}: cannot be imported ({error}); check the spelling") from None
-    parameters = inspect.signature(cls).parameters
-    hints = _hints(cls)
-    arguments = {}
-    for name, value in node.items():
-        if name == "_target_":
-            continue
-        if name not in parameters:
-            raise ValueError(f"{key}.{name}={value}: {target} has no such option{did_you_mean(name, list(parameters))}")
-        if isinstance(value, dict) and "_target_" in value:
-            value = construct(value, f"{key}.{name}")
-        elif name in hints and (complaint := _type_complaint(value, hints[name])):
-            raise ValueError(f"{key}.{name}={value}: {complaint}")
-        arguments[name] = value
-    return cls, arguments
-
-
-def _hints(cls: Any) -> dict[str, Any]:
-    """The types of a constructor's arguments; those of a dataclass are understood where each of its bases was written."""
-    try:
-        return typing.get_type_hints(cls if is_dataclass(cls) else cls.__init__)
-    except NameError:  # of a name that only type checkers import
-        return {}
-
-
-def _type_complaint(value: Any, hint: Any) -> str | None:
-    """Why a plain value does not suit an annotation, or None; annotations of other kinds are left to the constructor."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value in args:
-            return None
-        return f"choose one of {', '.join(map(str, args))}{did_you_mean(str(value), [str(a) for a in args])}"
-    if origin in (typing.Union, types.UnionType):
-        complaints = [_type_complaint(value, a) for a in args]
-        return None if None in complaints else next(c for c in complaints if c)
-    if hint is type(None):
-        return None if value is None else "must be null"
-    needs_node = inspect.isabstract(hint) or getattr(hint, "_is_protocol", False)
-    if needs_node and (value is None or isinstance(value, (str, int, float, list, dict))):
-        return "must be a node with a _target_; choose an option of a group, as in dataset@shapley.game.data=docs"
-    kinds: dict[Any, tuple[tuple[type, ...], str]] = {
-        int: ((int,), "must be a whole number"),
-        float: ((int, float), "must be a number"),
-        bool: ((bool,), "must be true or false"),
-        str: ((str,), "must be text"),
-    }
-    if hint in kinds:
-        accepted, text = kinds[hint]
-        wrong = not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool)
-        return text if wrong else None
-    if origin is list and not isinstance(value, list):
-        return "must be a list, such as [a,b]"
-    return None
+# -- parts that are more than one node
 
 
 def _allocator(node: dict[str, Any]) -> Allocator:
     """An allocator, to be tuned where its knob is `auto`."""
     tuned = [k for k, v in node.items() if v == "auto"]
-    allocator: Any = construct({k: v for k, v in node.items() if k not in tuned}, "allocator")
+    allocator: Any = construct({k: v for k, v in node.items() if k not in tuned}, "allocator", "allocator")
     if not tuned:
         return typing.cast(Allocator, allocator)
     knob = getattr(allocator, "knob", None)
@@ -520,44 +492,60 @@ def _scorer(node: Any, known: Texts) -> Scorer | None:
             f"allocator.scorer={node}: must be a node with a _target_, or null; leave it as the allocator's yaml has it"
         )
     if "game" not in node:
-        scorer = construct(node, "allocator.scorer")
-        if not hasattr(scorer, "score"):
-            raise ValueError(f"allocator.scorer._target_={node['_target_']}: gives no scores; choose a class of svnup.scoring")
-        return typing.cast(Scorer, scorer)
+        return typing.cast(Scorer, construct(node, "allocator.scorer", "scorer"))
     estimator = {k: v for k, v in node.items() if k not in ("game", "shard")}
+    if not isinstance(node["game"], dict):
+        raise ValueError(f"shapley.game={node['game']}: must be a node with a _target_; leave it as its yaml has it")
     options = dict(node["game"])
     if options.get("absence") != "prune":  # whose pruner is not used then, and need not be imported
-        options["pruner"] = None
-    game: GameOptions = construct(options, "shapley.game")
+        options.pop("pruner", None)
+    game: GameOptions = construct(options, "shapley.game", "game")
     game = replace(game, data=_shared(game.data, known, "shapley.game.data"))
-    with _blame("shapley"):
-        return ShapleyScorer(construct(estimator, "shapley"), game, node.get("shard"))
+    if complaint := type_complaint(node.get("shard"), str | None):
+        raise ValueError(f"shapley.shard={node['shard']}: {complaint}")
+    with blame("shapley"):
+        return ShapleyScorer(construct(estimator, "shapley", "estimator"), game, node.get("shard"))
 
 
 def _evaluation(node: dict[str, Any], known: Texts) -> Any:
-    """Data sets are named as in conf/dataset; each is built for the role, seq_len and n_seq of the evaluation."""
-    if "datasets" not in node:
-        return construct(node, "evaluation")
-    if not isinstance(node["datasets"], list):
-        raise ValueError(f"evaluation.datasets={node['datasets']}: must be a list, such as [docs] or [wikitext2,c4]")
-    sources = []
-    for i, entry in enumerate(node["datasets"]):
-        if isinstance(entry, dict) and len(entry) != 1:
-            raise ValueError(
-                f"evaluation.datasets.{i}={entry}: one data set an entry, such as [docs,{{text_file: {{path: x.txt}}}}]"
-            )
-        name, options = next(iter(entry.items())) if isinstance(entry, dict) else (entry, {})
-        file = CONF / "dataset" / f"{name}.yaml"
-        if not file.is_file():
-            names = sorted(p.stem for p in file.parent.glob("*.yaml"))
-            raise ValueError(f"evaluation.datasets={name}: choose among {', '.join(names)}{did_you_mean(str(name), names)}")
-        plain = typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(file)))
-        fixed = {k: node[k] for k in ("seq_len", "n_seq", "skip", "role")} | {"seed": 0}
-        merged = plain | fixed | (options or {})
-        _refuse_missing(merged, f"evaluation.datasets.{i}.{name}.")
-        source = construct(merged, f"evaluation.datasets.{i}")
-        sources.append(_shared(source, known, f"evaluation.datasets.{i}"))
-    return construct(node | {"datasets": sources}, "evaluation")
+    """The evaluation, with the texts of earlier jobs where they are the same."""
+    if not isinstance(node.get("datasets"), dict):
+        return construct(node, "evaluation", "evaluation")
+    sources = {name: construct(entry, f"evaluation.datasets.{name}", "text") for name, entry in node["datasets"].items()}
+    shared = {name: _shared(source, known, f"evaluation.datasets.{name}") for name, source in sources.items()}
+    return construct(node | {"datasets": shared}, "evaluation", "evaluation")
+
+
+def _with_named_texts(config: dict[str, Any]) -> dict[str, Any]:
+    """The evaluation's node with a node for every data set that it names in a word: those of a list, or `model.test_text`.
+
+    Raises ValueError where a word names none.
+    """
+    node = config["evaluation"]
+    if "datasets" not in node or isinstance(node["datasets"], dict):
+        return typing.cast(dict[str, Any], node)
+    given = node["datasets"]
+    key = f"evaluation.datasets={given}" if given is not None else f"model.test_text={config['model'].get('test_text')}"
+    names = [config["model"].get("test_text")] if given is None else given
+    own = "text of your own: dataset@evaluation.datasets.test=text_file evaluation.datasets.test.path=my.txt"
+    if not isinstance(names, list):
+        raise ValueError(f"{key}: must be a list of names, such as [docs] or [wikitext2,c4]; {own}")
+    choice = [name for name, source in NAMED.items() if source.complete]
+    for name in names:
+        if name not in choice:
+            raise ValueError(f"{key}: choose among {', '.join(choice)}{did_you_mean(str(name), choice)}; {own}")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{key}: two numbers would be called {twice}/ppl; name it once")
+    return node | {"datasets": {name: _named_text(name, config) for name in names}}
+
+
+def _named_text(name: str, config: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """The node of a data set of svnup, as its yaml in conf/dataset makes it for an evaluation."""
+    evaluation, source = config["evaluation"], NAMED[name]
+    fixed = {k: evaluation[k] for k in ("n_seq", "seq_len", "skip", "role") if k in evaluation} | {"seed": 0}
+    usual = {f.name: f.default for f in fields(source) if f.default is not MISSING_DEFAULT}
+    places = {"datasets_dir": config.get("datasets_dir")} if "datasets_dir" in usual else {}
+    return {"_target_": f"{source.__module__}.{source.__qualname__}"} | usual | fixed | places | options
 
 
 def _check_roles(texts: dict[str, TokenSource]) -> None:
@@ -605,7 +593,20 @@ def _check_values(node: Any, key: str = "") -> None:
         at_home(key, node)
 
 
+def _check_groups(config: dict[str, Any]) -> None:
+    """Words where a group's node belongs; a text may be one of several groups and is told so by `construct`."""
+    for name in GROUPS:
+        if not isinstance(config[name], dict) and name != "selection":
+            raise ValueError(f"{name}={config[name]}: must be a node with a _target_; choose an option of it: {name}=...")
+
+
 def _check_scalars(config: dict[str, Any]) -> None:
+    for name, hint in typing.get_type_hints(Schema).items():
+        if name not in GROUPS and (complaint := type_complaint(config[name], hint)):
+            raise ValueError(f"{name}={config[name]}: {complaint}")
+    folder = config["datasets_dir"]
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        raise ValueError(f"datasets_dir={folder}: there is no such folder; name one with data sets in it, such as allenai/c4")
     sparsity = config["sparsity"]
     if not 0 <= sparsity < 1:
         hint = f"; did you mean sparsity={sparsity / 100:g}?" if 1 < sparsity < 100 else ""
@@ -679,25 +680,6 @@ def _refuse_missing(node: Any, prefix: str = "") -> None:
 # -- messages
 
 
-def did_you_mean(given: str, options: list[str]) -> str:
-    lower = {option.lower(): option for option in options}
-    close = difflib.get_close_matches(given.lower(), lower, n=1, cutoff=0.6)
-    return f"; did you mean {lower[close[0]]}?" if close else ""
-
-
-@contextlib.contextmanager
-def _blame(key: str, whole: tuple[str, ...] = ()) -> Iterator[None]:
-    """Put the node's key before a component's message that begins with one of its options, such as `window=13: ...`."""
-    try:
-        yield
-    except ValueError as error:
-        text = str(error)
-        option = re.match(r"(\w+)=", text)
-        if option and option[1] not in whole:
-            raise ValueError(f"{key}.{text}") from error
-        raise
-
-
 @contextlib.contextmanager
 def _blame_omegaconf() -> Iterator[None]:
     try:
@@ -722,10 +704,12 @@ def explain(error: Exception, overrides: list[str]) -> str:
         error = error.__cause__  # type: ignore[assignment]
     text = " ".join(str(error).split())
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if unknown and "@" in unknown[1]:
+        given = next((o for o in overrides if o.lstrip("+~").startswith(f"{unknown[1]}=")), unknown[1])
+        return f"{given}: no group stands there; put a + before it, +{given}, if that node can take it"
     if unknown:
         full = re.search(r"full_key: (\S+)", text)
         key = unknown[1] if "." in unknown[1] or not full else full[1]
-        key = key.partition("@")[0] if "@" in key else key
         given = next((o for o in overrides if o.lstrip("+~").startswith(f"{key}=")), key)
         return f"{given}: there is no such key{_nearest_key(key, _known_keys(overrides)) or '; svnup --cfg job shows all'}"
     value = re.search(r"Value '([^']*)' (.*?) full_key: (\S+)", text)
@@ -735,6 +719,8 @@ def explain(error: Exception, overrides: list[str]) -> str:
     if kind:
         given = next((o for o in overrides if o.lstrip("+~").startswith(f"{kind[2]}=")), kind[2])
         return f"{given}: {kind[1].replace(f'field {kind[2]!r}', 'it')}; give a plain value"
+    if twice := re.search(r"Cannot merge (?:Dict|List)Config with (?:Dict|List)Config full_key: (\S+)", text):
+        return f"{twice[1]}: is given as a list and by names; give it in one way"
     if "Config group override must be a string" in text:
         given = next((o for o in overrides if o.endswith("=null")), "a group")
         options = sorted(p.stem for p in (CONF / given.partition("=")[0]).glob("[!_]*.yaml"))

@@ -43,6 +43,7 @@ class TokenSource(ABC):
     role: Role = "calibration"
     skip: int = 0
     name: ClassVar[str]
+    complete: ClassVar[bool] = True  # without an option that only the user can give
     from_hub: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -93,6 +94,7 @@ class TextFile(TokenSource):
 
     path: str
     name = "text_file"
+    complete = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,15 +144,16 @@ class WikiText2(TokenSource):
 
     path: str = "Salesforce/wikitext"
     revision: str | None = None
+    datasets_dir: str | None = None
     name = "wikitext2"
     from_hub = True
 
     def fingerprint(self) -> str:
-        return _hub_fingerprint(self.path, self.revision)
+        return _hub_fingerprint(self.path, self.revision, self.datasets_dir)
 
     def read(self, tokenizer: Any) -> Ints:
         split = {"test": "test", "selection": "validation"}.get(self.role, "train")
-        lines = list(_load(self.path, "wikitext-2-raw-v1", split=split, revision=self.revision)["text"])
+        lines = list(_load(self, "wikitext-2-raw-v1", split=split)["text"])
         cut = len(lines) * 8 // 10
         part = {"calibration": lines[:cut], "payoff": lines[cut:]}.get(self.role, lines)
         return _windows(_encode(tokenizer, "\n\n".join(part)), self)
@@ -169,11 +172,12 @@ class C4(TokenSource):
     path: str = "allenai/c4"
     revision: str | None = None
     sampler: Sampler = "distinct"
+    datasets_dir: str | None = None
     name = "c4"
     from_hub = True
 
     def fingerprint(self) -> str:
-        return _hub_fingerprint(self.path, self.revision)
+        return _hub_fingerprint(self.path, self.revision, self.datasets_dir)
 
     def read(self, tokenizer: Any) -> Ints:
         if self.role == "test":
@@ -186,12 +190,22 @@ class C4(TokenSource):
         return crops(documents, tokenizer, self)
 
     def _documents(self, file: str) -> Any:
-        return _load(self.path, data_files={"part": file}, split="part", revision=self.revision)
+        return _load(self, data_files={"part": file}, split="part")
 
 
-def _hub_fingerprint(path: str, revision: str | None) -> str:
-    """The name of a data set of the hub with its revision, or with the content of a folder of that name, read instead."""
-    return f"{path}{LOCAL_COPY}{folder_digest(Path(path))}" if Path(path).is_dir() else f"{path}@{revision or 'main'}"
+NAMED: dict[str, type[TokenSource]] = {source.name: source for source in (Docs, TextFile, WikiText2, C4)}
+
+
+def local_copy(path: str, datasets_dir: str | None) -> Path | None:
+    """The folder with a copy of a data set of the hub: of its name, below `datasets_dir` or the working directory."""
+    places = [Path(folder).expanduser() / path for folder in (datasets_dir, ".") if folder is not None]
+    return next((place for place in places if place.is_dir()), None)
+
+
+def _hub_fingerprint(path: str, revision: str | None, datasets_dir: str | None) -> str:
+    """The name of a data set of the hub with its revision, or with the content of a local copy that is read instead."""
+    copy = local_copy(path, datasets_dir)
+    return f"{path}{LOCAL_COPY}{folder_digest(copy)}" if copy is not None else f"{path}@{revision or 'main'}"
 
 
 def folder_digest(folder: Path) -> str:
@@ -271,13 +285,14 @@ def _encode(tokenizer: Any, text: str) -> Ints:
         raise ValueError(f"the tokenizer of {name} cannot encode the text ({reason}); check its files") from error
 
 
-def _load(path: str, *args: Any, **kwargs: Any) -> Any:
+def _load(source: WikiText2 | C4, *args: Any, **kwargs: Any) -> Any:
     import datasets  # a second that only these sources pay
 
+    copy = local_copy(source.path, source.datasets_dir)
     try:
-        return datasets.load_dataset(path, *args, **kwargs)
+        return datasets.load_dataset(str(copy or source.path), *args, revision=source.revision, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"path={path}: the data set cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); it needs "
-            "the hub, a filled datasets cache, or a local copy in a folder of that name"
+            f"path={source.path}: the data set cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); it "
+            "needs the hub, a filled datasets cache, or a local copy in a folder of that name below datasets_dir"
         ) from error

@@ -79,9 +79,9 @@ class Evaluation(Protocol):
     from_hub: ClassVar[bool] = False  # besides its texts
     needs_whole_model: ClassVar[bool] = False
 
-    def sources(self) -> list[TokenSource]:
-        """The texts that it reads."""
-        return []
+    def sources(self) -> dict[str, TokenSource]:
+        """The texts that it reads, by the option that holds them."""
+        return {}
 
     def fingerprints(self) -> dict[str, str]:
         """What its other inputs are by content, by the key under which they were configured."""
@@ -113,10 +113,13 @@ class NoEvaluation(Evaluation):
 
 @dataclass(frozen=True)
 class Perplexity(Evaluation):
-    """Perplexity on each data set, in non-overlapping windows of `seq_len` of its text for `role`, all or the first `n_seq`,
-    after the first `skip` of them."""
+    """Perplexity on each data set, in non-overlapping windows of its text, all or the first `n_seq` after `skip` left out.
 
-    datasets: list[TokenSource]
+    `datasets` has them by the name that their number gets. `seq_len`, `n_seq` and `role` are those of a data set that has none
+    of its own. Raises ValueError where there is none, or a name cannot be one.
+    """
+
+    datasets: dict[str, TokenSource]
     seq_len: int
     n_seq: int | None = None
     skip: int = 0
@@ -125,20 +128,19 @@ class Perplexity(Evaluation):
     def __post_init__(self) -> None:
         if not self.datasets:
             raise ValueError("datasets=[]: name at least one data set, or choose evaluation=none")
-        names = [source.name for source in self.datasets]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"datasets={names}: two numbers would be called {twice}/ppl; evaluate them in two runs")
+        if wrong := next((name for name in self.datasets if not re.fullmatch(r"[\w-]+", name)), None):
+            raise ValueError(f"datasets={wrong}: its number would be called {wrong}/ppl; use letters, digits, - and _")
 
-    def sources(self) -> list[TokenSource]:
-        return self.datasets
+    def sources(self) -> dict[str, TokenSource]:
+        return {f"datasets.{name}": source for name, source in self.datasets.items()}
 
     def run(self, lm: LanguageModel) -> Metrics:
-        """Metrics `<dataset>/ppl` (`<dataset>.<role>/ppl` on other text than the test text), each with its protocol; nan with
-        the reason where there is no perplexity."""
+        """Metrics `<name>/ppl` (`<name>.<role>/ppl` on other text than the test text), each with its protocol; nan with the
+        reason where there is no perplexity."""
         metrics = Metrics()
-        for source in self.datasets:
+        for called, source in self.datasets.items():
             tokens = source.tokens(lm.tokenizer)
-            name = source.name if source.role == "test" else f"{source.name}.{source.role}"
+            name = called if source.role == "test" else f"{called}.{source.role}"
             try:
                 value, reason = perplexity(lm, tokens), None
             except NoNumberError as error:
@@ -147,7 +149,7 @@ class Perplexity(Evaluation):
         return metrics
 
     def dense(self, lm: LanguageModel, cache_dir: str | Path, check: Check = unchecked) -> Metrics:
-        protocols = [_protocol(s, s.tokens(lm.tokenizer)) for s in self.datasets]
+        protocols = {name: _protocol(s, s.tokens(lm.tokenizer)) for name, s in self.datasets.items()}
         return _measured_once(lm, protocols, cache_dir, lambda lm: Perplexity.run(self, lm), check)
 
 
@@ -157,9 +159,10 @@ class ZeroShot(Evaluation):
 
     `tasks` is the name of a set (TASK_SETS), a list of lm-eval's names, or a mapping of them to the metric that tables show
     (`acc`, as for a list, or `acc_norm`). Each of at most `limit` items has `num_fewshot` examples before it; `include_path`
-    is a folder with tasks of your own in lm-eval's form. `add_bos_token` puts a BOS token before every request (true) or no
-    special token (false); null does as the set was published for the model's family (WITHOUT_BOS), else as its tokenizer does
-    by itself. Raises ValueError where lm-eval is missing or a task is no such task.
+    is a folder with tasks of your own in lm-eval's form, `datasets_dir` one with local copies of data sets. `add_bos_token`
+    puts a BOS token before every request (true) or no special token (false); null does as the set was published for the
+    model's family (WITHOUT_BOS), else as its tokenizer does by itself. Raises ValueError where lm-eval is missing or a task
+    is no such task.
     """
 
     tasks: str | list[str] | dict[str, str]
@@ -168,6 +171,7 @@ class ZeroShot(Evaluation):
     limit: int | None = None
     include_path: str | None = None
     add_bos_token: bool | None = None
+    datasets_dir: str | None = None
     needs_whole_model: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -315,11 +319,11 @@ class ZeroShot(Evaluation):
         from lm_eval.tasks import TaskManager
 
         try:
-            task = TaskManager(include_defaults=False).load([str(path)])["tasks"][name]
+            task = TaskManager(include_defaults=False).load([self._spec(path)])["tasks"][name]
         except Exception as error:  # tasks are other people's code
             raise ValueError(
                 f"tasks={name}: cannot be loaded ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}); its "
-                "data set needs the hub, a filled datasets cache, or a local copy in a folder of that name"
+                "data set needs the hub, a filled datasets cache, or a local copy in a folder of that name below datasets_dir"
             ) from error
         has = task.aggregation() if task.OUTPUT_TYPE == "multiple_choice" else {}
         if self.shown[name] not in has:
@@ -329,6 +333,21 @@ class ZeroShot(Evaluation):
             )
         task.set_config(key="num_fewshot", value=self.num_fewshot)
         return task
+
+    def _spec(self, path: Path) -> Any:
+        """A task as lm-eval loads it: its file, or what that says with the copy of its data set in `datasets_dir`; where no
+        examples are asked for, such a copy needs no split but the one that is evaluated."""
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        if self.datasets_dir is None:
+            return str(path)
+        config = load_yaml(path, resolve_func=True)
+        copy = Path(self.datasets_dir).expanduser() / str(config.get("dataset_path"))
+        if not config.get("dataset_path") or not copy.is_dir():
+            return str(path)
+        unused = ["training_split", "fewshot_split", *(["validation_split"] if config.get("test_split") else [])]
+        splits = dict.fromkeys([] if self.num_fewshot else unused)
+        return config | {"dataset_path": str(copy.absolute())} | splits
 
     @cached_property
     def _protocols(self) -> dict[str, dict[str, Any]]:

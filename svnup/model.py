@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from svnup import smollm2
 
@@ -51,6 +51,43 @@ def _check_known(dense_ppl: list[dict[str, Any]]) -> None:
 def _check_device_name(device: str) -> None:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ValueError(f"device={device}: choose auto, cpu, cuda or cuda:<number>")
+
+
+class Model(Protocol):
+    """Which model a job means; a frozen dataclass of its options. Only `load` reads weights; each `check` and what a property
+    cannot find raises ValueError with the option at fault. One whose weights were dequantized says from what by a method
+    `dequantized_from() -> dict`."""
+
+    dense_ppl: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def from_hub(self) -> bool: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def n_blocks(self) -> int: ...
+
+    def check_offload(self, offload: Offload) -> None: ...
+
+    def check_device(self) -> None: ...
+
+    def fingerprint(self) -> str:
+        """Identifies the weights without loading them."""
+        ...
+
+    def skeleton(self) -> LanguageModel:
+        """The model's shapes, without weights."""
+        ...
+
+    def one_block(self) -> LanguageModel:
+        """A model of one block of the same shape with random weights, to measure time on."""
+        ...
+
+    def load(self, offload: Offload = "none", scratch: Path | None = None) -> LanguageModel: ...
 
 
 KNOWN = ("dataset", "seq_len", "ppl", "source")  # of a dense perplexity

@@ -16,6 +16,7 @@ from svnup.allocation import Uniform
 from svnup.evaluation import check_dense
 from svnup.game import StandIns
 from svnup.memory import Stages, peak_memory
+from svnup.naming import identity
 from svnup.pruning import prune_model, pruned_weights, save_masks, temporarily_pruned
 from svnup.results import SCRATCH, RunFolder
 from svnup.scoring import Context
@@ -115,7 +116,7 @@ def held_out_loss(job: Job, lm: LanguageModel, tokens: Ints) -> HeldOutLoss:
             return job.shapley.again(lm, absent, job.cache_dir)
 
     calibration = hashlib.sha256(tokens.tobytes()).hexdigest()
-    name = f"{job.pruner!r} {job.split!r} {calibration} {NUMBERS_VERSION}"
+    name = f"{identity(job.pruner)} {identity(job.split)} {calibration} {NUMBERS_VERSION}"
     return HeldOutLoss(lm, job.pruner, tokens, text, name, job.cache_dir, divide, kind=job.selection_loss, play=play)
 
 
@@ -137,7 +138,7 @@ def stand_ins(job: Job, lm: LanguageModel) -> Callable[[Pruner], StandIns]:
     def make(pruner: Pruner) -> StandIns:
         tokens = job.tokens()
         uniform = Uniform().allocate(None, lm.block_params, job.sparsity, job.pattern)
-        name = f"{pruner!r} {job.sparsity!r} {job.pattern} {hashlib.sha256(tokens.tobytes()).hexdigest()}"
+        name = f"{identity(pruner)} {job.sparsity!r} {job.pattern} {hashlib.sha256(tokens.tobytes()).hexdigest()}"
         return StandIns(pruned_weights(lm, uniform, pruner, tokens), name)
 
     return make

@@ -527,7 +527,7 @@ def check_inputs(runs: Sequence[Run]) -> None:
     first: dict[tuple[str, ...], tuple[str, str]] = {}
     for run in (r for r in runs if r.row.status == "finished"):
         for name, digest in run.row.fingerprints.items():
-            node = "model" if name == "weights" else name
+            node = "model" if name == "weights" else name.removesuffix(" code")
             own = [f"{k}={v}" for k, v in run.settings.items() if (k == node or k.startswith(f"{node}.")) and not is_seed(k)]
             key, other = first.setdefault((name, run.settings["model"], *own), (run.row.config_key, digest))
             if other != digest:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from svnup.construction import refuse_outside
 from svnup.pivot import flatten
 from svnup.provenance import MOVES_NUMBERS, Asked
 from svnup.results import load
@@ -77,13 +78,16 @@ class Repeated:
         return "\n".join([*lines, ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)]) + "\n"
 
 
-def rerun(row: ResultRow, into: str | Path) -> Repeated:
+def rerun(row: ResultRow, into: str | Path, trust: bool = False) -> Repeated:
     """Run the configuration of a result again, with empty caches, in a new folder below `into`, and compare.
 
     It runs in a process of its own: with the variables of the environment that can move a number as they were, and, where
-    that folder still exists, in the working directory of the first, so that relative paths lead where they led.
+    that folder still exists, in the working directory of the first, so that relative paths lead where they led. Code from
+    outside svnup that the configuration names runs only with `trust`, since anybody can write a result.
     Raises ValueError where it cannot run as it is, RuntimeError where it fails.
     """
+    if not trust:
+        refuse_outside(row.config)
     if row.status != "finished":
         raise ValueError(f"{row.config_key}: this run is {row.status}, so there are no numbers to compare; run it first")
     Path(into).mkdir(parents=True, exist_ok=True)
@@ -95,7 +99,7 @@ def rerun(row: ResultRow, into: str | Path) -> Repeated:
         env = {k: v for k, v in env.items() if k not in MOVES_NUMBERS} | {k: was[k] for k in MOVES_NUMBERS if k in was}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), env.get("PYTHONPATH"))))
     with tempfile.TemporaryDirectory(prefix="cache-", dir=place) as cache_dir:
-        command = [sys.executable, "-P", "-m", "svnup.rerun", str(original), str(place), cache_dir]
+        command = [sys.executable, "-P", "-m", "svnup.rerun", str(original), str(place), cache_dir, str(trust)]
         code = subprocess.run(command, env=env, check=False).returncode
     again = load(place)
     if code == 2:
@@ -105,7 +109,7 @@ def rerun(row: ResultRow, into: str | Path) -> Repeated:
     return Repeated(row, again[0], place)
 
 
-def _again(result: Path, into: str, cache_dir: str) -> int:
+def _again(result: Path, into: str, cache_dir: str, trust: bool) -> int:
     """In the process of the repetition: build the job of a result and run it by the door of the `svnup` command."""
     import torch
 
@@ -125,7 +129,7 @@ def _again(result: Path, into: str, cache_dir: str) -> int:
         changes |= {"save_model": False, "save_masks": False, "save_format": "dense"}
     config.register()
     try:
-        job = config.build(config.stored(row.config, **changes))
+        job = config.build(config.stored(row.config, trust, **changes))
         made = row.provenance
         execute(job, Asked(made.get("command", "svnup"), made.get("overrides", []), made.get("sweep")))
     except ValueError as error:
@@ -182,4 +186,4 @@ def _shown(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(_again(Path(sys.argv[1]), *sys.argv[2:]))
+    sys.exit(_again(Path(sys.argv[1]), sys.argv[2], sys.argv[3], trust=sys.argv[4] == "True"))

@@ -224,6 +224,7 @@ def _export(options: Options) -> int:
 def _rerun_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("id", help="the key of a run, or how it begins")
     parser.add_argument("--results-dir", default="results")
+    parser.add_argument("--trust", action="store_true", help="run code from outside svnup that the result names, too")
     parser.add_argument("--into", help="where the repetition goes; by default beside the results: RESULTS_DIR-rerun")
     parser.set_defaults(run=_rerun)
 
@@ -236,7 +237,7 @@ def _rerun(options: Options) -> int:
     place = Path(options.results_dir).resolve()
     row = runs.find(_rows(options.results_dir), options.id)
     try:
-        repeated = rerun(row, options.into or place.with_name(f"{place.name}-rerun"))
+        repeated = rerun(row, options.into or place.with_name(f"{place.name}-rerun"), options.trust)
     except RuntimeError as error:
         print(f"svnup-results: {error}", file=sys.stderr)
         return 1

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class GameOptions:
     cap: Literal["none", "chance"] = "none"
     absence: Literal["skip", "prune"] = "skip"
     players: Granularity = "block"
-    pruner: Any = None  # a svnup.pruning.Pruner, which cannot be named here without importing torch
+    pruner: Annotated[Any, "pruner"] = None  # whose protocol cannot be imported here without torch
 
     def __post_init__(self) -> None:
         if self.payoff == "accuracy" and (self.data.n_seq or CHOICES) < CHOICES:

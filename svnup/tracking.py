@@ -9,10 +9,10 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from svnup.allocation import name_of
 from svnup.pivot import fallback_of
@@ -25,6 +25,20 @@ Draw = Callable[[ResultRow, Path], dict[str, Path]]
 logger = logging.getLogger(__name__)
 
 MARK = "wandb.json"  # in the run folder: the id of its W&B run, and the result that was logged there
+
+
+class Tracker(Protocol):
+    """Where a run is told beside its folder."""
+
+    awaited: bool  # whether somebody waits for this job's numbers, be it finished already or not
+
+    def check(self) -> None:
+        """Raise ValueError where it cannot track."""
+        ...
+
+    def run(self, folder: Path, row: ResultRow, fresh: bool) -> AbstractContextManager[Log]:
+        """The tracked run of a run folder; gives what logs its result, and ends with the state of the job."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import typing
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -30,6 +31,13 @@ NOT_IN_KEY = (
     *("tracker", "protocol_gate", "shapley", "selection", "selection_loss"),
 )
 NOT_IN_MODEL_KEY = ("device", "device_map", "trust_remote_code", "test_text", "test_tasks", "dense_ppl")
+PLACES = ("datasets_dir",)  # of any node: where its files lie, which by themselves are in the fingerprints
+
+# Modules and classes of svnup that have moved since results were stored: the former import path and today's. Keys of runs go by
+# the name that a class had first, so a line here is all that a move or a better name takes.
+MOVED: dict[str, str] = {}
+
+KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")  # of a run, which its folder and files are named by
 
 LOCAL_COPY = "@sha256:"  # in a fingerprint: between the name of a data set of the hub and the content of the copy that was read
 
@@ -39,7 +47,29 @@ CHOICES = 4  # endings that the accuracy payoff of a game tells apart
 def moving_numbers(config: dict[str, Any]) -> dict[str, Any]:
     """What of a resolved configuration can change a number."""
     kept = {k: v for k, v in config.items() if k not in NOT_IN_KEY}
-    return kept | {"model": {k: v for k, v in config["model"].items() if k not in NOT_IN_MODEL_KEY}}
+    kept |= {"model": {k: v for k, v in config["model"].items() if k not in NOT_IN_MODEL_KEY}}
+    return typing.cast(dict[str, Any], _without_places(kept))
+
+
+def _without_places(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {k: _without_places(v) for k, v in node.items() if k not in PLACES}
+    return [_without_places(v) for v in node] if isinstance(node, list) else node
+
+
+def todays(target: str) -> str:
+    """The import path today of what had this one when it was stored (MOVED)."""
+    for former, now in MOVED.items():
+        if target == former or target.startswith(f"{former}."):
+            return todays(now + target[len(former) :])
+    return target
+
+
+def component_name(target: str) -> str:
+    """The lasting name of a component by its `_target_`: its class in lower case, as it was called first (MOVED)."""
+    now = todays(target)
+    first = next((former for former in MOVED if todays(former) == now), now)
+    return first.rpartition(".")[2].lower()
 
 
 def _vector(values: Any, name: str) -> Floats:
@@ -80,7 +110,7 @@ def steps_of(pattern: str, sparsity: float) -> tuple[int, int] | None:
 
 def method_name(node: dict[str, Any]) -> str:
     """The name of a method by its `_target_` node, with that of the method it builds on: 'refit (wanda)'."""
-    name = str(node["_target_"]).rpartition(".")[2].lower()
+    name = component_name(str(node["_target_"]))
     return f"{name} ({method_name(node['base'])})" if "base" in node else name
 
 
@@ -402,8 +432,8 @@ class ResultRow:
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
             raise ValueError(f"schema_version={self.schema_version}: this svnup reads version {SCHEMA_VERSION}")
-        if not re.fullmatch(r"[\w-]+", self.config_key):  # which names folders
-            raise ValueError(f"config_key={self.config_key}: no key of a run")
+        if not isinstance(self.config_key, str) or not KEY.fullmatch(self.config_key):
+            raise ValueError(f"config_key={self.config_key!r}: names files of its run, so it must be one plain word")
 
     def finite(self) -> Self:
         """The row with null for each number that is not finite, which JSON cannot hold; `not_finite` says what it was."""

@@ -12,6 +12,7 @@ from svnup.results import RunFolder
 from svnup.types import ResultRow
 
 GAME = {"_target_": "svnup.scoring.GameOptions", "payoff": "recip_ppl", "data": {"_target_": "svnup.data.Docs", "seed": 0}}
+TEST = {"_target_": "svnup.data.Docs", "n_seq": None, "seq_len": 256, "seed": 0, "role": "test"}
 SHAPLEY = {"_target_": "svnup.shapley.sliding_window.SlidingWindow", "window": 5, "shard": None, "game": GAME}
 ALLOCATORS: dict[str, dict[str, Any]] = {
     "uniform": {"_target_": "svnup.allocation.Uniform", "scorer": None},
@@ -56,7 +57,7 @@ def run(
             "allocator": ALLOCATORS[allocator],
             "split": {"_target_": "svnup.splitting.UniformSplit"},
             "pruner": PRUNERS[pruner],
-            "evaluation": {"_target_": "svnup.evaluation.Perplexity", "datasets": ["docs"], "seq_len": 256},
+            "evaluation": {"_target_": "svnup.evaluation.Perplexity", "datasets": {"docs": TEST}, "seq_len": 256},
             "sparsity": sparsity,
             "pattern": "unstructured",
             "seed": seed,

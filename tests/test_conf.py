@@ -77,11 +77,11 @@ def test_the_default_job():
     assert type(job.allocator).__name__ == "ScoreBudget"
     assert type(job.scorer.estimator).__name__ == "SlidingWindow"
     assert job.scorer.estimator.window == 5
-    assert [s.name for s in job.evaluation.sources()] == ["docs"]
+    assert {k: s.name for k, s in job.evaluation.sources().items()} == {"datasets.docs": "docs"}
     assert {k: s.role for k, s in job.sources().items()} == {
         "dataset": "calibration",
         "shapley.game.data": "payoff",
-        "evaluation.datasets.0": "test",
+        "evaluation.datasets.docs": "test",
     }
     assert {s.seq_len for s in job.sources().values()} == {256}
 
@@ -137,7 +137,7 @@ def test_hub_models_follow_the_field_s_protocol(model):
     assert cfg["dataset"]["_target_"] == cfg["shapley"]["game"]["data"]["_target_"] == "svnup.data.C4"
     assert (cfg["dataset"]["role"], cfg["shapley"]["game"]["data"]["role"]) == ("calibration", "payoff")
     assert (cfg["dataset"]["n_seq"], cfg["dataset"]["seq_len"]) == (128, 2048)
-    assert cfg["evaluation"]["datasets"] == ["wikitext2"]
+    assert (cfg["evaluation"]["datasets"], cfg["model"]["test_text"]) == (None, "wikitext2")
     assert (cfg["evaluation"]["seq_len"], cfg["evaluation"]["n_seq"], cfg["evaluation"]["role"]) == (2048, None, "test")
     assert cfg["allocator"]["scorer"] == cfg["shapley"]
     for known in cfg["model"]["dense_ppl"]:
@@ -170,6 +170,60 @@ def test_the_command_line_beats_the_model_s_choice():
     assert cfg["shapley"]["game"]["data"]["_target_"] == "svnup.data.WikiText2"
     assert cfg["shapley"]["game"]["data"]["role"] == "payoff"
     assert cfg["dataset"]["_target_"] == "svnup.data.C4"
+
+
+def test_data_sets_of_an_evaluation_are_nodes_of_their_own(tmp_path):
+    for name in ("mine", "other"):
+        (tmp_path / f"{name}.txt").write_text(f"text of {name}")
+    test, more = "evaluation.datasets.test", "evaluation.datasets.more"
+    given = [f"dataset@{test}=text_file", f"{test}.path={tmp_path}/mine.txt", f"+dataset@{more}=text_file"]
+    given += [f"{more}.path={tmp_path}/other.txt", f"{more}.n_seq=7", f"{more}.role=selection", f"{more}.seed=5"]
+    job = config.build(composed(*SMALL, *given, "evaluation.seq_len=16", "evaluation.n_seq=3", "seed=9"))
+    assert {k: (s.n_seq, s.seq_len, s.role, s.seed) for k, s in job.evaluation.datasets.items()} == {
+        "test": (3, 16, "test", 0),
+        "more": (7, 16, "selection", 5),
+    }
+    assert (job.dataset.role, job.dataset.seed, job.dataset.seq_len) == ("calibration", 9, 128)
+
+
+@pytest.mark.parametrize("name", ["docs", "wikitext2", "c4"])
+def test_a_data_set_in_a_word_is_what_its_yaml_makes(name):
+    word = config.build(composed(*SMALL, f"evaluation.datasets=[{name}]"))
+    node = config.build(composed(*SMALL, f"+dataset@evaluation.datasets.{name}={name}"))
+    of_model = config.build(composed(*SMALL, f"model.test_text={name}"))
+    assert word.config["evaluation"] == node.config["evaluation"] == of_model.config["evaluation"]
+    assert word.key == node.key == of_model.key
+
+
+def test_an_experiment_chooses_the_data_sets_of_its_evaluation(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\n"
+        "defaults:\n  - /dataset@evaluation.datasets.wiki: wikitext2\n  - override /dataset@evaluation.datasets.test: c4\n"
+        "evaluation: {n_seq: 2, datasets: {wiki: {n_seq: 3}}}\n"
+    )
+    for evaluation in ("ppl", "full"):
+        own = f"hydra.searchpath=[file://{tmp_path}]"
+        datasets = plain(own, f"evaluation={evaluation}", "experiment=mine")["evaluation"]["datasets"]
+        assert {k: (v["_target_"], v["n_seq"]) for k, v in datasets.items()} == {
+            "test": ("svnup.data.C4", 2),
+            "wiki": ("svnup.data.WikiText2", 3),
+        }
+
+
+def test_the_four_lines_of_the_docs(tmp_path, monkeypatch):
+    """Each role reads the file that is given for it."""
+    text = (CONF.parent / "docs" / "evaluation.md").read_text("utf-8").partition("## Texts of one's own")[2]
+    command = text[text.index("    svnup ") :].partition("\n\n")[0].replace("\\\n", " ")
+    monkeypatch.chdir(tmp_path)
+    files = [word.partition("=")[2] for word in command.split() if ".path=" in word]
+    for file in files:
+        Path(file).write_text(f"words of the {file} text")
+    job = config.build(composed(*SMALL, *command.split()[1:], "allocator.lam=auto"))
+    read = {key: (source.path, source.role) for key, source in job.sources().items()}
+    roles = ["calibration", "payoff", "selection", "test"]
+    places = ["dataset", "shapley.game.data", "selection", "evaluation.datasets.test"]
+    assert read == {place: (f"{role}.txt", role) for place, role in zip(places, roles, strict=True)}
 
 
 def test_calibration_seeds_do_not_touch_the_game():
@@ -220,22 +274,12 @@ def test_a_misspelt_key_in_an_experiment_file_is_refused(tmp_path):
         ("+pruner.patern=1", r"^pruner\.patern=1: .*did you mean pattern\?"),
         ("+evaluation.nseq=1", r"^evaluation\.nseq=1: .*did you mean n_seq\?"),
         ("+tracker.project=x", r"^tracker\.project=x: .*NoTracker has no such option"),
-        ("evaluation.datasets=[{docs: {sed: 1}}]", r"^evaluation\.datasets\.0\.sed=1: .*did you mean seed\?"),
+        ("+evaluation.datasets.docs.sed=1", r"^evaluation\.datasets\.docs\.sed=1: .*did you mean seed\?"),
     ],
 )
 def test_misspelt_keys_are_refused_by_name(given, said):
     with pytest.raises(ValueError, match=said):
-        config.build(composed(*SMALL, given))
-
-
-def test_two_data_sets_in_one_mapping_are_refused_or_both_read(tmp_path):
-    (tmp_path / "t.txt").write_text("text")
-    cfg = composed(*SMALL, f"evaluation.datasets=[{{docs: {{n_seq: 2}}, text_file: {{path: '{tmp_path}/t.txt'}}}}]")
-    try:
-        sources = config.build(cfg).evaluation.sources()
-    except ValueError:
-        return
-    assert len(sources) == 2
+        config.build(composed(*SMALL, "+dataset@evaluation.datasets.docs=docs", given))
 
 
 # -- the key of a configuration
@@ -255,6 +299,7 @@ def base_key(_hydra) -> str:
         "dry_run=true",
         "save_model=true",
         "tracker=wandb",
+        "datasets_dir=/",
         "model.device=cpu",
         "model.test_tasks=with_rte",  # counts where it is evaluated
         "shapley.window=2",  # what it is anyway

@@ -131,5 +131,5 @@ def test_the_sweep_passes_overrides_that_compose_to_jobs():
         assert job.evaluation.role == "selection", "the test text chooses nothing"
         keys.add(job.key)
     assert len(keys) == len(trials)
-    (source,) = job.evaluation.sources()
+    (source,) = job.evaluation.sources().values()
     assert sweep["metric"] == {"name": f"{source.name}/{source.role}/ppl", "goal": "minimize"}

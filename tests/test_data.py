@@ -416,6 +416,23 @@ def test_not_available_offline(source, role, tmp_path, monkeypatch):
         source(path="elsewhere/mine", n_seq=2, seq_len=10, role=role).tokens(Words())
 
 
+def test_local_copies_lie_below_any_folder(copies, tmp_path_factory, monkeypatch):
+    """Also below the home; and what is not there is looked for where it always was."""
+    here = {source: source(n_seq=3, seq_len=10, role="test") for source in (WikiText2, C4)}
+    prints = {source: (one.fingerprint(), one.tokens(Words())) for source, one in here.items()}
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    monkeypatch.setenv("HOME", str(copies.parent))
+    for folder in (str(copies), f"~/{copies.name}"):
+        for source, (fingerprint, tokens) in prints.items():
+            there = source(n_seq=3, seq_len=10, role="test", datasets_dir=folder)
+            assert there.fingerprint() == fingerprint
+            assert np.array_equal(there.tokens(Words()), tokens)
+    write_c4(copies, "validation.00000-of-00008", [f"{i}" for i in range(7000, 8300)])
+    assert C4(n_seq=3, seq_len=10, role="test", datasets_dir=str(copies)).fingerprint() != prints[C4][0]
+    monkeypatch.chdir(copies)
+    assert np.array_equal(WikiText2(n_seq=3, seq_len=10, role="test", datasets_dir="/").tokens(Words()), prints[WikiText2][1])
+
+
 def test_a_changed_local_copy_has_another_fingerprint(copies):
     source = C4(n_seq=None, seq_len=10, role="test")
     before = source.fingerprint()

@@ -29,7 +29,7 @@ def some_tokens(n: int = 5, seq_len: int = 24) -> np.ndarray:
 def docs(**options: Any) -> Perplexity:
     """The test text's first windows."""
     source = Docs(**({"n_seq": 4, "seq_len": 32, "role": "test"} | options))
-    return Perplexity([source], source.seq_len, source.n_seq, source.role)
+    return Perplexity({source.name: source}, source.seq_len, source.n_seq, source.role)
 
 
 @pytest.fixture
@@ -133,8 +133,10 @@ def test_protocols_tell_texts_windows_and_lengths_apart(tmp_path):
     assert not protocol(n_seq=None, skip=1)["complete"], "a known dense perplexity is that of the whole text"
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"The value of {name} is returned to the caller of this function. " * 20)
-    files = [Perplexity([TextFile(path=str(tmp_path / f"{n}.txt"), n_seq=None, seq_len=16, role="test")], 16) for n in "ab"]
-    one, two = (f.run(lm)["text_file/ppl"].protocol for f in files)
+    files = [
+        Perplexity({"mine": TextFile(path=str(tmp_path / f"{n}.txt"), n_seq=None, seq_len=16, role="test")}, 16) for n in "ab"
+    ]
+    one, two = (f.run(lm)["mine/ppl"].protocol for f in files)
     assert one["text"] != two["text"]
     assert one["complete"]
 
@@ -146,19 +148,21 @@ def test_text_of_another_role_never_passes_for_a_test_result():
 def test_several_data_sets(tmp_path):
     (tmp_path / "a.txt").write_text("Return the value. " * 60)
     mine = TextFile(path=str(tmp_path / "a.txt"), n_seq=None, seq_len=32, role="test")
-    both = Perplexity([Docs(n_seq=4, seq_len=32, role="test"), mine], 32)
+    both = Perplexity({"docs": Docs(n_seq=4, seq_len=32, role="test"), "mine": mine}, 32)
     lm = make()
     metrics = both.run(lm)
-    assert set(metrics) == {"docs/ppl", "text_file/ppl"}
-    assert metrics["docs/ppl"].value == docs().run(lm)["docs/ppl"].value != metrics["text_file/ppl"].value
+    assert set(metrics) == {"docs/ppl", "mine/ppl"}
+    assert metrics["docs/ppl"].value == docs().run(lm)["docs/ppl"].value != metrics["mine/ppl"].value
 
 
 def test_two_text_files_do_not_overwrite_each_other(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(f"The value of {name}. " * 60)
-    sources = [TextFile(path=str(tmp_path / f"{n}.txt"), n_seq=None, seq_len=32, role="test") for n in "ab"]
-    with pytest.raises(ValueError, match="two numbers would be called"):
-        Perplexity(sources, 32)
+    sources = {n: TextFile(path=str(tmp_path / f"{n}.txt"), n_seq=None, seq_len=32, role="test") for n in "ab"}
+    metrics = Perplexity(sources, 32).run(make())
+    assert metrics["a/ppl"].protocol["text"] != metrics["b/ppl"].protocol["text"]
+    with pytest.raises(ValueError, match=r"^datasets=a/b: its number would be called a/b/ppl"):
+        Perplexity({"a/b": sources["a"]}, 32)
 
 
 def test_no_evaluation(tmp_path):
@@ -168,7 +172,7 @@ def test_no_evaluation(tmp_path):
 
 def test_an_evaluation_of_nothing_is_refused():
     with pytest.raises(ValueError, match=r"^datasets=\[\]: .*evaluation=none"):
-        Perplexity([], 32)
+        Perplexity({}, 32)
 
 
 # -- the dense number

@@ -140,9 +140,9 @@ def test_a_run_tells_its_texts_and_its_stages(svnup):
     assert 0 < sum(stage["seconds"] for stage in row["stages"].values()) <= row["seconds"]
     assert row["peak_memory_bytes"] >= row["stages"]["load"]["peak_memory_bytes"] > 10**7
     texts = row["provenance"]["texts"]
-    assert set(texts) == {"dataset", "shapley.game.data", "evaluation.datasets.0"} == set(row["fingerprints"]) - {"weights"}
+    assert set(texts) == {"dataset", "shapley.game.data", "evaluation.datasets.docs"} == set(row["fingerprints"]) - {"weights"}
     assert (texts["dataset"]["n_seq"], texts["dataset"]["seq_len"]) == (4, 32)
-    assert texts["evaluation.datasets.0"]["tokens_sha256"] == row["metrics"]["docs/ppl"]["protocol"]["tokens_sha256"]
+    assert texts["evaluation.datasets.docs"]["tokens_sha256"] == row["metrics"]["docs/ppl"]["protocol"]["tokens_sha256"]
     assert row["provenance"]["name"] == "random_llama_3x32 wanda shapley 0.7"
     assert row["provenance"]["seeds"]["shapley.game.data.seed"] == 0
 

@@ -459,12 +459,12 @@ def test_weights_that_are_not_finite_are_an_error(name):
 
 def test_a_base_is_built_by_the_program_and_named_in_tables(random_model, tokens):
     node = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(CONF / "wanda_refit.yaml"), {"pattern": "2:4"}), resolve=True)
-    pruner = construct(node, "pruner")
+    pruner = construct(node, "pruner", "pruner")
     assert pruner == Refit(Wanda("2:4"), "2:4")
     assert method_name(node) == "refit (wanda)"
     assert method_name({"_target_": "svnup.pruning.alps.ALPS"}) == "alps"
     with pytest.raises(ValueError, match=r"^pruner\.base\.patern=2:4: .*did you mean pattern"):
-        construct(node | {"base": {"_target_": node["base"]["_target_"], "patern": "2:4"}}, "pruner")
+        construct(node | {"base": {"_target_": node["base"]["_target_"], "patern": "2:4"}}, "pruner", "pruner")
     lm = random_model(2)
     report = prune_model(lm, SparsityProfile([0.5] * 2, lm.block_params, 0.5, "2:4"), pruner, tokens)
     assert report.sparsity == 0.5

@@ -17,6 +17,7 @@ from games import LossOf
 from svnup import NUMBERS_VERSION
 from svnup.allocation import Atp, Ratios, ScoreBudget, Tuned
 from svnup.game import Memo
+from svnup.naming import named
 from svnup.offload import HostShelf
 from svnup.pruning import prune_model, temporarily_pruned
 from svnup.pruning.magnitude import Magnitude
@@ -329,7 +330,7 @@ def test_the_loss_that_chooses_is_part_of_the_job_where_it_chooses(svnup):
     lines = [render([ResultRow.from_json(json.dumps(row))], "csv") for row in (nll, kl)]
     assert ["by kl" in line for line in lines] == [False, True]
     kept = moving_numbers({k: v for k, v in nll["config"].items() if k != "selection_loss"})
-    text = json.dumps([NUMBERS_VERSION, kept | {"selection": nll["config"]["selection"]}], sort_keys=True)
+    text = json.dumps([NUMBERS_VERSION, named(kept | {"selection": nll["config"]["selection"]})], sort_keys=True)
     assert hashlib.sha256(text.encode()).hexdigest()[:12] == nll["config_key"], "as before there was a choice"
 
 

@@ -64,7 +64,7 @@ CONFIG_ALONE = {
     ),
     "unknown experiment": (["experiment=smok"], ["experiment=smok", "did you mean smoke?"]),
     "unknown data set": (["dataset=wikitext"], ["dataset=wikitext", "did you mean wikitext2?"]),
-    "unknown evaluation data set": (["evaluation.datasets=[doc]"], ["evaluation.datasets=doc", "did you mean docs?"]),
+    "unknown evaluation data set": (["evaluation.datasets=[doc]"], ["evaluation.datasets=['doc']", "did you mean docs?"]),
     "evaluation data sets not a list": (["evaluation.datasets=docs"], ["evaluation.datasets=docs", "[docs]"]),
     "no evaluation data set": (["evaluation.datasets=[]"], ["evaluation.datasets=[]", "evaluation=none"]),
     "unknown task": (
@@ -150,9 +150,31 @@ CONFIG_ALONE = {
         ["dataset@shapley.game.data=text_file", "+shapley.game.data.path=nope.txt"],
         ["shapley.game.data.path=nope.txt", "no such file"],
     ),
-    "evaluation text missing": (
+    "a folder of data sets missing": (["datasets_dir=nowhere"], ["datasets_dir=nowhere", "no such folder", "allenai/c4"]),
+    "an evaluation text without a path": (
+        ["dataset@evaluation.datasets.test=text_file"],
+        ["evaluation.datasets.test.path", "add evaluation.datasets.test.path="],
+    ),
+    "an evaluation text in the old form": (
         ["evaluation.datasets=[{text_file: {path: nope.txt}}]"],
-        ["evaluation.datasets.0.path=nope.txt", "no such file"],
+        ["evaluation.datasets=", "dataset@evaluation.datasets.test=text_file"],
+    ),
+    "an evaluation text in a word": (
+        ["model.test_text=text_file"],
+        ["model.test_text=text_file", "dataset@evaluation.datasets.test=text_file"],
+    ),
+    "a second evaluation text without a plus": (
+        ["dataset@evaluation.datasets.mine=docs"],
+        ["dataset@evaluation.datasets.mine=docs", "put a + before it"],
+    ),
+    "evaluation texts as a list and by name": (
+        ["dataset@evaluation.datasets.test=docs", "evaluation.datasets=[docs]"],
+        ["evaluation.datasets:", "in one way"],
+    ),
+    "one evaluation text twice": (["evaluation.datasets=[docs,docs]"], ["evaluation.datasets=", "docs/ppl", "once"]),
+    "evaluation text missing": (
+        ["dataset@evaluation.datasets.test=text_file", "evaluation.datasets.test.path=nope.txt"],
+        ["evaluation.datasets.test.path=nope.txt", "no such file"],
     ),
     "profile not given": (["allocator=from_file"], ["allocator.path", "add allocator.path="]),
     "profile missing": (

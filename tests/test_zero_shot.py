@@ -339,19 +339,19 @@ def test_the_dense_number_is_measured_once(tmp_path, lm, random_model, evaluatio
 
 
 def test_full_is_both_and_shares_their_dense_numbers(tmp_path, lm, evaluations):
-    texts = [Docs(n_seq=3, seq_len=32, role="test")]
+    texts = {"docs": Docs(n_seq=3, seq_len=32, role="test")}
     ppl, full = Perplexity(texts, 32, 3), Full(texts, 32, 3, tasks="cloze", limit=12)
     assert full.run(lm) == {**ppl.run(lm), **cloze().run(lm)}
     evaluations.clear()
     apart = {**ppl.dense(lm, tmp_path), **cloze().dense(lm, tmp_path)}
     assert full.dense(lm, tmp_path) == apart
     assert evaluations == ["docs_cloze"]
-    assert full.sources() == texts
+    assert full.sources() == {"datasets.docs": texts["docs"]}
 
 
 def test_a_dense_perplexity_that_is_off_stops_before_the_tasks(tmp_path, lm, evaluations):
     """And what was measured is kept: the same job again stops without measuring."""
-    full = Full([Docs(n_seq=3, seq_len=32, role="test")], 32, 3, tasks="cloze", limit=12)
+    full = Full({"docs": Docs(n_seq=3, seq_len=32, role="test")}, 32, 3, tasks="cloze", limit=12)
 
     def gate(metrics: Metrics) -> None:
         assert set(metrics) == {"docs/ppl"}
@@ -464,6 +464,21 @@ def test_the_field_s_sets_offline(tasks, hub_copies, lm):
     assert mean.protocol["tasks"]["boolq"]["task_version"] == 2.0
     assert mean.protocol["limit"] is None
     assert mean.protocol["add_bos_token"] is False
+
+
+def test_data_sets_of_tasks_lie_below_any_folder(hub_copies, lm, monkeypatch, tmp_path_factory):
+    """Without examples there is no need for a split to take them from."""
+    tasks = ["boolq", "arc_easy"]
+    here = ZeroShot(tasks=tasks).run(lm)
+    for readme in hub_copies.rglob("README.md"):
+        lines = readme.read_text().splitlines()
+        train = {k for i, text in enumerate(lines) if text == "  - split: train" for k in (i, i + 1)}
+        readme.write_text("\n".join(text for i, text in enumerate(lines) if i not in train))
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    there = ZeroShot(tasks=tasks, datasets_dir=str(hub_copies))
+    assert there.run(lm) == here
+    with pytest.raises(ValueError, match=r"^tasks=boolq: cannot be loaded .*below datasets_dir"):
+        ZeroShot(tasks=tasks, datasets_dir=str(hub_copies), num_fewshot=1).check()
 
 
 def test_a_limit_is_in_the_protocol_of_the_mean(hub_copies, lm):

@@ -247,7 +247,7 @@ class Bench:
         what += [profile.to_dict()["linears"]] if profile.linears is not None else []
         found = self.remembered(what)
         if found is None:
-            (source,) = job.evaluation.sources()
+            (source,) = job.evaluation.sources().values()
             with temporarily_pruned(lm, profile, job.pruner, job.tokens()):
                 found = [round(float(v), 9) for v in lm.nll(source.tokens(lm.tokenizer))]
             self.remember(what, found)
