@@ -18,6 +18,7 @@ Bools = NDArray[np.bool_]
 Offload = Literal["none", "cpu", "disk"]
 SaveFormat = Literal["dense", "bitmask"]
 SelectionLoss = Literal["nll", "kl"]
+Granularity = Literal["block", "sublayer", "linear"]  # of budgets
 
 SCHEMA_VERSION = 1
 UNSTRUCTURED = "unstructured"
