@@ -199,8 +199,9 @@ def test_a_job_goes_from_the_uniform_budget_to_one_of_its_parts_and_resumes(svnu
         "allocator.n_seq=2",
         "allocator.trial_n_seq=2",
         "sparsity=0.5",
+        f"allocator.granularity={granularity}",
     ]
-    code, out, err = svnup(*options, f"allocator.granularity={granularity}")
+    code, _, err = svnup(*options)
     assert code == 0, err
     row = last_row()
     tuning = row["tuning"]
