@@ -147,14 +147,12 @@ def values_by_sequence(variant: Variant, losses: Losses) -> dict[str, Floats]:
 
 
 def spearman(a: Floats, b: Floats) -> float:
-    ranks = [np.argsort(np.argsort(x)) for x in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
 
 
 def log_correlation(a: Floats, b: Floats) -> float:
     """Pearson's of the logarithms, since budgets go by these; what is not positive counts as the least positive one."""
-    a, b = (np.log(np.maximum(x, x[x > 0].min())) for x in (a, b))
-    return float(np.corrcoef(a, b)[0, 1])
+    return float(np.corrcoef(np.log(np.maximum(a, a[a > 0].min())), np.log(np.maximum(b, b[b > 0].min())))[0, 1])
 
 
 def study(lm: LanguageModel, calibration: Ints, tokens: Ints, options: argparse.Namespace) -> None:
