@@ -10,27 +10,32 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from svnup.types import UNSTRUCTURED, BlockScores, Floats, Ints, SparsityProfile, method_name, parse_pattern
+from svnup.types import UNSTRUCTURED, BlockScores, Floats, Ints, Players, SparsityProfile, method_name, parse_pattern
 
 GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # as many for every knob, so that none is tuned at more cost
 Scale = Literal["clip", "rank", "log", "raw"]
-Granularity = Literal["block", "sublayer"]
 
 
 class Loss(Protocol):
     """How bad the model pruned by a profile is on held-out text, in nats per token (NLL or KL); `label` says what is tried.
 
-    `n_seq`: on the first so many sequences of the text only, or on all where it has fewer.
+    `n_seq`: on the first so many sequences of the text only, or on all where it has fewer. `trial`: by weights that are pruned
+    in advance, which is cheap and a little off.
     """
 
-    def __call__(self, profile: SparsityProfile, label: str = "", n_seq: int | None = None) -> float: ...
+    def __call__(self, profile: SparsityProfile, label: str = "", n_seq: int | None = None, trial: bool = False) -> float: ...
 
-    def many(self, tried: Sequence[tuple[str, SparsityProfile]], n_seq: int | None = None) -> list[float]:
+    def many(self, tried: Sequence[tuple[str, SparsityProfile]], n_seq: int | None = None, trial: bool = False) -> list[float]:
         """The losses of labelled profiles, in their order: at less cost together than one after the other."""
-        return [self(profile, label, n_seq) for label, profile in tried]
+        return [self(profile, label, n_seq, trial) for label, profile in tried]
 
     def values(self, denser: SparsityProfile, sparser: SparsityProfile) -> Floats:
         """Shapley values of the blocks in the model pruned by `denser`, where an absent block is pruned by `sparser`."""
+        ...
+
+    def margins(self, denser: SparsityProfile, sparser: SparsityProfile, first: int, n_seq: int, nodes: int = 1) -> Floats:
+        """Aumann-Shapley values of all that has a budget of its own, between the models pruned by `denser` and by `sparser`,
+        on `n_seq` sequences of the payoff text from number `first` on."""
         ...
 
 
@@ -97,7 +102,7 @@ class ScoreBudget:
     upper: float | None = None
     reverse: bool = False
     shuffle: int | None = None
-    granularity: Granularity = "block"
+    granularity: Players = "block"
     uniform_only: ClassVar[bool] = False
     knob: ClassVar[str] = "lam"
 

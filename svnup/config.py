@@ -29,7 +29,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup import NUMBERS_VERSION
-from svnup.allocation import Allocator, Chooser, FromFile, Granularity, Ratios, ScoreBudget, Tuned, name_of
+from svnup.allocation import Allocator, Chooser, FromFile, Ratios, ScoreBudget, Tuned, name_of
 from svnup.construction import blame, check_node, construct, did_you_mean, refuse_outside, type_complaint
 from svnup.data import NAMED, TokenSource
 from svnup.evaluation import Evaluation
@@ -41,7 +41,7 @@ from svnup.scoring import GameOptions, Scorer, ShapleyScorer
 from svnup.search import ShapleyRounds
 from svnup.splitting import Split
 from svnup.tracking import Tracker
-from svnup.types import Ints, Offload, SaveFormat, SelectionLoss, method_name, moving_numbers, parse_pattern
+from svnup.types import Granularity, Ints, Offload, SaveFormat, SelectionLoss, method_name, moving_numbers, parse_pattern
 
 if TYPE_CHECKING:
     from svnup.language_model import LanguageModel
@@ -172,7 +172,7 @@ class Job:
 
     def sources(self) -> dict[str, TokenSource]:
         """Every text that the job reads, by the key under which it was configured."""
-        return _texts(self.dataset if self.calibrates else None, self.shapley, self.selection, self.evaluation)
+        return _texts(self.dataset if self.calibrates else None, self.shapley, self.allocator, self.selection, self.evaluation)
 
     def fingerprints(self) -> dict[str, str]:
         """What the inputs are by content, without loading them: a finished job with other inputs runs again."""
@@ -282,12 +282,15 @@ class Job:
 def _texts(
     dataset: TokenSource | None,
     shapley: ShapleyScorer | None,
+    allocator: Allocator,
     selection: TokenSource | None,
     evaluation: Evaluation,
 ) -> dict[str, TokenSource]:
     texts = {"dataset": dataset} if dataset is not None else {}
     if shapley is not None:
         texts["shapley.game.data"] = shapley.game.data
+    if (payoff := getattr(allocator, "data", None)) is not None:
+        texts["allocator.data"] = payoff
     texts |= {"selection": selection} if selection is not None else {}
     return texts | {f"evaluation.{option}": source for option, source in evaluation.sources().items()}
 
@@ -318,8 +321,8 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     key = config_key(config, chooses)
     selection: TokenSource = construct(config["selection"], "selection", "text")
     split: Split = construct(config["split"], "split", "split")
-    if config["allocator"].get("granularity") == "sublayer":
-        _check_sublayers(config, scorer, split)
+    if config["allocator"].get("granularity", "block") != "block":
+        _check_finer(config, scorer, split)
     if isinstance(allocator, ShapleyRounds):
         _check_rounds(shapley)
     if scorer is None and isinstance(getattr(allocator, "allocator", allocator), (ScoreBudget, Ratios)):
@@ -330,7 +333,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     tracker: Tracker = construct(config["tracker"], "tracker", "tracker")
     with blame("tracker", ("tracker",)):
         tracker.check()
-    texts = _texts(dataset, shapley, _shared(selection, known, "selection") if chooses else None, evaluation)
+    texts = _texts(dataset, shapley, allocator, _shared(selection, known, "selection") if chooses else None, evaluation)
     _check_roles(texts)
     if online or model.from_hub or any(source.from_hub for source in texts.values()):
         _go_offline_if_unreachable()
@@ -553,6 +556,7 @@ def _check_roles(texts: dict[str, TokenSource]) -> None:
     for name, role, what in (
         ("dataset", "calibration", "calibrates pruners"),
         ("shapley.game.data", "payoff", "pays coalitions"),
+        ("allocator.data", "payoff", "pays coalitions"),
         ("selection", "selection", "chooses"),
     ):
         if name in texts and texts[name].role != role:
@@ -622,18 +626,17 @@ def _check_scalars(config: dict[str, Any]) -> None:
         raise ValueError(f"save_format={config['save_format']}: no model would be saved; add save_model=true")
 
 
-def _check_sublayers(config: dict[str, Any], scorer: Scorer | None, split: Split) -> None:
-    """Refuse budgets of sublayers without their scores, or divided as those of blocks."""
-    if getattr(scorer, "granularity", "block") != "sublayer":
+def _check_finer(config: dict[str, Any], scorer: Scorer | None, split: Split) -> None:
+    """Refuse budgets finer than blocks without their scores, or divided as those of blocks."""
+    scored = config["allocator"].get("scorer") is not None
+    if scored and getattr(scorer, "granularity", "block") != "sublayer":
         of_game = isinstance(scorer, ShapleyScorer)
         what = "shapley.game.players=sublayer" if of_game else "allocator=shapley shapley.game.players=sublayer"
         raise ValueError(
             f"allocator.granularity=sublayer: the scores are those of blocks; add {what}, or use granularity=block"
         )
     if not split.uniform:
-        raise ValueError(
-            f"split={_option(config, 'split')}: divides the budgets of blocks, not of sublayers; use split=uniform"
-        )
+        raise ValueError(f"split={_option(config, 'split')}: divides the budgets of blocks, not finer ones; use split=uniform")
 
 
 def _check_rounds(shapley: ShapleyScorer | None) -> None:

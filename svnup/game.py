@@ -22,13 +22,12 @@ from svnup import NUMBERS_VERSION
 from svnup.language_model import LanguageModel, MicroBatch, Part
 from svnup.progress import stage
 from svnup.shapley import branch_points
-from svnup.types import CHOICES, Bools, Floats, Ints
+from svnup.types import CHOICES, Bools, Floats, Ints, Players
 
 logger = logging.getLogger(__name__)
 
 Payoff = Literal["neg_nll", "neg_ppl", "recip_ppl", "kl", "accuracy"]
 Cap = Literal["none", "chance"]
-Players = Literal["block", "sublayer"]
 Weights = dict[str, Tensor]
 
 

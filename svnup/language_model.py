@@ -43,7 +43,7 @@ from svnup.checkpoint import Tensors, in_place, is_bitmask, write_bitmask, write
 from svnup.loading import Loader, auto_class, outline, quiet_unless_terminal
 from svnup.offload import DiskShelf, HostShelf, Shelf
 from svnup.progress import stage
-from svnup.types import Floats, Ints, Offload, SaveFormat
+from svnup.types import Floats, Granularity, Ints, Offload, SaveFormat
 
 # Fixed, not derived from free memory: the sizes of matrix products decide the last bits of a number.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -345,8 +345,27 @@ class LanguageModel:
     @property
     def sublayer_params(self) -> Ints:
         """Prunable weights of each block's attention and of its MLP, shape (2 n_blocks,), in the order of their players."""
-        parts = (part for index in range(self.n_blocks) for part in self.sublayer_linears(index))
-        return np.array([sum(m.weight.numel() for m in part.values()) for part in parts])
+        return self.budget_params("sublayer")
+
+    def budget_params(self, granularity: Granularity) -> Ints:
+        """Prunable weights of whatever has a budget of its own, in the order of `budget_parts`."""
+        return np.array([sum(m.weight.numel() for m in part.values()) for _, part in self.budget_parts(granularity)])
+
+    def budget_parts(self, granularity: Granularity) -> list[tuple[int, dict[str, Linear]]]:
+        """What has a budget of its own, each with the index of its block and its prunable linear layers by name: the blocks,
+        their attention and their MLP by turns, or each linear layer. Raises ValueError as `sublayers` does."""
+        if granularity == "block":
+            return [(index, self.linears(index)) for index in range(self.n_blocks)]
+        if granularity == "sublayer":
+            return [(index, part) for index in range(self.n_blocks) for part in self.sublayer_linears(index)]
+        return [(index, {name: m}) for index in range(self.n_blocks) for name, m in self.linears(index).items()]
+
+    def granularity_of(self, params: Ints) -> Granularity:
+        """What has budgets of its own in a profile of so many weights each."""
+        if len(params) == self.n_blocks:
+            return "block"
+        sublayers = len(params) == 2 * self.n_blocks and np.array_equal(params, self.budget_params("sublayer"))
+        return "sublayer" if sublayers else "linear"
 
     def sublayer_linears(self, index: int) -> list[dict[str, Linear]]:
         """The prunable linears of a block's attention, and those of its MLP. Raises ValueError as `sublayers` does."""

@@ -60,7 +60,7 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
             cost.seconds,
         )
 
-    params = lm.sublayer_params if job.granularity == "sublayer" else lm.block_params
+    params = lm.budget_params(job.granularity)
     per_part = scores.per_part(len(params)) if scores is not None else None
     loss = held_out_loss(job, lm, tokens)
     profile = job.allocator.allocate(per_part, params, job.sparsity, job.pattern, loss)
@@ -115,9 +115,13 @@ def held_out_loss(job: Job, lm: LanguageModel, tokens: Ints) -> HeldOutLoss:
         with temporarily_pruned(lm, denser, job.pruner, tokens):
             return job.shapley.again(lm, absent, job.cache_dir)
 
+    def payoff() -> Ints:
+        return job.sources()["allocator.data"].tokens(lm.tokenizer)
+
     calibration = hashlib.sha256(tokens.tobytes()).hexdigest()
     name = f"{identity(job.pruner)} {identity(job.split)} {calibration} {NUMBERS_VERSION}"
-    return HeldOutLoss(lm, job.pruner, tokens, text, name, job.cache_dir, divide, kind=job.selection_loss, play=play)
+    of_loss: dict[str, Any] = {"kind": job.selection_loss, "play": play, "payoff": payoff}
+    return HeldOutLoss(lm, job.pruner, tokens, text, name, job.cache_dir, divide, **of_loss)
 
 
 def run_shard(job: Job) -> int:

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from svnup.allocation import Granularity
 from svnup.data import TokenSource
 from svnup.progress import stage
 from svnup.shapley import Estimator
-from svnup.types import CHOICES, BlockScores, Bools, Cost, Floats, Ints, ShapleyValues
+from svnup.types import CHOICES, BlockScores, Bools, Cost, Floats, Ints, Players, ShapleyValues
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +66,7 @@ class GameOptions:
     payoff: Literal["neg_nll", "neg_ppl", "recip_ppl", "kl", "accuracy"] = "recip_ppl"
     cap: Literal["none", "chance"] = "none"
     absence: Literal["skip", "prune"] = "skip"
-    players: Granularity = "block"
+    players: Players = "block"
     pruner: Annotated[Any, "pruner"] = None  # whose protocol cannot be imported here without torch
 
     def __post_init__(self) -> None:
@@ -109,7 +108,7 @@ class ShapleyScorer:
         return self.game.absence == "prune" and self.game.pruner.needs_inputs
 
     @property
-    def granularity(self) -> Granularity:
+    def granularity(self) -> Players:
         """What has a score of its own."""
         return self.game.players
 
@@ -271,7 +270,7 @@ class BlockInfluence:
     the budget from it, and the influence of sublayers, are ours.
     """
 
-    granularity: Granularity = "block"
+    granularity: Players = "block"
     needs_inputs: ClassVar[bool] = True
 
     def plan(self, n_blocks: int) -> dict[str, int]:

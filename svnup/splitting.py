@@ -37,7 +37,7 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class UniformSplit:
-    """Every linear gets the sparsity of its block, or of its attention or MLP where the profile (2n,) has these apart."""
+    """Every linear gets the sparsity of its block; where the profile is of sublayers or linears, that of its part."""
 
     needs_inputs: ClassVar[bool] = False
     trial: ClassVar[bool] = False
@@ -163,15 +163,13 @@ def _output_errors(visit: Visit, absent: dict[str, Tensor], coalitions: Bools) -
 
 
 def _joined(lm: LanguageModel, profile: SparsityProfile) -> SparsityProfile:
-    """The profile of blocks, with what each linear gets, of one of sublayers."""
-    of_parts = iter(profile.sparsity)
-    blocks = []
-    for index in range(lm.n_blocks):
-        parts = [(part, float(next(of_parts))) for part in lm.sublayer_linears(index)]
-        blocks.append({name: Share(s, linear.weight.numel()) for part, s in parts for name, linear in part.items()})
-    shape = (lm.n_blocks, 2)
-    mean = np.average(profile.sparsity.reshape(shape), weights=profile.params.reshape(shape), axis=1)
-    return SparsityProfile(mean, lm.block_params, profile.target, profile.pattern, linears=tuple(blocks))
+    """The profile of blocks, with what each linear gets, of one of sublayers or of linear layers."""
+    parts = lm.budget_parts(lm.granularity_of(profile.params))
+    blocks: list[dict[str, Share]] = [{} for _ in range(lm.n_blocks)]
+    for (index, linears), sparsity in zip(parts, profile.sparsity, strict=True):
+        blocks[index] |= {name: Share(float(sparsity), linear.weight.numel()) for name, linear in linears.items()}
+    mean = [np.average([s.sparsity for s in b.values()], weights=[s.size for s in b.values()]) for b in blocks]
+    return SparsityProfile(np.array(mean), lm.block_params, profile.target, profile.pattern, linears=tuple(blocks))
 
 
 def _check_amplitude(lam: float) -> None:

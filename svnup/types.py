@@ -19,6 +19,8 @@ Bools = NDArray[np.bool_]
 Offload = Literal["none", "cpu", "disk"]
 SaveFormat = Literal["dense", "bitmask"]
 SelectionLoss = Literal["nll", "kl"]
+Players = Literal["block", "sublayer"]  # of a game, and what has scores
+Granularity = Literal["block", "sublayer", "linear"]  # of budgets
 
 SCHEMA_VERSION = 1
 UNSTRUCTURED = "unstructured"

@@ -19,7 +19,7 @@ class LossOf(Loss):
     def __init__(self, function):
         self._function = function
 
-    def __call__(self, profile, label="", n_seq=None):
+    def __call__(self, profile, label="", n_seq=None, trial=False):
         return self._function(profile, label, n_seq)
 
     def values(self, denser, sparser):

@@ -40,7 +40,7 @@ class Toy(Loss):
     def __init__(self, a, noise=0.0):
         self.a, self.noise, self.calls = np.asarray(a), noise, []
 
-    def __call__(self, profile, label="", n_seq=None):
+    def __call__(self, profile, label="", n_seq=None, trial=False):
         self.calls.append((profile, label, n_seq))
         off = 0.0 if n_seq is None else self.noise * math.sin(1e4 * float(profile.sparsity @ np.arange(1, len(self.a) + 1)))
         return float(self.a @ np.exp(C * profile.sparsity)) * (1 + off / (n_seq or 1))

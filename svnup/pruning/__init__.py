@@ -64,10 +64,10 @@ def workspace(pruner: Pruner, d_out: int, d_in: int) -> int:
 
 
 class Inputs:
-    """What the linears of one block read during a run: statistics and the first tokens, once per distinct input."""
+    """What the linears of one block read during a run: statistics and the first `n_first` tokens, once per distinct input."""
 
-    def __init__(self, linears: dict[str, Linear], pruner: Pruner) -> None:
-        self._linears, self._pruner = linears, pruner
+    def __init__(self, linears: dict[str, Linear], pruner: Pruner, n_first: int = ERROR_TOKENS) -> None:
+        self._linears, self._pruner, self._n_first = linears, pruner, n_first
         self._reads: dict[str, str] = {}  # linear -> the first linear that reads the same input
         self._stats: dict[str, Any] = {}
         self._first: dict[str, Tensor] = {}
@@ -118,7 +118,7 @@ class Inputs:
         rows = x.reshape(-1, x.shape[-1])
         if name not in self._stats:
             self._stats[name] = self._pruner.new_stats(matrix(self._linears[name]))
-            self._first[name] = rows[:ERROR_TOKENS].clone()
+            self._first[name] = rows[: self._n_first].clone()
         self._pruner.observe(self._stats[name], rows)
 
 

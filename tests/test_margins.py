@@ -1,0 +1,229 @@
+"""Weights pruned in advance, values at the margin, and the budgets that follow."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from cli import last_row
+from test_search import C, Toy
+
+from svnup.game import LayerGame
+from svnup.margins import marginal_values
+from svnup.pruning import prune_model, temporarily_pruned
+from svnup.pruning.advance import PrunedInAdvance
+from svnup.pruning.magnitude import Magnitude
+from svnup.pruning.sparsegpt import SparseGPT
+from svnup.pruning.wanda import Wanda
+from svnup.search import ShapleyMargins
+from svnup.shapley import all_coalitions, exact_values
+from svnup.splitting import UniformSplit
+from svnup.tuning import HeldOutLoss
+from svnup.types import SparsityProfile
+
+
+def profile_of(lm, *sparsity, granularity="block"):
+    params = lm.budget_params(granularity)
+    return SparsityProfile(np.array(sparsity), params, float(np.average(sparsity, weights=params)))
+
+
+def held_out(lm, pruner, tokens, cache_dir, kind="nll"):
+    text = np.random.default_rng(3).integers(5, 2048, size=(4, 24))
+    divide = partial(UniformSplit().divide, lm, pruner=pruner, tokens=tokens)
+    return HeldOutLoss(lm, pruner, tokens, lambda: text, "test", cache_dir, divide, kind=kind, payoff=lambda: text[:3])
+
+
+# -- weights pruned in advance
+
+
+@pytest.mark.parametrize("pruner", [Magnitude(), Wanda(), SparseGPT(block_size=16)], ids=["magnitude", "wanda", "sparsegpt"])
+def test_the_first_block_is_pruned_as_the_walk_prunes_it_and_the_model_stays_as_it_was(random_model, tokens, pruner):
+    lm = random_model()
+    before = lm.fingerprint()
+    profile = profile_of(lm, 0.5, 0.25, 0.75, 0.5)
+    advance = PrunedInAdvance(lm, pruner, tokens)
+    ours = [advance.block(index, profile) for index in range(lm.n_blocks)]
+    assert lm.fingerprint() == before
+    prune_model(lm, profile, pruner, tokens)
+    alike = lm.n_blocks if pruner == Magnitude() else 1  # behind pruned blocks the statistics are others
+    for index in range(alike):
+        for name, linear in lm.linears(index).items():
+            assert torch.equal(ours[index][f"{name}.weight"], linear.weight), f"{index} {name}"
+    for index in range(lm.n_blocks):
+        zeros = sum(int((w == 0).sum()) for w in ours[index].values())
+        assert zeros == pytest.approx(profile.sparsity[index] * lm.block_params[index], abs=len(ours[index]))
+
+
+def test_matrices_that_were_not_used_lately_are_forgotten_and_made_again(lm, tokens):
+    small = PrunedInAdvance(lm, Wanda(), tokens, max_bytes=1)
+    large = PrunedInAdvance(lm, Wanda(), tokens)
+    for index in (0, 1, 0):
+        for name in lm.linears(index):
+            assert torch.equal(small.weight(index, name, 0.4), large.weight(index, name, 0.4))
+    assert len(small._kept) == 1
+    assert len(large._kept) == 2 * len(lm.linears(0))
+
+
+def test_a_conv1d_keeps_its_shape(tokens):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from svnup.language_model import LanguageModel
+
+    lm = LanguageModel(GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=2048, n_positions=64)))
+    advance = PrunedInAdvance(lm, Wanda(), tokens)
+    profile = profile_of(lm, 0.5, 0.5)
+    weights = advance.block(0, profile)
+    prune_model(lm, profile, Wanda(), tokens)
+    for name, linear in lm.linears(0).items():
+        assert torch.equal(weights[f"{name}.weight"], linear.weight), name
+
+
+@pytest.mark.parametrize("kind", ["nll", "kl"])
+def test_a_trial_is_the_loss_of_the_weights_pruned_in_advance_and_shares_prefixes(random_model, tokens, tmp_path, kind):
+    lm = random_model()
+    loss = held_out(lm, Magnitude(), tokens, tmp_path, kind)  # whose weights depend on no statistics
+    rows = [(0.5, 0.5, 0.5, 0.5), (0.5, 0.5, 0.25, 0.75), (0.75, 0.25, 0.5, 0.5)]
+    tried = [(str(row), profile_of(lm, *row)) for row in rows]
+    assert loss.many(tried, trial=True) == loss.many(tried)
+    assert loss.to_dict()["n_new_evaluations"] == 6  # trials and real losses are kept apart
+    assert loss.to_dict()["n_selection_block_forwards"] == 2 * (4 + 2 + 4)
+    again = held_out(lm, Magnitude(), tokens, tmp_path, kind)
+    assert again.many(tried, trial=True) == loss.many(tried, trial=True)
+    assert again.to_dict()["n_new_evaluations"] == 0
+
+
+# -- marginal values
+
+
+def exact(lm, denser, sparser, tokens):
+    """Shapley values of the blocks of the same game with players that are there or not."""
+    with temporarily_pruned(lm, denser, Magnitude(), tokens):
+        absent = [PrunedInAdvance_of(lm, sparser, tokens)(index) for index in range(lm.n_blocks)]
+        return exact_values(LayerGame(lm, tokens, pruned=absent)(all_coalitions(lm.n_blocks)))
+
+
+def PrunedInAdvance_of(lm, profile, tokens):
+    return partial(PrunedInAdvance(lm, Magnitude(), tokens).block, profile=profile)
+
+
+def test_values_sum_to_the_difference_of_the_two_models_and_are_near_the_shapley_values(random_model, tokens):
+    lm = random_model(louder=3.0)
+    denser, sparser = profile_of(lm, 0.5, 0.3, 0.4, 0.5), profile_of(lm, 0.6, 0.4, 0.5, 0.6)
+    versions = [PrunedInAdvance_of(lm, profile, tokens) for profile in (denser, sparser)]
+    values = marginal_values(lm, *versions, tokens, nodes=12)
+    losses = []
+    for profile in (denser, sparser):
+        with temporarily_pruned(lm, profile, Magnitude(), tokens):
+            losses.append(float(lm.nll(tokens).mean()))
+    assert sum(values.values()) == pytest.approx(losses[1] - losses[0], abs=2e-4)
+    of_blocks = [sum(v for (block, _), v in values.items() if block == index) for index in range(lm.n_blocks)]
+    shapley = exact(lm, denser, sparser, tokens)
+    assert np.abs(np.array(of_blocks) - shapley).max() < 0.25 * np.abs(shapley).max()
+
+
+@pytest.mark.parametrize("kind", ["nll", "kl"])
+def test_a_value_is_the_derivative_by_the_degree_of_presence(random_model, tokens, kind):
+    lm = random_model(louder=3.0)
+    denser, sparser = profile_of(lm, 0.4, 0.4, 0.4, 0.4), profile_of(lm, 0.6, 0.6, 0.6, 0.6)
+    present, absent = (PrunedInAdvance_of(lm, p, tokens) for p in (denser, sparser))
+    values = marginal_values(lm, present, absent, tokens, kind)  # one node, at one half
+    batches = list(lm.micro_batches(tokens))
+
+    def loss(degree, layer):
+        total = []
+        for batch in batches:
+            dense = batch
+            for index in range(lm.n_blocks):
+                degrees = {n: degree if (index, n.removesuffix(".weight")) == layer else 0.5 for n in present(index)}
+                weights = {n: absent(index)[n] + degrees[n] * (w - absent(index)[n]) for n, w in present(index).items()}
+                batch, dense = lm.run_block(index, batch, weights=weights), lm.run_block(index, dense)
+            total.append((lm.token_kl(batch, dense) if kind == "kl" else lm.token_nll(batch)).double().mean(1))
+        return float(torch.cat(total).mean())
+
+    with torch.inference_mode():
+        for layer in [(0, "self_attn.q_proj"), (1, "mlp.down_proj"), (3, "self_attn.o_proj")]:
+            slope = (loss(0.6, layer) - loss(0.4, layer)) / 0.2
+            assert values[layer] == pytest.approx(-slope, rel=0.05, abs=2e-5), layer
+
+
+# -- budgets
+
+
+def test_rounds_reach_the_budget_at_which_another_weight_costs_the_same_everywhere():
+    class Smooth(Toy):
+        def margins(self, denser, sparser, first, n_seq, nodes=1):
+            return self.values(denser, sparser)
+
+    a, params = np.array([8.0, 1.0, 2.0, 0.5]), np.array([10, 10, 20, 10])
+    loss = Smooth(a)
+    margins = ShapleyMargins(data=None, rounds=40, lower=0.0, upper=1.0, step=0.1)
+    profile = margins.allocate(None, params, 0.6, loss=loss)
+    cost = a * np.exp(C * profile.sparsity) / params
+    assert np.ptp(np.log(cost)) < 1e-3
+    assert float(np.average(profile.sparsity, weights=params)) == pytest.approx(0.6, abs=1e-9)
+    assert [call[1] for call in loss.calls[-2:]] == ["uniform", "round 40"]  # for real, at the end
+
+
+def test_where_no_round_is_better_the_uniform_profile_stays():
+    class Wrong(Toy):
+        def margins(self, denser, sparser, first, n_seq, nodes=1):
+            return 1 / self.values(denser, sparser)
+
+    profile = ShapleyMargins(data=None, rounds=3).allocate(None, np.array([10] * 4), 0.6, loss=Wrong([8.0, 1.0, 2.0, 0.5]))
+    assert profile.sparsity.tolist() == [0.6] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": 0}, "rounds=0"),
+        ({"delta": 0.0}, "delta=0.0"),
+        ({"trial_n_seq": 0}, "trial_n_seq=0"),
+        ({"nodes": 0}, "nodes=0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ShapleyMargins(data=None, **options)
+
+
+@pytest.mark.parametrize("granularity", ["block", "sublayer", "linear"])
+def test_a_job_goes_from_the_uniform_budget_to_one_of_its_parts_and_resumes(svnup, granularity):
+    options = [
+        "allocator=shapley_margins",
+        "allocator.rounds=2",
+        "allocator.n_seq=2",
+        "allocator.trial_n_seq=2",
+        "sparsity=0.5",
+        f"allocator.granularity={granularity}",
+    ]
+    code, _, err = svnup(*options)
+    assert code == 0, err
+    row = last_row()
+    tuning = row["tuning"]
+    assert [c["label"] for c in tuning["curve"]] == ["round 1", "round 2", "uniform", tuning["curve"][-1]["label"]]
+    n_parts = {"block": 3, "sublayer": 6, "linear": 21}[granularity]
+    assert [len(of_round["values"]) for of_round in tuning["rounds"]] == [n_parts] * 2
+    assert tuning["n_payoff_sequences"] == 2 * 2
+    assert row["sparsity"]["actual"] == pytest.approx(0.5, abs=1e-3)
+    if granularity != "block" and tuning["best"][-1]["loss"] < tuning["best"][0]["loss"]:
+        assert len(row["profile"]["linears"]) == 3
+    code, _, err = svnup(*options, "force=true")
+    assert code == 0, err
+    assert last_row()["tuning"]["n_new_evaluations"] == 0
+    assert "n_payoff_sequences" not in last_row()["tuning"]
+    assert last_row()["metrics"] == row["metrics"]
+
+
+def test_the_payoff_text_must_be_payoff_text(svnup):
+    code, _, err = svnup("allocator=shapley_margins", "allocator.data.role=test")
+    assert code == 2
+    assert "allocator.data.role=test" in err
+
+
+def test_a_split_of_blocks_does_not_divide_finer_budgets(svnup):
+    code, _, err = svnup("allocator=shapley_margins", "allocator.granularity=linear", "split=outliers")
+    assert code == 2
+    assert "split=outliers" in err
