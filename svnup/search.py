@@ -224,7 +224,7 @@ class ShapleyMargins:
     """
 
     data: TokenSource
-    rounds: int = 12
+    rounds: int = 6
     step: float = 0.05
     delta: float = 0.05
     nodes: int = 1
