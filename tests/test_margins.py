@@ -217,6 +217,19 @@ def test_a_job_goes_from_the_uniform_budget_to_one_of_its_parts_and_resumes(svnu
     assert last_row()["metrics"] == row["metrics"]
 
 
+@pytest.mark.parametrize("granularity", ["block", "linear"])
+def test_a_search_by_trials_prunes_the_best_and_the_uniform_profile_alone(svnup, granularity):
+    options = ["allocator=search", "allocator.trial=true", f"allocator.granularity={granularity}", "sparsity=0.5"]
+    options += ["allocator.generations=2", "allocator.offspring=3", "allocator.sequences=[1]", "allocator.survivors=[1]"]
+    code, _, err = svnup(*options)
+    assert code == 0, err
+    curve = last_row()["tuning"]["curve"]
+    assert [c["label"] for c in curve if not c.get("trial")] == ["uniform", "best"]
+    assert len([c for c in curve if c.get("trial")]) == 1 + 2 * (3 + 1)
+    best = min(c["loss"] for c in curve if not c.get("trial"))
+    assert last_row()["tuning"]["best"][-1]["loss"] == best
+
+
 def test_the_payoff_text_must_be_payoff_text(svnup):
     code, _, err = svnup("allocator=shapley_margins", "allocator.data.role=test")
     assert code == 2

@@ -56,7 +56,9 @@ def results_in(page: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/choosing.md", "docs/leaderboard.md"], ids=lambda name: name.rpartition("/")[2]
+    "name",
+    ["README.md", "docs/choosing.md", "docs/leaderboard.md", "docs/real_model.md"],
+    ids=lambda name: name.rpartition("/")[2],
 )
 def test_pages_say_what_the_tables_say(tool, values, name):
     assert name in tool.PAGES

@@ -21,6 +21,7 @@ STUDIES = {  # module: arguments, and the files that it writes
     "estimators.run": ([], ["results/tables/estimators.md", "docs/figures/estimators.png"]),
     "games.run": ([], ["results/tables/games.md", "docs/figures/games.png"]),
     "pruners.run": ([], ["results/tables/pruners.md"]),
+    "real_model.run": ([], ["results/tables/real_model.md"]),
     "leaderboard.budgets": (["--workers", "0"], ["results/tables/budgets.md"]),
     "leaderboard.run": (
         ["--workers", "0"],

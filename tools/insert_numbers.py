@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "results" / "tables"
-PAGES = ("README.md", "docs/choosing.md", "docs/leaderboard.md")
+PAGES = ("README.md", "docs/choosing.md", "docs/leaderboard.md", "docs/real_model.md")
 MARK = re.compile(r"<!--n:([a-z0-9-]+)-->(.*?)<!--/n-->", re.DOTALL)
 
 MODELS, PRUNERS = ("tiny", "tiny_opt"), ("magnitude", "wanda", "sparsegpt")
@@ -118,10 +118,10 @@ def percents(values: Iterable[float], digits: int = 0, sign: bool = False) -> st
     return joined(f"{value:{'+' if sign else ''}.{digits}f}" for value in values) + " %"
 
 
-def span(values: Sequence[float], digits: int = 0) -> str:
+def span(values: Sequence[float], digits: int = 0, unit: str = " %") -> str:
     """'12 to 14 %'"""
     low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
-    return f"{low} %" if low == high else f"{low} to {high} %"
+    return f"{low}{unit}" if low == high else f"{low} to {high}{unit}"
 
 
 def table(head: Sequence[str], align: Sequence[str], body: Iterable[Sequence[str]]) -> str:
@@ -431,6 +431,30 @@ def of_the_demo() -> dict[str, str]:
     return {"smoke": columns(list(lines[0]), [list(line.values()) for line in lines])}
 
 
+def of_the_real_model() -> dict[str, str]:
+    """Games on a real model beside what sparsity costs its blocks."""
+    games = lines_of("real_model.md")
+    text = (TABLES / "real_model.md").read_text(encoding="utf-8")
+
+    def agreement(game: str) -> str:
+        found = [number(line["Spearman"]) for line in games if line["game"].startswith(game)]
+        return span(found, 2, "")
+
+    shown = ("game", "payoff", "Spearman", "Pearson of logs", "standard error / spread")
+    noise = [number(line["standard error / spread"]) for line in games if line["standard error / spread"] != "-"]
+    return {
+        "real-n-seq": re.findall(r"on the same (\d+) x", text)[0],
+        "real-games": table(shown, ["---"] * len(shown), [[line[key] for key in shown] for line in games]),
+        "real-skip": agreement("skip, dense context, w=1"),
+        "real-influence": agreement("block influence"),
+        "real-prune-dense": agreement("prune 0.6, dense context, w=1"),
+        "real-prune-pruned": agreement("prune 0.6, pruned context, w=1"),
+        "real-margin": agreement("margin 0.6, w=1"),
+        "real-gates": agreement("Aumann-Shapley"),
+        "real-stderr": f"{max(noise):.2f}",
+    }
+
+
 def of_the_paper() -> dict[str, str]:
     with (ROOT / "experiments" / "published" / "headline.csv").open(encoding="utf-8", newline="") as file:
         lines = {line["model"]: float(line["change"]) for line in csv.DictReader(file)}
@@ -440,7 +464,7 @@ def of_the_paper() -> dict[str, str]:
 def numbers() -> dict[str, str]:
     """Every number by its name."""
     parts = [of_the_leaderboard(), of_the_comparisons(), of_the_games(), of_budgets_and_windows(), of_the_estimators()]
-    parts += [of_the_pruners(), of_the_demo(), of_the_paper()]
+    parts += [of_the_pruners(), of_the_demo(), of_the_paper(), of_the_real_model()]
     out: dict[str, str] = {}
     for part in parts:
         assert not out.keys() & part.keys()

@@ -5,7 +5,7 @@ their standard errors over sequences, and how they agree with what was measured:
 sparser and all others are at the target. Weights are pruned in advance, by statistics of the dense model. Writes
 results/tables/real_model.md as it goes; every loss is kept in the cache as it comes, so that a killed run goes on.
 
-    python -m experiments.real_model.run --model FOLDER --datasets FOLDER [--sparsity 0.6] [--n-seq 4] [--quick]
+    python -m experiments.real_model.run [--datasets FOLDER] [--sparsity 0.6] [--n-seq 4] [--windows 1,3,5] [--quick]
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 
 from experiments.study import built_in, parse, parser, publish, text
+from svnup import smollm2
 from svnup.allocation import Uniform
 from svnup.data import C4
 from svnup.game import Memo, WalkPlan
 from svnup.language_model import LanguageModel, MicroBatch
 from svnup.margins import marginal_values
+from svnup.model import Pretrained
 from svnup.provenance import hardware
 from svnup.pruning.advance import PrunedInAdvance
 from svnup.pruning.wanda import Wanda
@@ -233,7 +235,7 @@ def report(
 
 def main(argv: list[str] | None = None) -> None:
     made = parser(__doc__)
-    made.add_argument("--model", metavar="FOLDER", help="checkpoint (that which `make smollm2` brings)")
+    made.add_argument("--model", metavar="FOLDER", default=smollm2.NAME, help="a checkpoint (what `make smollm2` brings)")
     made.add_argument("--datasets", metavar="FOLDER", help="local copies of data sets (the hub)")
     made.add_argument("--sparsity", type=float, default=0.6)
     made.add_argument("--n-seq", type=int, default=4, help="sequences of the selection text")
@@ -247,8 +249,8 @@ def main(argv: list[str] | None = None) -> None:
         study(lm, text("calibration", 2, 32), text("selection", 2, 32), options)
         return
     options.seq_len, options.n_calibration = 512, 16
-    options.model_name = "SmolLM2-135M-Instruct, dequantized from 4 bits (GGUF, Q4_1)"
-    lm = LanguageModel.load(options.model, dtype="float32", device="cpu")
+    options.model_name = options.model
+    lm = Pretrained(pretrained_model_name_or_path=options.model, dtype="float32", device="cpu").load()
     source = partial(C4, seq_len=options.seq_len, seed=0, datasets_dir=options.datasets)
     calibration = source(n_seq=options.n_calibration, role="calibration").tokens(lm.tokenizer)
     study(lm, calibration, source(n_seq=options.n_seq, role="selection").tokens(lm.tokenizer), options)

@@ -26,6 +26,9 @@ BUDGETS: dict[str, Sweep] = {  # what `--best` may name, besides allocators
     "block_influence_sublayers": [f"{ALLOCATOR}=block_influence", "allocator.granularity=sublayer"],
     "leave_one_out_sublayers": [f"{ALLOCATOR}=leave_one_out", *SUBLAYERS],
     "shapley_sublayers": [*RECOMMENDED, *SUBLAYERS],
+    "shapley_margins": [f"{ALLOCATOR}=shapley_margins"],
+    "shapley_margins_sublayers": [f"{ALLOCATOR}=shapley_margins", "allocator.granularity=sublayer"],
+    "shapley_margins_linears": [f"{ALLOCATOR}=shapley_margins", "allocator.granularity=linear"],
 }
 KNOBS = {"owl": "lam", "alpha_pruning": "epsilon", "dlp": "lam", "atp": "beta", "block_influence": "lam", "shapley": "lam"}
 
