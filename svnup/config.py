@@ -697,7 +697,7 @@ def explain(error: Exception, overrides: list[str]) -> str:
         group, _, option = str(error.missing_cfg_file).partition("/")  # which may itself be a path
         if group == "hydra":
             group, _, option = str(error.missing_cfg_file).rpartition("/")
-        if group == "model" and (Path(option).expanduser().is_dir() or "/" in option):
+        if group == "model" and (Path(option).is_dir() or "/" in option):
             way = f"model=pretrained model.pretrained_model_name_or_path={option}"
             return f"model={option}: no option of the group; a folder or a hub model is {way}"
         options = [o for o in error.options or [] if not o.startswith("_")]

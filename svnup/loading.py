@@ -63,6 +63,7 @@ from svnup.model import NO_FOLDER
 logger = logging.getLogger(__name__)
 KEY = "pretrained_model_name_or_path"
 COMPANIONS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
+WRITTEN_IN_JSON = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", INDEX}
 SHOWN = 3  # names in a message
 LONGEST_REASON = 300  # characters
 WAY_OUT = f"copy its files again, or, where they are whole, try another version of transformers than {__version__}"
@@ -106,7 +107,7 @@ def _damage(folder: Path) -> str | None:
             return f"{path.name} {POINTS_ELSEWHERE}"
     try:
         for path in files:
-            if path.suffix == ".json":
+            if path.name in WRITTEN_IN_JSON:
                 json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"{path.name} is not JSON ({error}); copy it again"

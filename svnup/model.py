@@ -195,7 +195,10 @@ class Pretrained:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{wrong} is not JSON ({error}); copy it again") from None
+            from svnup.checkpoint import POINTS_ELSEWHERE, is_pointer
+
+            what = POINTS_ELSEWHERE if is_pointer(path) else f"is not JSON ({error}); copy it again"
+            raise ValueError(f"{wrong} {what}") from None
         if not isinstance(config, dict):
             raise ValueError(f"{wrong} is no object of names and values; copy it again")
         return config

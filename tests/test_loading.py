@@ -376,6 +376,7 @@ def test_damage_is_one_line_that_names_what_is_wrong(case, tmp_path):
 
 CONFIGURED = {
     "a list": (lambda f: (f / "config.json").write_text("[1]"), "no object of names and values"),
+    "a pointer": (lambda f: (f / "config.json").write_bytes(POINTS), "git lfs pull"),
     "layers in words": (lambda f: edit_json(f, num_hidden_layers="twelve"), "'num_hidden_layers'"),
     "no layers": (lambda f: edit_json(f, num_hidden_layers=0), "num_hidden_layers=0"),
     "positions in words": (lambda f: edit_json(f, max_position_embeddings="many"), "'max_position_embeddings'"),
