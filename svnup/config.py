@@ -714,6 +714,11 @@ def explain(error: Exception, overrides: list[str]) -> str:
         full = re.search(r"full_key: (\S+)", text)
         key = unknown[1] if "." in unknown[1] or not full else full[1]
         given = next((o for o in overrides if o.lstrip("+~").startswith(f"{key}=")), key)
+        if key in GROUPS:
+            return f"{given}: a group, no value; choose an option of it by name, {key}=..., and its own by {key}.<name>=..."
+        if named := re.match(r"evaluation\.datasets\.(\w+)\.", key):
+            plus = "" if named[1] == "test" else "+"
+            return f"{given}: no data set is called {named[1]}; add {plus}dataset@evaluation.datasets.{named[1]}=text_file"
         return f"{given}: there is no such key{_nearest_key(key, _known_keys(overrides)) or '; svnup --cfg job shows all'}"
     value = re.search(r"Value '([^']*)' (.*?) full_key: (\S+)", text)
     if value:
