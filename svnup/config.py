@@ -223,6 +223,11 @@ class Job:
         with blame("model"):
             return self.model.skeleton()
 
+    def load(self, scratch: Path | None = None) -> LanguageModel:
+        """The model, with its blocks where they wait; raises ValueError with the key at fault."""
+        with blame("model", ("offload",)):
+            return self.model.load(self.offload, scratch)
+
     def check_texts(self) -> None:
         """Read every text and task, before any weight is loaded; raises ValueError with the key at fault."""
         with blame("model"):
