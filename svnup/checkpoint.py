@@ -24,6 +24,7 @@ from torch import Tensor
 from svnup.files import at_home
 
 INDEX = "model.safetensors.index.json"
+NOT_SAFETENSORS = "no safetensors checkpoint; save the model once more with safe_serialization, or use offload=none"
 BITMASK = "svnup_bitmask.json"
 BITMASK_VERSION = 1
 POINTER = b"version https://git-lfs"  # how what git-lfs leaves in place of a file begins
@@ -70,11 +71,13 @@ class Checkpoint:
                 raise ValueError(f"{self.folder}: bitmask version {version}; this svnup reads {BITMASK_VERSION}")
         elif index.is_file():
             (self._files,) = _read_json(index, "weight_map")
+            if not isinstance(self._files, dict) or not all(isinstance(file, str) for file in self._files.values()):
+                raise ValueError(f"{index}: its weight_map is no object of names and files; copy the checkpoint again")
         elif single.is_file():
             with _opened(single) as file:
                 self._files = dict.fromkeys(file.keys(), single.name)
         else:
-            raise ValueError(f"{self.folder}: no safetensors checkpoint; save the model once more with safe_serialization")
+            raise ValueError(f"{self.folder}: {NOT_SAFETENSORS}")
 
     @classmethod
     def of_files(cls, files: Iterable[Path]) -> Self:
@@ -100,9 +103,13 @@ class Checkpoint:
         packed = {f"{name}.{part}" for name in self._shapes for part in ("values", "bits")}
         return [name for name in self._files if name not in packed] + list(self._shapes)
 
+    def files(self) -> list[str]:
+        """Names of the files that hold the tensors, each once."""
+        return sorted(set(self._files.values()))
+
     def identity(self) -> str:
         """Changes when a file is written anew; nothing is read for it."""
-        files = sorted({self.folder / name for name in self._files.values()})
+        files = [self.folder / name for name in self.files()]
         return f"{self.folder.resolve()} {[(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]}"
 
     def by_file(self) -> list[list[str]]:

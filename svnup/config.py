@@ -223,6 +223,11 @@ class Job:
         with blame("model"):
             return self.model.skeleton()
 
+    def load(self, scratch: Path | None = None) -> LanguageModel:
+        """The model, with its blocks where they wait; raises ValueError with the key at fault."""
+        with blame("model", ("offload",)):
+            return self.model.load(self.offload, scratch)
+
     def check_texts(self) -> None:
         """Read every text and task, before any weight is loaded; raises ValueError with the key at fault."""
         with blame("model"):
@@ -697,7 +702,7 @@ def explain(error: Exception, overrides: list[str]) -> str:
         group, _, option = str(error.missing_cfg_file).partition("/")  # which may itself be a path
         if group == "hydra":
             group, _, option = str(error.missing_cfg_file).rpartition("/")
-        if group == "model" and (Path(option).expanduser().is_dir() or "/" in option):
+        if group == "model" and (Path(option).is_dir() or "/" in option):
             way = f"model=pretrained model.pretrained_model_name_or_path={option}"
             return f"model={option}: no option of the group; a folder or a hub model is {way}"
         options = [o for o in error.options or [] if not o.startswith("_")]
@@ -714,6 +719,11 @@ def explain(error: Exception, overrides: list[str]) -> str:
         full = re.search(r"full_key: (\S+)", text)
         key = unknown[1] if "." in unknown[1] or not full else full[1]
         given = next((o for o in overrides if o.lstrip("+~").startswith(f"{key}=")), key)
+        if key in GROUPS:
+            return f"{given}: a group, no value; choose an option of it by name, {key}=..., and its own by {key}.<name>=..."
+        if named := re.match(r"evaluation\.datasets\.(\w+)\.", key):
+            plus = "" if named[1] == "test" else "+"
+            return f"{given}: no data set is called {named[1]}; add {plus}dataset@evaluation.datasets.{named[1]}=text_file"
         return f"{given}: there is no such key{_nearest_key(key, _known_keys(overrides)) or '; svnup --cfg job shows all'}"
     value = re.search(r"Value '([^']*)' (.*?) full_key: (\S+)", text)
     if value:

@@ -40,6 +40,7 @@ from svnup.blocks import (
     with_hidden,
 )
 from svnup.checkpoint import Tensors, in_place, is_bitmask, write_bitmask, write_dense
+from svnup.files import at_home
 from svnup.loading import Loader, auto_class, outline, quiet_unless_terminal
 from svnup.offload import DiskShelf, HostShelf, Shelf
 from svnup.progress import stage
@@ -169,8 +170,9 @@ class LanguageModel:
 
         Raises ValueError where the checkpoint cannot be loaded, or is not the whole of the model.
         """
+        name = pretrained_model_name_or_path
         loader = Loader(
-            source=pretrained_model_name_or_path,
+            source=str(at_home("pretrained_model_name_or_path", name)) if name.startswith("~") else name,
             revision=revision,
             trust_remote_code=trust_remote_code,
             dtype=dtype,
@@ -451,7 +453,7 @@ class LanguageModel:
                 (partial / name).write_bytes(data)
 
         with quiet_unless_terminal():
-            in_place(Path(folder), fill_folder)
+            in_place(at_home("folder", folder), fill_folder)
 
     # -- running it
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +33,8 @@ from transformers import (
     GenerationConfig,
     GgufConfig,
     PreTrainedModel,
+    __version__,
+    modeling_gguf_pytorch_utils,
 )
 from transformers.core_model_loading import (
     WeightConverter,
@@ -43,14 +47,26 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from svnup.checkpoint import POINTS_ELSEWHERE, Checkpoint, StoredTensor, Tensors, is_bitmask, is_pointer
+from svnup.checkpoint import (
+    INDEX,
+    NOT_SAFETENSORS,
+    POINTS_ELSEWHERE,
+    Checkpoint,
+    StoredTensor,
+    Tensors,
+    is_bitmask,
+    is_pointer,
+)
+from svnup.files import means_folder
+from svnup.model import NO_FOLDER
 
 logger = logging.getLogger(__name__)
 KEY = "pretrained_model_name_or_path"
 COMPANIONS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
+WRITTEN_IN_JSON = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", INDEX}
 SHOWN = 3  # names in a message
 LONGEST_REASON = 300  # characters
-NOT_SAFETENSORS = "no safetensors checkpoint; save the model once more with safe_serialization, or use offload=none"
+WAY_OUT = f"copy its files again, or, where they are whole, try another version of transformers than {__version__}"
 
 
 @contextlib.contextmanager
@@ -64,14 +80,23 @@ def readable(name: str, what: str, gguf_file: str | None = None) -> Iterator[Non
     except (MemoryError, torch.OutOfMemoryError, _Outlined):
         raise
     except Exception as error:
-        given = f"{KEY}={name}" if gguf_file is None else f"gguf_file={gguf_file}"
+        given = _option(name, gguf_file)
+        if isinstance(error, ValueError) and str(error).startswith((f"{given}: ", "offload=")):  # said already
+            raise
+        if means_folder(name) and not Path(name).exists():
+            raise ValueError(f"{KEY}={name}: {NO_FOLDER}") from error
         if gguf_file is None and (damage := _damage(Path(name))) is not None:
             raise ValueError(f"{given}: {damage}") from error
         reason = " ".join(f"{error}".split()) or "no reason given"
         if not isinstance(error, (ValueError, OSError, ImportError)):
             reason = f"{type(error).__name__}: {reason}"
         reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
-        raise ValueError(f"{given}: {what}: {reason}") from error
+        told = isinstance(error, ImportError) or "; " in reason or not Path(name).exists()
+        raise ValueError(f"{given}: {what}: {reason}{'' if told else f'; {WAY_OUT}'}") from error
+
+
+def _option(name: str, gguf_file: str | None) -> str:
+    return f"{KEY}={name}" if gguf_file is None else f"gguf_file={gguf_file}"
 
 
 def _damage(folder: Path) -> str | None:
@@ -81,9 +106,18 @@ def _damage(folder: Path) -> str | None:
         if is_pointer(path):
             return f"{path.name} {POINTS_ELSEWHERE}"
     try:
+        for path in files:
+            if path.name in WRITTEN_IN_JSON:
+                json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{path.name} is not JSON ({error}); copy it again"
+    try:
         Checkpoint.of_files([p for p in files if p.suffix == ".safetensors"])
+        named = Checkpoint(folder).files() if (folder / INDEX).is_file() else []
     except ValueError as error:
         return str(error).removeprefix(f"{folder}/")
+    if absent := [file for file in named if not (folder / file).is_file()]:
+        return f"{absent[0]} is named in {INDEX} and not there; copy the checkpoint again"
     return None
 
 
@@ -195,6 +229,7 @@ class Loader:
         with quiet_unless_terminal(), readable(self.source, "cannot be loaded", self.gguf_file):
             model, info = self._from_pretrained(tensors)
         self._refuse(info)
+        self._tell_left_out(info)
         return model
 
     def check(self) -> None:
@@ -216,6 +251,7 @@ class Loader:
         with quiet_unless_terminal(), readable(self.source, "cannot be loaded", self.gguf_file), _loading(left.load):
             model, info = self._from_pretrained(tensors)
         self._refuse(info)
+        self._tell_left_out(info)
         left.check(model)
 
         def read(index: int) -> Tensors:
@@ -252,8 +288,8 @@ class Loader:
         return model, info
 
     def _refuse(self, info: dict[str, Any]) -> None:
-        """Raise ValueError where the weights are not those of the model; log what it has no place for."""
-        where = f"{KEY}={self.source}" if self.gguf_file is None else f"gguf_file={self.gguf_file}"
+        """Raise ValueError where the weights are not those of the model."""
+        where = self._given
         if missing := info["missing_keys"]:
             raise ValueError(
                 f"{where}: the checkpoint lacks {_some(missing)}, which the model needs; copy it again, or give the causal "
@@ -275,7 +311,15 @@ class Loader:
                 f"{where}: the checkpoint has {_some(dropped)}, for which the model that config.json describes has no place; "
                 "take both from the same model"
             )
-        logger.warning("%s: the checkpoint's %s is no part of the language model, and left out", where, _some(unexpected))
+
+    def _tell_left_out(self, info: dict[str, Any]) -> None:
+        if left := info["unexpected_keys"]:
+            logger.warning("%s: the checkpoint's %s is no part of the language model, and left out", self._given, _some(left))
+
+    @property
+    def _given(self) -> str:
+        """The option that names what is read."""
+        return _option(self.source, self.gguf_file)
 
 
 def dequantized_from(config: Any) -> dict[str, Any] | None:
@@ -451,6 +495,16 @@ def _no_progress_bar() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_unless_terminal() -> Iterator[None]:
-    """Keep the library's progress bars out of logs."""
-    with contextlib.nullcontext() if sys.stderr.isatty() else _no_progress_bar():
+    """Keep the library's progress bars, and its reports of many lines, out of logs; here is one line of what they say."""
+    if sys.stderr.isatty():
         yield
+        return
+    verbosity, bar = transformers_logging.get_verbosity(), modeling_gguf_pytorch_utils.tqdm
+    transformers_logging.set_verbosity_error()
+    modeling_gguf_pytorch_utils.tqdm = functools.partial(bar, disable=True)  # one that heeds no setting of the library
+    try:
+        with _no_progress_bar():
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        modeling_gguf_pytorch_utils.tqdm = bar

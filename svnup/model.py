@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from svnup import smollm2
+from svnup.files import means_folder
 
 if TYPE_CHECKING:
     from svnup.language_model import LanguageModel
@@ -25,6 +26,7 @@ BUILT_IN_FOLDER = Path(__file__).parent / "assets" / "tiny"
 SHIPPED = {BUILT_IN: BUILT_IN_FOLDER, BUILT_IN_OPT: BUILT_IN_FOLDER.with_name("tiny_opt")}
 FETCHED = {smollm2.NAME: smollm2.COMMAND}  # what brings a model to the user's cache, once
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+NO_FOLDER = "there is no such folder; give a checkpoint folder or a hub name (organisation/name)"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -148,10 +150,9 @@ class Pretrained:
 
     @property
     def _is_local(self) -> bool:
-        """A folder, or something that can only be meant as one: hub names are `name` or `organisation/name`."""
+        """Whether it is a folder, or can only be meant as one."""
         given = self.pretrained_model_name_or_path
-        looks_local = given.startswith((".", "/", "~")) or given.count("/") > 1
-        return own_folder(given) is not None or looks_local or Path(given).expanduser().exists()
+        return own_folder(given) is not None or means_folder(given) or Path(given).exists()
 
     @cached_property
     def _config_file(self) -> Path:
@@ -165,9 +166,7 @@ class Pretrained:
             if command is not None and not (folder / "config.json").is_file():
                 raise ValueError(f"{given}: not in {folder} yet; run {command}, which brings it in about two minutes")
             if not folder.is_dir():
-                raise ValueError(
-                    f"{given}: there is no such folder; give a checkpoint folder or a hub name (organisation/name)"
-                )
+                raise ValueError(f"{given}: {NO_FOLDER}")
             if not (folder / name).is_file():
                 there = sorted(path.name for path in folder.glob("*.gguf"))
                 if self.gguf_file is not None:
@@ -196,7 +195,10 @@ class Pretrained:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{wrong} is not JSON ({error}); copy it again") from None
+            from svnup.checkpoint import POINTS_ELSEWHERE, is_pointer
+
+            what = POINTS_ELSEWHERE if is_pointer(path) else f"is not JSON ({error}); copy it again"
+            raise ValueError(f"{wrong} {what}") from None
         if not isinstance(config, dict):
             raise ValueError(f"{wrong} is no object of names and values; copy it again")
         return config
@@ -207,11 +209,12 @@ class Pretrained:
         if type(config.get(usual)) is int and config[usual] > 0 and not any(key.endswith("_config") for key in config):
             return int(config[usual])  # at once: importing transformers, which knows all other names, takes seconds
         depth = getattr(self._loader.config.get_text_config(), usual, None)
-        if depth is None:
+        if not isinstance(depth, int) or depth < 1:
             raise ValueError(
-                f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: config.json names no number of layers"
+                f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: {usual}={depth} in config.json is no "
+                "number of blocks; copy it again, or give another model"
             )
-        return int(depth)
+        return depth
 
     def check_offload(self, offload: Offload) -> None:
         """Raise ValueError where blocks cannot wait there."""
@@ -232,7 +235,12 @@ class Pretrained:
         if offload == "disk" and self._is_local:
             from svnup.checkpoint import Checkpoint
 
-            Checkpoint(self._config_file.parent)
+            folder = self._config_file.parent
+            try:
+                Checkpoint(folder)
+            except ValueError as error:
+                reason = str(error).removeprefix(f"{folder}/").removeprefix(f"{folder}: ")
+                raise ValueError(f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: {reason}") from error
 
     def check_device(self) -> None:
         """Raise ValueError where the device is not there."""

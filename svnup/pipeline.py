@@ -37,7 +37,7 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     `folder` takes the model, if it is saved; `blank` is the row of the job as it started, which the result completes.
     """
     ended = Stages()
-    lm = job.model.load(job.offload, folder / SCRATCH)
+    lm = job.load(folder / SCRATCH)
     tokens = job.tokens()
     ended("load", lm.device)
     logger.info("%s: %d blocks, %s prunable weights, on %s", job.name, lm.n_blocks, f"{lm.block_params.sum():,}", lm.device)
@@ -127,7 +127,7 @@ def held_out_loss(job: Job, lm: LanguageModel, tokens: Ints) -> HeldOutLoss:
 def run_shard(job: Job) -> int:
     """Evaluate one shard of the job's coalitions into the cache, for a job without a shard to use; returns how many are new."""
     assert job.shapley is not None
-    lm = job.model.load(job.offload)
+    lm = job.load()
     game = job.shapley.play(lm, stand_ins(job, lm), job.cache_dir)
     game(job.shapley.part(lm.n_blocks))
     return game.n_evaluations

@@ -444,6 +444,8 @@ def outcome(place: Path, target: str, whole: Path, arguments: list[str], monkeyp
         return "a traceback"
     if code == 2:
         told = len(lines) == 1 and err.getvalue().rstrip("\n").endswith(lines[0])
+        if lines and "pretrained_model" in lines[0] and lines[0].count("model.pretrained_model_name_or_path=") != 1:
+            return f"the key is not told once: {lines[0]}"
         return f"refused: {lines[0].removeprefix('svnup: ')}" if told else f"refused without a line: {err.getvalue()[-200:]!r}"
     if code:
         return f"exit code {code}"

@@ -92,9 +92,10 @@ def source(tmp_path_factory):
     return folder, lm
 
 
-def test_a_gguf_file_is_the_model_that_it_was_made_of(source, tokens, tmp_path):
+def test_a_gguf_file_is_the_model_that_it_was_made_of(source, tokens, tmp_path, capsys):
     folder, lm = source
     loaded = LanguageModel.load(str(folder), gguf_file="small.Q8_0.gguf", device="cpu")
+    assert capsys.readouterr().err == ""  # no progress bar where stderr is no terminal
     assert np.array_equal(loaded.nll(tokens), lm.nll(tokens))
     own = LanguageModel.load(str(BUILT_IN_FOLDER), device="cpu").tokenizer
     assert loaded.tokenizer("def read(path):").input_ids == own("def read(path):").input_ids

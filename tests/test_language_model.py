@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,9 +250,19 @@ def test_saved_models_come_back_to_the_same_logits(random_model, tmp_path, token
     assert {p.suffix for p in (tmp_path / "model").iterdir()} <= {".json", ".safetensors"}
 
 
-def test_models_that_are_not_there(tmp_path):
-    with pytest.raises(ValueError, match="cannot be loaded"):
-        LanguageModel.load(str(tmp_path / "nothing"))
+@pytest.mark.parametrize("tokenizer", [None, object()])
+@pytest.mark.parametrize("name", ["{here}/nothing", "./nothing", "~/no/such/model"])
+def test_models_that_are_not_there(name, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"(nothing|no/such/model): there is no such folder; give a checkpoint folder"):
+        LanguageModel.load(name.format(here=tmp_path), tokenizer=tokenizer)
+    assert not Path("~").exists()
+
+
+def test_the_home_folder_is_written_as_elsewhere(random_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lm = random_model(2)
+    lm.save("~/model")
+    assert LanguageModel.load("~/model", device="cpu").fingerprint() == lm.fingerprint()
 
 
 def test_random_weights_come_from_the_seed_and_leave_the_generator_alone():

@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     FineGrainedFP8Config,
 )
+from transformers.utils import logging as transformers_logging
 
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
@@ -288,11 +289,19 @@ def test_eight_bits_are_plain_weights_once_they_are_read(tmp_path):
     assert lm.fingerprint() == disk.fingerprint()
 
 
-def test_what_is_left_out_is_told(tmp_path, caplog):
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_left_out_is_told_in_one_line(way, tmp_path, caplog, monkeypatch):
+    """Of ours alone: the library has a report of many lines, for people at a terminal."""
     a_head_for_later_tokens("llama", tmp_path / "m")
-    with caplog.at_level(logging.WARNING, "svnup"):
-        load(tmp_path / "m")
-    assert "mtp.layers.0.proj.weight, v_head.bias is no part of the language model" in caplog.text
+    monkeypatch.setattr(transformers_logging.get_logger(), "propagate", True)  # to caplog
+    Loader(source=str(tmp_path / "m")).check()
+    with caplog.at_level(logging.WARNING):
+        load(tmp_path / "m", way)
+    (record,) = caplog.records
+    assert record.name == "svnup.loading"
+    assert "mtp.layers.0.proj.weight, v_head.bias is no part of the language model" in record.message
+    assert "\n" not in record.message
+    assert transformers_logging.get_verbosity() == logging.WARNING
 
 
 def test_pickled_checkpoints_are_read_whole_alone(tmp_path):
@@ -362,14 +371,16 @@ def test_damage_is_one_line_that_names_what_is_wrong(case, tmp_path):
         assert len(str(error.value).splitlines()) == 1
         assert len(str(error.value)) < 700
         assert str(error.value).startswith(("pretrained_model_name_or_path=", "model_type="))
+        assert str(error.value).count("pretrained_model_name_or_path=") <= 1
 
 
 CONFIGURED = {
     "a list": (lambda f: (f / "config.json").write_text("[1]"), "no object of names and values"),
-    "layers in words": (lambda f: edit_json(f, num_hidden_layers="twelve"), "num_hidden_layers='twelve'"),
+    "a pointer": (lambda f: (f / "config.json").write_bytes(POINTS), "git lfs pull"),
+    "layers in words": (lambda f: edit_json(f, num_hidden_layers="twelve"), "'num_hidden_layers'"),
     "no layers": (lambda f: edit_json(f, num_hidden_layers=0), "num_hidden_layers=0"),
-    "positions in words": (lambda f: edit_json(f, max_position_embeddings="many"), "max_position_embeddings='many'"),
-    "a part that is none": (lambda f: edit_json(f, text_config="text"), "no object of names and values"),
+    "positions in words": (lambda f: edit_json(f, max_position_embeddings="many"), "'max_position_embeddings'"),
+    "a part that is none": (lambda f: edit_json(f, text_config="text"), "num_hidden_layers=None in config.json"),
     "another width": (lambda f: edit_json(f, intermediate_size=160), "and so differ"),
     "a layer less": (lambda f: edit_json(f, num_hidden_layers=2), "has model.layers.2"),
     "weights cut": (lambda f: cut(f / "model.safetensors"), "copy the checkpoint again"),

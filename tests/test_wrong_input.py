@@ -167,6 +167,18 @@ CONFIG_ALONE = {
         ["dataset@evaluation.datasets.mine=docs"],
         ["dataset@evaluation.datasets.mine=docs", "put a + before it"],
     ),
+    "an evaluation text by its path alone": (
+        ["evaluation.datasets.test.path=my.txt"],
+        ["evaluation.datasets.test.path=my.txt", "add dataset@evaluation.datasets.test=text_file"],
+    ),
+    "a second evaluation text by its path alone": (
+        ["evaluation.datasets.news.path=my.txt"],
+        ["no data set is called news", "add +dataset@evaluation.datasets.news=text_file"],
+    ),
+    "a node for a group": (
+        ["pruner={_target_: my.Pruner, size: 3}"],
+        ["pruner={_target_: my.Pruner, size: 3}: a group", "by name, pruner=..."],
+    ),
     "evaluation texts as a list and by name": (
         ["dataset@evaluation.datasets.test=docs", "evaluation.datasets=[docs]"],
         ["evaluation.datasets:", "in one way"],
@@ -352,10 +364,8 @@ def test_offload_of_checkpoints(capsys, monkeypatch, tmp_path):
     assert "copy the checkpoint again" in line
 
 
-def test_a_checkpoint_without_a_tokenizer(capsys, monkeypatch, tmp_path):
-    shape = {"num_hidden_layers": 5, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "config.json").write_text(json.dumps({"model_type": "llama", **shape}))
+def test_a_checkpoint_without_a_tokenizer(capsys, monkeypatch, random_model, tmp_path):
+    random_model(5).model.save_pretrained(tmp_path / "bare")
     line = refused(capsys, monkeypatch, *local("./bare"))
     assert "bare" in line
     assert "tokenizer" in line
