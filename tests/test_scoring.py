@@ -359,7 +359,7 @@ def test_influence_makes_budgets_of_sublayers(svnup):
     assert "linears" not in coarse["profile"]
     assert fine["sparsity"]["actual"] == pytest.approx(0.7, abs=1e-3)
     names = [describe(ResultRow.from_json(json.dumps(row)))["allocator"] for row in (fine, coarse)]
-    assert names == ["blockinfluence (log, lam=0.15, sublayer)", "blockinfluence (log, lam=0.15)"]
+    assert names == ["blockinfluencesublayers (log, lam=0.15)", "blockinfluence (log, lam=0.15)"]
 
 
 def test_amplitudes_of_sublayers_are_tuned(svnup):
