@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from svnup.allocation import (
     in_steps,
     to_budget,
 )
-from svnup.data import TokenSource
 from svnup.types import UNSTRUCTURED, BlockScores, Floats, Granularity, Ints, Players, SparsityProfile, parse_pattern
 
 MOVES = 3  # the most in one mutation, as in EvoPress
@@ -235,7 +234,7 @@ class ShapleyMargins:
     2410.14649).
     """
 
-    data: TokenSource
+    data: Annotated[Any, "text"]  # a svnup.data.TokenSource
     rounds: int = 6
     step: float = 0.05
     delta: float = 0.05
@@ -260,6 +259,7 @@ class ShapleyMargins:
                 raise ValueError(f"{name}={getattr(self, name)}: a difference of sparsities; choose one above 0, at most 1")
 
     def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
+        check_pattern(sparsity, pattern, self.uniform_only)
         if pattern != UNSTRUCTURED:
             raise ValueError(
                 f"pattern={pattern}: rounds move budgets by less than its steps; use allocator=shapley, or pattern=unstructured"

@@ -68,7 +68,8 @@ class HeldOutLoss:
         self._targets: set[float] = set()
         self._kinds: set[str] = set()  # of device, on which losses were measured
         self._n_new, self._seconds = 0, 0.0
-        self._n_calibration, self._n_selection, self._n_payoff = 0, 0.0, 0  # block-forwards
+        self._n_calibration, self._n_selection = 0, 0.0  # block-forwards
+        self._n_payoff = 0  # sequences through a backward pass
 
     @cached_property
     def _tokens(self) -> Ints:
@@ -144,7 +145,7 @@ class HeldOutLoss:
         if not all(one in self._memo.values for one in names):
             present, absent = (partial(self._in_advance.block, profile=self._divide(p)) for p in (denser, sparser))
             found = marginal_values(self._lm, present, absent, tokens, self._kind, nodes)
-            self._n_payoff += self._lm.n_blocks * len(tokens) * nodes
+            self._n_payoff += len(tokens) * nodes
             for one, (index, linears) in zip(names, parts, strict=True):
                 self._memo.add(one, sum(found[index, linear] for linear in linears))
         values = np.array([self._memo.values[one] for one in names])

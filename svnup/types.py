@@ -39,7 +39,7 @@ PLACES = ("datasets_dir",)  # of any node: where its files lie, which by themsel
 # the name that a class had first, so a line here is all that a move or a better name takes.
 MOVED: dict[str, str] = {}
 
-KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")  # of a run, which its folder and files are named by
+KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # of a run, which its folder and files are named by
 
 LOCAL_COPY = "@sha256:"  # in a fingerprint: between the name of a data set of the hub and the content of the copy that was read
 

@@ -23,7 +23,7 @@ ONLY_IN = {
     "matplotlib": {"plots"},
     "datasets": {"data", "assets/tasks/docs_cloze"},
     "shapiq": {"shapley/library"},
-    "gguf": {"model"},
+    "gguf": {"model", "smollm2"},
     "triton": {"pruning/column_block_triton"},  # itself imported lazily
 }
 LAZY = {"wandb", "lm_eval", "matplotlib", "datasets", "shapiq", "gguf"}

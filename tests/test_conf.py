@@ -119,7 +119,7 @@ def test_small_real_models_read_the_texts_of_the_field_in_short_windows(model):
     assert cfg["model"]["pretrained_model_name_or_path"] == SMOLLM2[model]
     assert cfg["dataset"]["_target_"] == cfg["selection"]["_target_"] == cfg["shapley"]["game"]["data"]["_target_"]
     assert cfg["dataset"]["_target_"] == "svnup.data.C4"
-    assert cfg["evaluation"]["datasets"] == ["wikitext2"]
+    assert (cfg["evaluation"]["datasets"], cfg["model"]["test_text"]) == (None, "wikitext2")
     assert {cfg[part]["seq_len"] for part in ("model", "dataset", "selection", "evaluation")} == {512}
 
 

@@ -167,7 +167,7 @@ def test_result_json_holds_everything(twice):
     made = row["provenance"]
     assert {"git", "dirty", "versions", "hardware", "overrides", "command", "seed"} <= set(made)
     assert made["overrides"] == [*JOB, *HERE]
-    assert made["command"] == " ".join(["svnup", *JOB, *HERE])
+    assert made["command"] == " ".join(["python -m svnup", *JOB, *HERE])
     assert made["seed"] == 0
     assert {"python", "svnup", "torch", "transformers"} <= set(made["versions"])
     assert made["hardware"]["cores"] >= 1

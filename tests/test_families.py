@@ -19,7 +19,8 @@ from svnup.__main__ import main
 from svnup.allocation import ScoreBudget
 from svnup.data import Docs
 from svnup.game import LayerGame
-from svnup.language_model import LanguageModel, make_config, matrix, read_tokenizer
+from svnup.language_model import LanguageModel, make_config, matrix
+from svnup.loading import read_tokenizer
 from svnup.model import BUILT_IN_FOLDER
 from svnup.pruning import prune_model
 from svnup.pruning.masks import n_zeros

@@ -618,12 +618,16 @@ def test_a_look_at_the_inputs_ends_where_the_last_linear_is_called(random_model,
     profile = SparsityProfile(np.full(2, 0.5), random_model(2).block_params, 0.5)
     runs: list[int] = []
 
+    def forget(inputs: Inputs) -> None:
+        inputs._current.clear()
+        inputs._calls = 0
+
     def pruned(whole_runs: bool) -> dict[str, torch.Tensor]:
         lm = random_model(2)
         lm.blocks[0].mlp.down_proj.register_forward_hook(lambda *_: runs.append(0))
         with monkeypatch.context() as patch:
             if whole_runs:  # as if the outputs were wanted
-                patch.setattr(Inputs, "_next_batch", lambda self: (self._current.clear(), setattr(self, "_calls", 0)))
+                patch.setattr(Inputs, "_next_batch", forget)
             prune_model(lm, profile, SparseGPT(), tokens)
         return lm.model.state_dict()
 

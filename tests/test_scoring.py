@@ -253,7 +253,7 @@ def rows():
     ]
 
 
-WITHOUT_SCORES = {"uniform", "atp", "search", "curves"}
+WITHOUT_SCORES = {"uniform", "atp", "search", "curves", "shapley_margins"}
 READ_INPUTS = {"owl", "owl_nm", "dlp", "block_influence"}
 SHAPLEY = {"shapley", "shapley_rounds", "shapley_sublayers", "leave_one_out", "random", "reversed"}
 

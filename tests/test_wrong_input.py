@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from cli import SMALL, SMALL_W2
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from svnup.__main__ import main
 from svnup.model import BUILT_IN_FOLDER
@@ -81,7 +82,7 @@ CONFIG_ALONE = {
     "sparsity in percent": (["sparsity=70"], ["sparsity=70", "[0, 1)", "did you mean sparsity=0.7?"]),
     "sparsity 1": (["sparsity=1"], ["sparsity=1", "[0, 1)"]),
     "sparsity negative": (["sparsity=-0.1"], ["sparsity=-0.1", "[0, 1)"]),
-    "sparsity nan": (["sparsity=nan"], ["sparsity=nan", "[0, 1)"]),
+    "sparsity nan": (["sparsity=nan"], ["sparsity=nan", "finite number"]),
     "sparsity not a number": (["sparsity=much"], ["sparsity=much", "right type"]),
     "lower bound above": (["allocator.lower=0.8"], ["allocator.lower=0.8", "sparsity=0.7", "widen the bounds"]),
     "upper bound below": (["allocator.upper=0.6"], ["upper=0.6", "sparsity=0.7", "widen the bounds"]),
@@ -374,12 +375,12 @@ def test_a_checkpoint_without_a_tokenizer(capsys, monkeypatch, random_model, tmp
 VOCABULARY = {"vocab_size": 2048, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1, "start_token_id": 0}
 
 
-def shape_alone(folder: Path, model_type: str, **shape: object) -> list[str]:
-    """A checkpoint folder with the built-in tokenizer and a config.json: without weights, so what is told of it needs none."""
-    folder.mkdir()
+def of_shape(folder: Path, model_type: str, **shape: object) -> list[str]:
+    """A checkpoint of random weights with the built-in tokenizer, in a folder."""
+    config = AutoConfig.for_model(model_type, **VOCABULARY | shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for file in BUILT_IN_FOLDER.glob("tokenizer*"):
         shutil.copy(file, folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type, **VOCABULARY} | shape))
     return [*local(f"./{folder.name}"), "model.seq_len=32", "allocator=uniform", "pruner=magnitude"]
 
 
@@ -394,7 +395,7 @@ def shape_alone(folder: Path, model_type: str, **shape: object) -> list[str]:
     ],
 )
 def test_positions_are_known_by_whatever_name_a_family_has_for_them(model_type, shape, said, capsys, monkeypatch, tmp_path):
-    args = shape_alone(tmp_path / "shape", model_type, **shape)
+    args = of_shape(tmp_path / "shape", model_type, **shape)
     if said is not None:
         line = refused(capsys, monkeypatch, *args)
         assert line.startswith("svnup: evaluation.seq_len=32: ")
@@ -409,7 +410,7 @@ def test_widths_that_differ_between_blocks(capsys, monkeypatch, tmp_path):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_kv_shared_layers": 0}
     sizes = {"hidden_size": 32, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 2048, "laurel_rank": 4}
     kinds = {"layer_types": ["full_attention"] * 2, "altup_num_inputs": 4}
-    args = shape_alone(tmp_path / "shape", "gemma3n_text", **widths, **heads, **sizes, **kinds)
+    args = of_shape(tmp_path / "shape", "gemma3n_text", **widths, **heads, **sizes, **kinds)
     line = refused(capsys, monkeypatch, *args, "pattern='2:4'", "sparsity=0.5")
     assert "pattern=2:4" in line
     assert "the 66 inputs of block 1, mlp.down_proj" in line
@@ -417,7 +418,7 @@ def test_widths_that_differ_between_blocks(capsys, monkeypatch, tmp_path):
 
 def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings(capsys, monkeypatch, tmp_path):
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    line = refused(capsys, monkeypatch, *shape_alone(tmp_path / "shape", "llama", **shape, vocab_size=1000))
+    line = refused(capsys, monkeypatch, *of_shape(tmp_path / "shape", "llama", **shape, vocab_size=1000))
     assert re.search(r"model=\./shape: its tokenizer gives token [12]\d{3} in the text of evaluation\.datasets", line)
     assert "the model has 1000 embeddings; use the tokenizer that" in line
 

@@ -478,7 +478,7 @@ def test_data_sets_of_tasks_lie_below_any_folder(hub_copies, lm, monkeypatch, tm
     there = ZeroShot(tasks=tasks, datasets_dir=str(hub_copies))
     assert there.run(lm) == here
     with pytest.raises(ValueError, match=r"^tasks=boolq: cannot be loaded .*below datasets_dir"):
-        ZeroShot(tasks=tasks, datasets_dir=str(hub_copies), num_fewshot=1).check()
+        ZeroShot(tasks=tasks, datasets_dir=str(hub_copies), num_fewshot=1).check(lm, lm.tokenizer)
 
 
 def test_a_limit_is_in_the_protocol_of_the_mean(hub_copies, lm):

@@ -11,6 +11,7 @@ has neither an interval nor a test.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import statistics
@@ -131,7 +132,8 @@ def report(board: Board) -> str:
     return "\n".join(text) + "\n"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     (TABLES / "comparisons.md").write_text(report(read()), encoding="utf-8")
 
 
