@@ -110,7 +110,7 @@ def _damage(folder: Path) -> str | None:
             if path.name in WRITTEN_IN_JSON:
                 json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        return f"{path.name} is not JSON ({error}); copy it again"
+        return f"{path.name} cannot be read as JSON ({error}); copy it again"
     try:
         Checkpoint.of_files([p for p in files if p.suffix == ".safetensors"])
         named = Checkpoint(folder).files() if (folder / INDEX).is_file() else []

@@ -194,6 +194,8 @@ class Pretrained:
         wrong = f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: its config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"{wrong} cannot be read ({error}); see to its permissions, or copy it again") from None
         except ValueError as error:
             from svnup.checkpoint import POINTS_ELSEWHERE, is_pointer
 
