@@ -43,11 +43,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from svnup.checkpoint import POINTS_ELSEWHERE, Checkpoint, StoredTensor, Tensors, is_bitmask, is_pointer
+from svnup.checkpoint import INDEX, POINTS_ELSEWHERE, Checkpoint, StoredTensor, Tensors, files_of_index, is_bitmask, is_pointer
 
 logger = logging.getLogger(__name__)
 KEY = "pretrained_model_name_or_path"
 COMPANIONS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
+INDEXES = (INDEX, "pytorch_model.bin.index.json")
 SHOWN = 3  # names in a message
 LONGEST_REASON = 300  # characters
 NOT_SAFETENSORS = "no safetensors checkpoint; save the model once more with safe_serialization, or use offload=none"
@@ -241,6 +242,8 @@ class Loader:
         if self.gguf_file is not None:
             known |= {"gguf_file": self.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
         if tensors is None:
+            for index in filter(Path.is_file, (Path(self.source) / name for name in INDEXES)):
+                files_of_index(index)  # which transformers would follow out of the folder
             remote = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
             model, info = auto_class(self.config).from_pretrained(self.source, config=self.config, **remote, **known, **options)
         else:
