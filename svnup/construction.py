@@ -261,7 +261,8 @@ def type_complaint(value: Any, hint: Any) -> str | None:
     if origin is list:
         if not isinstance(value, list):
             return "must be a list, such as [a,b]"
-        return next((f"its entry {entry} {wrong}" for entry in value if (wrong := type_complaint(entry, args[0]))), None)
+        complaints = ((entry, type_complaint(entry, args[0])) for entry in value)
+        return next((f"its entry {entry} {complaint}" for entry, complaint in complaints if complaint), None)
     return None
 
 

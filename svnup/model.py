@@ -44,8 +44,8 @@ def own_folder(name: str) -> Path | None:
 
 def _check_known(dense_ppl: list[dict[str, Any]]) -> None:
     for row in dense_ppl:
-        numbers = [row.get(key) for key in ("seq_len", "ppl")] if isinstance(row, dict) else []
-        if not numbers or not row.keys() >= set(KNOWN) or not all(type(n) in (int, float) and n > 0 for n in numbers):
+        told = isinstance(row, dict) and row.keys() >= set(KNOWN)
+        if not told or not all(type(row[key]) in (int, float) and row[key] > 0 for key in ("seq_len", "ppl")):
             raise ValueError(f"dense_ppl={row}: needs {', '.join(KNOWN)}, with a ppl above 0; or dense_ppl=[]")
 
 
