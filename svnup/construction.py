@@ -261,8 +261,9 @@ def type_complaint(value: Any, hint: Any) -> str | None:
     if origin is list:
         if not isinstance(value, list):
             return "must be a list, such as [a,b]"
-        complaints = ((entry, type_complaint(entry, args[0])) for entry in value)
-        return next((f"its entry {entry} {complaint}" for entry, complaint in complaints if complaint), None)
+        for entry in value:
+            if (complaint := type_complaint(entry, args[0])) is not None:
+                return f"its entry {entry} {complaint}"
     return None
 
 
