@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from svnup.data import C4, TEXTS, Docs, Role, TextFile, WikiText2
-from svnup.language_model import read_tokenizer
+from svnup.loading import read_tokenizer
 from svnup.model import BUILT_IN_FOLDER
 
 ROLES = get_args(Role)
