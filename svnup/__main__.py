@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
@@ -257,8 +258,10 @@ def _logging_to(path: Path) -> Iterator[None]:
 def _check_folder(key: str, folder: Path) -> None:
     """Refuse a folder that could not be made or written."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{key}={folder}: {there} is no folder that can be written; choose another")
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # rights do not tell of what is mounted read-only, or full
+    except OSError:
+        raise ValueError(f"{key}={folder}: {there} is no folder that can be written; choose another") from None
 
 
 def _say(text: str) -> None:

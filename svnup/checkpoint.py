@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterable
@@ -66,13 +68,13 @@ class Checkpoint:
         self._shapes: dict[str, list[int]] = {}  # of the matrices that are packed
         single, index = self.folder / "model.safetensors", self.folder / INDEX
         if is_bitmask(self.folder):
-            version, self._files, self._shapes = _read_json(self.folder / BITMASK, "version", "files", "shapes")
+            version, files, shapes = _read_json(self.folder / BITMASK, "version", "files", "shapes")
             if version != BITMASK_VERSION:
                 raise ValueError(f"{self.folder}: bitmask version {version}; this svnup reads {BITMASK_VERSION}")
+            self._files = _inside(self.folder / BITMASK, files)
+            self._shapes = self._shapes_of_packed(shapes)
         elif index.is_file():
-            (self._files,) = _read_json(index, "weight_map")
-            if not isinstance(self._files, dict) or not all(isinstance(file, str) for file in self._files.values()):
-                raise ValueError(f"{index}: its weight_map is no object of names and files; copy the checkpoint again")
+            self._files = files_of_index(index)
         elif single.is_file():
             with _opened(single) as file:
                 self._files = dict.fromkeys(file.keys(), single.name)
@@ -89,6 +91,18 @@ class Checkpoint:
             with _opened(path) as file:
                 checkpoint._files |= dict.fromkeys(file.keys(), path.name)
         return checkpoint
+
+    def _shapes_of_packed(self, shapes: Any) -> dict[str, list[int]]:
+        """Checked, so that none asks for memory that its bits, one a weight, do not account for."""
+        damaged = f"{self.folder / BITMASK}: is damaged"
+        if not isinstance(shapes, dict):
+            raise ValueError(f"{damaged}: its shapes are no object; copy the checkpoint again")
+        for name, shape in shapes.items():
+            if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+                raise ValueError(f"{damaged}: {name} has shape {shape}; copy the checkpoint again")
+            if lacking := next((part for part in ("values", "bits") if f"{name}.{part}" not in self._files), None):
+                raise ValueError(f"{damaged}: it names no file for {name}.{lacking}; copy the checkpoint again")
+        return shapes
 
     def stored(self) -> dict[str, StoredTensor]:
         """Every tensor by its name, to be read one at a time."""
@@ -153,11 +167,36 @@ class Checkpoint:
             raise ValueError(f"{self.folder}: cannot be read ({error}); copy the checkpoint again") from None
 
     def _unpacked(self, file: Any, name: str) -> Tensor:
-        values, shape = self._stored(file, f"{name}.values"), self._shapes[name]
-        keep = unpack(self._stored(file, f"{name}.bits"), shape)
+        values, bits, shape = self._stored(file, f"{name}.values"), self._stored(file, f"{name}.bits"), self._shapes[name]
+        if bits.dtype != torch.uint8 or bits.dim() != 1 or values.dim() != 1 or len(bits) != -(-math.prod(shape) // 8):
+            raise ValueError(f"{self.folder}: {name} is damaged: its bits are not those of shape {shape}; copy it again")
+        keep = unpack(bits, shape)
         if int(keep.sum()) != len(values):
             raise ValueError(f"{self.folder}: {name} is damaged: {int(keep.sum())} bits for {len(values)} values")
         return torch.zeros(shape, dtype=values.dtype).masked_scatter_(keep, values)
+
+
+def files_of_index(index: Path) -> dict[str, str]:
+    """The file of each tensor by a checkpoint's index; raises ValueError where one lies outside the index's folder."""
+    return _inside(index, *_read_json(index, "weight_map"))
+
+
+def _inside(index: Path, files: Any) -> dict[str, str]:
+    """The checked names of files by those of tensors: a checkpoint is its folder, and names nothing outside."""
+    if not isinstance(files, dict):
+        raise ValueError(f"{index}: does not name the file of each tensor; copy the checkpoint again")
+    for tensor, name in files.items():
+        if (
+            not isinstance(name, str)
+            or not name
+            or "\0" in name
+            or Path(name).is_absolute()
+            or ".." in re.split(r"[/\\]", name)
+        ):
+            raise ValueError(
+                f"{index}: says that {tensor} is in {name!r}, which is no file of its folder; copy the checkpoint again"
+            )
+    return files
 
 
 def is_pointer(path: Path) -> bool:
@@ -237,14 +276,17 @@ def expand(source: str | Path, target: str | Path) -> None:
 
 
 def in_place(folder: Path, fill: Callable[[Path], object]) -> None:
-    """Fill a folder that appears only when it is complete, in place of one that was there."""
+    """Fill a folder that appears only when it is complete, in place of one that was there; one that fails leaves nothing."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    fill(partial)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    try:
+        fill(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _opened(path: Path) -> Any:

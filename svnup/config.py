@@ -309,6 +309,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     with _blame_omegaconf():
         config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
     _refuse_unknown(config)
+    _refuse_removed(config)
     _check_groups(config)
     _check_values(config)
     _check_scalars(config)
@@ -591,6 +592,12 @@ def _refuse_unknown(config: dict[str, Any]) -> None:
         raise ValueError(f"{name}={config[name]}: there is no such key{did_you_mean(name, list(Schema.__annotations__))}")
 
 
+def _refuse_removed(config: dict[str, Any]) -> None:
+    """Keys that were taken away with ~ at the top."""
+    if gone := next((name for name in Schema.__annotations__ if name not in config), None):
+        raise ValueError(f"~{gone}: a job needs it; leave out ~{gone}, or give a value: {gone}=...")
+
+
 def _check_values(node: Any, key: str = "") -> None:
     """Refuse numbers that are not finite, and paths of unknown users, wherever they stand."""
     if isinstance(node, (dict, list)):
@@ -613,6 +620,9 @@ def _check_scalars(config: dict[str, Any]) -> None:
     for name, hint in typing.get_type_hints(Schema).items():
         if name not in GROUPS and (complaint := type_complaint(config[name], hint)):
             raise ValueError(f"{name}={config[name]}: {complaint}")
+    for name in ("results_dir", "cache_dir"):
+        if config[name] == "":
+            raise ValueError(f"{name}='': is empty; name a folder, or leave out {name}=")
     folder = config["datasets_dir"]
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise ValueError(f"datasets_dir={folder}: there is no such folder; name one with data sets in it, such as allenai/c4")

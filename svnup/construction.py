@@ -77,7 +77,8 @@ def check_node(node: Any, key: str, kind: Any) -> tuple[Any, dict[str, Any]]:
 def refuse_outside(config: Any, key: str = "") -> None:
     """Refuse a configuration that comes from a file of somebody else where it names code from outside svnup.
 
-    That is a `_target_` wherever it stands, the code of a checkpoint, or lm-eval tasks of one's own, whose yaml may call any.
+    That is a `_target_` wherever it stands, the code of a checkpoint, lm-eval tasks of one's own, whose yaml may call any, or
+    an attention kernel of the hub, which is code.
     Raises ValueError with the key and the value.
     """
     if isinstance(config, list):
@@ -91,7 +92,8 @@ def refuse_outside(config: Any, key: str = "") -> None:
         raise _untrusted(f"{key}._target_".lstrip("."), target)
     for name, value in config.items():
         where = f"{key}.{name}".lstrip(".")
-        if name in ("trust_remote_code", "include_path") and value:
+        kernel = name == "attn_implementation" and "/" in str(value)
+        if kernel or (name in ("trust_remote_code", "include_path") and value):
             raise _untrusted(where, value)
         refuse_outside(value, where)
 
@@ -256,8 +258,12 @@ def type_complaint(value: Any, hint: Any) -> str | None:
         accepted, text = kinds[hint]
         wrong = not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool)
         return text if wrong else None
-    if origin is list and not isinstance(value, list):
-        return "must be a list, such as [a,b]"
+    if origin is list:
+        if not isinstance(value, list):
+            return "must be a list, such as [a,b]"
+        for entry in value:
+            if (complaint := type_complaint(entry, args[0])) is not None:
+                return f"its entry {entry} {complaint}"
     return None
 
 

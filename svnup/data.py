@@ -286,9 +286,13 @@ def _encode(tokenizer: Any, text: str) -> Ints:
 
 
 def _load(source: WikiText2 | C4, *args: Any, **kwargs: Any) -> Any:
+    copy = local_copy(source.path, source.datasets_dir) if source.path else None
+    if copy is None and source.path.count("/") != 1:  # a lone word would choose one of the library's own readers
+        raise ValueError(
+            f"path={source.path}: no such folder, and no name on the hub; give organisation/name, as {type(source).path}"
+        )
     import datasets  # a second that only these sources pay
 
-    copy = local_copy(source.path, source.datasets_dir)
     try:
         return datasets.load_dataset(str(copy or source.path), *args, revision=source.revision, **kwargs)
     except (OSError, ValueError) as error:

@@ -54,6 +54,7 @@ from svnup.checkpoint import (
     Checkpoint,
     StoredTensor,
     Tensors,
+    files_of_index,
     is_bitmask,
     is_pointer,
 )
@@ -64,6 +65,7 @@ logger = logging.getLogger(__name__)
 KEY = "pretrained_model_name_or_path"
 COMPANIONS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
 WRITTEN_IN_JSON = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", INDEX}
+INDEXES = (INDEX, "pytorch_model.bin.index.json")
 SHOWN = 3  # names in a message
 LONGEST_REASON = 300  # characters
 WAY_OUT = f"copy its files again, or, where they are whole, try another version of transformers than {__version__}"
@@ -277,6 +279,8 @@ class Loader:
         if self.gguf_file is not None:
             known |= {"gguf_file": self.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
         if tensors is None:
+            for index in filter(Path.is_file, (Path(self.source) / name for name in INDEXES)):
+                files_of_index(index)  # which transformers would follow out of the folder
             remote = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
             model, info = auto_class(self.config).from_pretrained(self.source, config=self.config, **remote, **known, **options)
         else:

@@ -46,7 +46,8 @@ def own_folder(name: str) -> Path | None:
 
 def _check_known(dense_ppl: list[dict[str, Any]]) -> None:
     for row in dense_ppl:
-        if not isinstance(row, dict) or not row.keys() >= set(KNOWN) or not row["ppl"] > 0:
+        told = isinstance(row, dict) and row.keys() >= set(KNOWN)
+        if not told or not all(type(row[key]) in (int, float) and row[key] > 0 for key in ("seq_len", "ppl")):
             raise ValueError(f"dense_ppl={row}: needs {', '.join(KNOWN)}, with a ppl above 0; or dense_ppl=[]")
 
 
@@ -352,8 +353,9 @@ class Random:
         _check_device_name(self.device)
         _check_known(self.dense_ppl)
         heads = self.num_key_value_heads
-        if self.num_attention_heads < 1:
-            raise ValueError(f"num_attention_heads={self.num_attention_heads}: choose at least 1")
+        for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: choose at least 1")
         if heads is not None and (heads < 1 or self.num_attention_heads % heads):
             raise ValueError(f"num_key_value_heads={heads}: must divide num_attention_heads={self.num_attention_heads}")
         if self.hidden_size % self.num_attention_heads:
@@ -362,8 +364,6 @@ class Random:
             )
         if self.vocab_size < 2048:
             raise ValueError(f"vocab_size={self.vocab_size}: the built-in tokenizer has 2048 tokens; choose 2048 or more")
-        if self.num_hidden_layers < 1:
-            raise ValueError(f"num_hidden_layers={self.num_hidden_layers}: choose at least 1")
 
     @property
     def name(self) -> str:

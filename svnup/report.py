@@ -529,7 +529,7 @@ def _game(run: Run) -> dict[str, str]:
 def _estimator(run: Run) -> str:
     """An estimator and its options, its seed apart."""
     assert run.row.shapley is not None
-    return re.sub(r", seed=\w+|(?<=\()seed=\w+(, )?", "", str(run.row.shapley["method"]))
+    return re.sub(r", seed=\w+|(?<=\()seed=\w+(, )?", "", str(run.row.shapley.get("method")))
 
 
 def _estimator_names(methods: Iterable[str]) -> dict[str, str]:

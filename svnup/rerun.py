@@ -97,7 +97,8 @@ def rerun(row: ResultRow, into: str | Path, trust: bool = False) -> Repeated:
     env = dict(os.environ)
     if (was := row.provenance.get("environment")) is not None:  # results of earlier versions do not tell
         env = {k: v for k, v in env.items() if k not in MOVES_NUMBERS} | {k: was[k] for k in MOVES_NUMBERS if k in was}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent.parent), env.get("PYTHONPATH"))))
+    path = [str(Path(__file__).parent.parent), *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
+    env["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path))  # the result chooses the working directory, not modules
     with tempfile.TemporaryDirectory(prefix="cache-", dir=place) as cache_dir:
         command = [sys.executable, "-P", "-m", "svnup.rerun", str(original), str(place), cache_dir, str(trust)]
         code = subprocess.run(command, env=env, check=False).returncode

@@ -90,7 +90,9 @@ def _options(node: dict[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
-    return "/".join(map(_value, value)) if isinstance(value, list) else value if isinstance(value, str) else f"{value:g}"
+    if isinstance(value, list):
+        return "/".join(map(_value, value))
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _method(scorer: dict[str, Any]) -> str:
@@ -173,9 +175,10 @@ def _cell(column: str, value: Any) -> str:
 
 def about(rows: list[ResultRow], command: str | None = None) -> str:
     """Who made the numbers: command, machines, versions and protocols."""
-    hardware = {f"{r.provenance['hardware']['cpu']}, {r.provenance['hardware']['cores']} cores" for r in rows}
-    hardware |= {gpu for r in rows for gpu in r.provenance["hardware"]["gpus"]}
-    versions = {f"svnup {v.get('svnup')}, torch {v.get('torch')}" for r in rows for v in [r.provenance["versions"]]}
+    machines = [r.provenance["hardware"] for r in rows if "hardware" in r.provenance]
+    hardware = {f"{machine['cpu']}, {machine['cores']} cores" for machine in machines}
+    hardware |= {gpu for machine in machines for gpu in machine["gpus"]}
+    versions = {f"svnup {v.get('svnup')}, torch {v.get('torch')}" for r in rows for v in [r.provenance.get("versions", {})]}
     protocols = {_in_words(name, m["protocol"]) for row in rows for name, m in row.metrics.items() if not m.get("secondary")}
     made = f"Made by `{command}`. " if command else ""
     return f"{made}Machine: {'; '.join(sorted(hardware))}. {'; '.join(sorted(versions))}. {'; '.join(sorted(protocols))}."

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from svnup.allocation import name_of
+from svnup.construction import construct
 from svnup.pivot import fallback_of
 from svnup.provenance import redact
 from svnup.types import UNSTRUCTURED, ResultRow, method_name, player_names
@@ -24,6 +26,7 @@ Draw = Callable[[ResultRow, Path], dict[str, Path]]
 
 logger = logging.getLogger(__name__)
 
+TARGET = "svnup.tracking.WandbTracker"
 MARK = "wandb.json"  # in the run folder: the id of its W&B run, and the result that was logged there
 
 
@@ -191,8 +194,8 @@ def upload(folder: Path, row: ResultRow, draw: Draw, force: bool, **given: Any) 
     if mark.get("logged") == _digest(row) and not force:
         return f"is there already as {mark['id']}" + (f"; it was offline: {_sync(folder, mark)}" if "offline" in mark else "")
     own = row.config.get("tracker", {})
-    own = {k: v for k, v in own.items() if k != "_target_"} if own.get("_target_", "").endswith(".WandbTracker") else {}
-    tracker = WandbTracker(**own | {"mode": None} | given)
+    own = own if own.get("_target_") == TARGET else {"_target_": TARGET}
+    tracker: WandbTracker = construct(own | {"mode": None} | given, "tracker", WandbTracker)  # whoever wrote it: it is checked
     tracker.check()
     with tracker.run(folder, row, fresh=force or "logged" in mark) as log:
         log(row, draw(row, folder / "figures"))
@@ -201,12 +204,18 @@ def upload(folder: Path, row: ResultRow, draw: Draw, force: bool, **given: Any) 
 
 
 def _sync(folder: Path, mark: dict[str, Any]) -> str:
-    return f"wandb sync {' '.join(str(folder / 'wandb' / name) for name in mark['offline'])}"
+    return shlex.join(["wandb", "sync", *(str(folder / "wandb" / name) for name in mark["offline"])])
 
 
 def _mark(folder: Path) -> dict[str, Any]:
     path = folder / MARK
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    try:
+        mark = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    places = mark.get("offline", []) if isinstance(mark, dict) else None
+    words = isinstance(places, list) and all(isinstance(word, str) for word in [mark.get("id", ""), *places])
+    return dict(mark) if words else {}
 
 
 def _write_mark(folder: Path, mark: dict[str, Any]) -> None:

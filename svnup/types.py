@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from svnup import stored
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -24,7 +26,6 @@ Granularity = Literal["block", "sublayer", "linear"]  # of budgets
 
 SCHEMA_VERSION = 1
 UNSTRUCTURED = "unstructured"
-NAMING = ("model", "pruner", "allocator", "sparsity", "pattern", "seed")  # what a result's configuration has at least
 
 # Top of a configuration that cannot change a number (`shapley` counts where an allocator
 # names it as its scorer, `selection` and `selection_loss` where it is tuned).
@@ -448,7 +449,7 @@ class ResultRow:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        row = cls(**json.loads(text))
-        if lacking := [key for key in NAMING if key not in row.config]:
-            raise ValueError(f"its config lacks {', '.join(lacking)}")
-        return row
+        """Raises ValueError or TypeError where the text is not that of a result, whoever wrote it."""
+        data = stored.plain(json.loads(text))
+        stored.check(data)
+        return cls(**data)

@@ -93,7 +93,9 @@ def run(
         dense={name: {"value": before, "protocol": entry["protocol"]} for name, entry in entries.items()},
         sparsity={"target": sparsity, "actual": sparsity - 1e-4, "pattern": "unstructured"} if entries else None,
         profile={"sparsity": [0.6, 0.8], "params": [10, 10], "target": sparsity, "actual": [0.6, 0.8]} if entries else None,
-        shapley={"values": [1.0, 2.0], "stderr": None, "n_evaluations": 7, "seconds": 1.5} if allocator == "shapley" else None,
+        shapley={"method": "SlidingWindow(window=5)", "values": [1.0, 2.0], "stderr": None, "n_evaluations": 7, "seconds": 1.5}
+        if allocator == "shapley"
+        else None,
         pruning={"per_linear": [{"fallback": None}, {"fallback": fallback}], "seconds": {"total": 2.0}} if entries else None,
         error="ValueError: no luck" if status == "failed" else None,
         seconds=1.25,

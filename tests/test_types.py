@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from svnup.types import (
-    NAMING,
     SCHEMA_VERSION,
     BlockScores,
     Cost,
@@ -179,20 +178,17 @@ def test_metrics_are_finite_or_say_why_not():
 
 
 def test_result_rows_survive_json_and_carry_their_version():
-    row = ResultRow(
-        "finished",
-        "k",
-        {"a": {"b": [1, None]}, **dict.fromkeys(NAMING)},
-        {},
-        {"weights": "w"},
-        metrics={"docs/ppl": {"value": 1.5}},
-    )
+    method = {"_target_": "svnup.some.Method"}
+    config = {"model": {}, "pruner": method, "allocator": method, "sparsity": 0.5, "pattern": "unstructured", "seed": 0}
+    metrics = {"docs/ppl": {"value": 1.5, "protocol": {"n_windows": 2, "seq_len": 8, "role": "test"}}}
+    row = ResultRow("finished", "k", config | {"a": {"b": [1, None]}}, {}, {"weights": "w"}, metrics=metrics)
     assert ResultRow.from_json(row.to_json()) == row
     assert json.loads(row.to_json())["schema_version"] == SCHEMA_VERSION
     with pytest.raises(ValueError, match=rf"schema_version=99.*{SCHEMA_VERSION}"):
         ResultRow.from_json(json.dumps(json.loads(row.to_json()) | {"schema_version": 99}))
-    with pytest.raises(ValueError, match="its config lacks seed"):
-        ResultRow.from_json(ResultRow("finished", "k", dict.fromkeys(NAMING[:-1]), {}, {}).to_json())
+    del config["seed"]
+    with pytest.raises(ValueError, match="config: lacks seed"):
+        ResultRow.from_json(ResultRow("finished", "k", config, {}, {}).to_json())
     with pytest.raises(ValueError, match="JSON compliant"):
         ResultRow("finished", "k", {}, {}, {}, seconds=math.nan).to_json()
 
