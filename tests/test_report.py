@@ -110,7 +110,7 @@ def row(key, ppl=30.0, *, allocator="uniform", scorer=None, values=None, method=
         config,
         {
             "command": f"svnup key={key}",
-            "hardware": {"cpu": "Abacus", "gpus": []},
+            "hardware": {"cpu": "Abacus", "cores": 2, "gpus": []},
             "versions": {"svnup": "0.1.0"},
             "git": "c0ffee",
         },

@@ -237,7 +237,7 @@ def test_a_job_that_searches(svnup):
         (["allocator.generations=0"], "allocator.generations=0: must be at least 1"),
         (["allocator.step=0"], "allocator.step=0"),
         (["allocator.sequences=[4,2]"], "allocator.sequences=[4, 2]: must be whole numbers from 1 that grow"),
-        (["allocator.sequences=[1,a]"], "allocator.sequences=[1, 'a']: must be whole numbers"),
+        (["allocator.sequences=[1,a]"], "allocator.sequences=[1, 'a']: its entry a must be a whole number"),
         (["allocator.sequences=8"], "allocator.sequences=8: must be a list"),
         (["allocator.survivors=[1,4]"], "allocator.survivors=[1, 4]: must be whole numbers from 1 that shrink"),
         (["allocator.survivors=[1]"], "allocator.survivors=[1]: as many stages"),

@@ -332,7 +332,7 @@ def test_model_paths(capsys, monkeypatch, tmp_path):
     (tmp_path / "bare" / "config.json").write_text('{"model_type": "blt"}')  # which is made of several stacks
     line = refused(capsys, monkeypatch, *local("./bare"))
     assert f"{key}=./bare" in line
-    assert "number of layers" in line
+    assert "number of blocks" in line
     (tmp_path / "file").write_text("a file, not a folder")
     line = refused(capsys, monkeypatch, *local("./file"))
     assert f"{key}=./file" in line
