@@ -109,4 +109,4 @@ families: $(READY)  ## try a tiny model of every causal family that the installe
 
 clean:  ## remove the environment and everything that runs wrote (not the committed tables)
 	rm -rf $(VENV) results/demo results/demo_zero_shot results/tables_* results/runs results/cache results/sweeps results/sweep results/quick \
-		results/report.html results/screenshots results-rerun wandb multirun *.egg-info build
+		results/smollm2 results/real results/report.html results/screenshots results-rerun wandb multirun *.egg-info build

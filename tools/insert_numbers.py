@@ -431,6 +431,13 @@ def of_the_demo() -> dict[str, str]:
     return {"smoke": columns(list(lines[0]), [list(line.values()) for line in lines])}
 
 
+def budgets_of(name: str) -> str:
+    """A table of runs, without the columns that are the same in all of them."""
+    lines = lines_of(name)
+    shown = [key for key in lines[0] if key in ("allocator", "pruner", "sparsity") or "ppl" in key]
+    return table(shown, ["---"] * len(shown), [[line[key] for key in shown] for line in lines])
+
+
 def of_the_real_model() -> dict[str, str]:
     """Games on a real model beside what sparsity costs its blocks."""
     games = lines_of("real_model.md")
@@ -443,6 +450,7 @@ def of_the_real_model() -> dict[str, str]:
     shown = ("game", "payoff", "Spearman", "Pearson of logs", "standard error / spread")
     noise = [number(line["standard error / spread"]) for line in games if line["standard error / spread"] != "-"]
     return {
+        "real-budgets": budgets_of("smollm2.md"),
         "real-n-seq": re.findall(r"on the same (\d+) x", text)[0],
         "real-games": table(shown, ["---"] * len(shown), [[line[key] for key in shown] for line in games]),
         "real-skip": agreement("skip, dense context, w=1"),
