@@ -266,13 +266,13 @@ class FromFile:
 
 def name_of(node: dict[str, Any]) -> str:
     """What people call the allocator of a configuration: by its scores where it has some, else by itself; with budgets of
-    attention and MLP apart '...sublayers'."""
+    attention and MLP apart '...sublayers', of linear layers '...linears'."""
     scorer, own = node.get("scorer"), method_name(node)
     name = method_name(scorer) if scorer else own
     if scorer and "game" in scorer:
         control = "reversed" if node.get("reverse") else "random" if node.get("shuffle") is not None else "shapley"
         name = own if own.startswith("shapley") else control
-    return f"{name}sublayers" if node.get("granularity") == "sublayer" else name
+    return name + {"sublayer": "sublayers", "linear": "linears"}.get(str(node.get("granularity")), "")
 
 
 def to_budget(

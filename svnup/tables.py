@@ -81,9 +81,11 @@ def describe(row: ResultRow) -> dict[str, Any]:
 
 
 def _options(node: dict[str, Any]) -> str:
-    """What is set of a node's options: words as they are, numbers with their name."""
+    """What is set of a node's options but for texts: words as they are, numbers with their name."""
     hidden = ("_target_", "scorer", "path", "granularity")  # the last is in the method's name
-    options = {k: v for k, v in node.items() if k not in hidden and v is not None and v is not False}
+    options = {
+        k: v for k, v in node.items() if k not in hidden and v is not None and v is not False and not isinstance(v, dict)
+    }
     return ", ".join(
         v if isinstance(v, str) and v != "auto" else k if v is True else f"{k}={_value(v)}" for k, v in options.items()
     )

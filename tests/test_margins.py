@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import partial
 
@@ -21,8 +22,9 @@ from svnup.pruning.wanda import Wanda
 from svnup.search import ShapleyMargins
 from svnup.shapley import all_coalitions, exact_values
 from svnup.splitting import UniformSplit
+from svnup.tables import describe
 from svnup.tuning import HeldOutLoss
-from svnup.types import SparsityProfile
+from svnup.types import ResultRow, SparsityProfile
 
 
 def profile_of(lm, *sparsity, granularity="block"):
@@ -217,6 +219,10 @@ def test_a_job_goes_from_the_uniform_budget_to_one_of_its_parts_and_resumes(svnu
     assert last_row()["tuning"]["n_new_evaluations"] == 0
     assert "n_payoff_sequences" not in last_row()["tuning"]
     assert last_row()["metrics"] == row["metrics"]
+    name = describe(ResultRow.from_json(json.dumps(last_row())))["allocator"]
+    named = {"block": "shapleymargins (", "sublayer": "shapleymarginssublayers (", "linear": "shapleymarginslinears ("}
+    assert name.startswith(named[granularity])
+    assert "data" not in name, "texts are told by their hashes"
 
 
 @pytest.mark.parametrize("granularity", ["block", "linear"])
