@@ -14,6 +14,7 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
+from svnup.outside import of_ours
 from svnup.types import todays
 
 # What a place asks for, by the protocol that its component follows or the class that it inherits from. A place inside a
@@ -30,7 +31,6 @@ KINDS = {
     "evaluation": "svnup.evaluation.Evaluation",
     "tracker": "svnup.tracking.Tracker",
 }
-OURS = "svnup"
 PLAIN = (types.NoneType, str, int, float, list, dict)
 PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 AS_IN = "choose an option of a group, as in dataset@shapley.game.data=docs"
@@ -88,7 +88,7 @@ def refuse_outside(config: Any, key: str = "") -> None:
     if not isinstance(config, dict):
         return
     target = config.get("_target_")
-    if target is not None and not (isinstance(target, str) and PATH.fullmatch(target) and _is_ours(target)):
+    if target is not None and not (isinstance(target, str) and PATH.fullmatch(target) and of_ours(target)):
         raise _untrusted(f"{key}._target_".lstrip("."), target)
     for name, value in config.items():
         where = f"{key}.{name}".lstrip(".")
@@ -105,10 +105,6 @@ def _untrusted(key: str, value: Any) -> ValueError:
     )
 
 
-def _is_ours(target: str) -> bool:
-    return target.partition(".")[0] == OURS
-
-
 def _class(target: Any, key: str, kind: Any) -> Any:
     """The class of a target, if it is of a kind; nothing but its module is imported for it, and nothing called."""
     given = f"{key}._target_={target}"
@@ -119,7 +115,7 @@ def _class(target: Any, key: str, kind: Any) -> Any:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # importing runs other people's code
         raise ValueError(f"{given}: cannot be imported ({type(error).__name__}: {error}); check the spelling") from error
-    if not inspect.isclass(found) or (_is_ours(target) and not _is_ours(found.__module__)):
+    if not inspect.isclass(found) or (of_ours(target) and not of_ours(found.__module__)):
         raise ValueError(f"{given}: is no class of {module.partition('.')[0]}; name a class that follows {_path(kind)}")
     if inspect.isabstract(found) or vars(found).get("_is_protocol"):
         raise ValueError(f"{given}: only says what such a class has; name a class that follows {_path(kind)}")

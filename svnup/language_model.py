@@ -344,11 +344,6 @@ class LanguageModel:
         """Prunable weights per block, shape (n_blocks,)."""
         return np.array([sum(m.weight.numel() for m in self.linears(i).values()) for i in range(self.n_blocks)])
 
-    @property
-    def sublayer_params(self) -> Ints:
-        """Prunable weights of each block's attention and of its MLP, shape (2 n_blocks,), in the order of their players."""
-        return self.budget_params("sublayer")
-
     def budget_params(self, granularity: Granularity) -> Ints:
         """Prunable weights of whatever has a budget of its own, in the order of `budget_parts`."""
         return np.array([sum(m.weight.numel() for m in part.values()) for _, part in self.budget_parts(granularity)])

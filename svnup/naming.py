@@ -11,7 +11,7 @@ import json
 from functools import cache
 from typing import Any
 
-from svnup.outside import OURS, outside_code
+from svnup.outside import of_ours, outside_code
 from svnup.types import component_name
 
 
@@ -34,11 +34,10 @@ def name_of_target(target: str) -> Any:
 
     Raises ValueError where the code of one from outside is not found.
     """
-    package = target.partition(".")[0]
-    if package == OURS:
+    if of_ours(target):
         return component_name(target)
     module, _, name = target.rpartition(".")
-    return {"module": module, "class": name} | code_of(package)
+    return {"module": module, "class": name} | code_of(target.partition(".")[0])
 
 
 @cache
@@ -54,7 +53,7 @@ def code_from_outside(node: Any, key: str = "") -> dict[str, str]:
     for name, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
         found |= code_from_outside(value, f"{key}.{name}".lstrip("."))
     target = node.get("_target_") if isinstance(node, dict) else None
-    if isinstance(target, str) and target.partition(".")[0] != OURS:
+    if isinstance(target, str) and not of_ours(target):
         code = code_of(target.partition(".")[0])
         found[f"{key} code"] = " ".join(filter(None, (target, code["version"], code["sha256"])))
     return found

@@ -85,10 +85,7 @@ class HeldOutLoss:
 
     @cached_property
     def _in_advance(self) -> PrunedInAdvance:
-        before = self._lm.n_block_runs
-        made = PrunedInAdvance(self._lm, self._pruner, self._calibration)
-        self._n_calibration += self._lm.n_block_runs - before
-        return made
+        return PrunedInAdvance(self._lm, self._pruner, self._calibration)
 
     def __call__(self, profile: SparsityProfile, label: str = "", n_seq: int | None = None, trial: bool = False) -> float:
         return self.many([(label, profile)], n_seq, trial)[0]
@@ -144,7 +141,9 @@ class HeldOutLoss:
         names = [f"{name} {i}" for i in range(len(parts))]
         if not all(one in self._memo.values for one in names):
             present, absent = (partial(self._in_advance.block, profile=self._divide(p)) for p in (denser, sparser))
+            before = self._lm.n_block_runs
             found = marginal_values(self._lm, present, absent, tokens, self._kind, nodes)
+            self._n_calibration += self._lm.n_block_runs - before
             self._n_payoff += len(tokens) * nodes
             for one, (index, linears) in zip(names, parts, strict=True):
                 self._memo.add(one, sum(found[index, linear] for linear in linears))

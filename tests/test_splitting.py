@@ -181,7 +181,7 @@ def test_a_profile_of_the_linears_of_another_model_is_refused():
 @pytest.mark.parametrize("model_type", ["llama", "opt"])
 def test_budgets_of_sublayers_reach_their_linears(random_model, model_type):
     lm = random_model(3, model_type=model_type)
-    sizes = lm.sublayer_params
+    sizes = lm.budget_params("sublayer")
     assert sizes.reshape(3, 2).sum(axis=1).tolist() == lm.block_params.tolist()
     sparsity = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     fine = SparsityProfile(sparsity, sizes, float(np.average(sparsity, weights=sizes)))

@@ -188,7 +188,9 @@ def test_budgets_of_linears_and_of_sublayers(random_model, tokens, tmp_path, spl
     lm = random_model(3)
     if split.uniform:
         rows = [[0.2, 0.5, 0.4, 0.7, 0.6, 0.6], [0.2, 0.5, 0.4, 0.6, 0.6, 0.7], [0.2, 0.4, 0.4, 0.7, 0.6, 0.6]]
-        profiles = [SparsityProfile(r, lm.sublayer_params, np.average(r, weights=lm.sublayer_params)) for r in rows]
+        profiles = [
+            SparsityProfile(r, lm.budget_params("sublayer"), np.average(r, weights=lm.budget_params("sublayer"))) for r in rows
+        ]
     else:
         profiles = some_profiles(lm, 8)
 

@@ -161,7 +161,7 @@ def tuned(*options: str, scores: Callable[[Game], Floats] | None = None, allocat
             values = job.shapley.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm)))
         else:
             values = BlockScores(scores(job.shapley.play(lm, stand_ins(job, lm), job.cache_dir)), "study")
-        params = lm.sublayer_params if job.granularity == "sublayer" else lm.block_params
+        params = lm.budget_params("sublayer") if job.granularity == "sublayer" else lm.block_params
         loss = held_out_loss(job, lm, tokens)
         job.allocator.allocate(values.per_part(len(params)), params, job.sparsity, job.pattern, loss)
         curve = loss.to_dict()

@@ -198,7 +198,7 @@ class Bench:
         for seed in sizes.seeds:
             job = self.job(cell, allocator, seed, *overrides)
             lm, tokens = self.model(job, cell[0]), job.tokens()
-            params = lm.sublayer_params if job.granularity == "sublayer" else lm.block_params
+            params = lm.budget_params("sublayer") if job.granularity == "sublayer" else lm.block_params
             scores, cost_of_scores = None, 0.0
             if job.scorer is not None:
                 found = job.scorer.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm)))
