@@ -26,7 +26,7 @@ import numpy as np
 
 from svnup import NUMBERS_VERSION
 from svnup.data import Role, TokenSource, folder_digest
-from svnup.types import Ints, Metric, Metrics
+from svnup.types import Floats, Ints, Metric, Metrics
 
 if TYPE_CHECKING:
     from svnup.language_model import LanguageModel
@@ -63,7 +63,11 @@ def perplexity(lm: LanguageModel, tokens: Ints) -> float:
 
     Raises NoNumberError where the loss is nan or infinite. Source: the protocol of the field's scripts (arXiv 2301.00774).
     """
-    nll = float(np.mean(lm.nll(tokens)))
+    return _exp_of_mean(lm.nll(tokens))
+
+
+def _exp_of_mean(losses: Floats) -> float:
+    nll = float(np.mean(losses))
     if not math.isfinite(nll) or nll > 700:
         raise NoNumberError(f"the loss is {nll}, so there is no perplexity")
     return math.exp(nll)
@@ -141,11 +145,11 @@ class Perplexity(Evaluation):
         for called, source in self.datasets.items():
             tokens = source.tokens(lm.tokenizer)
             name = called if source.role == "test" else f"{called}.{source.role}"
+            losses, protocol = lm.nll(tokens), _protocol(source, tokens)
             try:
-                value, reason = perplexity(lm, tokens), None
+                metrics[f"{name}/ppl"] = Metric(_exp_of_mean(losses), protocol, window_nll=losses.tolist())
             except NoNumberError as error:
-                value, reason = math.nan, str(error)
-            metrics[f"{name}/ppl"] = Metric(value, _protocol(source, tokens), reason)
+                metrics[f"{name}/ppl"] = Metric(math.nan, protocol, str(error))
         return metrics
 
     def dense(self, lm: LanguageModel, cache_dir: str | Path, check: Check = unchecked) -> Metrics:

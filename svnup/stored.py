@@ -108,6 +108,7 @@ class MetricEntry(TypedDict, total=False):
     reason: str
     stderr: float
     secondary: bool
+    window_nll: list[float]
 
 
 class Sparsity(TypedDict, total=False):

@@ -363,6 +363,7 @@ class Metric:
     """A number and the protocol under which it was measured; nan only with a `reason`.
 
     `stderr` in the unit of the value, where the number is a mean over items; a `secondary` number is kept, and is in no table.
+    `window_nll` (n_windows,): of a perplexity, the mean NLL of each window in nats per token, in the order of the text.
     """
 
     value: float
@@ -370,6 +371,7 @@ class Metric:
     reason: str | None = None
     stderr: float | None = None
     secondary: bool = False
+    window_nll: list[float] | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value) and self.reason is None:
@@ -377,7 +379,12 @@ class Metric:
 
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {"value": self.value if self.reason is None else None, "protocol": self.protocol}
-        given = {"reason": self.reason, "stderr": self.stderr, "secondary": self.secondary or None}
+        given = {
+            "reason": self.reason,
+            "stderr": self.stderr,
+            "secondary": self.secondary or None,
+            "window_nll": self.window_nll,
+        }
         return out | {name: value for name, value in given.items() if value is not None}
 
     @classmethod

@@ -107,6 +107,7 @@ def test_protocol_of_a_metric():
     assert set(metrics) == {"docs/ppl"}
     tokens = Docs(n_seq=4, seq_len=32, role="test").tokens(lm.tokenizer)
     assert metrics["docs/ppl"].value == perplexity(lm, tokens)
+    assert metrics["docs/ppl"].window_nll == lm.nll(tokens).tolist()
     protocol = metrics["docs/ppl"].protocol
     assert {k: protocol[k] for k in ("dataset", "role", "seq_len", "n_windows", "n_tokens", "complete")} == {
         "dataset": "docs",
