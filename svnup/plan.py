@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from svnup.allocation import Chooser
-from svnup.game import state_bytes
-from svnup.language_model import BATCH_TOKENS, HEAD_TOKENS, LanguageModel, matrix, pick_device
+from svnup.allocation.rounds import ShapleyRounds
+from svnup.game.layer_game import state_bytes
 from svnup.memory import resident
-from svnup.pruning import ERROR_TOKENS, Inputs, workspace
+from svnup.model.language_model import BATCH_TOKENS, HEAD_TOKENS, LanguageModel, matrix, pick_device
 from svnup.pruning.nothing import Nothing
-from svnup.search import ShapleyRounds
+from svnup.pruning.walk import ERROR_TOKENS, Inputs, workspace
 from svnup.shapley import block_forwards
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from svnup.construction import refuse_outside
-from svnup.pivot import flatten
-from svnup.provenance import MOVES_NUMBERS, Asked
-from svnup.results import load
-from svnup.types import ResultRow
+from svnup.config.construction import refuse_outside
+from svnup.results.provenance import MOVES_NUMBERS
+from svnup.results.row import ResultRow
+from svnup.results.select import flatten
+from svnup.results.store import load
 
 Verdict = Literal["equal", "within 1 %", "different", "other protocol"]
 VERDICTS: tuple[Verdict, ...] = typing.get_args(Verdict)
@@ -100,7 +100,7 @@ def rerun(row: ResultRow, into: str | Path, trust: bool = False) -> Repeated:
     path = [str(Path(__file__).parent.parent), *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     env["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path))  # the result chooses the working directory, not modules
     with tempfile.TemporaryDirectory(prefix="cache-", dir=place) as cache_dir:
-        command = [sys.executable, "-P", "-m", "svnup.rerun", str(original), str(place), cache_dir, str(trust)]
+        command = [sys.executable, "-P", "-m", "svnup.cli.repeat", str(original), str(place), cache_dir, str(trust)]
         code = subprocess.run(command, env=env, check=False).returncode
     again = load(place)
     if code == 2:
@@ -108,35 +108,6 @@ def rerun(row: ResultRow, into: str | Path, trust: bool = False) -> Repeated:
     if code or [one.status for one in again] != ["finished"]:
         raise RuntimeError(f"{row.config_key}: its repetition failed; what it left is in {place}")
     return Repeated(row, again[0], place)
-
-
-def _again(result: Path, into: str, cache_dir: str, trust: bool) -> int:
-    """In the process of the repetition: build the job of a result and run it by the door of the `svnup` command."""
-    import torch
-
-    from svnup import config
-    from svnup.__main__ import execute
-
-    row = ResultRow.from_json(result.read_text(encoding="utf-8"))
-    threads = row.provenance.get("hardware", {}).get("threads")
-    if threads and threads <= (os.cpu_count() or 1):
-        torch.set_num_threads(threads)
-    where = row.provenance.get("cwd")
-    if where and Path(where).is_dir():
-        os.chdir(where)
-    changes: dict[str, Any] = {"results_dir": into, "cache_dir": cache_dir, "force": True, "dry_run": False}
-    changes["tracker"] = {"_target_": "svnup.tracking.NoTracker"}
-    if row.config.get("offload") != "disk":  # which has to write a checkpoint; others repeat the numbers only
-        changes |= {"save_model": False, "save_masks": False, "save_format": "dense"}
-    config.register()
-    try:
-        job = config.build(config.stored(row.config, trust, **changes))
-        made = row.provenance
-        execute(job, Asked(made.get("command", "svnup"), made.get("overrides", []), made.get("sweep")))
-    except ValueError as error:
-        sys.stderr.write(f"svnup-results: {' '.join(str(error).split())}\n")
-        return 2
-    return 0
 
 
 def _numbers(row: ResultRow) -> dict[str, Any]:
@@ -184,7 +155,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], float):
         return f"{len(value)} numbers"
     return f"{value!r}" if isinstance(value, float) else "-" if value is None else str(value)
-
-
-if __name__ == "__main__":
-    sys.exit(_again(Path(sys.argv[1]), sys.argv[2], sys.argv[3], trust=sys.argv[4] == "True"))

@@ -2,77 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
-import typing
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from svnup import stored
+from svnup.pattern import UNSTRUCTURED, parse_pattern
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
-
 Offload = Literal["none", "cpu", "disk"]
 SaveFormat = Literal["dense", "bitmask"]
 SelectionLoss = Literal["nll", "kl"]
 Players = Literal["block", "sublayer"]  # of a game, and what has scores
 Granularity = Literal["block", "sublayer", "linear"]  # of budgets
-
-SCHEMA_VERSION = 1
-UNSTRUCTURED = "unstructured"
-
-# Top of a configuration that cannot change a number (`shapley` counts where an allocator
-# names it as its scorer, `selection` and `selection_loss` where it is tuned).
-NOT_IN_KEY = (
-    *("results_dir", "cache_dir", "force", "dry_run", "save_model", "save_masks", "save_format", "offload"),
-    *("tracker", "protocol_gate", "shapley", "selection", "selection_loss"),
-)
-NOT_IN_MODEL_KEY = ("device", "device_map", "trust_remote_code", "test_text", "test_tasks", "dense_ppl")
-PLACES = ("datasets_dir",)  # of any node: where its files lie, which by themselves are in the fingerprints
-
-# Modules and classes of svnup that have moved since results were stored: the former import path and today's. Keys of runs go by
-# the name that a class had first, so a line here is all that a move or a better name takes.
-MOVED: dict[str, str] = {}
-
-KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # of a run, which its folder and files are named by
-
 LOCAL_COPY = "@sha256:"  # in a fingerprint: between the name of a data set of the hub and the content of the copy that was read
-
 CHOICES = 4  # endings that the accuracy payoff of a game tells apart
-
-
-def moving_numbers(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a resolved configuration can change a number."""
-    kept = {k: v for k, v in config.items() if k not in NOT_IN_KEY}
-    kept |= {"model": {k: v for k, v in config["model"].items() if k not in NOT_IN_MODEL_KEY}}
-    return typing.cast(dict[str, Any], _without_places(kept))
-
-
-def _without_places(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {k: _without_places(v) for k, v in node.items() if k not in PLACES}
-    return [_without_places(v) for v in node] if isinstance(node, list) else node
-
-
-def todays(target: str) -> str:
-    """The import path today of what had this one when it was stored (MOVED)."""
-    for former, now in MOVED.items():
-        if target == former or target.startswith(f"{former}."):
-            return todays(now + target[len(former) :])
-    return target
-
-
-def component_name(target: str) -> str:
-    """The lasting name of a component by its `_target_`: its class in lower case, as it was called first (MOVED)."""
-    now = todays(target)
-    first = next((former for former in MOVED if todays(former) == now), now)
-    return first.rpartition(".")[2].lower()
 
 
 def _vector(values: Any, name: str) -> Floats:
@@ -81,40 +29,6 @@ def _vector(values: Any, name: str) -> Floats:
         raise ValueError(f"{name} must be a non-empty vector of finite numbers, not {values!r}")
     vector.setflags(write=False)
     return vector
-
-
-def parse_pattern(pattern: str) -> tuple[int | None, int] | None:
-    """Read a sparsity pattern: None for 'unstructured', (N, M) for 'N:M' (N zeros in every M consecutive inputs), (None, M)
-    for 'mixed:M' (each block has an N of its own, by its budget).
-
-    Raises ValueError for anything else; unquoted 2:4 in yaml arrives as the number 124 and is explained.
-    """
-    pattern = str(pattern)  # yaml and JSON may hold a number
-    if pattern == UNSTRUCTURED:
-        return None
-    if match := re.fullmatch(r"mixed:([2-9]|[1-9]\d+)", pattern):
-        return None, int(match[1])
-    if pattern.isdigit():
-        raise ValueError(f"pattern={pattern}: unquoted N:M in yaml is a number in base 60; write it as '2:4', in quotes")
-    match = re.fullmatch(r"(\d+):(\d+)", pattern)
-    if not match or not 0 < int(match[1]) < int(match[2]):
-        raise ValueError(f"pattern={pattern}: choose 'unstructured' or N:M with 0 < N < M, such as '2:4', or 'mixed:8'")
-    return int(match[1]), int(match[2])
-
-
-def steps_of(pattern: str, sparsity: float) -> tuple[int, int] | None:
-    """(N, M): how many of every M consecutive inputs go at a sparsity; of 'mixed:M' the N nearest to it. None: unstructured."""
-    group = parse_pattern(pattern)
-    if group is None:
-        return None
-    n, m = group
-    return (round(sparsity * m) if n is None else n), m
-
-
-def method_name(node: dict[str, Any]) -> str:
-    """The name of a method by its `_target_` node, with that of the method it builds on: 'refit (wanda)'."""
-    name = component_name(str(node["_target_"]))
-    return f"{name} ({method_name(node['base'])})" if "base" in node else name
 
 
 def player_names(n_blocks: int) -> list[str]:
@@ -401,62 +315,3 @@ class Metrics(dict[str, Metric]):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         return cls({name: Metric.from_dict(metric) for name, metric in data.items()})
-
-
-def _finite(node: Any, key: str, found: dict[str, str]) -> Any:
-    """Nested JSON values with None for each number that is not finite; `found` takes their keys, and what they were."""
-    if isinstance(node, float) and not math.isfinite(node):
-        found[key] = str(float(node))
-        return None
-    if isinstance(node, dict):
-        return {name: _finite(value, f"{key}.{name}", found) for name, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return [_finite(value, f"{key}.{i}", found) for i, value in enumerate(node)]
-    return node
-
-
-@dataclass(frozen=True)
-class ResultRow:
-    """Everything a table, a figure or a repeat of one job needs, as nested JSON values."""
-
-    status: Literal["running", "finished", "failed"]
-    config_key: str
-    config: dict[str, Any]
-    provenance: dict[str, Any]
-    fingerprints: dict[str, str]
-    metrics: dict[str, Any] = field(default_factory=dict)
-    dense: dict[str, Any] = field(default_factory=dict)
-    sparsity: dict[str, Any] | None = None
-    profile: dict[str, Any] | None = None
-    shapley: dict[str, Any] | None = None
-    scores: dict[str, Any] | None = None  # of a method that is not a Shapley value
-    tuning: dict[str, Any] | None = None
-    pruning: dict[str, Any] | None = None
-    stages: dict[str, Any] | None = None  # by name: seconds, and peak memory until its end
-    peak_memory_bytes: int | None = None
-    seconds: float = 0.0
-    error: str | None = None
-    not_finite: dict[str, str] | None = None  # by dotted key: what stands as null, since it is nan or infinite
-    schema_version: int = SCHEMA_VERSION
-
-    def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(f"schema_version={self.schema_version}: this svnup reads version {SCHEMA_VERSION}")
-        if not isinstance(self.config_key, str) or not KEY.fullmatch(self.config_key):
-            raise ValueError(f"config_key={self.config_key!r}: names files of its run, so it must be one plain word")
-
-    def finite(self) -> Self:
-        """The row with null for each number that is not finite, which JSON cannot hold; `not_finite` says what it was."""
-        found: dict[str, str] = {}
-        measured = {k: _finite(v, k, found) for k, v in vars(self).items() if k not in ("config", "provenance")}
-        return replace(self, **measured | {"not_finite": found or None})
-
-    def to_json(self) -> str:
-        return json.dumps({"schema_version": self.schema_version} | vars(self), indent=1, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Raises ValueError or TypeError where the text is not that of a result, whoever wrote it."""
-        data = stored.plain(json.loads(text))
-        stored.check(data)
-        return cls(**data)

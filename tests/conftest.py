@@ -15,9 +15,9 @@ import torch
 from cli import SMALL_W2, read_once
 from hypothesis import HealthCheck, settings
 
-from svnup.__main__ import main
+from svnup.cli.run import main
 from svnup.data import Docs
-from svnup.model import BUILT_IN, Pretrained, Random
+from svnup.model.source import BUILT_IN, Pretrained, Random
 
 torch.set_num_threads(1)
 settings.register_profile(

@@ -8,16 +8,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-from svnup.results import RunFolder
-from svnup.types import ResultRow
+from svnup.results.row import ResultRow
+from svnup.results.store import RunFolder
 
-GAME = {"_target_": "svnup.scoring.GameOptions", "payoff": "recip_ppl", "data": {"_target_": "svnup.data.Docs", "seed": 0}}
+GAME = {
+    "_target_": "svnup.scoring.shapley.GameOptions",
+    "payoff": "recip_ppl",
+    "data": {"_target_": "svnup.data.Docs", "seed": 0},
+}
 TEST = {"_target_": "svnup.data.Docs", "n_seq": None, "seq_len": 256, "seed": 0, "role": "test"}
 SHAPLEY = {"_target_": "svnup.shapley.sliding_window.SlidingWindow", "window": 5, "shard": None, "game": GAME}
 ALLOCATORS: dict[str, dict[str, Any]] = {
-    "uniform": {"_target_": "svnup.allocation.Uniform", "scorer": None},
-    "shapley": {"_target_": "svnup.allocation.ScoreBudget", "scale": "log", "lam": 0.15, "scorer": SHAPLEY},
-    "owl": {"_target_": "svnup.allocation.ScoreBudget", "scale": "raw", "lam": 0.08, "scorer": {"_target_": "x.Owl", "m": 5.0}},
+    "uniform": {"_target_": "svnup.allocation.maps.Uniform", "scorer": None},
+    "shapley": {"_target_": "svnup.allocation.maps.ScoreBudget", "scale": "log", "lam": 0.15, "scorer": SHAPLEY},
+    "owl": {
+        "_target_": "svnup.allocation.maps.ScoreBudget",
+        "scale": "raw",
+        "lam": 0.08,
+        "scorer": {"_target_": "x.Owl", "m": 5.0},
+    },
 }
 PRUNERS: dict[str, dict[str, Any]] = {
     "magnitude": {"_target_": "svnup.pruning.magnitude.Magnitude", "pattern": "unstructured", "per": "matrix"},
@@ -53,11 +62,11 @@ def run(
         {
             "dataset": {"_target_": "svnup.data.Docs", "n_seq": 64, "seq_len": 256, "seed": seed, "role": "calibration"},
             "shapley": SHAPLEY,
-            "model": {"_target_": "svnup.model.Pretrained", "pretrained_model_name_or_path": model, "seq_len": 256},
+            "model": {"_target_": "svnup.model.source.Pretrained", "pretrained_model_name_or_path": model, "seq_len": 256},
             "allocator": ALLOCATORS[allocator],
-            "split": {"_target_": "svnup.splitting.UniformSplit"},
+            "split": {"_target_": "svnup.allocation.splits.UniformSplit"},
             "pruner": PRUNERS[pruner],
-            "evaluation": {"_target_": "svnup.evaluation.Perplexity", "datasets": {"docs": TEST}, "seq_len": 256},
+            "evaluation": {"_target_": "svnup.evaluation.ppl.Perplexity", "datasets": {"docs": TEST}, "seq_len": 256},
             "sparsity": sparsity,
             "pattern": "unstructured",
             "seed": seed,

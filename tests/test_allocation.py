@@ -17,20 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from svnup import config
-from svnup.allocation import (
-    Atp,
-    FromFile,
-    Ratios,
-    ScoreBudget,
-    Uniform,
-    check_pattern,
-    in_steps,
-    name_of,
-    project,
-    rescale,
-    split_block,
-)
-from svnup.search import ShapleyRounds
+from svnup.allocation.maps import Atp, FromFile, Ratios, ScoreBudget, Uniform
+from svnup.allocation.projection import check_pattern, in_steps, project, rescale, split_block
+from svnup.allocation.rounds import ShapleyRounds
+from svnup.naming import allocator_name
 from svnup.types import BlockScores, SparsityProfile
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -395,7 +385,7 @@ def test_only_uniform_serves_a_fixed_pattern(allocator):
 def test_allocators_have_names_of_their_own(allocator, request):
     stem = request.node.callspec.params["allocator"]
     known = {"leave_one_out": "shapley", "owl_nm": "owl"}  # the same scores by other options
-    assert name_of(allocator[1]) == known.get(stem, stem.replace("_", ""))
+    assert allocator_name(allocator[1]) == known.get(stem, stem.replace("_", ""))
 
 
 # -- patterns

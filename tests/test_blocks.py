@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from svnup.blocks import Form, close, containers, differing, hidden_of, refill, with_hidden
 from svnup.game import LayerGame
-from svnup.language_model import LanguageModel, make_config
-from svnup.pruning import prune_model, pruned_weights
+from svnup.model.blocks import Form, close, containers, differing, hidden_of, refill, with_hidden
+from svnup.model.language_model import LanguageModel, make_config
+from svnup.pruning.walk import prune_model, pruned_weights
 from svnup.pruning.wanda import Wanda
 from svnup.shapley.gates import Gates
 from svnup.types import SparsityProfile
@@ -75,7 +75,7 @@ def test_the_loss_by_blocks_is_the_models_own(family, monkeypatch):
     expected = own_losses(family)
     assert expected.std() > 0.01
     np.testing.assert_allclose(family.nll(TEXT), expected, atol=2e-5)
-    monkeypatch.setattr("svnup.language_model.BATCH_TOKENS", {"cpu": 24})  # three micro-batches, block by block
+    monkeypatch.setattr("svnup.model.language_model.BATCH_TOKENS", {"cpu": 24})  # three micro-batches, block by block
     *_, last = family.walk(TEXT)
     last.run(advance=True)
     assert len(last.batches) == 3
@@ -116,7 +116,7 @@ def test_pruning_reads_the_keys_of_its_own_text(monkeypatch):
     kind, shape = FAMILIES["keys are shared under a head that hands them on"]
     reports = []
     for size in (1000, 12):
-        monkeypatch.setattr("svnup.language_model.BATCH_TOKENS", {"cpu": size})
+        monkeypatch.setattr("svnup.model.language_model.BATCH_TOKENS", {"cpu": size})
         lm = make(kind, shape)
         profile = SparsityProfile(np.full(6, 0.5), lm.block_params, 0.5)
         reports.append((prune_model(lm, profile, Wanda(), TEXT), lm.nll(TEXT)))

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from svnup.checkpoint import BITMASK, INDEX, Checkpoint, expand, in_place, is_bitmask, main, pack, unpack, write_bitmask
-from svnup.language_model import LanguageModel, make_config
+from svnup.cli.expand import main
+from svnup.model.checkpoint import BITMASK, INDEX, Checkpoint, expand, in_place, is_bitmask, pack, unpack, write_bitmask
+from svnup.model.language_model import LanguageModel, make_config
 from svnup.pruning import prune_model
 from svnup.pruning.magnitude import Magnitude
 from svnup.types import SparsityProfile

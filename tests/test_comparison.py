@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rows import run, write
 
-from svnup.comparison import compare, difference
-from svnup.results import load
-from svnup.results_cli import main
-from svnup.types import ResultRow
+from svnup.cli.results import main
+from svnup.results.compare import compare, difference
+from svnup.results.row import ResultRow
+from svnup.results.store import load
 
 COMMITTED = Path(__file__).parent.parent / "results" / "tables" / "llama_70_tiny.md"
 

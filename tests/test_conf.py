@@ -245,7 +245,7 @@ def test_an_experiment_wins_over_the_defaults_and_the_command_line_over_it(tmp_p
     cfg = plain(own, "experiment=mine")
     assert (cfg["sparsity"], cfg["dataset"]["n_seq"], cfg["dataset"]["seq_len"]) == (0.3, 5, 64)
     assert cfg["pruner"]["_target_"] == "svnup.pruning.magnitude.Magnitude"
-    assert cfg["allocator"]["_target_"] == "svnup.allocation.Uniform"
+    assert cfg["allocator"]["_target_"] == "svnup.allocation.maps.Uniform"
     cfg = plain(own, "experiment=mine", "sparsity=0.4", "dataset.n_seq=6", "pruner=sparsegpt")
     assert (cfg["sparsity"], cfg["dataset"]["n_seq"], cfg["dataset"]["seq_len"]) == (0.4, 6, 64)
     assert cfg["pruner"]["_target_"] == "svnup.pruning.sparsegpt.SparseGPT"

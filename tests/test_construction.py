@@ -12,14 +12,16 @@ from cli import SMALL, last_row
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from svnup import config, rerun, types
-from svnup.construction import KINDS, construct, refuse_outside
+from svnup import config, naming
+from svnup.cli import repeat
+from svnup.cli.results import main as results
+from svnup.config.construction import KINDS, construct, refuse_outside
 from svnup.naming import identity, named
 from svnup.pruning.refit import Refit
 from svnup.pruning.wanda import Wanda
-from svnup.results import RunFolder, load
-from svnup.results_cli import main as results
-from svnup.types import ResultRow
+from svnup.rerun import rerun
+from svnup.results.row import ResultRow
+from svnup.results.store import RunFolder, load
 
 WANDA = "svnup.pruning.wanda.Wanda"
 TRAP = {"_target_": "trap.spring", "word": "sprung"}  # importing its module, or calling it, leaves a file
@@ -89,12 +91,12 @@ NO_PRUNER = {
     "a function": "subprocess.getoutput",
     "a class of another kind": "subprocess.Popen",
     "a builtin": "builtins.dict",
-    "a function of svnup": "svnup.checkpoint.in_place",
+    "a function of svnup": "svnup.model.checkpoint.in_place",
     "a class reached through svnup": "svnup.rerun.subprocess.Popen",
     "a name that a module of svnup imports": "svnup.rerun.Path",
     "a module of svnup": "svnup.rerun",
-    "another kind of svnup": "svnup.allocation.Uniform",
-    "the protocol itself": "svnup.pruning.Pruner",
+    "another kind of svnup": "svnup.allocation.maps.Uniform",
+    "the protocol itself": "svnup.pruning.walk.Pruner",
     "a space before": f" {WANDA}",
     "a line end after": f"{WANDA}\n",
     "letters that look alike": WANDA.replace("a", "\u0430"),
@@ -133,7 +135,7 @@ def test_no_component_passes_for_another_kind(plain):
         "allocator": {k: v for k, v in plain["allocator"].items() if k != "scorer"},
         "estimator": {k: v for k, v in plain["shapley"].items() if k not in ("game", "shard")},
         "game": plain["shapley"]["game"],
-        "scorer": {"_target_": "svnup.scoring.Owl"},
+        "scorer": {"_target_": "svnup.scoring.published.Owl"},
     }
     assert set(nodes) == set(KINDS)
     for kind in KINDS:
@@ -188,7 +190,7 @@ def own(tmp_path, monkeypatch):
 
 def _forget():
     """As a new process would."""
-    from svnup import naming, outside
+    from svnup import outside
 
     naming.code_of.cache_clear()
     outside.code_hash.cache_clear()
@@ -203,7 +205,7 @@ def test_own_components_take_components_where_their_annotations_say_so(own):
     for place, wrong in (("base", "wanda"), ("others", ["wanda"]), ("by_name", {"w": 3})):
         with pytest.raises(ValueError, match=rf"^pruner\.{place}(\.\w+)?=(wanda|3): must be a node"):
             construct(node | {place: wrong}, "pruner", "pruner")
-    for place, wrong in (("words", [{"_target_": WANDA}]), ("others", [{"_target_": "svnup.allocation.Uniform"}])):
+    for place, wrong in (("words", [{"_target_": WANDA}]), ("others", [{"_target_": "svnup.allocation.maps.Uniform"}])):
         with pytest.raises(ValueError, match=rf"^pruner\.{place}\.0\._target_="):
             construct(node | {place: wrong}, "pruner", "pruner")
 
@@ -231,11 +233,11 @@ def test_a_result_that_names_code_from_outside_is_repeated_with_trust_alone(svnu
     assert svnup(*given)[0] == 0
     (row,) = load("results")
     with pytest.raises(ValueError, match=r"^[\w.]+\._target_=mine_alone\.Mine: .*--trust$"):
-        rerun.rerun(row, tmp_path / "again")
+        rerun(row, tmp_path / "again")
     assert not (tmp_path / "again").exists()
     file = RunFolder.of("results", row.config_key).path / "result.json"
-    assert rerun._again(file, str(tmp_path / "again"), str(tmp_path / "cache"), trust=False) == 2
-    assert rerun._again(file, str(tmp_path / "again"), str(tmp_path / "cache"), trust=True) == 0
+    assert repeat.repeat(file, str(tmp_path / "again"), str(tmp_path / "cache"), trust=False) == 2
+    assert repeat.repeat(file, str(tmp_path / "again"), str(tmp_path / "cache"), trust=True) == 0
     (again,) = load(tmp_path / "again")
     assert again.metrics == row.metrics
 
@@ -318,12 +320,12 @@ def test_a_key_stays_in_the_folder(tmp_path, key, capsys):
 def test_a_moved_or_renamed_component_keeps_its_name_and_old_results_find_it(monkeypatch, plain):
     old = {"_target_": "svnup.methods.old.WandaPruner", "pattern": "2:4"}
     assert named(old) == {"_target_": "wandapruner", "pattern": "2:4"}
-    monkeypatch.setitem(types.MOVED, "svnup.methods.old.WandaPruner", "svnup.methods.wanda.Wanda")
-    monkeypatch.setitem(types.MOVED, "svnup.methods", "svnup.pruning")
+    monkeypatch.setitem(naming.MOVED, "svnup.methods.old.WandaPruner", "svnup.methods.wanda.Wanda")
+    monkeypatch.setitem(naming.MOVED, "svnup.methods", "svnup.pruning")
     assert construct(old, "pruner", "pruner") == Wanda("2:4")
     for target in (old["_target_"], "svnup.methods.wanda.Wanda", WANDA):
         assert named({"_target_": target}) == {"_target_": "wandapruner"}
-        assert types.method_name({"_target_": target}) == "wandapruner"
+        assert naming.method_name({"_target_": target}) == "wandapruner"
     assert json.loads(identity(Wanda("2:4"))) == {"_target_": "wandapruner", "pattern": "2:4"}
 
 
@@ -351,7 +353,7 @@ def test_a_result_of_today_s_earlier_form_is_read_and_built(plain, tmp_path):
     path = str(tmp_path / "my.txt")
     older = with_value(plain, "evaluation.datasets", ["docs", {"text_file": {"path": path, "n_seq": 2}}])
     older = {k: v for k, v in older.items() if k != "datasets_dir"}
-    assert types.moving_numbers(older)
+    assert naming.moving_numbers(older)
     sources = config.build(config.stored(older)).evaluation.datasets
     assert {name: (s.name, s.n_seq, s.seq_len, s.role) for name, s in sources.items()} == {
         "docs": ("docs", 4, 32, "test"),

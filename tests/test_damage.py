@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from svnup.__main__ import main
+from svnup.cli.run import main
 from svnup.data import TEXTS
-from svnup.model import BUILT_IN_FOLDER
+from svnup.model.source import BUILT_IN_FOLDER
 
 SEQ_LEN = 16
 SECONDS = 120  # in which a job of this size has long ended
@@ -349,7 +349,7 @@ def test_there_are_enough_inputs():
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """A small Llama of two blocks with the built-in tokenizer, as one file and as shards, and a text."""
-    from svnup.language_model import LanguageModel, make_config
+    from svnup.model.language_model import LanguageModel, make_config
 
     place = tmp_path_factory.mktemp("whole")
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 2048}

@@ -12,7 +12,7 @@ from test_tracking import JOB, a_place, command, logged
 
 from svnup.config import build, register
 
-FOLDER = Path(__file__).parent.parent / "experiments" / "tracking"
+FOLDER = Path(__file__).parent.parent / "tools" / "tracking"
 
 
 @pytest.fixture(scope="module")

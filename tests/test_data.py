@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from svnup.data import C4, TEXTS, Docs, Role, TextFile, WikiText2
-from svnup.loading import read_tokenizer
-from svnup.model import BUILT_IN_FOLDER
+from svnup.model.loading import read_tokenizer
+from svnup.model.source import BUILT_IN_FOLDER
 
 ROLES = get_args(Role)
 

@@ -21,7 +21,7 @@ import torch
 from cli import Done, read_once
 from transformers import AutoModelForCausalLM
 
-from svnup.__main__ import main
+from svnup.cli.run import main
 from svnup.data import Docs
 
 SHAPE = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "seq_len": 32}
@@ -450,7 +450,7 @@ def test_a_saved_model_is_the_pruned_model(family, pruner):
     import svnup.pruning.magnitude
     import svnup.pruning.sparsegpt
     import svnup.pruning.wanda
-    from svnup.model import Random
+    from svnup.model.source import Random
     from svnup.pruning import prune_model
     from svnup.types import SparsityProfile
 
@@ -630,7 +630,7 @@ class Help(NamedTuple):
 def help_of_the_command(tmp_path_factory) -> Help:
     """`svnup --help` with a last line that names the heavy modules it imported, and the processor time it took."""
     code = (
-        "import sys\nfrom svnup.__main__ import main\nsys.argv = ['svnup', '--help']\n"
+        "import sys\nfrom svnup.cli.run import main\nsys.argv = ['svnup', '--help']\n"
         "try:\n    main()\nfinally:\n"
         "    heavy = ('torch', 'transformers', 'datasets', 'wandb', 'matplotlib', 'pandas')\n"
         "    print('HEAVY', [m for m in heavy if m in sys.modules])\n"

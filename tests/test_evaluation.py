@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from svnup.data import Docs, TextFile
-from svnup.evaluation import NoEvaluation, NoNumberError, Perplexity, check_dense, perplexity
+from svnup.evaluation.gate import check_dense
+from svnup.evaluation.ppl import Perplexity, perplexity
+from svnup.evaluation.protocol import NoEvaluation, NoNumberError
 from svnup.language_model import LanguageModel
-from svnup.model import Random
+from svnup.model.source import Random
 from svnup.types import Metric, Metrics
 
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}

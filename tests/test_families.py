@@ -15,13 +15,13 @@ from test_language_model import FAMILIES as WALKED
 from test_language_model import GROUPED, MIXED, OPT, SHAPE
 from transformers import AutoModelForCausalLM
 
-from svnup.__main__ import main
-from svnup.allocation import ScoreBudget
+from svnup.allocation.maps import ScoreBudget
+from svnup.cli.run import main
 from svnup.data import Docs
 from svnup.game import LayerGame
-from svnup.language_model import LanguageModel, make_config, matrix
-from svnup.loading import read_tokenizer
-from svnup.model import BUILT_IN_FOLDER
+from svnup.model.language_model import LanguageModel, make_config, matrix
+from svnup.model.loading import read_tokenizer
+from svnup.model.source import BUILT_IN_FOLDER
 from svnup.pruning import prune_model
 from svnup.pruning.masks import n_zeros
 from svnup.pruning.sparsegpt import SparseGPT

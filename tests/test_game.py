@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from svnup.game import LayerGame, WalkPlan
+from svnup.game.layer_game import LayerGame
+from svnup.game.walk_plan import WalkPlan
 from svnup.language_model import LanguageModel
 from svnup.shapley import all_coalitions, block_forwards
 from svnup.shapley.exact import Exact
@@ -336,7 +337,7 @@ def test_the_key_changes_with_whatever_changes_a_value(random_model, tokens, lm)
 
 def test_the_key_does_not_change_with_anything_else(random_model, tokens, tiny, tmp_path):
     assert LayerGame(random_model(), tokens).key == LayerGame(random_model(), torch.as_tensor(tokens), cache_dir=tmp_path).key
-    from svnup.model import BUILT_IN, Pretrained
+    from svnup.model.source import BUILT_IN, Pretrained
 
     again = Pretrained(pretrained_model_name_or_path=BUILT_IN, dtype="float32", device="cpu").load()
     assert LayerGame(again, tokens).key == LayerGame(tiny, tokens).key

@@ -14,7 +14,7 @@ from conftest import make_random_model
 from transformers import AutoModelForCausalLM
 
 from svnup.language_model import LanguageModel
-from svnup.model import BUILT_IN_FOLDER, Pretrained
+from svnup.model.source import BUILT_IN_FOLDER, Pretrained
 
 gguf = pytest.importorskip("gguf")
 NAMES = {
@@ -30,7 +30,7 @@ NAMES = {
 }
 
 
-def name_of(name: str) -> str:
+def allocator_name(name: str) -> str:
     """Of a tensor in the file."""
     whole = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
     if (known := (whole | {"lm_head.weight": "output.weight"}).get(name)) is not None:
@@ -74,10 +74,10 @@ def write(lm: LanguageModel, path: Path) -> None:
         stored, turn = p.detach().numpy(), next((n for part, n in heads.items() if part in name), None)
         if p.dim() == 2 and stored.shape[1] % 32 == 0:
             raw = gguf.quants.quantize(interleaved(stored, turn) if turn else stored, eight)
-            writer.add_tensor(name_of(name), raw, raw_dtype=eight)
+            writer.add_tensor(allocator_name(name), raw, raw_dtype=eight)
             p.data = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(stored, eight), eight).copy())
         else:
-            writer.add_tensor(name_of(name), interleaved(stored, turn) if turn else stored)
+            writer.add_tensor(allocator_name(name), interleaved(stored, turn) if turn else stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

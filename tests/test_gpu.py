@@ -15,12 +15,12 @@ import pytest
 import torch
 import yaml
 
-from svnup.allocation import Uniform
+from svnup.allocation.maps import Uniform
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
-from svnup.model import Random
-from svnup.pruning import prune_model, pruned_weights
+from svnup.model.source import Random
 from svnup.pruning.sparsegpt import SparseGPT
+from svnup.pruning.walk import prune_model, pruned_weights
 from svnup.pruning.wanda import Wanda
 from svnup.shapley.exact import Exact
 from svnup.shapley.gates import Gates

@@ -15,13 +15,14 @@ import torch
 from conftest import make_random_model
 
 from svnup import config
-from svnup.checkpoint import BITMASK, INDEX, Checkpoint, main, write_dense
+from svnup.cli.expand import main
+from svnup.cli.results import main as results
 from svnup.data import C4, WikiText2
-from svnup.loading import Loader
-from svnup.results import RunFolder
-from svnup.results_cli import main as results
-from svnup.tracking import upload
-from svnup.types import ResultRow
+from svnup.model.checkpoint import BITMASK, INDEX, Checkpoint, write_dense
+from svnup.model.loading import Loader
+from svnup.reports.wandb import upload
+from svnup.results.row import ResultRow
+from svnup.results.store import RunFolder
 
 # -- checkpoints
 
@@ -158,7 +159,7 @@ def test_a_result_with_something_else_at_a_key_is_refused_by_its_key(key, value)
 
 
 def test_options_of_a_tracker_in_a_result_are_checked(tmp_path):
-    row = rows.run(8.25, tracker={"_target_": "svnup.tracking.WandbTracker", "tags": [{"_target_": "subprocess.Popen"}]})
+    row = rows.run(8.25, tracker={"_target_": "svnup.reports.wandb.WandbTracker", "tags": [{"_target_": "subprocess.Popen"}]})
     with pytest.raises(ValueError, match=r"^tracker\.tags"):
         upload(tmp_path, row, lambda row, folder: {}, False)
     assert not list(tmp_path.iterdir())

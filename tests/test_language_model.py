@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from svnup.blocks import replaced
-from svnup.language_model import LanguageModel, make_config, pick_device
-from svnup.model import Random
+from svnup.model.blocks import replaced
+from svnup.model.language_model import LanguageModel, make_config, pick_device
+from svnup.model.source import Random
 
 SHAPE = {
     "vocab_size": 97,
@@ -173,7 +173,7 @@ def test_every_block_runs_once_per_walk_and_the_last_not_at_all(text):
 
 
 def test_many_tokens_go_through_the_head_in_parts(monkeypatch, text):
-    monkeypatch.setattr("svnup.language_model.HEAD_TOKENS", 7)
+    monkeypatch.setattr("svnup.model.language_model.HEAD_TOKENS", 7)
     lm = load("llama")
     np.testing.assert_allclose(walked_nll(lm, text), own_nll(lm, text), atol=2e-5)
 

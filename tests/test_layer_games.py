@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from svnup.allocation import Uniform
-from svnup.game import CHOICES, LayerGame, WalkPlan
+from svnup.allocation.maps import Uniform
+from svnup.game.layer_game import LayerGame
+from svnup.game.walk_plan import WalkPlan
 from svnup.language_model import LanguageModel
-from svnup.model import Random
-from svnup.pruning import pruned_weights
+from svnup.model.source import Random
+from svnup.pruning.walk import pruned_weights
 from svnup.pruning.wanda import Wanda
 from svnup.shapley import all_coalitions, block_forwards
 from svnup.shapley.exact import Exact
 from svnup.shapley.gates import Gates
 from svnup.shapley.sliding_window import SlidingWindow
+from svnup.types import CHOICES
 
 TOKENS = np.random.default_rng(0).integers(0, 2048, (4, 24))
 

@@ -25,8 +25,9 @@ from transformers.utils import logging as transformers_logging
 
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
-from svnup.loading import Loader
-from svnup.pruning import apply_masks, prune_model, save_masks
+from svnup.model.loading import Loader
+from svnup.pruning import apply_masks, save_masks
+from svnup.pruning.walk import prune_model
 from svnup.pruning.wanda import Wanda
 from svnup.types import SparsityProfile
 

@@ -12,19 +12,20 @@ import torch
 from cli import last_row
 from test_search import C, Toy
 
+from svnup.allocation.held_out_loss import HeldOutLoss
+from svnup.allocation.margins import marginal_values
+from svnup.allocation.rounds import ShapleyMargins
+from svnup.allocation.splits import UniformSplit
 from svnup.game import LayerGame
-from svnup.margins import marginal_values
-from svnup.pruning import prune_model, temporarily_pruned
 from svnup.pruning.advance import PrunedInAdvance
 from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.sparsegpt import SparseGPT
+from svnup.pruning.walk import prune_model, temporarily_pruned
 from svnup.pruning.wanda import Wanda
-from svnup.search import ShapleyMargins
+from svnup.reports.tables import describe
+from svnup.results.row import ResultRow
 from svnup.shapley import all_coalitions, exact_values
-from svnup.splitting import UniformSplit
-from svnup.tables import describe
-from svnup.tuning import HeldOutLoss
-from svnup.types import ResultRow, SparsityProfile
+from svnup.types import SparsityProfile
 
 
 def profile_of(lm, *sparsity, granularity="block"):

@@ -23,16 +23,16 @@ from test_language_model import FAMILIES
 from test_language_model import load as family_model
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from svnup import offload
-from svnup.checkpoint import Checkpoint
 from svnup.game import LayerGame
-from svnup.language_model import LanguageModel, ParkedBatch, make_config
 from svnup.memory import STATUS
-from svnup.model import Random
-from svnup.offload import DiskShelf, HostShelf
-from svnup.pruning import apply_masks, prune_model, temporarily_pruned
+from svnup.model.checkpoint import Checkpoint
+from svnup.model.language_model import LanguageModel, ParkedBatch, make_config
+from svnup.model.offload import DiskShelf, HostShelf
+from svnup.model.source import Random, offload
+from svnup.pruning import apply_masks
 from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.sparsegpt import SparseGPT
+from svnup.pruning.walk import prune_model, temporarily_pruned
 from svnup.pruning.wanda import Wanda
 from svnup.shapley import all_coalitions
 from svnup.types import SparsityProfile
@@ -414,7 +414,7 @@ def test_what_needs_both_versions_in_memory_is_refused(saved, tmp_path):
 @pytest.mark.slow
 def test_a_killed_job_prunes_only_what_was_left(tmp_path):
     """SIGKILL of the command in the middle of pruning from disk; the second run takes over, the files are gone afterwards."""
-    from svnup.model import Random
+    from svnup.model.source import Random
 
     shape = {"hidden_size": 64, "intermediate_size": 1024, "num_attention_heads": 2, "num_hidden_layers": 16}
     Random(device="cpu", **shape).load().save(tmp_path / "source")

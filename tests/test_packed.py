@@ -13,8 +13,9 @@ from test_end_to_end import HERE, JOB, _own_place, command, only_row, run_folder
 from test_language_model import load as family_model
 
 from svnup.language_model import LanguageModel
-from svnup.pruning import apply_masks, prune_model, save_masks
+from svnup.pruning import apply_masks, save_masks
 from svnup.pruning.magnitude import Magnitude
+from svnup.pruning.walk import prune_model
 from svnup.types import SparsityProfile
 
 NO_TEXT = np.zeros((0, 8), dtype=np.int64)

@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rows import run, write
 
-from svnup.grid import FORMATS
-from svnup.pivot import MISSING, choose, grid, metrics_of, pivot, runs_of, settings
-from svnup.results_cli import main
-from svnup.tables import render
-from svnup.types import ResultRow
+from svnup.cli.results import main
+from svnup.reports.grid import FORMATS
+from svnup.reports.pivot import grid, pivot
+from svnup.reports.tables import render
+from svnup.results.row import ResultRow
+from svnup.results.select import MISSING, choose, metrics_of, runs_of, settings
 
 GOLDEN = Path(__file__).parent / "golden"
 BY, ACROSS = ["pruner", "allocator"], ["model", "sparsity"]
@@ -282,7 +283,7 @@ def test_tasks_go_across():
         ({"allocator__scorer__window": 3}, "shapley.window", "--where shapley.window=3"),
         ({"allocator__scorer__game__payoff": "kl"}, "shapley.game.payoff", "shapley.game.payoff=kl"),
         ({"pattern": "2:4"}, "pattern", "--where pattern=2:4"),
-        ({"split": {"_target_": "svnup.splitting.ErrorSplit", "lam": 0.1}}, "split", "--where split=error"),
+        ({"split": {"_target_": "svnup.allocation.splits.ErrorSplit", "lam": 0.1}}, "split", "--where split=error"),
     ],
 )
 def test_runs_that_differ_in_what_the_table_does_not_show_are_refused(changed, key, fix):

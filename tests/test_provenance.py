@@ -10,12 +10,12 @@ import pytest
 from cli import last_row
 
 import svnup
-from svnup import provenance
 from svnup.memory import Stages
 from svnup.outside import code_hash
-from svnup.provenance import LONGEST_DIFF, Asked, redact
-from svnup.results import RunFolder
-from svnup.types import ResultRow
+from svnup.results.provenance import LONGEST_DIFF, Asked
+from svnup.results.row import ResultRow
+from svnup.results.store import RunFolder, provenance
+from svnup.secrets import redact
 
 
 def git(folder, *args):

@@ -14,8 +14,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from svnup.config import construct
+from svnup.config.construction import construct
 from svnup.memory import STATUS
+from svnup.naming import method_name
+from svnup.pattern import steps_of
 from svnup.pruning import prune_model
 from svnup.pruning.alps import ALPS
 from svnup.pruning.dsnot import DSnoT
@@ -25,7 +27,7 @@ from svnup.pruning.refit import CHUNK, Refit
 from svnup.pruning.ria import RIA
 from svnup.pruning.sparsegpt import Hessian, SparseGPT
 from svnup.pruning.wanda import Wanda
-from svnup.types import SparsityProfile, method_name, steps_of
+from svnup.types import SparsityProfile
 
 CONF = Path(__file__).parent.parent / "conf" / "pruner"
 NAMES = [n for n in sorted(path.stem for path in CONF.glob("[!_]*.yaml")) if n != "none"]
@@ -477,7 +479,7 @@ import sys, torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from svnup.memory import peak_memory, reset_peak, resident
-from svnup.pruning import workspace
+from svnup.pruning.walk import workspace
 torch.set_num_threads(1)
 file, d_out, d_in = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 pruner = instantiate(OmegaConf.merge(OmegaConf.load(file), {"pattern": "unstructured"}))

@@ -13,13 +13,14 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from svnup.language_model import BATCH_TOKENS, LanguageModel, make_config
-from svnup.pruning import Inputs, prune_model
+from svnup.model.language_model import BATCH_TOKENS, LanguageModel, make_config
+from svnup.pattern import parse_pattern
 from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.nothing import Nothing
 from svnup.pruning.sparsegpt import Hessian, SparseGPT
+from svnup.pruning.walk import Inputs, prune_model
 from svnup.pruning.wanda import Wanda
-from svnup.types import SparsityProfile, parse_pattern
+from svnup.types import SparsityProfile
 
 CONF = Path(__file__).parent.parent / "conf" / "pruner"
 NAMES = sorted(path.stem for path in CONF.glob("[!_]*.yaml"))

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from rows import run, write
 
-from svnup.published import FOLDER, Published
-from svnup.results_cli import main
+from svnup.cli.results import main
+from svnup.reports.published import FOLDER, Published
 
 CONF = Path(__file__).parent.parent / "conf" / "model"
 GOLDEN = Path(__file__).parent / "golden"
@@ -164,7 +164,7 @@ def test_pruned_models_of_another_calibration_have_no_difference(tmp_path, capsy
     said = "ours have dataset wikitext2, dataset.n_seq 2, dataset.seq_len 64: no differences of pruned models"
     assert out.count(said) == 2, "of the table and of the headline"
     assert "+0.0 %" in out, "of the dense model"
-    split = {"_target_": "svnup.splitting.ErrorSplit", "lam": 0.05, "scale": "log"}
+    split = {"_target_": "svnup.allocation.splits.ErrorSplit", "lam": 0.05, "scale": "log"}
     folder = write(tmp_path / "split", llama(26.0, pruner="sparsegpt", split=split))
     assert cells(capsys, folder)["sparsegpt", "uniform", "llama_7b"]["difference"] == ""
     assert main(["published", folder]) == 0

@@ -12,12 +12,14 @@ import pytest
 import torch
 from cli import last_row
 
-from svnup import pipeline, plots, pruning
-from svnup.allocation import Uniform
+from svnup import pipeline
+from svnup.allocation.maps import Uniform
 from svnup.outside import code_hash
 from svnup.pruning import prune_model
+from svnup.pruning import walk as pruning
 from svnup.pruning.wanda import Wanda
-from svnup.results import RunFolder, load
+from svnup.reports import figures as plots
+from svnup.results.store import RunFolder, load
 
 
 def folder():
@@ -168,7 +170,7 @@ def test_a_number_that_is_none_is_refused_by_its_key(given, svnup):
 
 
 def test_the_home_folder_is_the_home_folder_everywhere(svnup, monkeypatch, tmp_path, capsys):
-    from svnup.results_cli import main
+    from svnup.cli.results import main
 
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
@@ -196,7 +198,7 @@ def test_a_home_of_nobody_is_one_line(key, sweep, svnup):
 
 
 def test_a_result_with_the_key_of_another_place_is_no_result(svnup, capsys):
-    from svnup.results_cli import main
+    from svnup.cli.results import main
 
     assert svnup("allocator=uniform")[0] == 0
     path = folder().path / "result.json"

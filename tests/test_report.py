@@ -14,12 +14,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from svnup import svg
-from svnup.report import report
-from svnup.results import RunFolder, load
-from svnup.results_cli import main
-from svnup.svg import Markup, element
-from svnup.types import ResultRow
+from svnup.cli.results import main
+from svnup.reports import svg
+from svnup.reports.html import report
+from svnup.reports.svg import Markup, element
+from svnup.results.row import ResultRow
+from svnup.results.store import RunFolder, load
 
 VOID = {"meta", "input"}
 HOSTILE = "</pre></title></style></script><script>alert(1)</script>\"'><img src=x onerror=alert(1)> & Ω"
@@ -85,11 +85,14 @@ def estimator(name, **options):
 def row(key, ppl=30.0, *, allocator="uniform", scorer=None, values=None, method=None, status="finished", n_blocks=2, **given):
     """A result as the pipeline writes it, with few blocks."""
     config = {
-        "model": {"_target_": "svnup.model.Pretrained", "pretrained_model_name_or_path": given.get("model", "svnup/tiny")},
+        "model": {
+            "_target_": "svnup.model.source.Pretrained",
+            "pretrained_model_name_or_path": given.get("model", "svnup/tiny"),
+        },
         "dataset": {"_target_": "svnup.data.Docs", "n_seq": 16, "seed": given.get("seed", 0)},
         "pruner": {"_target_": f"svnup.pruning.x.{given.get('pruner', 'Wanda')}"},
         "allocator": {"_target_": f"svnup.allocation.{allocator.title()}"},
-        "split": {"_target_": "svnup.splitting.UniformSplit"},
+        "split": {"_target_": "svnup.allocation.splits.UniformSplit"},
         "evaluation": {"seq_len": given.get("seq_len", 256)},
         "sparsity": given.get("sparsity", 0.7),
         "pattern": given.get("pattern", "unstructured"),
@@ -97,7 +100,7 @@ def row(key, ppl=30.0, *, allocator="uniform", scorer=None, values=None, method=
     }
     if allocator == "shapley":
         scorer = scorer or estimator("SlidingWindow", window=5)
-        config["allocator"] = {"_target_": "svnup.allocation.ScoreBudget", "scale": "log", "lam": 0.15, "scorer": scorer}
+        config["allocator"] = {"_target_": "svnup.allocation.maps.ScoreBudget", "scale": "log", "lam": 0.15, "scorer": scorer}
         method, values = method or "SlidingWindow(window=5)", values if values is not None else [0.7, 0.2]
     protocol = {"dataset": "docs", "role": "test", "seq_len": given.get("seq_len", 256), "n_windows": 300, "complete": True}
     cost = {"n_evaluations": 4, "n_block_forwards": given.get("cost", 10), "n_backward_passes": 0}

@@ -11,9 +11,9 @@ import pytest
 from cli import last_row
 
 from svnup.config import build, register, stored
-from svnup.provenance import Asked, provenance
 from svnup.rerun import Repeated, rerun
-from svnup.types import ResultRow
+from svnup.results.provenance import Asked, provenance
+from svnup.results.row import ResultRow
 
 
 def metric(value, **protocol):
@@ -143,7 +143,7 @@ def ran(svnup, tmp_path):
 
 def again_by_command(*args):
     """The command in a process of its own, since it starts another whose output is part of its own."""
-    program = "import sys; from svnup.results_cli import main; sys.exit(main())"
+    program = "import sys; from svnup.cli.results import main; sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", program, "rerun", *args], capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr
 

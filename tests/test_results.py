@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from svnup.grid import FORMATS, Cell, Grid
-from svnup.results import RunFolder, load
-from svnup.results_cli import main
-from svnup.tables import frame, render
-from svnup.types import ResultRow
+from svnup.cli.results import main
+from svnup.reports.grid import FORMATS, Cell, Grid
+from svnup.reports.tables import frame, render
+from svnup.results.row import ResultRow
+from svnup.results.store import RunFolder, load
 
 HARDWARE = {"cpu": "Abacus 9000", "cores": 2, "gpus": [], "threads": 1}
 
@@ -46,7 +46,7 @@ def row(
     scorer = {"_target_": "svnup.shapley.sliding_window.SlidingWindow", "window": 5, "game": {}}
     options = {"scale": "log", "lam": 0.15, "scorer": scorer} if allocator == "ScoreBudget" else {}
     config = {
-        "model": {"_target_": "svnup.model.Pretrained", "pretrained_model_name_or_path": model},
+        "model": {"_target_": "svnup.model.source.Pretrained", "pretrained_model_name_or_path": model},
         "pruner": {"_target_": f"svnup.pruning.{pruner}"},
         "allocator": {"_target_": f"svnup.allocation.{allocator}", **options},
         "shapley": {"_target_": "svnup.shapley.sliding_window.SlidingWindow", "window": 5},
@@ -467,7 +467,7 @@ def test_runs_that_differ_in_options_of_the_pruner_or_the_split_are_told_apart()
     assert [line["pruner"] for line in cells(render(per, "markdown"))] == ["wanda (per=matrix)", "wanda (per=row)"]
     assert [line["pruner"] for line in cells(render(per[:1], "markdown"))] == ["wanda"]
     splits = [
-        replace(UNIFORM, config={**UNIFORM.config, "split": {"_target_": f"svnup.splitting.{name}", **options}})
+        replace(UNIFORM, config={**UNIFORM.config, "split": {"_target_": f"svnup.allocation.splits.{name}", **options}})
         for name, options in (("UniformSplit", {}), ("ErrorSplit", {"lam": 0.05, "scale": "log"}))
     ]
     shown = cells(render(splits, "markdown"))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from svnup.game import LayerGame
-from svnup.model import Random
+from svnup.model.source import Random
 from svnup.shapley.exact import Exact
 
 TOKENS = np.random.default_rng(0).integers(0, 2048, (1, 16))

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from rows import run, write
 
-from svnup.pivot import flatten
-from svnup.results_cli import main
-from svnup.runs import records
+from svnup.cli.results import main
+from svnup.reports.runs import records
+from svnup.results.select import flatten
 
 ROWS = [
     run(30.0),

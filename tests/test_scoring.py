@@ -13,9 +13,10 @@ from transformers import GPTNeoXConfig
 
 from svnup.config import CONF
 from svnup.language_model import LanguageModel
-from svnup.scoring import AlphaPruning, BlockInfluence, Context, Dlp, Owl, hill
-from svnup.tables import describe
-from svnup.types import ResultRow
+from svnup.reports.tables import describe
+from svnup.results.row import ResultRow
+from svnup.scoring import Context
+from svnup.scoring.published import AlphaPruning, BlockInfluence, Dlp, Owl, hill
 
 SCORERS = [Owl(), Owl(2.0), Dlp(), Dlp("median"), BlockInfluence(), AlphaPruning()]
 
@@ -395,8 +396,8 @@ MISTAKES = {
     "scores taken away": (["allocator=owl", "allocator.scorer=null"], ["allocator.scorer=null", "needs scores"]),
     "scorer that is no node": (["allocator=owl", "allocator.scorer=dlp"], ["allocator.scorer=dlp", "_target_"]),
     "scorer that does not score": (
-        ["allocator=owl", "allocator.scorer._target_=svnup.allocation.Uniform", "~allocator.scorer.m"],
-        ["allocator.scorer._target_=svnup.allocation.Uniform", "svnup.scoring"],
+        ["allocator=owl", "allocator.scorer._target_=svnup.allocation.maps.Uniform", "~allocator.scorer.m"],
+        ["allocator.scorer._target_=svnup.allocation.maps.Uniform", "svnup.scoring"],
     ),
     "scorer that does not exist": (
         ["allocator=owl", "allocator.scorer._target_=svnup.scoring.Owls"],
@@ -416,7 +417,7 @@ def test_mistakes_are_one_line_before_anything_is_loaded(svnup, case, monkeypatc
     def refuse(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("svnup.model.Random.load", refuse)
+    monkeypatch.setattr("svnup.model.source.Random.load", refuse)
     args, said = MISTAKES[case]
     code, _, err = svnup(*args)
     assert code == 2

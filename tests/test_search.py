@@ -17,18 +17,23 @@ from games import LossOf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svnup.__main__ import main
-from svnup.allocation import Chooser, Loss, Uniform, bounds_of
-from svnup.pruning import pruned_weights, temporarily_pruned
+from svnup.allocation import Chooser, Loss
+from svnup.allocation.curves import Curves, water_fill
+from svnup.allocation.held_out_loss import HeldOutLoss
+from svnup.allocation.maps import Uniform
+from svnup.allocation.projection import bounds_of
+from svnup.allocation.rounds import ShapleyRounds
+from svnup.allocation.search import Search
+from svnup.cli.run import main
 from svnup.pruning.magnitude import Magnitude
+from svnup.pruning.walk import pruned_weights, temporarily_pruned
 from svnup.pruning.wanda import Wanda
-from svnup.scoring import GameOptions, ShapleyScorer
-from svnup.search import Curves, Search, ShapleyRounds, water_fill
+from svnup.reports.tables import render
+from svnup.results.row import ResultRow
+from svnup.scoring.shapley import GameOptions, ShapleyScorer
 from svnup.shapley import all_coalitions, exact_values
 from svnup.shapley.exact import Exact
-from svnup.tables import render
-from svnup.tuning import HeldOutLoss
-from svnup.types import BlockScores, ResultRow, SparsityProfile
+from svnup.types import BlockScores, SparsityProfile
 
 A = np.array([8.0, 1.0, 2.0, 0.5])  # of the toy losses: how much each block matters
 C = 4.0

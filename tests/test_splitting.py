@@ -13,12 +13,12 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from test_language_model import load as family_model
 
+from svnup.allocation.splits import ErrorSplit, OutliersSplit, ShapleySplit, UniformSplit, _output_errors
 from svnup.language_model import LanguageModel
-from svnup.pruning import prune_model, pruned_weights
 from svnup.pruning.masks import n_zeros
+from svnup.pruning.walk import prune_model, pruned_weights
 from svnup.pruning.wanda import Wanda
 from svnup.shapley import all_coalitions, exact_values
-from svnup.splitting import ErrorSplit, OutliersSplit, ShapleySplit, UniformSplit, _output_errors
 from svnup.types import Share, SparsityProfile
 
 CONF = Path(__file__).parent.parent / "conf" / "split"

@@ -24,10 +24,10 @@ from cli import SMALL_W2, Done, read_once
 from google.protobuf.message import DecodeError
 from rows import run as made_up
 
-from svnup.__main__ import main
+from svnup.cli.run import main
 from svnup.data import Docs
-from svnup.results import RunFolder
-from svnup.types import ResultRow
+from svnup.results.row import ResultRow
+from svnup.results.store import RunFolder
 
 JOB = SMALL_W2
 
@@ -408,7 +408,7 @@ def test_wandb_without_an_account_is_a_failure_that_says_so(tmp_path):
 def test_without_wandb_nothing_of_it_is_imported(tmp_path):
     args = ["svnup", *JOB, "allocator=uniform", "results_dir=results", "cache_dir=cache"]
     code = (
-        f"import sys; from svnup.__main__ import main; sys.argv = {args!r}; code = main();"
+        f"import sys; from svnup.cli.run import main; sys.argv = {args!r}; code = main();"
         "print('\\n', code, [m for m in ('wandb', 'lm_eval', 'datasets') if m in sys.modules])"
     )
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -441,7 +441,7 @@ def test_a_missing_wandb_is_told_before_anything_runs(key, tmp_path, monkeypatch
 
 
 def test_jobs_of_a_sweep_share_a_group(tmp_path):
-    from svnup.__main__ import _sweep_name
+    from svnup.cli.run import _sweep_name
 
     sweep = ["-m", *JOB, "tracker=wandb", "tracker.stages=false", "allocator=uniform"]
     with a_place(tmp_path):
@@ -466,7 +466,7 @@ def plain(step: dict[str, Any]) -> dict[str, Any]:
 def test_finished_runs_are_uploaded_afterwards_once_each_with_the_same_records(tracked, tmp_path, capsys):
     folder, live, _ = tracked
     with a_place(tmp_path):
-        results_cli = importlib.import_module("svnup.results_cli")
+        results_cli = importlib.import_module("svnup.cli.results")
         shutil.copytree(folder / "results", "results", ignore=shutil.ignore_patterns("wandb*"))
         (run_folder,) = Path("results/runs").iterdir()
         RunFolder(Path("results/runs/failed")).write(replace(RunFolder(run_folder).read(), status="failed", config_key="f0"))
@@ -500,7 +500,7 @@ def test_finished_runs_are_uploaded_afterwards_once_each_with_the_same_records(t
 def test_uploading_without_an_account_or_without_runs_is_a_mistake_in_one_line(tracked, tmp_path, capsys):
     folder, *_ = tracked
     with a_place(tmp_path) as patch:
-        results_cli = importlib.import_module("svnup.results_cli")
+        results_cli = importlib.import_module("svnup.cli.results")
         import wandb
 
         def refuse(**kwargs: Any) -> None:
@@ -531,7 +531,7 @@ def test_disabled_leaves_nothing_but_an_id(tmp_path):
 
 def in_a_process(folder: Path, *args: str, **env: str) -> str:
     """The command in a process of its own: W&B reads its variables once."""
-    code = f"import sys; from svnup.__main__ import main; sys.argv = {['svnup', *args]!r}; sys.exit(main())"
+    code = f"import sys; from svnup.cli.run import main; sys.argv = {['svnup', *args]!r}; sys.exit(main())"
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     home = {f"WANDB_{k}_DIR": str(folder / "home") for k in ("CONFIG", "CACHE", "DATA", "ARTIFACT")}
     env = kept | home | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"} | env
@@ -567,7 +567,7 @@ def test_an_agent_of_a_sweep_gets_its_run_and_no_key_is_written(tmp_path):
 
 
 def test_numbers_that_could_not_be_measured_are_absent_and_say_why(tracked):
-    from svnup.tracking import _numbers
+    from svnup.reports.wandb import _numbers
 
     _, _, row = tracked
     known = {k: v for k, v in row.items() if k != "schema_version"}
@@ -583,7 +583,7 @@ def test_numbers_that_could_not_be_measured_are_absent_and_say_why(tracked):
 
 def test_what_is_not_comparable_is_marked():
     """A dashboard has no other way to keep numbers under other protocols apart."""
-    from svnup.tracking import _numbers
+    from svnup.reports.wandb import _numbers
 
     assert _numbers(made_up(20.0))["comparable"] == 1
     for odd in ({"complete": False}, {"role": "selection"}):

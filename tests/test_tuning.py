@@ -15,19 +15,20 @@ from cli import last_row
 from games import LossOf
 
 from svnup import NUMBERS_VERSION
-from svnup.allocation import Atp, Ratios, ScoreBudget, Tuned
-from svnup.game import Memo
-from svnup.naming import named
-from svnup.offload import HostShelf
-from svnup.pruning import prune_model, temporarily_pruned
+from svnup.allocation.held_out_loss import HeldOutLoss
+from svnup.allocation.maps import Atp, Ratios, ScoreBudget, Tuned
+from svnup.allocation.splits import ErrorSplit, OutliersSplit, UniformSplit
+from svnup.memo import Memo
+from svnup.model.offload import HostShelf
+from svnup.naming import moving_numbers, named
 from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.nothing import Nothing
 from svnup.pruning.sparsegpt import SparseGPT
+from svnup.pruning.walk import prune_model, temporarily_pruned
 from svnup.pruning.wanda import Wanda
-from svnup.splitting import ErrorSplit, OutliersSplit, UniformSplit
-from svnup.tables import render
-from svnup.tuning import HeldOutLoss
-from svnup.types import BlockScores, ResultRow, SparsityProfile, moving_numbers
+from svnup.reports.tables import render
+from svnup.results.row import ResultRow
+from svnup.types import BlockScores, SparsityProfile
 
 PARAMS, SCORES = np.array([100, 200, 100]), BlockScores([1.0, 2.0, 3.0], "x")
 

@@ -9,21 +9,9 @@ import math
 import numpy as np
 import pytest
 
-from svnup.types import (
-    SCHEMA_VERSION,
-    BlockScores,
-    Cost,
-    LinearReport,
-    Metric,
-    Metrics,
-    PruneReport,
-    ResultRow,
-    ShapleyValues,
-    Share,
-    SparsityProfile,
-    parse_pattern,
-    steps_of,
-)
+from svnup.pattern import parse_pattern, steps_of
+from svnup.results.row import SCHEMA_VERSION, ResultRow
+from svnup.types import BlockScores, Cost, LinearReport, Metric, Metrics, PruneReport, ShapleyValues, Share, SparsityProfile
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_a_wheel_runs_where_there_is_no_checkout(tmp_path):
     assert run("-c", "import svnup; print(svnup.__file__)").startswith(str(site))
     for model in ("tiny", "tiny_opt"):
         assert "plan of" in run("-m", "svnup", f"model={model}", "evaluation=full", "dry_run=true")
-    assert "llama_7b" in run("-c", "from svnup.results_cli import main; main(['published', '.'])")
+    assert "llama_7b" in run("-c", "from svnup.cli.results import main; main(['published', '.'])")
     (elsewhere / "code").mkdir()
     (elsewhere / "code" / "own.py").write_text(
         "from svnup.pruning.magnitude import Magnitude\n\n\nclass Own(Magnitude):\n    pass\n"

@@ -14,8 +14,8 @@ import pytest
 from cli import SMALL, SMALL_W2
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from svnup.__main__ import main
-from svnup.model import BUILT_IN_FOLDER
+from svnup.cli.run import main
+from svnup.model.source import BUILT_IN_FOLDER
 
 
 @pytest.fixture(autouse=True)
@@ -508,7 +508,7 @@ def test_config_mistakes_are_found_without_importing_torch(tmp_path):
     """What makes the answer quick: nothing heavy is imported where the configuration alone shows the mistake."""
     (tmp_path / "home").mkdir()
     code = (
-        "import sys; from svnup.__main__ import main; sys.argv = ['svnup', 'shapley.window=13']; code = main();"
+        "import sys; from svnup.cli.run import main; sys.argv = ['svnup', 'shapley.window=13']; code = main();"
         "print(code, [m for m in ('torch', 'transformers', 'datasets', 'wandb', 'matplotlib') if m in sys.modules])"
     )
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -520,7 +520,7 @@ def test_a_nan_loss_names_the_stage_and_is_no_number(capsys, monkeypatch, tmp_pa
     """Only running shows it: the run folder records the failure, and no metric."""
     import torch
 
-    from svnup.model import Random
+    from svnup.model.source import Random
 
     lm = Random(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=2).load()
     with torch.no_grad():

@@ -16,13 +16,15 @@ import pytest
 import torch
 from cli import RANDOM, last_row
 
-from svnup.__main__ import main
+from svnup.cli.run import main
 from svnup.data import TEXTS, Docs
-from svnup.evaluation import OWN_TASKS, TASK_SETS, Full, Perplexity, ZeroShot
-from svnup.language_model import LanguageModel, make_config
-from svnup.model import Random
-from svnup.tables import render
-from svnup.types import Metric, Metrics, ResultRow
+from svnup.evaluation.ppl import Perplexity
+from svnup.evaluation.zero_shot import OWN_TASKS, TASK_SETS, Full, ZeroShot
+from svnup.model.language_model import LanguageModel, make_config
+from svnup.model.source import Random
+from svnup.reports.tables import render
+from svnup.results.row import ResultRow
+from svnup.types import Metric, Metrics
 
 ROOT = Path(__file__).parent.parent
 CLOZE = OWN_TASKS / "docs_cloze.jsonl"
@@ -85,7 +87,7 @@ def items() -> list[dict[str, Any]]:
 
 
 def test_the_items_are_built_again_to_the_same_bytes(monkeypatch):
-    spec = importlib.util.spec_from_file_location("build_cloze", ROOT / "experiments" / "cloze" / "build.py")
+    spec = importlib.util.spec_from_file_location("build_cloze", ROOT / "tools" / "cloze" / "build.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "build_cloze", module)  # where dataclasses look their module up
     spec.loader.exec_module(module)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from svnup.language_model import LanguageModel
-    from svnup.pruning import Pruner
+    from svnup.pruning.walk import Pruner
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 540  # seconds, of the whole script
@@ -288,9 +288,9 @@ def model(results: Results, options: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    from svnup.allocation import Uniform
+    from svnup.allocation.maps import Uniform
     from svnup.game import LayerGame
-    from svnup.language_model import LanguageModel, make_config
+    from svnup.model.language_model import LanguageModel, make_config
     from svnup.pruning import prune_model
     from svnup.pruning.sparsegpt import SparseGPT
     from svnup.pruning.wanda import Wanda

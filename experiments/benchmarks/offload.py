@@ -22,10 +22,10 @@ from pathlib import Path
 
 import torch
 
-from svnup.checkpoint import Tensors, write_dense
-from svnup.language_model import LanguageModel, make_config
-from svnup.model import BUILT_IN_FOLDER
-from svnup.provenance import hardware
+from svnup.model.checkpoint import Tensors, write_dense
+from svnup.model.language_model import LanguageModel, make_config
+from svnup.model.source import BUILT_IN_FOLDER
+from svnup.results.provenance import hardware
 
 HEADS = 16
 JOB = ["dataset.n_seq=8", "evaluation.n_seq=8", "dataset=docs", "evaluation.datasets=[docs]", "allocator=uniform"]

@@ -21,17 +21,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from svnup.allocation import Uniform
+from svnup.allocation.maps import Uniform
 from svnup.data import Docs
 from svnup.language_model import LanguageModel
 from svnup.memory import synchronize
-from svnup.model import Pretrained
-from svnup.provenance import hardware
-from svnup.pruning import Pruner, temporarily_pruned
+from svnup.model.source import Pretrained
 from svnup.pruning.column_block import can_build_kernels
 from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.sparsegpt import Hessian, SparseGPT, cholesky_of_inverse
+from svnup.pruning.walk import Pruner, temporarily_pruned
 from svnup.pruning.wanda import Wanda
+from svnup.results.provenance import hardware
 
 SPARSITY = 0.5
 

@@ -24,12 +24,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from experiments.study import built_in, text
-from svnup.allocation import Uniform
+from svnup.allocation.maps import Uniform
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
-from svnup.provenance import hardware
-from svnup.pruning import pruned_weights
 from svnup.pruning.magnitude import Magnitude
+from svnup.pruning.walk import pruned_weights
+from svnup.results.provenance import hardware
 from svnup.shapley import Estimator, Game, block_forwards
 from svnup.shapley.exact import Exact
 from svnup.shapley.sliding_window import SlidingWindow

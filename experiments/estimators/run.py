@@ -23,12 +23,12 @@ import numpy as np
 import torch
 
 from experiments.study import built_in, figure, parse, parser, publish, text
-from svnup.allocation import Uniform
+from svnup.allocation.maps import Uniform
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
-from svnup.provenance import hardware
-from svnup.pruning import pruned_weights
+from svnup.pruning.walk import pruned_weights
 from svnup.pruning.wanda import Wanda
+from svnup.results.provenance import hardware
 from svnup.shapley.exact import Exact
 from svnup.shapley.gates import Gates
 from svnup.shapley.kernel import Kernel

@@ -39,11 +39,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import svnup
-from svnup.allocation import Uniform
+from svnup.allocation.maps import Uniform
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
-from svnup.pruning import Pruner, prune_model
 from svnup.pruning.magnitude import Magnitude
+from svnup.pruning.walk import Pruner, prune_model
 from svnup.pruning.wanda import Wanda
 from svnup.types import Offload
 

@@ -24,19 +24,19 @@ import torch
 
 from experiments.study import built_in, figure, parse, parser, publish, text
 from svnup import NUMBERS_VERSION
-from svnup.allocation import ScoreBudget, Uniform
+from svnup.allocation.maps import ScoreBudget, Uniform
 from svnup.data import Role
 from svnup.evaluation import perplexity
-from svnup.game import LayerGame, Payoff, Players
-from svnup.provenance import hardware
-from svnup.pruning import Pruner, pruned_weights, temporarily_pruned
+from svnup.game.layer_game import LayerGame, Payoff
 from svnup.pruning.sparsegpt import SparseGPT
+from svnup.pruning.walk import Pruner, pruned_weights, temporarily_pruned
 from svnup.pruning.wanda import Wanda
+from svnup.results.provenance import hardware
 from svnup.shapley import Estimator
 from svnup.shapley.exact import Exact
 from svnup.shapley.gates import Gates
 from svnup.shapley.sliding_window import SlidingWindow
-from svnup.types import BlockScores, Bools, Floats, Ints, SparsityProfile
+from svnup.types import BlockScores, Bools, Floats, Ints, Players, SparsityProfile
 
 Scale = Literal["log", "rank", "clip", "raw"]
 Absence = Literal["skip", "prune"]

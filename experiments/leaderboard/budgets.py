@@ -22,7 +22,7 @@ from experiments.leaderboard import run
 from experiments.leaderboard.run import OF_SUBLAYERS, Bench, Cell, Sizes, workers
 from experiments.study import parse, parser, publish
 from svnup.pipeline import held_out_loss, stand_ins
-from svnup.provenance import hardware
+from svnup.results.provenance import hardware
 from svnup.scoring import Context
 from svnup.shapley import Game, all_coalitions, exact_values
 from svnup.shapley.sliding_window import SlidingWindow

@@ -36,12 +36,12 @@ from hydra.core.global_hydra import GlobalHydra
 
 from experiments.study import figure, parse, parser, publish
 from svnup import NUMBERS_VERSION, config
-from svnup.allocation import Tuned, Uniform
+from svnup.allocation.maps import Tuned, Uniform
 from svnup.config import CONF, Job
 from svnup.language_model import LanguageModel
 from svnup.pipeline import held_out_loss, stand_ins
-from svnup.provenance import hardware
-from svnup.pruning import temporarily_pruned
+from svnup.pruning.walk import temporarily_pruned
+from svnup.results.provenance import hardware
 from svnup.scoring import Context
 from svnup.types import Floats, SparsityProfile
 

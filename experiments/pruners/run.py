@@ -21,12 +21,12 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from experiments.study import built_in, parse, parser, publish, text
-from svnup.allocation import Uniform
+from svnup.allocation.maps import Uniform
 from svnup.config import CONF
 from svnup.evaluation import perplexity
-from svnup.language_model import LanguageModel, matrix
-from svnup.provenance import hardware
-from svnup.pruning import Inputs, Pruner, temporarily_pruned
+from svnup.model.language_model import LanguageModel, matrix
+from svnup.pruning.walk import Inputs, Pruner, temporarily_pruned
+from svnup.results.provenance import hardware
 
 SETTINGS = {"70 %": ("unstructured", 0.7), "2:4": ("2:4", 0.5)}
 ON_MODEL = {"50 %": ("unstructured", 0.5), "70 %": ("unstructured", 0.7), "2:4": ("2:4", 0.5), "4:8": ("4:8", 0.5)}

@@ -23,17 +23,18 @@ import torch
 from torch import Tensor
 
 from experiments.study import built_in, parse, parser, publish, text
-from svnup import smollm2
-from svnup.allocation import Uniform
+from svnup.allocation.maps import Uniform
+from svnup.allocation.margins import marginal_values
 from svnup.data import C4
-from svnup.game import Memo, WalkPlan
-from svnup.language_model import LanguageModel, MicroBatch
-from svnup.margins import marginal_values
-from svnup.model import Pretrained
-from svnup.provenance import hardware
+from svnup.game.walk_plan import WalkPlan
+from svnup.memo import Memo
+from svnup.model.language_model import LanguageModel, MicroBatch
+from svnup.model.source import Pretrained, smollm2
 from svnup.pruning.advance import PrunedInAdvance
 from svnup.pruning.wanda import Wanda
-from svnup.scoring import BlockInfluence, Context
+from svnup.results.provenance import hardware
+from svnup.scoring import Context
+from svnup.scoring.published import BlockInfluence
 from svnup.shapley.sliding_window import SlidingWindow
 from svnup.types import Bools, Floats, Ints
 

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from svnup import results_cli
-from svnup.allocation import name_of
-from svnup.results import load
+from svnup.cli import results as results_cli
+from svnup.naming import allocator_name
+from svnup.results.store import load
 
 Sweep = list[str]  # overrides of experiment=smollm2
 
@@ -62,7 +62,12 @@ def chosen(results: Path, allocator: str, knob: str) -> str | None:
     """The value of a knob with the least loss of a finished run that tried its values at 60 % with Wanda."""
     for row in load(results):
         tuned = row.config["allocator"].get(knob) == "auto" and row.config["sparsity"] == 0.6
-        if tuned and row.status == "finished" and row.tuning and name_of(row.config["allocator"]) == allocator.replace("_", ""):
+        if (
+            tuned
+            and row.status == "finished"
+            and row.tuning
+            and allocator_name(row.config["allocator"]) == allocator.replace("_", "")
+        ):
             points = [point for point in row.tuning["curve"] if point["loss"] is not None]
             return str(min(points, key=lambda point: point["loss"])["label"]).partition("=")[2] if points else None
     return None

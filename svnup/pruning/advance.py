@@ -7,9 +7,9 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from svnup.language_model import LanguageModel, matrix
+from svnup.model.language_model import LanguageModel, matrix
 from svnup.progress import stage
-from svnup.pruning import Inputs, Pruner
+from svnup.pruning.walk import Inputs, Pruner
 from svnup.types import Ints, SparsityProfile
 
 

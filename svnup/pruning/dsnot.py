@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from svnup.pruning import Pruner, workspace
+from svnup.pattern import steps_of
 from svnup.pruning.masks import zeroed
 from svnup.pruning.refit import check_base
-from svnup.types import steps_of
+from svnup.pruning.walk import Pruner, workspace
 
 
 @dataclass

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svnup.types import steps_of
+from svnup.pattern import steps_of
 
 
 def n_zeros(sparsity: float, size: int) -> int:

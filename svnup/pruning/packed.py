@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from svnup.checkpoint import pack, read_metadata, read_tensors, save_tensors, unpack
-from svnup.language_model import LanguageModel
+from svnup.model.checkpoint import pack, read_metadata, read_tensors, save_tensors, unpack
+from svnup.model.language_model import LanguageModel
 
 
 def save_masks(lm: LanguageModel, file: str | Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from svnup.pruning import Pruner, workspace
 from svnup.pruning.masks import zeroed
 from svnup.pruning.sparsegpt import Hessian, cholesky
+from svnup.pruning.walk import Pruner, workspace
 
 CHUNK = 2**25  # entries of the systems that are solved at once: 128 MiB
 

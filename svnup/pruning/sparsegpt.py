@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor
 
+from svnup.pattern import parse_pattern, steps_of
 from svnup.pruning.column_block import settle
 from svnup.pruning.masks import check_groups, lowest_counts, n_zeros
-from svnup.types import parse_pattern, steps_of
 
 Factor = TypeVar("Factor")
 SLAB = 512  # columns of X^T X that one matrix product makes

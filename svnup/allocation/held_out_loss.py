@@ -1,0 +1,254 @@
+"""The loss on held-out text by which allocators that tune or search choose a profile."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svnup.allocation.margins import marginal_values
+from svnup.game.layer_game import max_states
+from svnup.game.walk_plan import WalkPlan
+from svnup.memo import Memo
+from svnup.model.language_model import LanguageModel, MicroBatch
+from svnup.progress import stage
+from svnup.pruning.advance import PrunedInAdvance
+from svnup.pruning.walk import Pruner, block_pruned, check_profile
+from svnup.types import Floats, Ints, SelectionLoss, ShapleyValues, SparsityProfile
+
+logger = logging.getLogger(__name__)
+
+
+class HeldOutLoss:
+    """The loss in nats per token, on selection text, of the model pruned by a profile on calibration text (n_seq, seq_len).
+
+    `kind`: `nll`, the mean negative log-likelihood of the next token; `kl`, the mean divergence KL(dense || pruned) of the
+    predictions, with the dense model's last hidden states kept.
+    `text` gives the selection tokens (n_seq, seq_len) when the first loss is asked for, `divide` what a profile asks of the
+    linears, `play` the Shapley values in the model pruned by one profile where an absent block is pruned by another.
+    Losses are kept under `cache_dir` by model, text, profile and `name`, which says how profiles are pruned: jobs of a sweep
+    share them and a killed one goes on. A loss that is not finite is infinite. Asked for `n_seq`, it is that of the first
+    sequences only, kept apart; a `trial`, kept apart too, is that of weights pruned in advance by statistics of the dense
+    model (`PrunedInAdvance`): one forward pass and no calibration. `payoff` gives the tokens of marginal values.
+
+    Profiles that are asked for together are walked depth first: blocks that they begin with in common are pruned and run once,
+    and one block at a time is not dense. Hidden states at the doors of blocks take at most `state_bytes` (None: as in a
+    game), beyond which they are computed again. The losses are those of `prune_model` and `LanguageModel.nll`
+    (or `token_kl`), bit for bit. Raises ValueError where a block cannot be pruned, and where the model is offloaded.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        pruner: Pruner,
+        calibration: Ints,
+        text: Callable[[], Ints],
+        name: str,
+        cache_dir: str | Path,
+        divide: Callable[[SparsityProfile], SparsityProfile] = lambda profile: profile,
+        state_bytes: int | None = None,
+        kind: SelectionLoss = "nll",
+        play: Callable[[SparsityProfile, SparsityProfile], ShapleyValues] | None = None,
+        payoff: Callable[[], Ints] | None = None,
+    ) -> None:
+        self._play, self._payoff, self._rounds = play, payoff, list[dict[str, Any]]()
+        self._lm, self._pruner, self._calibration, self._divide = lm, pruner, calibration, divide
+        self._text, self._name, self._cache_dir, self._state_bytes = text, name, cache_dir, state_bytes
+        self._kind, self._dense_states = kind, dict[int, list[MicroBatch]]()  # by the number of sequences
+        self._calls: list[dict[str, Any]] = []
+        self._targets: set[float] = set()
+        self._kinds: set[str] = set()  # of device, on which losses were measured
+        self._n_new, self._seconds = 0, 0.0
+        self._n_calibration, self._n_selection = 0, 0.0  # block-forwards
+        self._n_payoff = 0  # sequences through a backward pass
+
+    @cached_property
+    def _tokens(self) -> Ints:
+        return self._text()
+
+    @cached_property
+    def _memo(self) -> Memo:
+        tokens = hashlib.sha256(self._tokens.tobytes()).hexdigest()
+        kind = [] if self._kind == "nll" else [self._kind]
+        identity = json.dumps([self._lm.fingerprint(), self._name, tokens, list(self._tokens.shape), *kind])
+        folder = Path(self._cache_dir) / "losses" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+        return Memo(folder, self._lm.device.type)
+
+    @cached_property
+    def _in_advance(self) -> PrunedInAdvance:
+        return PrunedInAdvance(self._lm, self._pruner, self._calibration)
+
+    def __call__(self, profile: SparsityProfile, label: str = "", n_seq: int | None = None, trial: bool = False) -> float:
+        return self.many([(label, profile)], n_seq, trial)[0]
+
+    def many(self, tried: Sequence[tuple[str, SparsityProfile]], n_seq: int | None = None, trial: bool = False) -> list[float]:
+        """The losses of labelled profiles, in their order."""
+        start = time.perf_counter()
+        tokens = self._tokens[:n_seq]
+        part: dict[str, Any] = {"n_seq": len(tokens)} if len(tokens) < len(self._tokens) else {}
+        part |= {"trial": True} if trial else {}
+        keys = [_key(profile, part) for _, profile in tried]
+        new = {key: profile for key, (_, profile) in zip(keys, tried, strict=True) if key not in self._memo.values}
+        if new:
+            before = self._lm.n_block_runs
+            self._measure(list(new), [self._divide(profile) for profile in new.values()], tokens, trial)
+            self._n_calibration += self._lm.n_block_runs - before
+        losses = [self._memo.values[key] for key in keys]
+        if not (kinds := {self._memo.kinds[key] for key in keys}) <= self._kinds:
+            self._kinds |= kinds
+            if len(self._kinds) > 1:
+                logger.warning("the losses on selection text are of several kinds of device: %s", sorted(self._kinds))
+        for (label, profile), loss in zip(tried, losses, strict=True):
+            logger.info("%s: loss %.4f on %d sequences of the selection text", label or "tried", loss, len(tokens))
+            self._calls.append({"label": label, "loss": loss if math.isfinite(loss) else None} | part)
+            self._targets.add(round(profile.target, 9))
+        self._seconds += time.perf_counter() - start
+        return losses
+
+    def values(self, denser: SparsityProfile, sparser: SparsityProfile) -> Floats:
+        """Shapley values (n_parts,) where a present block or sublayer is pruned by `denser` and an absent one by `sparser`."""
+        assert self._play is not None
+        start, before = time.perf_counter(), self._lm.n_block_runs
+        found = self._play(self._divide(denser), self._divide(sparser))
+        self._n_calibration += self._lm.n_block_runs - before
+        self._seconds += time.perf_counter() - start
+        self._rounds.append(found.to_dict())
+        return found.per_part(len(denser.sparsity)).values
+
+    def margins(self, denser: SparsityProfile, sparser: SparsityProfile, first: int, n_seq: int, nodes: int = 1) -> Floats:
+        """Aumann-Shapley values (n_parts,) of what has a budget of its own, by weights pruned in advance: a present part is
+        pruned by `denser`, an absent one by `sparser`, and the payoff is minus this loss on `n_seq` sequences of the payoff
+        text, from number `first` on, round its end. Kept under `cache_dir`, as losses are."""
+        assert self._payoff is not None
+        start, text = time.perf_counter(), self._payoff()
+        tokens = text.take(range(first, first + min(n_seq, len(text))), axis=0, mode="wrap")
+        digest: dict[str, Any] = {
+            "tokens": hashlib.sha256(tokens.tobytes()).hexdigest(),
+            "nodes": nodes,
+            "sparser": _key(sparser, {}),
+        }
+        name = _key(denser, digest)
+        parts = self._lm.budget_parts(self._lm.granularity_of(denser.params))
+        names = [f"{name} {i}" for i in range(len(parts))]
+        if not all(one in self._memo.values for one in names):
+            present, absent = (partial(self._in_advance.block, profile=self._divide(p)) for p in (denser, sparser))
+            before = self._lm.n_block_runs
+            found = marginal_values(self._lm, present, absent, tokens, self._kind, nodes)
+            self._n_calibration += self._lm.n_block_runs - before
+            self._n_payoff += len(tokens) * nodes
+            for one, (index, linears) in zip(names, parts, strict=True):
+                self._memo.add(one, sum(found[index, linear] for linear in linears))
+        values = np.array([self._memo.values[one] for one in names])
+        seconds = time.perf_counter() - start
+        self._seconds += seconds
+        self._rounds.append(
+            {"method": "AumannShapley", "values": values.tolist(), "n_sequences": len(tokens), "seconds": seconds}
+        )
+        return values
+
+    @torch.inference_mode()
+    def _measure(self, keys: list[str], profiles: list[SparsityProfile], tokens: Ints, trial: bool) -> None:
+        lm = self._lm
+        for profile in profiles:
+            check_profile(lm, profile)
+        rows = [[profile.levels(index) for index in range(lm.n_blocks)] for profile in profiles]
+        # The sparser first: of those that begin alike it then prunes farthest, and calibrates for the others as far as they go.
+        order = sorted(range(len(rows)), key=rows.__getitem__, reverse=True)
+        codes = {level: code for code, level in enumerate({level for row in rows for level in row})}
+        calibrates = self._pruner.needs_inputs and not trial
+        calibration = list(lm.micro_batches(self._calibration)) if calibrates else []
+        selection = list(lm.micro_batches(tokens))
+        held = max_states(lm, calibration + selection, self._state_bytes)
+        steps = WalkPlan.of(np.array([[codes[level] for level in rows[i]] for i in order]), absent_costs=True, max_states=held)
+        stack = {0: (calibration, selection)}
+        with stage("profiles", len(profiles), "profiles") as advance:
+            for i, start, kept in zip(order, steps.resume, steps.kept, strict=True):
+                of_calibration, states = stack[start]
+                stack = {depth: s for depth, s in stack.items() if kept >> depth & 1}
+                inputs = list(map(replace, of_calibration))  # which the walk moves on
+                for index, weights in self._blocks(profiles[i], inputs, start, trial):
+                    states = [lm.run_block(index, batch, weights=weights) for batch in states]
+                    if kept >> (index + 1) & 1:
+                        stack[index + 1] = (list(map(replace, inputs)), states)
+                    self._n_selection += len(tokens) / len(self._tokens)
+                loss = self._loss(states, selection)
+                self._memo.add(keys[i], loss if math.isfinite(loss) else math.inf)
+                self._n_new += 1
+                advance(1)
+
+    def _blocks(
+        self, profile: SparsityProfile, inputs: list[MicroBatch], start: int, trial: bool
+    ) -> Iterator[tuple[int, dict[str, Tensor] | None]]:
+        """Each block from `start` on with the weights to run it with; None: its own, which are pruned while it is run."""
+        if trial:
+            yield from ((index, self._in_advance.block(index, profile)) for index in range(start, self._lm.n_blocks))
+            return
+        for visit in self._lm.walk(inputs, start):
+            with block_pruned(visit, profile, self._pruner):
+                yield visit.index, None
+
+    def _loss(self, states: list[MicroBatch], selection: list[MicroBatch]) -> float:
+        """Of batches behind the last block; `selection` are the same before the first."""
+        if self._kind == "kl":
+            losses = list(map(self._lm.token_kl, states, self._dense(selection)))
+        else:
+            losses = list(map(self._lm.token_nll, states))
+        return float(np.mean(torch.cat([loss.double().mean(1).cpu() for loss in losses]).numpy()))
+
+    def _dense(self, selection: list[MicroBatch]) -> list[MicroBatch]:
+        """The batches behind the last block of the dense model, outside the counts."""
+        n_seq = sum(len(batch.tokens) for batch in selection)
+        if n_seq not in self._dense_states:
+            states = selection
+            for index in range(self._lm.n_blocks):
+                states = [self._lm.run_block(index, batch) for batch in states]
+            self._dense_states[n_seq] = states
+        return self._dense_states[n_seq]
+
+    def to_dict(self) -> dict[str, Any] | None:
+        """The whole curve, in the order in which it was asked for, and what it cost; None where nothing was tried.
+
+        Losses on part of the text carry its `n_seq`, trials `trial`; `best` is the least of the others by the end of each
+        label, none where
+        profiles of different budgets were tried, of which none is best; `n_full_evaluations` weighs evaluations by their share
+        of the text; `rounds` has the values of pruned models that were asked for, with the cost of their games. Block-forwards
+        are those that were made, for what was new: a block on the whole text, or a share of one; with the calibration of rounds
+        and of trial prunings.
+        """
+        if not self._calls:
+            return None
+        least, best = math.inf, {}
+        for call in self._calls if len(self._targets) == 1 else []:
+            if not {"n_seq", "trial"} & call.keys() and call["loss"] is not None:
+                least = best[call["label"]] = min(least, call["loss"])
+        n_read = sum(call.get("n_seq", len(self._tokens)) for call in self._calls)
+        counts = {"n_evaluations": len(self._calls), "n_new_evaluations": self._n_new, "n_sequences": len(self._tokens)}
+        return {
+            "kind": self._kind,
+            "curve": self._calls,
+            "best": [{"label": label, "loss": loss} for label, loss in best.items()],
+            **counts,
+            "n_full_evaluations": n_read / len(self._tokens),
+            "n_calibration_block_forwards": self._n_calibration,
+            "n_selection_block_forwards": self._n_selection,
+            **({"n_payoff_sequences": self._n_payoff} if self._n_payoff else {}),
+            "seconds": self._seconds,
+            "kinds": sorted(self._kinds),
+            **({"rounds": self._rounds} if self._rounds else {}),
+        }
+
+
+def _key(profile: SparsityProfile, part: dict[str, Any]) -> str:
+    same = profile.to_dict() | {"sparsity": np.round(profile.sparsity, 12).tolist(), "requested": None} | part
+    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()

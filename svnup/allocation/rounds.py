@@ -1,0 +1,165 @@
+"""Budgets that values of the pruned model correct, round after round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+
+from svnup.allocation import Loss
+from svnup.allocation.maps import ScoreBudget, Uniform, best_of
+from svnup.allocation.projection import Scale, bounds_of, check_bounds, check_pattern, to_budget
+from svnup.pattern import UNSTRUCTURED
+from svnup.types import BlockScores, Granularity, Ints, Players, SparsityProfile
+
+FLOOR = 1e-3  # of the largest value, for those near 0 or below it
+FLOOR_OF_MEDIAN = 0.02
+
+
+@dataclass(frozen=True)
+class ShapleyRounds:
+    """A Shapley budget that Shapley values of the model pruned by it correct, round after round, on held-out text.
+
+    The first round is `ScoreBudget`: of the amplitudes 0 (uniform), `lam` / 2 and `lam` the one with the least loss. Each other
+    plays a game in the pruned model: a present block has `delta` less sparsity than the budget gives it, an absent one `delta`
+    more, and the payoff is minus the negative log-likelihood; so a value is what sparsity costs a block where it stands. Then
+    s_l moves by `step` / 2 or `step` times the log of the value per weight that differs, centred, where that lowers the loss;
+    else the rounds end. With `granularity=sublayer` attention and MLP have values and budgets apart.
+
+    Source: our choice; arXiv 2505.01731 takes the values of the dense model alone.
+    """
+
+    rounds: int = 3
+    scale: Scale = "log"
+    lam: float = 0.2
+    step: float = 0.08
+    delta: float = 0.1
+    lower: float | None = None
+    upper: float | None = None
+    granularity: Players = "block"
+    uniform_only: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds}: the first is the budget by the dense model's values; choose 1 or more")
+        for name in ("lam", "step", "delta"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a difference of sparsities; choose one above 0, at most 1")
+
+    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
+        self._first(self.lam).check(n_blocks, sparsity, pattern)
+        if pattern != UNSTRUCTURED:
+            raise ValueError(
+                f"pattern={pattern}: rounds move budgets by less than its steps; use allocator=shapley, or pattern=unstructured"
+            )
+
+    def n_losses(self, n_blocks: int, sparsity: float) -> int:
+        return 3 + 2 * (self.rounds - 1)
+
+    def _first(self, lam: float) -> ScoreBudget:
+        return ScoreBudget(self.scale, lam, self.lower, self.upper)
+
+    def allocate(
+        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
+    ) -> SparsityProfile:
+        amplitudes = (0.0, self.lam / 2, self.lam)
+        tried = [(f"lam={lam:.4g}", self._first(lam).allocate(scores, params, sparsity, pattern)) for lam in amplitudes]
+        assert loss is not None
+        least, profile = best_of(tried, loss)
+        for number in range(2, self.rounds + 1):
+            denser, sparser = (_shifted(profile, by) for by in (-self.delta, self.delta))
+            values = loss.values(denser, sparser) / (params * (sparser.sparsity - denser.sparsity))
+            if values.max() <= 0:  # more weights help no block
+                break
+            z = np.log(np.maximum(values, FLOOR * values.max()))
+            z -= np.average(z, weights=params)
+            bounds = bounds_of(sparsity, self.lower, self.upper)
+            tried = [
+                (f"round {number}, step={step:.4g}", to_budget(profile.sparsity - step * z, params, sparsity, pattern, bounds))
+                for step in (self.step / 2, self.step)
+            ]
+            reached, moved_to = best_of(tried, loss)
+            if reached >= least:
+                break
+            least, profile = reached, moved_to
+        return profile
+
+
+@dataclass(frozen=True)
+class ShapleyMargins:
+    """Budgets at which another weight costs the same loss everywhere, by values at the margin, round after round.
+
+    Each round plays a game in the pruned model, on weights that are pruned in advance: a present part (a block, its attention
+    or its MLP, or a linear layer) has `delta` less sparsity than its budget, an absent one `delta` more, and the payoff is
+    minus the loss. Its Aumann-Shapley values, by `nodes` nodes, take as many backward passes over `n_seq` payoff sequences,
+    whatever the number of parts; each round reads the next sequences. Then s_l moves by `step` times the log of the value per
+    weight that differs, centred, within 2 `step`; a value near 0 or below counts as 2 % of the median. A trial on `trial_n_seq`
+    selection sequences follows; the profile with the least, and the uniform one, are pruned for real and measured on the whole
+    selection text, and the better is taken.
+
+    `data` is the payoff text. Source: our choice. The value is that of Aumann and Shapley (1974) for a game with degrees of
+    presence, the condition that of Lagrange for the least loss under a budget; weights in advance as in EvoPress (arXiv
+    2410.14649).
+    """
+
+    data: Annotated[Any, "text"]  # a svnup.data.TokenSource
+    rounds: int = 6
+    step: float = 0.05
+    delta: float = 0.05
+    nodes: int = 1
+    n_seq: int = 8
+    trial_n_seq: int | None = 16
+    lower: float | None = None
+    upper: float | None = None
+    granularity: Granularity = "block"
+    uniform_only: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "nodes", "n_seq"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: choose 1 or more")
+        if self.trial_n_seq is not None and self.trial_n_seq < 1:
+            raise ValueError(
+                f"trial_n_seq={self.trial_n_seq}: selection sequences of a trial; choose 1 or more, or null for all"
+            )
+        for name in ("step", "delta"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a difference of sparsities; choose one above 0, at most 1")
+
+    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
+        check_pattern(sparsity, pattern, self.uniform_only)
+        if pattern != UNSTRUCTURED:
+            raise ValueError(
+                f"pattern={pattern}: rounds move budgets by less than its steps; use allocator=shapley, or pattern=unstructured"
+            )
+        check_bounds(*bounds_of(sparsity, self.lower, self.upper), sparsity)
+
+    def n_losses(self, n_blocks: int, sparsity: float) -> int:
+        return 2
+
+    def allocate(
+        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
+    ) -> SparsityProfile:
+        assert loss is not None
+        profile = uniform = Uniform().allocate(None, params, sparsity, pattern)
+        bounds, tried = bounds_of(sparsity, self.lower, self.upper), []
+        for number in range(self.rounds):
+            denser, sparser = (_shifted(profile, by) for by in (-self.delta, self.delta))
+            values = loss.margins(denser, sparser, number * self.n_seq, self.n_seq, self.nodes)
+            values /= params * (sparser.sparsity - denser.sparsity)
+            if values.max() <= 0:  # more weights help no part
+                break
+            least = FLOOR * values.max() if np.median(values) <= 0 else FLOOR_OF_MEDIAN * np.median(values)
+            z = np.log(np.maximum(values, least))
+            z -= np.average(z, weights=params)
+            profile = to_budget(profile.sparsity - self.step * np.clip(z, -2, 2), params, sparsity, pattern, bounds)
+            label = f"round {number + 1}"
+            tried.append((loss(profile, label, self.trial_n_seq, trial=True), label, profile))
+        best = min(tried, key=lambda one: one[0])[1:] if tried else ("uniform", uniform)
+        return best_of([("uniform", uniform), best], loss)[1]
+
+
+def _shifted(profile: SparsityProfile, by: float) -> SparsityProfile:
+    sparsity = np.clip(profile.sparsity + by, 0.0, 1.0)
+    return SparsityProfile(sparsity, profile.params, float(np.average(sparsity, weights=profile.params)))

@@ -1,0 +1,24 @@
+"""The `svnup-expand` command: a bitmask checkpoint as a dense one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from svnup.files import at_home
+from svnup.model.checkpoint import expand
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The `svnup-expand` command."""
+    parser = argparse.ArgumentParser(prog="svnup-expand", description="Make a dense checkpoint of a bitmask one.")
+    parser.add_argument("source", type=Path, help="folder that save_format=bitmask wrote")
+    parser.add_argument("target", type=Path, help="folder to make")
+    args = parser.parse_args(argv)
+    try:
+        expand(at_home("source", args.source), at_home("target", args.target))
+    except ValueError as error:
+        sys.stderr.write(f"svnup-expand: {error}\n")
+        return 2
+    return 0

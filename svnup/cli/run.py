@@ -1,0 +1,123 @@
+"""The `svnup` command: compose -> Job -> execute."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from svnup import config
+from svnup.execute import execute, print_plan
+from svnup.outside import of_ours, targets
+from svnup.progress import to_nobody
+from svnup.results.provenance import Asked, python_path
+from svnup.secrets import redact, redact_code
+
+CONFIG_NAME = "config"
+OF_SWEEPS = re.compile(r"[+~]*hydra([./]launcher|[./]sweeper|\.sweep\b|\.mode=)")  # overrides that a single job does not need
+
+
+def main() -> int:
+    """Run the command line; 0 when all went well, 2 for a user's mistake, 1 for a sweep in which a job failed."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back as exceptions, and become one line here
+    config.register()
+    overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
+    program = ["python", "-m", "svnup"] if Path(sys.argv[0]).name == "__main__.py" else ["svnup"]
+    codes: list[int] = []  # Hydra drops what a task returns
+    texts: config.Texts = {}  # the jobs of a sweep read the same texts
+
+    def task(cfg: Any) -> None:
+        codes.append(_job(cfg, texts, program, overrides))
+
+    try:
+        hydra.main(config_path=str(config.CONF), config_name=CONFIG_NAME, version_base="1.3")(task)()
+    except JobFailed:
+        return 1
+    except BrokenPipeError:  # `svnup --help | head -1`
+        to_nobody()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        _tell(config.explain(error, overrides))
+        return 2
+    finally:
+        config.KeepSecrets.redact()
+    return max(codes, default=0)
+
+
+class JobFailed(Exception):
+    """A job of a sweep failed, which it has already told; the other jobs have run."""
+
+
+def _job(cfg: Any, texts: config.Texts, program: list[str], given: list[str]) -> int:
+    """One job of a sweep, or the only one; what goes wrong in a sweep is told at once, since it goes on."""
+    hydra_cfg = HydraConfig.get()
+    alone, sweep = hydra_cfg.mode != RunMode.MULTIRUN, None
+    if not alone:
+        config.KeepSecrets.redact()
+        sweep = hydra_cfg.runtime.choices["experiment"] or _sweep_name(given)
+    overrides = list(hydra_cfg.overrides.task)
+    try:
+        _run(cfg, texts, Asked(_command(cfg, program, hydra_cfg), overrides, sweep))
+        return 0
+    except ValueError as error:
+        message = str(error)
+        _tell(message)
+    except Exception as error:
+        if alone:
+            raise
+        message = repr(error)
+        sys.stderr.write(redact(traceback.format_exc()))
+    # Outside the except block: Hydra keeps what is raised until the sweep ends, and a traceback would keep the model with it.
+    if not alone:
+        raise JobFailed(message)
+    return 2
+
+
+def _command(cfg: Any, program: list[str], hydra_cfg: Any) -> str:
+    """What to paste into a shell, in the same folder, to run this job alone, be it one of a sweep or not."""
+    sources = {source.provider: source.path for source in hydra_cfg.runtime.config_sources}
+    flags = {
+        "--config-path": sources["main"] if Path(sources["main"]) != config.CONF else None,
+        "--config-dir": sources.get("command-line"),
+        "--config-name": hydra_cfg.job.config_name if hydra_cfg.job.config_name != CONFIG_NAME else None,
+    }
+    words = [word for name, value in flags.items() if value is not None for word in (name, value)]
+    words += [redact_code(o) for o in hydra_cfg.overrides.hydra if not OF_SWEEPS.match(o)]
+    if hydra_cfg.mode == RunMode.MULTIRUN and not any(o.startswith("hydra.mode=") for o in hydra_cfg.overrides.hydra):
+        words.append("hydra.mode=RUN")  # as an experiment has it that sweeps
+    path = python_path() if any(not of_ours(target) for target in targets(OmegaConf.to_container(cfg))) else None
+    before = [f"PYTHONPATH={shlex.quote(path)}"] if path else []
+    return " ".join([*before, *map(shlex.quote, [*program, *words, *hydra_cfg.overrides.task])])
+
+
+def _sweep_name(overrides: list[str]) -> str:
+    """What people call a sweep that is no experiment: what it sweeps, in at most 120 characters, and a digest of all of it."""
+    digest = hashlib.sha256(" ".join(overrides).encode()).hexdigest()[:6]
+    return f"{' '.join(o for o in overrides if ',' in o)[:112]} {digest}".strip()
+
+
+def _tell(message: str) -> None:
+    sys.stderr.write(redact(f"svnup: {' '.join(message.split())}\n"))
+
+
+def _run(cfg: Any, texts: config.Texts, asked: Asked) -> None:
+    job = config.build(cfg, texts)
+    if job.dry_run:
+        job.check_shapes()
+        job.check_texts()
+        print_plan(job)
+        return
+    from svnup.reports import figures
+
+    execute(job, asked, figures)

@@ -1,0 +1,173 @@
+"""Checks of a configuration that no single constructor can make."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf.errors import OmegaConfBaseException
+
+from svnup.allocation.splits import Split
+from svnup.config.construction import did_you_mean, type_complaint
+from svnup.config.job import Gate
+from svnup.config.messages import explain
+from svnup.config.schema import GROUPS, Schema
+from svnup.data import TokenSource
+from svnup.files import at_home
+from svnup.pattern import parse_pattern
+from svnup.scoring import Scorer
+from svnup.scoring.shapley import ShapleyScorer
+from svnup.types import Offload, SaveFormat, SelectionLoss
+
+if TYPE_CHECKING:
+    from svnup.pruning.walk import Pruner
+
+
+def check_roles(texts: dict[str, TokenSource]) -> None:
+    """Test text is for reported numbers only, and what the game plays on chooses nothing."""
+    for name, role, what in (
+        ("dataset", "calibration", "calibrates pruners"),
+        ("shapley.game.data", "payoff", "pays coalitions"),
+        ("allocator.data", "payoff", "pays coalitions"),
+        ("selection", "selection", "chooses"),
+    ):
+        if name in texts and texts[name].role != role:
+            raise ValueError(f"{name}.role={texts[name].role}: this text {what}; use {name}.role={role}")
+
+
+def refuse_mixed_roles(texts: dict[str, TokenSource]) -> None:
+    """One text in two roles; sources of the hub divide theirs by role themselves."""
+    seen: dict[str, tuple[str, str]] = {}
+    for name, source in texts.items():
+        if source.from_hub:
+            continue
+        other, role = seen.setdefault(source.fingerprint(), (name, source.role))
+        if role != source.role:
+            raise ValueError(
+                f"{name}: the {source.role} text is also the {role} text of {other}; give another file to each role"
+            )
+
+
+def refuse_unknown(config: dict[str, Any]) -> None:
+    """Keys that were added with + at the top, where the schema is no longer asked."""
+    for name in set(config) - set(Schema.__annotations__):
+        raise ValueError(f"{name}={config[name]}: there is no such key{did_you_mean(name, list(Schema.__annotations__))}")
+
+
+def refuse_removed(config: dict[str, Any]) -> None:
+    """Keys that were taken away with ~ at the top."""
+    if gone := next((name for name in Schema.__annotations__ if name not in config), None):
+        raise ValueError(f"~{gone}: a job needs it; leave out ~{gone}, or give a value: {gone}=...")
+
+
+def check_values(node: Any, key: str = "") -> None:
+    """Refuse numbers that are not finite, and paths of unknown users, wherever they stand."""
+    if isinstance(node, (dict, list)):
+        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+            check_values(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, float) and not math.isfinite(node):
+        raise ValueError(f"{key}={node}: must be a finite number; choose one")
+    elif isinstance(node, str) and node.startswith("~") and re.search(r"(path|dir)$", key):
+        at_home(key, node)
+
+
+def check_groups(config: dict[str, Any]) -> None:
+    """Words where a group's node belongs; a text may be one of several groups and is told so by `construct`."""
+    for name in GROUPS:
+        if not isinstance(config[name], dict) and name != "selection":
+            raise ValueError(f"{name}={config[name]}: must be a node with a _target_; choose an option of it: {name}=...")
+
+
+def check_scalars(config: dict[str, Any]) -> None:
+    for name, hint in typing.get_type_hints(Schema).items():
+        if name not in GROUPS and (complaint := type_complaint(config[name], hint)):
+            raise ValueError(f"{name}={config[name]}: {complaint}")
+    for name in ("results_dir", "cache_dir"):
+        if config[name] == "":
+            raise ValueError(f"{name}='': is empty; name a folder, or leave out {name}=")
+    folder = config["datasets_dir"]
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        raise ValueError(f"datasets_dir={folder}: there is no such folder; name one with data sets in it, such as allenai/c4")
+    sparsity = config["sparsity"]
+    if not 0 <= sparsity < 1:
+        hint = f"; did you mean sparsity={sparsity / 100:g}?" if 1 < sparsity < 100 else ""
+        raise ValueError(f"sparsity={sparsity:g}: must be a fraction of zeros in [0, 1){hint}")
+    parse_pattern(config["pattern"])
+    closed = {"protocol_gate": Gate, "offload": Offload, "save_format": SaveFormat, "selection_loss": SelectionLoss}
+    for name, options in closed.items():
+        choices = typing.get_args(options)
+        if config[name] not in choices:
+            hint = did_you_mean(str(config[name]), list(choices))
+            raise ValueError(f"{name}={config[name]}: choose {', '.join(choices[:-1])} or {choices[-1]}{hint}")
+    if config["save_format"] != "dense" and not config["save_model"]:
+        raise ValueError(f"save_format={config['save_format']}: no model would be saved; add save_model=true")
+
+
+def check_finer(config: dict[str, Any], scorer: Scorer | None, split: Split) -> None:
+    """Refuse budgets finer than blocks without their scores, or divided as those of blocks."""
+    scored = config["allocator"].get("scorer") is not None
+    if scored and getattr(scorer, "granularity", "block") != "sublayer":
+        of_game = isinstance(scorer, ShapleyScorer)
+        what = "shapley.game.players=sublayer" if of_game else "allocator=shapley shapley.game.players=sublayer"
+        raise ValueError(
+            f"allocator.granularity=sublayer: the scores are those of blocks; add {what}, or use granularity=block"
+        )
+    if not split.uniform:
+        raise ValueError(f"split={option_of(config, 'split')}: divides budgets of blocks, not finer ones; use split=uniform")
+
+
+def check_rounds(shapley: ShapleyScorer | None) -> None:
+    """Refuse rounds whose values would not be Shapley values in a pruned model."""
+    if shapley is None:
+        raise ValueError("allocator.scorer: rounds need Shapley values; leave its scorer as its yaml has it")
+    if getattr(shapley.estimator, "gated", False):
+        raise ValueError("shapley=gates: there are no gates in a pruned model's game; use shapley=sliding_window")
+
+
+def check_memory(config: dict[str, Any], pruner: Pruner, split: Split, shapley: ShapleyScorer | None, chooses: bool) -> None:
+    """Refuse what needs two versions of the weights in memory where the model is not even once in it."""
+    if split.needs_errors and not pruner.needs_inputs:
+        raise ValueError(
+            f"split={option_of(config, 'split')}: needs the errors of a pruner that reads inputs; choose another pruner, or "
+            "split=shapley"
+        )
+    if config["offload"] == "none":
+        return
+    if chooses:
+        raise ValueError(
+            f"offload={config['offload']}: allocator options that are auto, and allocators that try many profiles, prune many "
+            "times; give a value, or choose another allocator"
+        )
+    if split.trial:
+        raise ValueError(f"offload={config['offload']}: split={option_of(config, 'split')} prunes twice; use split=uniform")
+    if shapley is not None and shapley.game.absence == "prune":
+        raise ValueError(f"offload={config['offload']}: shapley.game.absence=prune keeps all weights twice; use absence=skip")
+
+
+def option_of(config: dict[str, Any], group: str) -> str:
+    return str(config[group]["_target_"]).rpartition(".")[2].lower().removesuffix(group)
+
+
+def refuse_missing(node: Any, prefix: str = "") -> None:
+    """Mandatory values, `???` in yaml, that nobody gave."""
+    for name, value in node.items():
+        if value == "???":
+            raise ValueError(f"{prefix}{name}: has no value yet; add {prefix}{name}=...")
+        if isinstance(value, dict) and not (prefix == "" and name == "shapley"):  # judged where an allocator uses it
+            refuse_missing(value, "shapley." if name == "scorer" and "game" in value else f"{prefix}{name}.")
+
+
+# -- messages
+
+
+@contextlib.contextmanager
+def blame_omegaconf() -> Iterator[None]:
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        raise ValueError(explain(error, [])) from error

@@ -1,0 +1,232 @@
+"""One experiment, with every part built and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import typing
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from svnup import NUMBERS_VERSION
+from svnup.allocation import Allocator, Chooser
+from svnup.allocation.splits import Split
+from svnup.config.construction import blame
+from svnup.data import TokenSource
+from svnup.evaluation.protocol import Evaluation
+from svnup.model.source import Model
+from svnup.naming import allocator_name, code_from_outside, method_name, moving_numbers, named
+from svnup.pattern import parse_pattern
+from svnup.results.tracker import Tracker
+from svnup.scoring import Scorer
+from svnup.scoring.shapley import ShapleyScorer
+from svnup.types import Granularity, Ints, Offload, SaveFormat, SelectionLoss
+
+if TYPE_CHECKING:
+    from svnup.model.language_model import LanguageModel
+    from svnup.pruning.walk import Pruner
+
+Gate = Literal["error", "warn", "off"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One experiment, with every part built and checked; `config` is the resolved configuration and `key` its hash."""
+
+    model: Model
+    dataset: TokenSource
+    scorer: Scorer | None
+    allocator: Allocator
+    selection: TokenSource | None
+    split: Split
+    pruner: Pruner
+    evaluation: Evaluation
+    tracker: Tracker
+    sparsity: float
+    pattern: str
+    seed: int
+    protocol_gate: Gate
+    selection_loss: SelectionLoss
+    results_dir: str
+    cache_dir: str
+    datasets_dir: str | None
+    force: bool
+    dry_run: bool
+    offload: Offload
+    save_model: bool
+    save_format: SaveFormat
+    save_masks: bool
+    config: dict[str, Any]
+    key: str
+
+    @property
+    def name(self) -> str:
+        """Readable, for people: model, pruner, allocator, sparsity."""
+        pattern = "" if self.pattern == "unstructured" else f" {self.pattern}"
+        pruner = method_name(self.config["pruner"])
+        return f"{self.model.name} {pruner} {allocator_name(self.config['allocator'])} {self.sparsity:g}{pattern}"
+
+    @property
+    def shapley(self) -> ShapleyScorer | None:
+        """The scorer where it plays a game, which alone has shards and a text of its own."""
+        return self.scorer if isinstance(self.scorer, ShapleyScorer) else None
+
+    def sources(self) -> dict[str, TokenSource]:
+        """Every text that the job reads, by the key under which it was configured."""
+        calibration = self.dataset if self.calibrates else None
+        return texts_of(calibration, self.shapley, self.allocator, self.selection, self.evaluation)
+
+    def fingerprints(self) -> dict[str, str]:
+        """What the inputs are by content, without loading them: a finished job with other inputs runs again."""
+        prints = {"weights": self.model.fingerprint()} | {k: s.fingerprint() for k, s in self.sources().items()}
+        path = self.config["allocator"].get("path")
+        if path is not None:
+            prints["allocator.path"] = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+        return prints | self.evaluation.fingerprints() | code_from_outside(_counting(self.config))
+
+    def texts(self) -> dict[str, dict[str, Any]]:
+        """What was read of each text, by the key of its source, for the record: after `check_texts`, which reads them."""
+        read = {key: source.tokens(self.model.tokenizer) for key, source in self.sources().items()}
+        return {
+            key: {"tokens_sha256": hashlib.sha256(ids.tobytes()).hexdigest()[:16], "n_seq": len(ids), "seq_len": ids.shape[1]}
+            for key, ids in read.items()
+        }
+
+    def scorer_seconds(self) -> float:
+        """Time that Shapley values will take, measured on one block of the model's shape with random weights."""
+        assert self.shapley is not None
+        probe = self.model.one_block()
+        return self.shapley.seconds(probe, self.model.n_blocks())
+
+    @property
+    def granularity(self) -> Granularity:
+        """What has a budget of its own."""
+        return typing.cast(Granularity, self.config["allocator"].get("granularity", "block"))
+
+    @property
+    def game_prunes(self) -> bool:
+        return self.shapley is not None and self.shapley.game.absence == "prune"
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether anything reads the calibration text."""
+        scorer_reads = self.scorer is not None and self.scorer.needs_inputs
+        return self.pruner.needs_inputs or self.split.needs_inputs or scorer_reads
+
+    def tokens(self) -> Ints:
+        """The calibration tokens; none where neither pruner nor scorer reads any."""
+        if not self.calibrates:
+            return np.zeros((0, self.dataset.seq_len), dtype=np.int64)
+        return self.dataset.tokens(self.model.tokenizer)
+
+    @cached_property
+    def skeleton(self) -> LanguageModel:
+        """The model without weights, which has the shapes that they will have."""
+        with blame("model"):
+            return self.model.skeleton()
+
+    def load(self, scratch: Path | None = None) -> LanguageModel:
+        """The model, with its blocks where they wait; raises ValueError with the key at fault."""
+        with blame("model", ("offload",)):
+            return self.model.load(self.offload, scratch)
+
+    def check_texts(self) -> None:
+        """Read every text and task, before any weight is loaded; raises ValueError with the key at fault."""
+        with blame("model"):
+            tokenizer = self.model.tokenizer
+        known = self.skeleton.n_embeddings
+        for key, source in self.sources().items():
+            with blame(key):
+                highest = int(source.tokens(tokenizer).max())
+            if highest >= known:
+                raise ValueError(
+                    f"model={self.model.name}: its tokenizer gives token {highest} in the text of {key}, the model has {known} "
+                    "embeddings; use the tokenizer that the model was trained with"
+                )
+        with blame("evaluation"):
+            self.evaluation.check(self.skeleton, tokenizer)
+
+    def check_shapes(self) -> LanguageModel:
+        """Check pattern, budget and lengths against the real shapes of the model; returns the skeleton that has them."""
+        from svnup.model.language_model import matrix
+        from svnup.pruning.walk import check_profile
+
+        lm = self.skeleton
+        self._check_lengths(lm)
+        group = parse_pattern(self.pattern)
+        linears = [(i, name, m) for i in range(lm.n_blocks) for name, m in lm.linears(i).items()]
+        if not linears:
+            raise ValueError(f"model={self.model.name}: its blocks have no linears to prune; choose another model")
+        for index, name, linear in linears if group else []:
+            if (width := matrix(linear).shape[1]) % group[1]:  # type: ignore[index]
+                raise ValueError(_does_not_divide(self.pattern, f"the {width} inputs of block {index}, {name}"))
+        if self.scorer is None and not isinstance(self.allocator, Chooser):
+            with blame("allocator"):
+                check_profile(lm, self.allocator.allocate(None, lm.block_params, self.sparsity, self.pattern))
+        if getattr(self.scorer, "granularity", "block") == "sublayer":
+            key = "shapley.game.players" if self.shapley is not None else "allocator.granularity"
+            try:
+                for index in range(lm.n_blocks):
+                    lm.sublayers(index)
+            except ValueError as error:
+                raise ValueError(str(error).replace("players=", f"{key}=")) from None
+        return lm
+
+    def _check_lengths(self, lm: LanguageModel) -> None:
+        longest = lm.max_positions
+        for name, source in self.sources().items():
+            given = f"{name.partition('.datasets')[0]}.seq_len={source.seq_len}"
+            if longest is not None and source.seq_len > longest:
+                raise ValueError(
+                    f"{given}: the model has {longest} positions; choose at most that, for all texts by model.seq_len={longest}"
+                )
+            if longest is None and (reason := lm.why_too_long(source.seq_len)) is not None:
+                raise ValueError(
+                    f"{given}: too long for the model ({reason}); choose a shorter one, for all texts by model.seq_len=..."
+                )
+
+
+def texts_of(
+    dataset: TokenSource | None,
+    shapley: ShapleyScorer | None,
+    allocator: Allocator,
+    selection: TokenSource | None,
+    evaluation: Evaluation,
+) -> dict[str, TokenSource]:
+    texts = {"dataset": dataset} if dataset is not None else {}
+    if shapley is not None:
+        texts["shapley.game.data"] = shapley.game.data
+    if (payoff := getattr(allocator, "data", None)) is not None:
+        texts["allocator.data"] = payoff
+    texts |= {"selection": selection} if selection is not None else {}
+    return texts | {f"evaluation.{option}": source for option, source in evaluation.sources().items()}
+
+
+def config_key(config: dict[str, Any], chooses: bool) -> str:
+    """Hash of a resolved configuration without what cannot change a number, and of the version of the numbers.
+
+    `chooses`: the selection text and the loss on it count.
+    """
+    kept = _counting(config)
+    if chooses:
+        kept["selection"] = moving_numbers(config | {"dataset": config["selection"]})["dataset"]
+    if chooses and config["selection_loss"] != "nll":  # as it was before there was a choice
+        kept["selection_loss"] = config["selection_loss"]
+    text = json.dumps([NUMBERS_VERSION, named(kept)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _counting(config: dict[str, Any]) -> dict[str, Any]:
+    """What can change a number of a job that chooses nothing."""
+    kept = moving_numbers(config)
+    if scorer := kept["allocator"].get("scorer"):
+        kept["allocator"] = kept["allocator"] | {"scorer": {k: v for k, v in scorer.items() if k != "shard"}}
+    return kept
+
+
+def _does_not_divide(pattern: str, what: str) -> str:
+    return f"pattern={pattern}: its M does not divide {what}; choose an M that does, or pattern=unstructured"

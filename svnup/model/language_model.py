@@ -1,0 +1,777 @@
+"""A causal language model seen as a stack of blocks, and the one block-by-block loop that everything here uses."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten
+from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from svnup.files import at_home
+from svnup.model.blocks import (
+    Call,
+    EnoughError,
+    Observed,
+    close,
+    containers,
+    differing,
+    hidden_of,
+    observe,
+    refill,
+    replaced,
+    split_call,
+    with_hidden,
+)
+from svnup.model.checkpoint import Tensors, in_place, is_bitmask, write_bitmask, write_dense
+from svnup.model.loading import Loader, auto_class, outline, quiet_unless_terminal
+from svnup.model.offload import DiskShelf, HostShelf, Shelf
+from svnup.progress import stage
+from svnup.types import Floats, Granularity, Ints, Offload, SaveFormat
+
+if TYPE_CHECKING:  # mypy does not read transformers
+    Linear = nn.Linear
+else:
+    Linear = nn.Linear | Conv1D
+
+# Fixed, not derived from free memory: the sizes of matrix products decide the last bits of a number.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+HEAD_TOKENS = 1024
+Part = Literal["block", "attention", "mlp"]
+
+
+@dataclass
+class MicroBatch:
+    """Some sequences on their way through the blocks.
+
+    `tokens` (b, s); `hidden` (b, s, d), what enters the next block; `calls`, the other arguments of each block exactly as
+    the model passes them (masks and rotary embeddings differ between blocks where layer types are mixed); `carried`, what
+    blocks left for later ones in containers among these (Gemma 3n: keys and values), nothing in most families.
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    calls: list[Call]
+    carried: tuple[Any, ...] = ()
+
+
+class ParkedBatch(MicroBatch):
+    """A micro-batch whose hidden states wait in the CPU's memory, or in a file of the folder `place`, and not on the device."""
+
+    def __init__(self, batch: MicroBatch, place: Path | None) -> None:
+        self.tokens, self.calls, self.carried = batch.tokens, batch.calls, batch.carried
+        self._device, self._file = batch.hidden.device, None
+        if place is not None:  # bytes, since numpy has no bfloat16
+            with tempfile.NamedTemporaryFile(dir=place) as file:  # gone with the process, however that ends
+                n_bytes = batch.hidden.numel() * batch.hidden.element_size()
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and no crash later
+                    os.posix_fallocate(file.fileno(), 0, n_bytes)
+                self._file = np.memmap(file, np.uint8, "w+", shape=(n_bytes,))
+        self._dtype, self._shape = batch.hidden.dtype, batch.hidden.shape
+        self.hidden = batch.hidden
+
+    @property
+    def hidden(self) -> Tensor:
+        if self._file is None:
+            return self._parked.to(self._device)
+        return torch.from_numpy(np.array(self._file)).view(self._dtype).reshape(self._shape).to(self._device)
+
+    @hidden.setter
+    def hidden(self, hidden: Tensor) -> None:
+        if self._file is None:
+            self._parked = hidden.cpu()
+        else:
+            self._file[:] = hidden.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+class Visit:
+    """One block during a walk: look at it, run it, change its weights."""
+
+    def __init__(self, lm: LanguageModel, index: int, batches: list[MicroBatch]) -> None:
+        lm.bring(index)
+        self.lm, self.index, self.batches = lm, index, batches
+        self.block = lm.blocks[index]
+        self.linears = lm.linears(index)
+        self.advanced = False
+
+    def run(self, advance: bool = False) -> None:
+        """Run the block on all inputs, for its hooks; `advance` keeps the outputs as the next block's inputs."""
+        for batch in self.batches:
+            try:
+                out = self.lm.run_block(self.index, batch)
+            except EnoughError:
+                assert not advance, "nothing came out of the block"
+                continue
+            if advance:
+                batch.hidden, batch.carried = out.hidden, out.carried
+        self.advanced = self.advanced or advance
+        self.lm.n_block_runs += bool(self.batches)
+
+
+class LanguageModel:
+    """A Hugging Face causal decoder with its blocks, their prunable linears, and a head that turns hidden states into losses.
+
+    `blocks_path` names the ModuleList of blocks where it cannot be found by its length (`num_hidden_layers`).
+    Raises ValueError where the blocks are not found or are mixtures of experts. The model is put in eval mode and takes no
+    gradients. Where the blocks lie elsewhere (`offload`), each is brought to the device when it is run or visited.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any = None, blocks_path: str | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.blocks_path = _find_blocks(model, blocks_path)
+        self.blocks = model.get_submodule(self.blocks_path)
+        self.decoder = model.get_submodule(self.blocks_path.rpartition(".")[0])
+        self.n_block_runs = 0  # of visited blocks on all inputs
+        self._shelf: Shelf | None = None
+        self._companions: dict[str, bytes] = {}  # files that are saved beside the model
+        _refuse_experts(model, self.blocks)
+
+    @classmethod
+    def load(
+        cls,
+        pretrained_model_name_or_path: str,
+        *,
+        tokenizer: Any = None,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        device_map: str | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        blocks_path: str | None = None,
+        gguf_file: str | None = None,
+        offload: Offload = "none",
+        scratch: Path | None = None,
+    ) -> Self:
+        """Load a checkpoint folder (dense or bitmask) or a hub model; names as in `from_pretrained`, `device` = auto, cpu,
+        cuda, cuda:1, ...
+
+        A quantized checkpoint is dequantized; `gguf_file` names a GGUF file of the folder or hub model to read in place of it.
+        `tokenizer` None takes the checkpoint's own. `offload`: where blocks and calibration states wait while they are not
+        computed with: `none` on the device, `cpu` in its memory, `disk` in the checkpoint itself and in files under `scratch`
+        (None: temporary ones), so that the whole model is never in memory.
+
+        Raises ValueError where the checkpoint cannot be loaded, or is not the whole of the model.
+        """
+        name = pretrained_model_name_or_path
+        loader = Loader(
+            source=str(at_home("pretrained_model_name_or_path", name)) if name.startswith("~") else name,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            device_map=device_map,
+            gguf_file=gguf_file,
+        )
+        tokenizer = tokenizer or loader.tokenizer()
+        return cls.loaded(loader, tokenizer, device=device, blocks_path=blocks_path, offload=offload, scratch=scratch)
+
+    @classmethod
+    def loaded(
+        cls,
+        loader: Loader,
+        tokenizer: Any,
+        *,
+        device: str = "auto",
+        blocks_path: str | None = None,
+        offload: Offload = "none",
+        scratch: Path | None = None,
+    ) -> Self:
+        """What `load` returns, of a loader that is there."""
+        if loader.device_map is not None and (offload == "disk" or is_bitmask(loader.source)):
+            raise ValueError(
+                f"model.device_map={loader.device_map}: {loader.source} is read for one device; use device_map=null"
+            )
+        if offload == "disk":
+            return cls._left_on_disk(loader, tokenizer, pick_device(device), blocks_path, scratch)
+        model = loader.load()
+        if loader.device_map is not None and any(p.is_meta for p in model.parameters()):
+            raise ValueError(
+                f"model.device_map={loader.device_map}: the model does not fit the GPUs at hand; use more, or a smaller one"
+            )
+        lm = cls(model, tokenizer, blocks_path)
+        lm._companions = loader.companions()
+        if loader.device_map is None:
+            lm._move(pick_device(device), offload)
+        return lm
+
+    @classmethod
+    def _left_on_disk(
+        cls, loader: Loader, tokenizer: Any, device: torch.device, blocks_path: str | None, scratch: Path | None
+    ) -> Self:
+        """A model whose blocks stay in the checkpoint until they are brought."""
+        path = cls(loader.outline(), None, blocks_path).blocks_path
+        model, read, identity = loader.without_blocks(path)
+        lm = cls(model, tokenizer, path)
+        lm._companions = loader.companions()
+        lm._move_all_but_blocks(device)
+        lm._put_on(DiskShelf(lm.blocks, read, device, scratch, f"{identity} {model.config.dtype}"))
+        return lm
+
+    def _move(self, device: torch.device, offload: Offload) -> None:
+        """Put the model on a device; of an offloaded one all but the parameters of the blocks."""
+        if offload == "none" or device.type == "cpu":
+            self.model.to(device)
+            return
+        self._move_all_but_blocks(device)
+        self._put_on(HostShelf(self.blocks, device))
+
+    def _move_all_but_blocks(self, device: torch.device) -> None:
+        """Put everything on a device but the parameters of blocks; buffers of blocks go there, too."""
+        blocks = {id(p) for p in self.blocks.parameters()}
+        for p in self.model.parameters():
+            if id(p) not in blocks:
+                p.data = p.data.to(device)
+        for module in self.model.modules():
+            module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
+
+    def _put_on(self, shelf: Shelf) -> None:
+        """Let every forward of a block bring it first, whoever runs it; one that is replaced for a while needs no weights."""
+        self._shelf = shelf
+        for index, block in enumerate(self.blocks):
+            block.register_forward_pre_hook(lambda m, args, index=index: None if "forward" in vars(m) else self.bring(index))
+
+    @classmethod
+    def random(
+        cls,
+        config: Any,
+        tokenizer: Any,
+        *,
+        seed: int,
+        dtype: str = "float32",
+        device: str = "auto",
+        offload: Offload = "none",
+    ) -> Self:
+        """A model of the given transformers config with weights drawn from `seed`."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            lm = cls(auto_class(config).from_config(config, dtype=getattr(torch, dtype)), tokenizer)
+        lm._move(pick_device(device), offload)
+        return lm
+
+    @classmethod
+    def skeleton(cls, config: Any, blocks_path: str | None = None, trust_remote_code: bool = False) -> Self:
+        """The same modules and shapes without memory for weights, to check a job before anything is loaded."""
+        return cls(outline(config, trust_remote_code), None, blocks_path)
+
+    # -- what it is made of
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @property
+    def n_embeddings(self) -> int:
+        """How many tokens the model can read: every id is below."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence that the model is made for: by its configuration, whatever that calls it, or by its table of
+        positions; None where neither says so."""
+        named = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if named is not None and named > 0:
+            return int(named)
+        tables = {n: m for n, m in self.decoder.named_modules() if isinstance(m, nn.Embedding)}
+        return min((m.num_embeddings for n, m in tables.items() if "pos" in n or n.endswith("wpe")), default=None)
+
+    def why_too_long(self, seq_len: int) -> str | None:
+        """Why a skeleton cannot be run on sequences of that length, where it can be run on short ones; else None.
+
+        What depends on weights or on values of tokens is not seen.
+        """
+        for length in (2, seq_len):
+            try:
+                self.decoder(input_ids=torch.zeros(1, length, dtype=torch.int64, device="meta"), use_cache=False)
+            except Exception as error:  # of any family's code
+                return str(error).partition("\n")[0] if length == seq_len > 2 else None
+        return None
+
+    def linears(self, index: int) -> dict[str, Linear]:
+        """The prunable linears of a block by name (nn.Linear, or GPT-2's Conv1D); never embeddings, norms and the LM head."""
+        return {name: m for name, m in self.blocks[index].named_modules() if isinstance(m, Linear)}
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether blocks come to the device one at a time."""
+        return self._shelf is not None
+
+    def bring(self, index: int) -> None:
+        """Have the weights of a block on the device; a block that was there may leave."""
+        if self._shelf is not None:
+            self._shelf.bring(index)
+
+    def settle(self, index: int, key: str, note: str) -> None:
+        """Keep the weights that a block now has, wherever it lives; `key` and `note` are for `settled`."""
+        if self._shelf is not None:
+            self._shelf.settle(index, key, note)
+
+    def settled(self, index: int, key: str) -> str | None:
+        """The note of a block that an interrupted process settled by the same key, whose weights it then has; else None."""
+        return self._shelf.settled(index, key) if self._shelf is not None else None
+
+    @property
+    def block_params(self) -> Ints:
+        """Prunable weights per block, shape (n_blocks,)."""
+        return np.array([sum(m.weight.numel() for m in self.linears(i).values()) for i in range(self.n_blocks)])
+
+    def budget_params(self, granularity: Granularity) -> Ints:
+        """Prunable weights of whatever has a budget of its own, in the order of `budget_parts`."""
+        return np.array([sum(m.weight.numel() for m in part.values()) for _, part in self.budget_parts(granularity)])
+
+    def budget_parts(self, granularity: Granularity) -> list[tuple[int, dict[str, Linear]]]:
+        """What has a budget of its own, each with the index of its block and its prunable linear layers by name: the blocks,
+        their attention and their MLP by turns, or each linear layer. Raises ValueError as `sublayers` does."""
+        if granularity == "block":
+            return [(index, self.linears(index)) for index in range(self.n_blocks)]
+        if granularity == "sublayer":
+            return [(index, part) for index in range(self.n_blocks) for part in self.sublayer_linears(index)]
+        return [(index, {name: m}) for index in range(self.n_blocks) for name, m in self.linears(index).items()]
+
+    def granularity_of(self, params: Ints) -> Granularity:
+        """What has budgets of its own in a profile of so many weights each."""
+        if len(params) == self.n_blocks:
+            return "block"
+        sublayers = len(params) == 2 * self.n_blocks and np.array_equal(params, self.budget_params("sublayer"))
+        return "sublayer" if sublayers else "linear"
+
+    def sublayer_linears(self, index: int) -> list[dict[str, Linear]]:
+        """The prunable linears of a block's attention, and those of its MLP. Raises ValueError as `sublayers` does."""
+        linears = self.linears(index).items()
+        return [{n: m for n, m in linears if n.partition(".")[0] in part} for part in self.sublayers(index).values()]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the architecture and every weight as they are now, dtype included."""
+        config = self.model.config.to_dict()
+        for key in ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"):
+            config.pop(key, None)
+        config["attn_implementation"] = getattr(self.model.config, "_attn_implementation", None)
+
+        def digest(item: tuple[str, Tensor]) -> bytes:
+            name, tensor = item
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(data.data)
+            return digest.digest()
+
+        total = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        if self._shelf is not None:  # one block at a time
+            for item in self._state():
+                total.update(digest(item))
+            return total.hexdigest()
+        with ThreadPoolExecutor(8) as pool:  # hashlib lets go of the interpreter lock
+            for part in pool.map(digest, self.model.state_dict().items()):
+                total.update(part)
+        return total.hexdigest()
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """The state dict, with each block brought when it is its turn."""
+        for name in self.model.state_dict():
+            if (index := self._block_of(name)) is not None:
+                self.bring(index)
+            yield name, attrgetter(name)(self.model)
+
+    def _block_of(self, name: str) -> int | None:
+        inside = name.startswith(self.blocks_path + ".")
+        return int(name[len(self.blocks_path) + 1 :].partition(".")[0]) if inside else None
+
+    def parts(self) -> Iterator[Tensors]:
+        """Every stored tensor by its name in the state dict: block by block, each valid until the next, then the rest.
+
+        Tied tensors come once.
+        """
+        tied = set(self.model.all_tied_weights_keys or {})
+        rest: Tensors = {}
+        for index, names in groupby(self.model.state_dict(), key=self._block_of):
+            if index is None:
+                rest |= {name: attrgetter(name)(self.model) for name in names if name not in tied}
+                continue
+            self.bring(index)
+            part = {name: attrgetter(name)(self.model) for name in names}
+            yield part
+            part.clear()  # whoever still holds it: there is room for one block
+        yield rest
+
+    def pruned_names(self) -> list[str]:
+        """Names in the state dict of the weights that pruners may change."""
+        return [f"{self.blocks_path}.{i}.{name}.weight" for i in range(self.n_blocks) for name in self.linears(i)]
+
+    def save(self, folder: str | Path, form: SaveFormat = "dense") -> None:
+        """Write a checkpoint that appears when it is complete: `dense` safetensors that `from_pretrained` reloads to the same
+        logits, or `bitmask`, where pruned matrices are their kept values and a bit per weight (`LanguageModel.load` and
+        `svnup-expand` restore them exactly)."""
+
+        def fill_folder(partial: Path) -> None:
+            if form == "dense" and self._shelf is None:
+                self.model.save_pretrained(partial)
+            else:
+                self.model.config.architectures = [type(self.model).__name__]
+                self.model.config.save_pretrained(partial)
+                if self.model.generation_config is not None:
+                    self.model.generation_config.save_pretrained(partial)
+                if form == "dense":
+                    write_dense(partial, self.parts())
+                else:
+                    write_bitmask(partial, self.parts(), set(self.pruned_names()))
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(partial)
+            for name, data in self._companions.items():
+                (partial / name).write_bytes(data)
+
+        with quiet_unless_terminal():
+            in_place(at_home("folder", folder), fill_folder)
+
+    # -- running it
+
+    def micro_batches(self, tokens: np.ndarray | Tensor, batch_tokens: int | None = None) -> Iterator[MicroBatch]:
+        """Cut tokens (n_seq, seq_len) into micro-batches of at most `batch_tokens` (at least a sequence) at block 0's door."""
+        rows = torch.as_tensor(tokens)
+        size = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
+        last = None
+        assert self._checked
+        for chunk in rows.split(max(1, size // rows.shape[1])):
+            batch = self._enter(chunk.to(self.device))
+            if last is not None and _same(last.calls, batch.calls):
+                batch.calls = last.calls  # masks and rotary embeddings of one length, held once
+            yield batch
+            last = batch
+
+    def run_block(
+        self, index: int, batch: MicroBatch, *, part: Part = "block", weights: dict[str, Tensor] | None = None
+    ) -> MicroBatch:
+        """One block-forward: a batch at the door of a block to the same batch behind it, a new object.
+
+        `part` runs the attention or the MLP alone, the other contributing nothing; `weights` are used in place of the
+        block's own parameters of these names, without a copy. What comes out depends on what is given alone: containers
+        among the arguments have the batch's own content while the block runs.
+        """
+        assert weights is None or self._shelf is None, "weights of an offloaded block come and go"
+        args, kwargs = batch.calls[index]
+        block, hidden = self.blocks[index], batch.hidden
+        shared = self._carriers(batch.calls)
+        for container, content in zip(shared, batch.carried, strict=True):
+            refill(container, content)
+        silent = (
+            {} if part == "block" else self._silence(index, "mlp" if part == "attention" else "attention", hidden.shape[-1])
+        )
+        with replaced(silent):
+            out = functional_call(block, weights, (hidden, *args), kwargs) if weights else block(hidden, *args, **kwargs)
+        return MicroBatch(batch.tokens, hidden_of(out), batch.calls, tuple(map(copy.copy, shared)))
+
+    def sublayers(self, index: int) -> dict[str, dict[str, nn.Module]]:
+        """The modules of a block that make up its `attention` and its `mlp`, by name: together all that has matrices.
+
+        The MLP is one module, or the linears that the block itself has (OPT).
+        Raises ValueError where there is more, or less.
+        """
+        heavy = {n: m for n, m in self.blocks[index].named_children() if any(p.dim() > 1 for p in m.parameters())}
+        attention = {n: m for n, m in heavy.items() if "attn" in n or "attention" in n}
+        mlp = {n: m for n, m in heavy.items() if n not in attention}
+        own = [n for n, p in self.blocks[index].named_parameters(recurse=False) if p.dim() > 1]
+        one = len(mlp) == 1 or (mlp and all(isinstance(m, Linear) for m in mlp.values()))
+        if len(attention) != 1 or not one or own:
+            raise ValueError(
+                f"players=sublayer: block {index} is not an attention and an MLP ({[*heavy, *own]}); use players=block"
+            )
+        return {"attention": attention, "mlp": mlp}
+
+    def _silence(self, index: int, part: str, width: int) -> dict[nn.Module, Callable[..., Any]]:
+        """Forwards for the modules of a sublayer that cost nothing and add nothing to the residual stream."""
+        *inner, last = self.sublayers(index)[part].values()
+
+        def nothing(*args: Any, **kwargs: Any) -> Any:
+            x = args[0] if args else kwargs["hidden_states"]
+            return self._observed.forms[last].around(x.new_zeros(*x.shape[:-1], width))
+
+        return {m: lambda x, *args, **kwargs: x for m in inner} | {last: nothing}
+
+    def token_nll(self, batch: MicroBatch) -> Tensor:
+        """Negative log-likelihood in nats of each next token of a batch behind the last block, float32 (b, s - 1).
+
+        The head runs on a few tokens at a time: the float32 logits of all of them never exist at once.
+        """
+        targets = batch.tokens[:, 1:].reshape(-1)
+        losses = [
+            nn.functional.cross_entropy(logits, targets[start : start + len(logits)].to(logits.device), reduction="none")
+            for start, logits in self._logits_in_chunks(batch)
+        ]
+        return torch.cat(losses).view(len(batch.tokens), -1)
+
+    def token_kl(self, batch: MicroBatch, reference: MicroBatch) -> Tensor:
+        """KL divergence in nats from the predictions of `reference` to those of `batch`, both behind the last block, float32
+        (b, s - 1)."""
+        pairs = zip(self._logits_in_chunks(reference), self._logits_in_chunks(batch), strict=True)
+        chunks = [
+            nn.functional.kl_div(b.log_softmax(-1), a.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+            for (_, a), (_, b) in pairs
+        ]
+        return torch.cat(chunks).view(len(batch.tokens), -1)
+
+    @torch.inference_mode()
+    def nll(self, tokens: np.ndarray | Tensor) -> Floats:
+        """Mean negative log-likelihood in nats of each sequence, tokens (n_seq, seq_len) to float64 (n_seq,)."""
+        losses: list[Tensor] = []
+        if self._shelf is not None:  # every block comes once
+            *_, last = self.walk(tokens)
+            last.run(advance=True)
+            return torch.cat([self.token_nll(b).double().mean(1).cpu() for b in last.batches]).numpy()
+        with stage("evaluation", len(tokens), "sequences") as advance:
+            for batch in self.micro_batches(tokens):
+                for index in range(self.n_blocks):
+                    batch = self.run_block(index, batch)
+                losses.append(self.token_nll(batch).double().mean(1).cpu())
+                advance(len(batch.tokens))
+        return torch.cat(losses).numpy()
+
+    @torch.inference_mode()
+    def walk(self, tokens: np.ndarray | Tensor | list[MicroBatch], start: int = 0) -> Iterator[Visit]:
+        """THE block-by-block loop: visit each block with the outputs of the blocks before it, as they were left.
+
+        Between two visits the block is run again with the weights it then has, unless its visitor already advanced. In place
+        of tokens it takes micro-batches that stand at the door of block `start`; a visitor who needs no more of them clears
+        the list.
+        """
+        shelf = self._shelf
+        if isinstance(tokens, list):
+            batches = tokens
+        else:
+            batches = [batch if shelf is None else ParkedBatch(batch, shelf.states) for batch in self.micro_batches(tokens)]
+        for index in range(start, self.n_blocks):
+            visit = Visit(self, index, batches)
+            yield visit
+            if not visit.advanced and index + 1 < self.n_blocks:
+                visit.run(advance=True)
+
+    # -- how the model's own code is made to do it: a block or the decoder is replaced for one call, nothing is rebuilt by hand
+
+    @property
+    def writers(self) -> frozenset[int]:
+        """The blocks that leave something for later ones beside hidden states."""
+        return frozenset(self._observed.writes)
+
+    def _carriers(self, calls: list[Call]) -> list[Any]:
+        """The containers among the arguments of blocks that blocks change."""
+        written = self._observed.written
+        return [containers(calls)[number] for number in written] if written else []
+
+    def _forward(self, tokens: Tensor) -> Any:
+        return self.model(input_ids=tokens, use_cache=False)
+
+    def _enter(self, tokens: Tensor) -> MicroBatch:
+        """Let the model prepare its blocks' arguments: every block records them and passes its input on, the last one stops."""
+        forms = self._observed.forms  # asks the real blocks, so before they are replaced
+        entered: list[Tensor] = []
+        calls: list[Call] = []
+
+        def record(block: nn.Module) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, call = split_call(block, args, kwargs)
+                entered.append(hidden)
+                calls.append(call)
+                if len(calls) == self.n_blocks:
+                    raise EnoughError
+                return forms[block].around(hidden)
+
+            return forward
+
+        with replaced({block: record(block) for block in self.blocks}), contextlib.suppress(EnoughError):
+            self._forward(tokens)
+        return MicroBatch(tokens, entered[0], calls, tuple(map(copy.copy, self._carriers(calls))))
+
+    def _decoded(self, batch: MicroBatch) -> Any:
+        """What the decoder, the module around the blocks, returns when the last block gives the batch's hidden states."""
+        decoded: list[Any] = []
+
+        def passes(block: nn.Module) -> Callable[..., Any]:
+            last, form = block is self.blocks[-1], self._observed.forms[block]
+            return lambda *args, **kwargs: form.around(batch.hidden if last else split_call(block, args, kwargs)[0])
+
+        def enough(module: nn.Module, args: Any, out: Any) -> None:
+            decoded.append(out)
+            raise EnoughError
+
+        hook = self.decoder.register_forward_hook(enough)
+        try:
+            with replaced({block: passes(block) for block in self.blocks}), contextlib.suppress(EnoughError):
+                self._forward(batch.tokens)
+        finally:
+            hook.remove()
+        return decoded[0]
+
+    def _logits_in_chunks(self, batch: MicroBatch) -> Iterator[tuple[int, Tensor]]:
+        """(start, float32 logits (c, vocab)) over the flattened positions that have a next token."""
+        decoded = self._decoded(batch)
+        normed = hidden_of(decoded)
+        states = normed[:, :-1].reshape(-1, normed.shape[-1])
+        stub = batch.tokens[:1, :1]
+        for start in range(0, len(states), HEAD_TOKENS):
+            out = with_hidden(decoded, states[None, start : start + HEAD_TOKENS])
+            with replaced({self.decoder: lambda *args, out=out, **kwargs: out}):
+                logits = self._forward(stub).logits[0].float()
+            yield start, logits
+
+    # -- whether blocks can be run apart at all: told by a forward of the model's own on a few tokens
+
+    @property
+    def _probe(self) -> Tensor:
+        """Two sequences that differ in their last token, (2, 8)."""
+        rows = torch.arange(3, 11, device=self.device).repeat(2, 1)
+        rows[1, -1] += 1
+        return rows.remainder(self.vocab_size)
+
+    def _unfit(self, why: str, error: Exception | None = None, fix: str = "choose another model") -> ValueError:
+        said = f" ({type(error).__name__}: {' '.join(str(error).split())[:120]})" if error is not None else ""
+        return ValueError(f"{type(self.model).__name__}: {why}{said}; {fix}")
+
+    @cached_property
+    def _observed(self) -> Observed:
+        """A short forward of the model. Raises ValueError where it fails, looks ahead, or does not run block after block."""
+        try:
+            seen = observe(self.blocks, lambda: self._forward(self._probe).logits)
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the model's own code raises
+            if self.offloaded and isinstance(error, ValueError):  # a block that cannot be read says so
+                raise
+            raise self._unfit("cannot read tokens as a causal decoder does", error) from error
+        if seen.order != list(range(self.n_blocks)):
+            raise self._unfit(f"{self.blocks_path} are not run once each, one after the other, but in the order {seen.order}")
+        for index in range(1, self.n_blocks):
+            if not close(seen.entered[index], seen.left[index - 1]):
+                raise self._unfit(f"block {index} does not get what block {index - 1} returns, so that none can be run apart")
+        if not close(seen.logits[0, :-1], seen.logits[1, :-1], ulps=2**6):
+            reads_on = getattr(self.model.config, "is_decoder", True) is False
+            fix = "set is_decoder to true in config.json, or choose another model" if reads_on else "choose another model"
+            raise self._unfit("its predictions depend on the tokens that follow", fix=fix)
+        return seen
+
+    @cached_property
+    def _checked(self) -> bool:
+        """Whether blocks are given the same, and the head says the same, as in the model's own forward.
+
+        Raises ValueError where they are not. A few tokens tell: what depends on other blocks does at any length.
+        """
+        seen = self._observed
+        try:
+            with torch.no_grad():
+                batch = self._enter(self._probe)
+        except Exception as error:  # of the model's own code, on what replaced blocks return
+            raise self._unfit("needs more of its blocks than hidden states", error) from error
+        for index, (own, call) in enumerate(zip(seen.calls, batch.calls, strict=True)):
+            if (argument := differing(own, call, self._carriers(batch.calls))) is not None:
+                raise self._unfit(f"argument {argument} of block {index} depends on what other blocks compute")
+        last = replace(batch, hidden=seen.left[-1].to(batch.hidden.device))
+        try:
+            with torch.no_grad():
+                logits = torch.cat([part for _, part in self._logits_in_chunks(last)]).cpu()
+        except Exception as error:
+            raise self._unfit("its head needs more than hidden states", error) from error
+        if not close(
+            logits, seen.logits[:, :-1].flatten(0, 1).float(), ulps=2**18
+        ):  # products of other sizes, maybe of bfloat16
+            raise self._unfit("its head gives some tokens other logits than all")
+        self._check_apart()
+        return True
+
+    @torch.no_grad()
+    def _check_apart(self) -> None:
+        """Raise ValueError where a block computes something else after other blocks, on other tokens, than in its turn."""
+        batch, other = self._enter(self._probe), self._enter((self._probe + 5).remainder(self.vocab_size))
+        for index, own in enumerate(self._observed.left):
+            batch, other = self.run_block(index, batch), self.run_block(index, other)  # as a walk does
+            if not close(batch.hidden, own):
+                raise self._unfit(f"what block {index} computes depends on more than it is given")
+
+
+def matrix(linear: Linear) -> Tensor:
+    """The weight of a linear as (d_out, d_in), a view: GPT-2's Conv1D stores the transpose."""
+    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two structures of arguments hold the same values."""
+    (left, shape), (right, other) = tree_flatten(a), tree_flatten(b)
+    if shape != other:
+        return False
+    equal: dict[tuple[int, int], bool] = {}  # blocks mostly share their arguments
+    for x, y in zip(left, right, strict=True):
+        pair = (id(x), id(y))
+        if pair not in equal:
+            both = isinstance(x, Tensor) and isinstance(y, Tensor)
+            equal[pair] = x is y or (torch.equal(x, y) if both else not isinstance(x, Tensor) and bool(x == y))
+        if not equal[pair]:
+            return False
+    return True
+
+
+def _refuse_experts(model: PreTrainedModel, blocks: nn.Module) -> None:
+    """Fused experts are parameters of three dimensions, which no pruner here sees; listed ones may never see a token."""
+    for name, p in blocks.named_parameters():
+        if p.dim() > 2 or "experts" in name:
+            raise ValueError(
+                f"{type(model).__name__}: block parameter {name} {tuple(p.shape)} belongs to a mixture of experts or a "
+                "convolution, which svnup does not support yet; choose a dense model"
+            )
+
+
+def _find_blocks(model: PreTrainedModel, path: str | None) -> str:
+    n = model.config.get_text_config().num_hidden_layers
+    found = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+    if path is not None:
+        if path not in dict(model.named_modules()) or not isinstance(model.get_submodule(path), nn.ModuleList):
+            raise ValueError(f"model.blocks_path={path}: no such ModuleList in {type(model).__name__}; found {found}")
+        return path
+    if len(found) > 1:  # a vision tower may be as deep
+        decoder = {id(m) for m in model.get_decoder().modules()}
+        found = [name for name in found if id(model.get_submodule(name)) in decoder] or found
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(found)} ModuleLists of length num_hidden_layers={n} ({found}): "
+            "name the one that holds the blocks with model.blocks_path"
+        )
+    return found[0]
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device for `auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`; ValueError where it is missing."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    picked = torch.device(device)
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices; choose auto or cpu")
+    return picked
+
+
+def make_config(model_type: str, **shape: Any) -> Any:
+    """A transformers config of a model family with the given names and values."""
+    return AutoConfig.for_model(model_type, **shape)

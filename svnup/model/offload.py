@@ -1,0 +1,166 @@
+"""Where blocks and calibration states are while they are not computed with: one block at a time is on the device."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from svnup.memory import give_back
+from svnup.model.checkpoint import Tensors, read_metadata, read_tensors, save_tensors
+
+
+class Shelf(Protocol):
+    """Holds the blocks of a model; `states` is the folder where walks park hidden states, None for the CPU's memory."""
+
+    states: Path | None
+
+    def bring(self, index: int) -> None:
+        """Put a block on the device, in place of the one that is there."""
+        ...
+
+    def settle(self, index: int, key: str, note: str) -> None:
+        """The block on the device has new weights, which must outlast its stay; `note` says what was done, `key` by what."""
+        ...
+
+    def settled(self, index: int, key: str) -> str | None:
+        """The note of a block that an interrupted process settled by the same key, whose weights are taken over; else None."""
+        ...
+
+
+class HostShelf:
+    """Blocks live in the CPU's memory, and one at a time is copied to the device."""
+
+    states: Path | None = None
+
+    def __init__(self, blocks: nn.ModuleList, device: torch.device) -> None:
+        self._blocks, self._device = blocks, device
+        self._here: int | None = None
+        self._home: dict[str, Tensor] = {}
+
+    def bring(self, index: int) -> None:
+        if index == self._here:
+            return
+        if self._here is not None:
+            for name, p in self._blocks[self._here].named_parameters():
+                p.data = self._home[name]
+        self._home = {name: p.data for name, p in self._blocks[index].named_parameters()}
+        self._here = index
+        for p in self._blocks[index].parameters():
+            p.data = p.data.to(self._device)
+
+    def settle(self, index: int, key: str, note: str) -> None:
+        self.bring(index)
+        for name, p in self._blocks[index].named_parameters():
+            self._home[name].copy_(p.data)
+
+    def settled(self, index: int, key: str) -> str | None:
+        return None
+
+
+class DiskShelf:
+    """Blocks live in a checkpoint, and what becomes of them in files of the folder `scratch`: for models larger than memory.
+
+    `read` gives the parameters of a block by name, as the checkpoint has them. The files outlast the process, so that an
+    interrupted pruning goes on where it was, if the model has the same `identity`; without a folder they go with the object.
+    Raises ValueError where another process uses the folder.
+    """
+
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        read: Callable[[int], Tensors],
+        device: torch.device,
+        scratch: Path | None,
+        identity: str,
+    ) -> None:
+        self._blocks, self._read, self._device = blocks, read, device
+        self._temporary = tempfile.TemporaryDirectory(prefix="svnup-") if scratch is None else None
+        self._scratch = scratch if scratch is not None else Path(self._temporary.name)  # type: ignore[union-attr]
+        self._identity = identity
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self._scratch)
+        self.states: Path | None = self._scratch / "states"
+        shutil.rmtree(self.states, ignore_errors=True)  # of a process that was killed
+        self.states.mkdir()
+        self._here: int | None = None
+        self._changed: set[int] = set()
+
+    def bring(self, index: int) -> None:
+        if index != self._here:
+            self._leave()  # before the next one is read: there is room for one
+            self._put(index, read_tensors(self._path(index)) if index in self._changed else self._read(index))
+
+    def settle(self, index: int, key: str, note: str) -> None:
+        self.bring(index)
+        weights = {name: p.data.cpu() for name, p in self._blocks[index].named_parameters()}
+        save_tensors(weights, self._path(index), {"key": self._full(key), "note": note})
+        self._changed.add(index)
+
+    def settled(self, index: int, key: str) -> str | None:
+        metadata = read_metadata(self._path(index)) if self._path(index).is_file() else {}
+        if metadata.get("key") != self._full(key):
+            return None
+        self._leave()
+        self._put(index, read_tensors(self._path(index)))
+        self._changed.add(index)
+        return metadata["note"]
+
+    def _full(self, key: str) -> str:
+        return f"{self._identity} {key}"
+
+    def _path(self, index: int) -> Path:
+        return self._scratch / f"block-{index:05d}.safetensors"
+
+    def _leave(self) -> None:
+        if self._here is not None:
+            empty(self._blocks[self._here])
+            give_back()
+        self._here = None
+
+    def _put(self, index: int, weights: Tensors) -> None:
+        fill(self._blocks[index], weights, self._device)
+        self._here = index
+
+
+def _locked(folder: Path) -> IO[str]:
+    """An open file that no other process can lock until this one closes it or ends."""
+    file = (folder / "lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(f"offload=disk: another process works in {folder}; wait for it, or use another results_dir") from None
+    return file
+
+
+def fill(module: nn.Module, weights: Tensors, device: torch.device) -> None:
+    """Give a module's empty parameters their values, in the dtype that they have, on a device.
+
+    Raises ValueError where a value has another shape.
+    """
+    for name, value in weights.items():
+        owner, leaf = _owner(module, name)
+        place = owner._parameters[leaf]
+        assert place is not None
+        if value.shape != place.shape:
+            raise ValueError(f"{name} has shape {list(value.shape)} in the checkpoint, and {list(place.shape)} in the model")
+        owner._parameters[leaf] = nn.Parameter(value.to(device, place.dtype), requires_grad=False)
+
+
+def empty(module: nn.Module) -> None:
+    """Take a module's parameters out of memory; shapes and dtypes stay."""
+    for name, p in list(module.named_parameters()):
+        owner, leaf = _owner(module, name)
+        owner._parameters[leaf] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf

@@ -1,0 +1,291 @@
+"""One walk over the blocks, and small pure pruners that see one weight matrix at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from svnup.memory import peak_memory, synchronize
+from svnup.model.language_model import EnoughError, LanguageModel, Linear, Visit, matrix
+from svnup.progress import stage
+from svnup.pruning.masks import n_zeros
+from svnup.pruning.packed import apply_masks, save_masks
+from svnup.types import LinearReport, PruneReport, SparsityProfile
+
+logger = logging.getLogger(__name__)
+__all__ = ["Inputs", "Pruner", "apply_masks", "prune_model", "pruned_weights", "save_masks", "temporarily_pruned"]
+ERROR_TOKENS = 2048
+
+
+class Pruner(Protocol):
+    """Zeroes weights of one matrix (d_out, d_in), given statistics of its inputs; a frozen dataclass of its options.
+
+    One that takes more memory for a matrix than eight float32 copies says so by a method `workspace(d_out, d_in) -> bytes`.
+    Statistics that have a `fallback` say with it what was done otherwise than asked; None where nothing was.
+
+    `needs_inputs` says whether statistics are wanted at all; `prunes` is False only for the control that keeps everything.
+    """
+
+    needs_inputs: ClassVar[bool]
+    prunes: ClassVar[bool]
+
+    @property
+    def pattern(self) -> str: ...
+
+    def new_stats(self, weight: Tensor) -> Any:
+        """Empty statistics for the inputs of a matrix; linears that read the same input share one."""
+        ...
+
+    def observe(self, stats: Any, x: Tensor) -> None:
+        """Add inputs (tokens, d_in)."""
+        ...
+
+    def prune(self, weight: Tensor, stats: Any, sparsity: float) -> Tensor:
+        """The pruned matrix, same shape and dtype; the very same weights at sparsity 0."""
+        ...
+
+
+def workspace(pruner: Pruner, d_out: int, d_in: int) -> int:
+    """Bytes that pruning one matrix takes, beside the matrix and its statistics."""
+    own = getattr(pruner, "workspace", None)
+    return own(d_out, d_in) if own is not None else 8 * d_out * d_in * 4
+
+
+class Inputs:
+    """What the linears of one block read during a run: statistics and the first `n_first` tokens, once per distinct input."""
+
+    def __init__(self, linears: dict[str, Linear], pruner: Pruner, n_first: int = ERROR_TOKENS) -> None:
+        self._linears, self._pruner, self._n_first = linears, pruner, n_first
+        self._reads: dict[str, str] = {}  # linear -> the first linear that reads the same input
+        self._stats: dict[str, Any] = {}
+        self._first: dict[str, Tensor] = {}
+        self._current: list[tuple[str, Tensor]] = []
+        self._calls, self._n_calls = 0, 0  # of linears: in this batch so far, in a whole run of the block
+
+    def reads(self, name: str) -> str:
+        """The first linear that reads the same input."""
+        return self._reads[name]
+
+    def stats(self, name: str) -> Any:
+        return self._stats[self._reads[name]]
+
+    def first_tokens(self, name: str) -> Tensor:
+        return self._first[self._reads[name]]
+
+    def collect(self, visit: Visit, advance: bool) -> None:
+        """Run the block with a hook on every linear; unless it is to advance, only as far as its last linear is called."""
+        names = {module: name for name, module in self._linears.items()}
+
+        def see(module: Any, args: Any) -> None:
+            self._see(names[module], args[0])
+            self._calls += 1
+            if self._calls == self._n_calls and not advance:
+                self._next_batch()
+                raise EnoughError
+
+        hooks = [m.register_forward_pre_hook(see) for m in names]
+        hooks.append(visit.block.register_forward_hook(lambda *_: self._next_batch()))
+        try:
+            visit.run(advance)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if unseen := set(self._linears) - set(self._reads):
+            raise ValueError(f"block {visit.index}: no input ever reached {sorted(unseen)}")
+
+    def _next_batch(self) -> None:
+        self._n_calls, self._calls = self._calls, 0
+        self._current.clear()
+
+    def _see(self, name: str, x: Tensor) -> None:
+        leader = next((other for other, seen in self._current if seen is x), name)
+        assert self._reads.setdefault(name, leader) == leader, f"{name} changed its input between batches"
+        if leader != name:
+            return
+        self._current.append((name, x))
+        rows = x.reshape(-1, x.shape[-1])
+        if name not in self._stats:
+            self._stats[name] = self._pruner.new_stats(matrix(self._linears[name]))
+            self._first[name] = rows[: self._n_first].clone()
+        self._pruner.observe(self._stats[name], rows)
+
+
+@torch.inference_mode()
+def prune_model(lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor) -> PruneReport:
+    """Prune a model in place, block after block, to the profile; statistics come from the already pruned blocks before.
+
+    `tokens` is the calibration text, int64 (n_seq, seq_len), unused where the pruner needs no inputs. Raises ValueError with
+    the name of the linear where a factorisation fails or a weight comes out as nan or infinity, and where the zeros that
+    were written are not those that the rounding rule asks for.
+    """
+    check_profile(lm, profile)
+    key = _key(profile, pruner, tokens) if lm.offloaded else ""
+    clock = {"inputs": 0.0, "prune": 0.0}
+    start = time.perf_counter()
+    reports: list[LinearReport] = []
+    with stage("pruning", lm.n_blocks, "blocks") as advance:
+        for visit in lm.walk(tokens if pruner.needs_inputs else []):
+            note = lm.settled(visit.index, key)
+            if note is None:
+                of_block = _prune_block(visit, profile, pruner, clock)
+                lm.settle(visit.index, key, json.dumps([asdict(report) for report in of_block]))
+            else:  # by a process that was interrupted
+                of_block = [LinearReport(**report) for report in json.loads(note)]
+            reports += of_block
+            advance(1)
+    total = time.perf_counter() - start
+    seconds = clock | {"rerun": total - sum(clock.values()), "total": total}
+    return PruneReport(tuple(reports), seconds, peak_memory(lm.device))
+
+
+def check_profile(lm: LanguageModel, profile: SparsityProfile) -> None:
+    """Raise ValueError where a profile is not one of this model's blocks and linears."""
+    if len(profile.sparsity) != lm.n_blocks:
+        raise ValueError(f"a profile of {len(profile.sparsity)} blocks cannot prune {lm.n_blocks} blocks")
+    for index, shares in enumerate(profile.linears or ()):
+        if {name: share.size for name, share in shares.items()} != _sizes(lm, index):
+            raise ValueError(f"a profile of the linears {list(shares)} cannot prune block {index} with {_sizes(lm, index)}")
+
+
+def _sizes(lm: LanguageModel, index: int) -> dict[str, int]:
+    return {name: linear.weight.numel() for name, linear in lm.linears(index).items()}
+
+
+def _prune_block(
+    visit: Visit, profile: SparsityProfile, pruner: Pruner, clock: dict[str, float], errors: bool = True
+) -> list[LinearReport]:
+    sparsity = {name: profile.of(visit.index, name) for name in visit.linears}
+    if not any(sparsity.values()):  # the block stays as it is, and nobody asks for its statistics
+        if pruner.needs_inputs:
+            with _timed(clock, "inputs"):
+                visit.run(advance=True)
+        return [_kept(visit, name, 0.0 if pruner.needs_inputs else None) for name in visit.linears]
+    inputs = Inputs(visit.linears, pruner)
+    if pruner.needs_inputs:
+        with _timed(clock, "inputs"):  # what is not pruned need not run twice
+            inputs.collect(visit, advance=not pruner.prunes)
+    with _timed(clock, "prune"):
+        return [_prune_linear(visit, name, pruner, inputs, sparsity[name], errors) for name in visit.linears]
+
+
+def _kept(visit: Visit, name: str, error: float | None) -> LinearReport:
+    weight = visit.linears[name].weight
+    return LinearReport(visit.index, name, int((weight == 0).sum()), weight.numel(), error, 0.0)
+
+
+def _key(profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor) -> str:
+    """What a settled block was pruned by."""
+    text = json.dumps([profile.to_dict(), repr(pruner), list(tokens.shape)])
+    return hashlib.sha256(text.encode() + np.asarray(tokens, dtype=np.int64).tobytes()).hexdigest()
+
+
+@contextmanager
+def temporarily_pruned(
+    lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor
+) -> Iterator[PruneReport]:
+    """The model pruned while the block runs; afterwards it has the weights that it had before.
+
+    Raises ValueError where the model is offloaded, since both versions have to be in memory.
+    """
+    with _dense_again(lm, range(lm.n_blocks)):
+        yield prune_model(lm, profile, pruner, tokens)
+
+
+@contextmanager
+def block_pruned(visit: Visit, profile: SparsityProfile, pruner: Pruner) -> Iterator[None]:
+    """The visited block pruned, as `prune_model` prunes it, while the context lasts; its inputs leave through what it is then.
+
+    Behind the last block that the profile prunes inputs are of no use, and the walk's list of them is cleared. Raises
+    ValueError as `prune_model` and `temporarily_pruned` do.
+    """
+    last = max((index for index in range(visit.lm.n_blocks) if any(profile.levels(index))), default=-1)
+    if visit.index > last:
+        visit.batches.clear()
+    with _dense_again(visit.lm, [visit.index]):
+        _prune_block(visit, profile, pruner, {"inputs": 0.0, "prune": 0.0}, errors=False)  # nobody reads them
+        if visit.index == last:
+            visit.batches.clear()
+        elif not visit.advanced:
+            visit.run(advance=True)
+        yield
+
+
+@contextmanager
+def _dense_again(lm: LanguageModel, blocks: Iterable[int]) -> Iterator[None]:
+    """Afterwards the linears of these blocks have the weights that they had before."""
+    if lm.offloaded:
+        raise ValueError("offload: pruned and dense weights do not fit side by side; use offload=none")
+    linears = [m for index in blocks for m in lm.linears(index).values()]
+    with torch.inference_mode(False):  # whose tensors no gradient could pass later
+        dense = [m.weight.detach().clone() for m in linears]
+    try:
+        yield
+    finally:
+        for m, weight in zip(linears, dense, strict=True):
+            m.weight.data = weight
+
+
+def pruned_weights(
+    lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor
+) -> list[dict[str, Tensor]]:
+    """What pruning would make of each block: its new weights by parameter name. The model itself is left as it was."""
+    with temporarily_pruned(lm, profile, pruner, tokens):
+        return [{f"{n}.weight": m.weight.data for n, m in lm.linears(i).items()} for i in range(lm.n_blocks)]
+
+
+def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, sparsity: float, errors: bool) -> LinearReport:
+    start = time.perf_counter()
+    weight, full_name = matrix(visit.linears[name]), f"block {visit.index}, {name}"
+    zeros_before = int((weight == 0).sum())
+    try:
+        pruned = pruner.prune(weight, inputs.stats(name) if pruner.needs_inputs else None, sparsity)
+    except ValueError as error:
+        raise ValueError(f"stage pruning: {full_name}: {error}") from error
+    if not pruned.isfinite().all():
+        raise ValueError(f"stage pruning: {full_name}: the pruned weights are not all finite")
+    error_ratio = None
+    if errors and pruner.needs_inputs:
+        error_ratio = _error(inputs.first_tokens(name), weight, pruned)
+    weight.copy_(pruned)
+    zeros, asked = int((weight == 0).sum()), n_zeros(sparsity, weight.numel())
+    # Kept weights may have been zero before, or too small for the dtype after an update; fewer zeros than asked is a bug.
+    if pruner.prunes and not asked <= zeros <= asked + zeros_before + weight.numel() // 1000:
+        raise ValueError(f"stage pruning: {full_name}: {zeros} zeros where {asked} were asked for")
+    fallback = getattr(inputs.stats(name), "fallback", None) if pruner.needs_inputs else None
+    if fallback is not None:
+        logger.warning("%s: %s", full_name, fallback)
+    return LinearReport(visit.index, name, zeros, weight.numel(), error_ratio, time.perf_counter() - start, fallback)
+
+
+def _error(x: Tensor, weight: Tensor, pruned: Tensor) -> float:
+    """||X (W - W')^T||^2 / ||X W^T||^2 of inputs (tokens, d_in), 0 where nothing comes out.
+
+    In float32, or in float64 where squares are beyond float32's range; not finite only where inputs or weights are not.
+    """
+    before, error = _squares(x.float(), weight.float()), _squares(x.float(), (weight - pruned).float())
+    if not (before.isfinite() and error.isfinite()):
+        before, error = _squares(x.double(), weight.double()), _squares(x.double(), weight.double() - pruned.double())
+    return float(error / before) if before != 0 else 0.0
+
+
+def _squares(x: Tensor, weight: Tensor) -> Tensor:
+    return (x @ weight.T).square().sum()
+
+
+@contextmanager
+def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
+    synchronize()
+    start = time.perf_counter()
+    yield
+    synchronize()
+    clock[name] += time.perf_counter() - start

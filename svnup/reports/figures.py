@@ -1,0 +1,126 @@
+"""Figures of a run; matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from svnup.results.row import ResultRow
+
+UNITS = {
+    "neg_nll": "nats per token",
+    "neg_ppl": "perplexity",
+    "recip_ppl": "share of the dense 1 / perplexity",
+    "kl": "nats per token of KL divergence",
+    "accuracy": "share of right answers",
+}
+
+
+def names(row: ResultRow) -> list[str]:
+    """The figures that `figures` draws of a run."""
+    scores = [name for name in ("shapley", "scores") if getattr(row, name) and row.profile]
+    tuning = ["tuning"] if row.tuning else []
+    return [*scores, *tuning, *(["profile"] if (scores or tuning) and row.profile else [])]
+
+
+def figures(row: ResultRow, folder: Path) -> dict[str, Path]:
+    """Draw what a run has (`shapley.png` or `scores.png`, `tuning.png`, `profile.png`) into a folder; returns paths by name."""
+    drawn: dict[str, Path] = {}
+    n_blocks = len(row.profile["sparsity"]) if row.profile else 0
+    if row.shapley and n_blocks:
+        unit, title = UNITS[row.config["shapley"]["game"]["payoff"]], f"What each layer contributes\n{row.shapley['method']}"
+        values = row.shapley["values"], row.shapley["stderr"]
+        drawn["shapley"] = _bars(*values, n_blocks, "Shapley value", unit, title, folder / "shapley.png")
+    if row.scores and n_blocks:
+        unit, title = f"higher: {row.scores['higher_is']}", f"How each layer scores\n{row.scores['method']}"
+        drawn["scores"] = _bars(row.scores["values"], None, n_blocks, "score", unit, title, folder / "scores.png")
+    if row.tuning:
+        comparable = row.tuning.get("best", True)
+        drawn["tuning"] = _curve(row.tuning["curve"], bool(comparable), folder / "tuning.png")
+    if drawn and row.profile:
+        drawn["profile"] = _profile(row.profile, folder / "profile.png")
+    return drawn
+
+
+def _axes(n: int) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6.0, 0.24 * n + 2), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("layer (transformer block, counted from 0)")
+    axes.set_xticks(range(0, n, 1 if n <= 20 else 2 if n <= 40 else 5))
+    axes.set_xlim(-0.7, n - 0.3)
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _bars(values: list[float], stderr: list[float] | None, n_blocks: int, name: str, unit: str, title: str, path: Path) -> Path:
+    parts = len(values) // n_blocks
+    figure, axes = _axes(n_blocks)
+    for part in range(parts):  # a block, or its attention and its MLP side by side
+        axes.bar(
+            [block + (part - (parts - 1) / 2) * 0.8 / parts for block in range(n_blocks)],
+            values[part::parts],
+            width=0.8 / parts,
+            yerr=stderr[part::parts] if stderr else None,
+            color=("#3b6ea5", "#9dbbd8")[part],
+            label=("attention", "MLP")[part],
+            capsize=3,
+            error_kw={"elinewidth": 1},
+        )
+    if parts > 1:
+        axes.legend(fontsize=8)
+    positive = [v for v in values if v > 0]
+    if positive and max(positive) > 8 * sorted(values)[len(values) // 2] > 0:
+        # The first block is often worth tens of the others, which a linear axis would flatten.
+        axes.set_yscale("symlog", linthresh=min(positive))
+        axes.set_ylabel(f"{name}\n({unit}, log scale)")
+    else:
+        axes.set_ylabel(f"{name}\n({unit})")
+    axes.axhline(0, color="0.3", linewidth=0.8)
+    axes.set_title(title, fontsize=9)
+    return _save(figure, path)
+
+
+def _curve(curve: list[dict[str, Any]], comparable: bool, path: Path) -> Path:
+    """Loss of each candidate on the whole selection text, those that are not finite left out; the least is marked, where all
+    have the same budget."""
+    curve = [point for point in curve if "n_seq" not in point]
+    finite = [(i, point["loss"]) for i, point in enumerate(curve) if point["loss"] is not None]
+    figure, axes = _axes(len(curve))
+    axes.plot(*zip(*finite, strict=True), marker="o", color="#3b6ea5")
+    if comparable:
+        axes.plot(*min(finite, key=lambda point: point[1]), marker="o", markersize=11, fillstyle="none", color="#c1666b")
+    named = range(0, len(curve), 1 + len(curve) // 20)
+    axes.set_xticks(named, [curve[i]["label"] for i in named], rotation=30, ha="right", fontsize=8)
+    axes.set_xlabel("")
+    axes.set_ylabel("loss on selection text\n(nats per token)")
+    axes.set_title("What was tried", fontsize=9)
+    return _save(figure, path)
+
+
+def _profile(profile: dict[str, Any], path: Path) -> Path:
+    sparsity = profile["sparsity"]
+    figure, axes = _axes(len(sparsity))
+    axes.bar(range(len(sparsity)), [100 * s for s in sparsity], color="#c1666b")
+    axes.axhline(
+        100 * profile["target"], color="0.2", linestyle="--", linewidth=1, label=f"target {100 * profile['target']:g} %"
+    )
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("sparsity (% zeros)")
+    axes.set_title("Pruning budget per layer", fontsize=9)
+    axes.legend(loc="upper right", fontsize=8)
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
+    temporary.replace(path)  # a figure that is there is a whole one
+    return path

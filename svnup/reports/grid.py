@@ -1,0 +1,183 @@
+"""A finished table as text: terminal, Markdown, LaTeX (booktabs), HTML and, cell by cell, CSV."""
+
+from __future__ import annotations
+
+import csv
+import html
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from itertools import groupby
+from typing import Any
+
+FORMATS = ("terminal", "markdown", "csv", "latex", "html")
+LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+        "−": "$-$",
+        "×": r"$\times$",
+    }
+)
+
+
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem;color-scheme:light dark}table{border-collapse:collapse}"
+    "th,td{padding:.2rem .8rem;text-align:left}.n{text-align:right;font-variant-numeric:tabular-nums}"
+    "thead tr:last-child th,tbody tr:last-child td,.rule td{border-bottom:1px solid #8888}th.g{text-align:center}"
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a cell says, and whether it is the best of those it competes with."""
+
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Lines of cells below a header: `head` names each column, by one word or, outermost first, by several levels.
+
+    The first `n_first` lines (dense) are set off by a rule; `about` says in files who made the numbers; `records`
+    are what CSV gets: one mapping per number.
+    """
+
+    head: list[tuple[str, ...]]
+    lines: list[list[Cell]]
+    title: str | None = None
+    about: str = ""
+    notes: list[str] = field(default_factory=list)
+    n_first: int = 0
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    def render(self, form: str, ansi: bool = False) -> str:
+        """The table in one of FORMATS; in a terminal the best are bold where it takes `ansi`, else with an asterisk."""
+        if form == "csv":
+            return csv_text(self.records)
+        if form == "html":
+            return together([self], form)
+        return {"markdown": self._markdown, "latex": self._latex}.get(form, lambda: self._terminal(ansi))()
+
+    @property
+    def _numeric(self) -> list[bool]:
+        """Columns to align to the right: their cells are numbers, or say why there is none."""
+        columns = [[line[i].text for line in self.lines] for i in range(len(self.head))]
+        return [any(texts) and all(_is_number(text) for text in texts) for texts in columns]
+
+    def _spans(self, level: int) -> list[tuple[str, int]]:
+        """Neighbouring columns under the same header of a level, as (text, width); the innermost level has one each."""
+        words = [column[: level + 1] if level < len(column) - 1 else (*column, i) for i, column in enumerate(self.head)]
+        return [(str(word[level]), len(list(same))) for word, same in groupby(words)]
+
+    def _markdown(self) -> str:
+        shown = ["| " + " | ".join(_escaped(" ".join(filter(None, column))) for column in self.head) + " |"]
+        shown.append("|" + "|".join(" --- " for _ in self.head) + "|")
+        for line in self.lines:
+            shown.append("| " + " | ".join(f"**{_escaped(c.text)}**" if c.best else _escaped(c.text) for c in line) + " |")
+        top = [f"# {self.title}\n"] if self.title else []
+        top += [f"{self.about}\n"] if self.about else []
+        bottom = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
+        return "\n".join(top + shown + bottom) + "\n"
+
+    def _latex(self) -> str:
+        numeric = self._numeric
+        out = [f"% {' '.join(text.split())}" for text in (self.title, self.about, *self.notes) if text]
+        out += [rf"\begin{{tabular}}{{{''.join('r' if n else 'l' for n in numeric)}}}", r"\toprule"]
+        levels = len(self.head[0])
+        for level in range(levels):
+            words, rules, start = [], [], 1
+            for text, width in self._spans(level):
+                inner = level == levels - 1 or not text
+                words.append(_tex(text) + " &" * (width - 1) if inner else rf"\multicolumn{{{width}}}{{c}}{{{_tex(text)}}}")
+                rules += [] if inner else [rf"\cmidrule(lr){{{start}-{start + width - 1}}}"]
+                start += width
+            out += [" & ".join(words) + r" \\", *([" ".join(rules)] if rules else [])]
+        out.append(r"\midrule")
+        for index, line in enumerate(self.lines):
+            out.append(" & ".join(rf"\textbf{{{_tex(c.text)}}}" if c.best else _tex(c.text) for c in line) + r" \\")
+            out += [r"\midrule"] if index == self.n_first - 1 and self.n_first < len(self.lines) else []
+        return "\n".join([*out, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+    def _html(self) -> str:
+        numeric, levels = self._numeric, len(self.head[0])
+        out = [f"<h1>{html.escape(self.title)}</h1>"] if self.title else []
+        out += [f"<p>{html.escape(self.about)}</p>"] if self.about else []
+        out += ["<table>", "<thead>"]
+        kinds = [' class="n"' if n else "" for n in numeric]
+        for level in range(levels):
+            heads = [
+                f"<th{kinds[i]}>{html.escape(text)}</th>"
+                if level == levels - 1
+                else f'<th class="g" colspan="{width}">{html.escape(text)}</th>'
+                for i, (text, width) in enumerate(self._spans(level))
+            ]
+            out.append(f"<tr>{''.join(heads)}</tr>")
+        out += ["</thead>", "<tbody>"]
+        for index, line in enumerate(self.lines):
+            texts = [f"<b>{html.escape(c.text)}</b>" if c.best else html.escape(c.text) for c in line]
+            rule = ' class="rule"' if index == self.n_first - 1 else ""
+            out.append(f"<tr{rule}>{''.join(f'<td{k}>{t}</td>' for k, t in zip(kinds, texts, strict=True))}</tr>")
+        out += ["</tbody>", "</table>"]
+        out += ["<ul>", *(f"<li>{html.escape(note)}</li>" for note in self.notes), "</ul>"] if self.notes else []
+        return "\n".join(out)
+
+    def _terminal(self, ansi: bool) -> str:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD)
+        for column, numeric in zip(self.head, self._numeric, strict=True):
+            table.add_column(Text("\n".join(column)), justify="right" if numeric else "left", no_wrap=True)
+        mark = "" if ansi or not any(c.best for line in self.lines for c in line) else " "
+        for index, line in enumerate(self.lines):
+            words = [
+                Text(c.text + (mark and ("*" if c.best else mark if n else "")), "bold" if c.best and ansi else "")
+                for c, n in zip(line, self._numeric, strict=True)
+            ]
+            table.add_row(*words, end_section=index == self.n_first - 1)
+        out = StringIO()
+        Console(file=out, width=10_000, force_terminal=ansi, color_system="standard" if ansi else None).print(table)
+        lines = [line.rstrip() for line in out.getvalue().splitlines()]
+        top = [self.title, ""] if self.title else []
+        return "\n".join([*top, "\n".join(lines).strip("\n"), *self.notes]) + "\n"
+
+
+def together(grids: Sequence[Grid], form: str, ansi: bool = False) -> str:
+    """Several tables below each other: in HTML as one page."""
+    if form != "html":
+        return "\n".join(grid.render(form, ansi) for grid in grids)
+    head = ["<!doctype html>", '<html lang="en"><meta charset="utf-8">']
+    head += [f"<title>{html.escape(grids[0].title or 'svnup')}</title>", f"<style>{STYLE}</style>"]
+    return "\n".join([*head, *(grid._html() for grid in grids), "</html>"]) + "\n"
+
+
+def csv_text(records: Iterable[dict[str, Any]]) -> str:
+    """Mappings as CSV: every key that occurs is a column, in the order of first sight; what is not there is empty."""
+    records = list(records)
+    out = StringIO()
+    names = list(dict.fromkeys(name for record in records for name in record))
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return out.getvalue()
+
+
+def _is_number(text: str) -> bool:
+    return not text or not text[0].isalpha() or text in ("fail", "running", "fallback", "limit", "protocol", "nan")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _tex(text: str) -> str:
+    minus = re.sub(r"(?<![\w.])-(?=\d)", "−", text)
+    return ("{}" if text.startswith(("[", "*")) else "") + minus.translate(LATEX)  # else an option of the line break before it

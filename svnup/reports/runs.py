@@ -1,0 +1,129 @@
+"""One run for people, and all runs for other programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from svnup.reports.grid import Cell, Grid
+from svnup.reports.pivot import number
+from svnup.results.row import ResultRow
+from svnup.results.select import MISSING, fallback_of, flatten, settings, word
+from svnup.types import player_names
+
+
+def find(rows: Iterable[ResultRow], prefix: str) -> ResultRow:
+    """The run whose key begins so; raises ValueError where none or several do."""
+    rows = list(rows)
+    found = {row.config_key: row for row in rows if row.config_key.startswith(prefix)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    keys = sorted(found or {row.config_key for row in rows})
+    shown = ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
+    raise ValueError(f"{prefix}: {'several runs begin so' if found else 'no run has a key that begins so; there are'}: {shown}")
+
+
+def show(row: ResultRow, defaults: Mapping[str, Any]) -> str:
+    """All that is known of a run, section by section; `defaults` is the configuration without any override."""
+    fallback = fallback_of(row)
+    out = [f"run {row.config_key}: {row.status}" + (f", pruning fell back: {fallback}" if fallback else "")]
+    out += [f"  {row.error}"] if row.error else []
+    sections = {
+        "settings apart from the defaults": _changes(settings(row.config), settings(defaults)),
+        "metrics": _metrics(row),
+        "sparsity": {} if row.sparsity is None else {k: word(v) for k, v in row.sparsity.items()},
+        "layers": _layers(row),
+        "cost": _cost(row),
+        "provenance": _provenance(row),
+        "inputs": row.fingerprints,
+    }
+    for title, content in sections.items():
+        if isinstance(content, Grid):
+            out += ["", title, *("  " + line for line in content.render("terminal").splitlines())]
+        elif content:
+            width = max(map(len, content))
+            out += ["", title, *(f"  {name:{width}}  {text}" for name, text in content.items())]
+    return "\n".join(out) + "\n"
+
+
+def _provenance(row: ResultRow) -> dict[str, str]:
+    """All of it but the text of the difference to the commit, which result.json has."""
+    found = dict(row.provenance)
+    diff = found.pop("diff", None)
+    shown = {k: word(v) for k, v in flatten(found).items() if v is not None}
+    return shown | ({"diff": f"{len(diff):,} characters, in result.json"} if diff else {})
+
+
+def _changes(mine: Mapping[str, str], usual: Mapping[str, str]) -> dict[str, str]:
+    changed = {key: text for key, text in mine.items() if text != usual.get(key)}
+    return {k: f"{text}  (default {usual[k]})" if k in usual else text for k, text in changed.items()}
+
+
+def _metrics(row: ResultRow) -> Grid | None:
+    names = sorted({*row.dense, *row.metrics})
+    head: list[tuple[str, ...]] = [("metric",), ("dense",), ("pruned",), ("change",), ("protocol",)]
+    lines = []
+    for name in names:
+        dense, pruned = (of.get(name, {}).get("value") for of in (row.dense, row.metrics))
+        change = MISSING if not dense or pruned is None else f"{100 * (pruned / dense - 1):+.1f} %"
+        protocol = row.metrics.get(name, row.dense.get(name, {}))["protocol"]
+        said = ", ".join(f"{k} {word(v)}" for k, v in flatten(protocol).items() if len(word(v)) <= 16)
+        lines.append([name, *(MISSING if v is None else number(v) for v in (dense, pruned)), change, said])
+    return Grid(head, [[Cell(text) for text in line] for line in lines]) if lines else None
+
+
+def _layers(row: ResultRow) -> Grid | None:
+    """Score, standard error and sparsity per block; scores of attention and MLP apart stand in lines of their own."""
+    if row.profile is None:
+        return None
+    sparsity, scores = row.profile["sparsity"], row.shapley or row.scores
+    n = len(sparsity)
+    actual = row.profile.get("actual") or [None] * n
+    columns: dict[str, Sequence[Any]] = {"layer": range(n), "sparsity": sparsity, "actual": actual}
+    if scores is not None:
+        values = scores["values"]
+        errors = scores.get("stderr") or [None] * len(values)
+        parts = len(values) // n
+        columns = {
+            "layer": range(n) if parts == 1 else player_names(n),
+            "Shapley value" if row.shapley else "score": values,
+            **({"stderr": errors} if any(e is not None for e in errors) else {}),
+            **{name: [x for x in column for _ in range(parts)] for name, column in columns.items() if name != "layer"},
+        }
+    texts = [
+        [MISSING if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in line]
+        for line in zip(*columns.values(), strict=True)
+    ]
+    return Grid([(name,) for name in columns], [[Cell(text) for text in line] for line in texts])
+
+
+def _cost(row: ResultRow) -> dict[str, str]:
+    counts = ("n_evaluations", "n_new_evaluations", "n_block_forwards", "n_backward_passes", "seconds")
+    out: dict[str, str] = {}
+    for stage, of in (("scores", row.shapley or row.scores), ("tuning", row.tuning)):
+        out |= {f"{stage} {k}": word(round(of[k], 2)) for k in counts if of is not None and of.get(k)}
+    out |= {f"pruning seconds, {k}": f"{v:.2f}" for k, v in (row.pruning or {}).get("seconds", {}).items()}
+    out |= {"seconds": f"{row.seconds:.2f}"} if row.seconds else {}
+    return out | ({"peak memory": f"{row.peak_memory_bytes / 2**20:.0f} MiB"} if row.peak_memory_bytes else {})
+
+
+def records(rows: Iterable[ResultRow]) -> list[dict[str, Any]]:
+    """One flat mapping per run and metric, one per run that has none: values, protocol and the whole configuration."""
+    out = []
+    for row in sorted(rows, key=lambda row: row.config_key):
+        common: dict[str, Any] = {"key": row.config_key, "status": row.status, "fallback": fallback_of(row), "error": row.error}
+        common |= {"actual_sparsity": row.sparsity["actual"] if row.sparsity else None, "seconds": row.seconds}
+        config = {f"config.{k}": v for k, v in flatten(row.config).items()}
+        names: list[str] = sorted({*row.dense, *row.metrics})
+        for name in names or [""]:
+            metric, dense = row.metrics.get(name, {}), row.dense.get(name, {})
+            measured = {"metric": name or None, "value": metric.get("value"), "dense": dense.get("value")}
+            measured |= {"stderr": metric.get("stderr"), "reason": metric.get("reason")}
+            protocol = {f"protocol.{k}": v for k, v in flatten((metric or dense).get("protocol", {})).items()}
+            out.append({**common, **measured, **protocol, **config})
+    return out
+
+
+def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, sort_keys=False) + "\n" for row in rows)

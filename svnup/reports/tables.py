@@ -1,0 +1,216 @@
+"""The flat table of results, one line per run. Numbers measured under different protocols never share a column."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from svnup.naming import allocator_name, method_name, moving_numbers
+from svnup.pattern import UNSTRUCTURED
+from svnup.reports.grid import Cell, Grid
+from svnup.reports.pivot import notes_on_inputs
+from svnup.results.row import ResultRow
+from svnup.results.select import fallback_of, model_of, short_names
+
+LIMITED = " (limit "  # such numbers stand in columns of their own, without a change
+IDENTITY = ["model", "pruner", "allocator", "sparsity", "pattern", "seed"]
+
+
+def frame(rows: list[ResultRow]) -> pd.DataFrame:
+    """One line per run: what was run, target and actual sparsity, each metric dense and pruned, one column per protocol."""
+    names = _metric_columns(rows)
+    lines = []
+    for row, pruner in zip(rows, _pruners(rows), strict=True):
+        line: dict[str, Any] = describe(row) | {"pruner": pruner, "status": row.status, "setting": _setting(row)}
+        if fallback_of(row):
+            lines.append(line | {"status": "fallback", "seconds": round(row.seconds, 1), "key": row.config_key})
+            continue  # something was not done as asked: its numbers are in its result, and in no table
+        if row.sparsity is not None:
+            line |= {"actual": row.sparsity["actual"]}
+        for name, metric in row.metrics.items():
+            if metric.get("secondary"):
+                continue
+            if metric["value"] is None:
+                line["status"] = "failed"  # it ended, and there is no such number
+            column = names[name, _digest(metric["protocol"])]
+            line |= {
+                column: metric["value"],
+                f"{column} dense": row.dense[name]["value"] if name in row.dense else None,
+            }
+        lines.append(line | {"seconds": round(row.seconds, 1), "key": row.config_key})
+    data = pd.DataFrame(lines)
+    data["model"] = data["model"].map(short_names(data["model"]))  # saved models are all called model
+    return data.sort_values(IDENTITY, kind="stable").reset_index(drop=True)
+
+
+def _pruners(rows: list[ResultRow]) -> list[str]:
+    """The pruner of each run, with those options in which runs of the same pruner differ."""
+    nodes = [{k: v for k, v in row.config["pruner"].items() if k not in ("_target_", "pattern", "base")} for row in rows]
+    names = [method_name(row.config["pruner"]) for row in rows]
+    values: dict[tuple[str, str], set[str]] = {}
+    for name, node in zip(names, nodes, strict=True):
+        for key, value in node.items():
+            values.setdefault((name, key), set()).add(str(value))
+    shown = [[f"{k}={v}" for k, v in node.items() if len(values[name, k]) > 1] for name, node in zip(names, nodes, strict=True)]
+    return [f"{name} ({', '.join(words)})" if words else name for name, words in zip(names, shown, strict=True)]
+
+
+def describe(row: ResultRow) -> dict[str, Any]:
+    """The names by which people know a run."""
+    config = row.config
+    scorer = config["allocator"].get("scorer")
+    shared = config["allocator"].items()  # what a scorer has from its allocator is said once
+    own = {k: v for k, v in (scorer or {}).items() if (k, v) not in shared}
+    words = [_method(scorer) if "game" in scorer else _options(own)] if scorer else []
+    split = config.get("split", {"_target_": "UniformSplit"})  # results of earlier versions have none
+    if (inside := method_name(split).removesuffix("split")) != "uniform":
+        words.append(", ".join(filter(None, (f"split by {inside}", _options(split)))))
+    words = [word for word in (*words, _options(config["allocator"])) if word]
+    if row.tuning and row.tuning.get("kind", "nll") != "nll":
+        words.append(f"by {row.tuning['kind']}")
+    return {
+        "model": model_of(config),
+        "pruner": method_name(config["pruner"]),
+        "allocator": allocator_name(config["allocator"]) + (f" ({', '.join(words)})" if words else ""),
+        "sparsity": config["sparsity"],
+        "pattern": config["pattern"],
+        "seed": config["seed"],
+    }
+
+
+def _options(node: dict[str, Any]) -> str:
+    """What is set of a node's options but for texts: words as they are, numbers with their name."""
+    hidden = ("_target_", "scorer", "path", "granularity")  # the last is in the method's name
+    options = {
+        k: v for k, v in node.items() if k not in hidden and v is not None and v is not False and not isinstance(v, dict)
+    }
+    return ", ".join(
+        v if isinstance(v, str) and v != "auto" else k if v is True else f"{k}={_value(v)}" for k, v in options.items()
+    )
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        return "/".join(map(_value, value))
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _method(scorer: dict[str, Any]) -> str:
+    """Estimator and game in a few words: what is not said is as by default."""
+    words = [scorer["_target_"].rpartition(".")[2].lower()]
+    words += [f"w={scorer['window']}"] if "window" in scorer else []
+    words += [f"{k}={scorer[k]}" for k in ("budget", "nodes", "sampling", "approximator") if k in scorer]
+    words += [
+        f"{k}={scorer[k]}" for k, usual in (("context", "present"), ("aggregation", "mean")) if scorer.get(k, usual) != usual
+    ]
+    game = scorer.get("game", {})
+    usual_game = {"payoff": "recip_ppl", "cap": "none", "absence": "skip", "players": "block"}
+    return " ".join(words + [f"{k}={game[k]}" for k, usual in usual_game.items() if game.get(k, usual) != usual])
+
+
+def _setting(row: ResultRow) -> str:
+    """What a run has in common with its uniform counterpart: all of its configuration that can move a number but the budget,
+    and its weights by content."""
+    config = {k: v for k, v in moving_numbers(row.config).items() if k not in ("allocator", "split")}
+    return hashlib.sha256(json.dumps([config, row.fingerprints.get("weights")], sort_keys=True).encode()).hexdigest()
+
+
+def render(rows: list[ResultRow], form: str, title: str | None = None, command: str | None = None, ansi: bool = False) -> str:
+    """The table of some runs as text; columns that say the same in every line and no more are left out except in CSV."""
+    data = frame(rows)
+    if form == "csv":
+        return data.drop(columns="setting").to_csv(index=False)
+    drop = [c for c, same in (("seed", 0), ("pattern", UNSTRUCTURED), ("status", "finished")) if (data[c] == same).all()]
+    shown = _with_change(data).drop(columns=[*drop, "setting", "seconds", "key"])
+    return flat(shown, title, about(rows, command), notes_on_inputs(rows)).render(form, ansi)
+
+
+def listing(rows: list[ResultRow], sort: str | None = None) -> Grid:
+    """One line per run, failed and running ones too, in the order of what they are or of a column `sort`.
+
+    Raises ValueError where there is no such column.
+    """
+    data = frame(rows)
+    if sort is not None and sort not in data.columns:
+        raise ValueError(f"--sort {sort}: choose {', '.join(c for c in data.columns if c != 'setting')}")
+    if sort is not None:
+        data = data.sort_values([sort, *IDENTITY, "key"], kind="stable", na_position="last")
+    first = ["key", "status"]
+    rest = [c for c in data.columns if c not in (*first, "setting", "actual") and not c.endswith(" dense")]
+    return flat(data[first + rest])
+
+
+def flat(data: pd.DataFrame, title: str | None = None, about: str = "", notes: Sequence[str] = ()) -> Grid:
+    """Lines and columns of data as they are."""
+    shown = data.astype(object)
+    lines = [[Cell(_cell(c, v)) for c, v in zip(shown.columns, line, strict=True)] for line in shown.itertuples(index=False)]
+    records: list[dict[str, Any]] = shown.to_dict("records")  # type: ignore[assignment]
+    return Grid([(str(column),) for column in shown.columns], lines, title, about, list(notes), records=records)
+
+
+def _with_change(data: pd.DataFrame) -> pd.DataFrame:
+    """Beside each metric its change against the uniform budget under the same setting, allocator apart."""
+    out = data.copy()
+    for column in [c for c in data.columns if "/" in c and not c.endswith("dense") and LIMITED not in c]:
+        uniform = (
+            data[(data["allocator"] == "uniform") & data[column].notna()]
+            .drop_duplicates("setting")
+            .set_index("setting")[column]
+        )
+        base = [uniform.get(setting, float("nan")) for setting in data["setting"]]
+        change = pd.Series([100 * (v / b - 1) for v, b in zip(data[column], base, strict=True)], index=data.index)
+        out.insert(list(out.columns).index(column) + 1, f"{column} vs uniform", change.where(data["allocator"] != "uniform"))
+    return out
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None or value != value:
+        return "-"
+    if column.endswith("vs uniform"):
+        return f"{value:+.1f} %"
+    if column == "actual":
+        return f"{value:.4f}"
+    return f"{value:.2f}" if "/" in column else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def about(rows: list[ResultRow], command: str | None = None) -> str:
+    """Who made the numbers: command, machines, versions and protocols."""
+    machines = [r.provenance["hardware"] for r in rows if "hardware" in r.provenance]
+    hardware = {f"{machine['cpu']}, {machine['cores']} cores" for machine in machines}
+    hardware |= {gpu for machine in machines for gpu in machine["gpus"]}
+    versions = {f"svnup {v.get('svnup')}, torch {v.get('torch')}" for r in rows for v in [r.provenance.get("versions", {})]}
+    protocols = {_in_words(name, m["protocol"]) for row in rows for name, m in row.metrics.items() if not m.get("secondary")}
+    made = f"Made by `{command}`. " if command else ""
+    return f"{made}Machine: {'; '.join(sorted(hardware))}. {'; '.join(sorted(versions))}. {'; '.join(sorted(protocols))}."
+
+
+def _in_words(name: str, protocol: dict[str, Any]) -> str:
+    if "n_windows" in protocol:
+        skip, n = protocol.get("skip", 0), protocol["n_windows"]
+        which = f", its windows {skip + 1} to {skip + n}" if skip else ""
+        return f"{name}: {n} windows of {protocol['seq_len']} tokens ({protocol['role']} text{which})"
+    limit = "" if protocol["complete"] else f", limit {protocol['limit']}"
+    what = f"mean over {', '.join(protocol['tasks'])}" if "tasks" in protocol else f"{protocol['n_items']} items"
+    bos = {True: ", with BOS", False: ", without BOS", None: ""}[protocol.get("add_bos_token")]  # older results do not tell
+    return f"{name}: {what}, {protocol['num_fewshot']}-shot{bos}, in %{limit}"
+
+
+def _digest(protocol: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:6]
+
+
+def _metric_columns(rows: list[ResultRow]) -> dict[tuple[str, str], str]:
+    """Column of a metric under a protocol: its name, with the protocol's digest where there are several, and its limit."""
+    seen: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        for name, metric in row.metrics.items():
+            seen.setdefault(name, {})[_digest(metric["protocol"])] = metric["protocol"].get("limit")
+    return {
+        (name, digest): name + (f" [{digest}]" if len(limits) > 1 else "") + (f"{LIMITED}{limit})" if limit is not None else "")
+        for name, limits in seen.items()
+        for digest, limit in limits.items()
+    }

@@ -1,0 +1,339 @@
+"""Weights & Biases or nothing; wandb is imported only when a run is tracked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shlex
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from svnup.config.construction import construct
+from svnup.naming import allocator_name, method_name
+from svnup.pattern import UNSTRUCTURED
+from svnup.results.row import ResultRow
+from svnup.results.select import fallback_of
+from svnup.results.tracker import Figures, Log
+from svnup.secrets import redact
+from svnup.types import player_names
+
+logger = logging.getLogger(__name__)
+TARGET = "svnup.reports.wandb.WandbTracker"
+MARK = "wandb.json"  # in the run folder: the id of its W&B run, and the result that was logged there
+
+
+@dataclass(frozen=True)
+class WandbTracker:
+    """A W&B run per job: its configuration, numbers, tables and bar charts per layer, figures, and the result as an artifact.
+
+    With `stages`, scores and budget have runs of their own, job types `shapley` (or `score`) and `allocate`, so that artifacts
+    tell where a number came from: values -> profile -> result. `group` None is the sweep, `mode` None follows WANDB_MODE;
+    offline needs no account.
+    """
+
+    project: str = "svnup"
+    entity: str | None = None
+    group: str | None = None
+    job_type: str = "prune"
+    tags: list[str] = field(default_factory=list)
+    name: str | None = None
+    mode: Literal["online", "offline", "disabled"] | None = None
+    stages: bool = True
+
+    def check(self) -> None:
+        """Raise ValueError where wandb is not installed."""
+        from importlib.util import find_spec
+
+        if find_spec("wandb") is None:
+            raise ValueError("tracker=wandb: wandb is not installed; pip install '.[wandb]', or choose tracker=none")
+
+    @property
+    def awaited(self) -> bool:
+        """Whether an agent of a W&B sweep waits for this job's numbers, be it finished already or not."""
+        return "WANDB_SWEEP_ID" in os.environ
+
+    @contextmanager
+    def run(self, folder: Path, row: ResultRow, fresh: bool) -> Iterator[Log]:
+        """The W&B run of a run folder; yields what logs its result. It is finished in any case, with the state of the job.
+
+        Its id is made once and kept in the folder: an interrupted job goes on in the same run; a `fresh` execution (force, or
+        changed inputs) gets its own, and so do two users of one project. Raises ValueError where W&B refuses to start.
+        """
+        mark = {} if fresh else _mark(folder)
+        mark = {"id": mark.get("id") or uuid.uuid4().hex[:12]}
+        _write_mark(folder, mark)
+        finished: list[ResultRow] = []
+        places: list[str] = []  # folders that are on this disk only, in the order in which to upload them
+        try:
+            with self._open(folder, row, self.job_type, mark["id"], places) as run:
+                if run.id != mark["id"] and not run.disabled:  # the agent of a W&B sweep has chosen another
+                    mark["id"] = run.id
+                    _write_mark(folder, mark)
+
+                def log(row: ResultRow, figures: dict[str, Path]) -> None:
+                    if self.stages and not self.awaited:  # a W&B sweep sees one run a job
+                        self._log_stages(folder, row, mark["id"], places)
+                        if row.profile is not None:
+                            _use(run, _profile(row))
+                    else:
+                        for artifact in filter(None, (_values(row), _profile(row))):
+                            run.log_artifact(artifact)
+                    run.log(_numbers(row) | _layers_of_scores(row) | _tuning(row) | _layers_of_profile(row) | _images(figures))
+                    run.log_artifact(_artifact(f"result-{row.config_key}", "result", "result.json", redact(row.to_json())))
+                    finished.append(row)
+
+                yield log
+        finally:
+            if finished and not run.disabled:
+                mark["logged"] = _digest(finished[0])
+            if places:
+                mark["offline"] = [*mark.get("offline", []), *places]
+                logger.info("W&B offline: to upload this run: %s", _sync(folder, mark))
+            _write_mark(folder, mark)
+
+    @contextmanager
+    def _open(self, folder: Path, row: ResultRow, job_type: str, run_id: str, places: list[str]) -> Iterator[Any]:
+        import wandb
+
+        names = _names(row.config)
+        title = redact(self.name or row.provenance.get("name") or " ".join(names.values()))
+        made = {k: row.provenance.get(k) for k in ("command", "git", "dirty", "versions", "hardware", "seeds")}
+        setting = {"setting": " ".join(names.values())}
+        config = {"config_key": row.config_key, "names": names | setting, "provenance": made, **row.config}
+        argv = sys.argv  # which W&B notes
+        mode: Any = self.mode or os.environ.get("WANDB_MODE") or None  # as it is now: wandb keeps what it found first
+        try:
+            sys.argv = [redact(word) for word in argv]
+            run = wandb.init(
+                id=run_id,
+                resume="allow",
+                dir=str(folder.resolve()),  # wandb's service outlives a run and would take a relative one as of its first
+                project=redact(self.project),
+                entity=self.entity,
+                group=redact(self.group or row.provenance.get("sweep") or "") or None,
+                job_type=job_type,
+                tags=[redact(tag)[:64] for tag in dict.fromkeys([*self.tags, *names.values()])],
+                name=title if job_type == self.job_type else f"{title} ({job_type})",
+                mode=mode,
+                reinit="create_new",
+                config=json.loads(redact(json.dumps(config))),
+                settings=wandb.Settings(silent=True),
+            )
+        except wandb.errors.Error as error:
+            raise ValueError(
+                f"tracker: W&B does not start ({' '.join(str(error).split())}); run `wandb login`, or use its mode offline"
+            ) from error
+        finally:
+            sys.argv = argv
+        failed = True
+        try:
+            yield run
+            failed = False
+        finally:
+            run.finish(exit_code=int(failed))
+            if run.offline:
+                places.append(Path(run.dir).parent.name)
+
+    def _log_stages(self, folder: Path, row: ResultRow, run_id: str, places: list[str]) -> None:
+        """What the result came from, each in a W&B run of its own."""
+        values, profile = _values(row), _profile(row)
+        if values is not None:
+            with self._open(folder, row, "shapley" if row.shapley else "score", f"{run_id}-scores", places) as run:
+                run.log(_layers_of_scores(row) | _cost(row, "scores"))
+                run.log_artifact(values)
+        if profile is not None:
+            with self._open(folder, row, "allocate", f"{run_id}-profile", places) as run:
+                if (values := _values(row)) is not None:
+                    _use(run, values)
+                run.log(_layers_of_profile(row) | _tuning(row) | _cost(row, "allocation"))
+                run.log_artifact(profile)
+
+
+def upload(folder: Path, row: ResultRow, plots: Figures, force: bool, **given: Any) -> str:
+    """Log a finished run as if it had been tracked, unless its folder says that this result has been; says what was done.
+
+    `given` are options of the tracker, others are those of the run's own configuration; `force` logs it again, as another
+    W&B run. Raises ValueError where wandb is not installed or does not start.
+    """
+    mark = _mark(folder)
+    if mark.get("logged") == _digest(row) and not force:
+        return f"is there already as {mark['id']}" + (f"; it was offline: {_sync(folder, mark)}" if "offline" in mark else "")
+    own = row.config.get("tracker", {})
+    own = own if own.get("_target_") == TARGET else {"_target_": TARGET}
+    tracker: WandbTracker = construct(own | {"mode": None} | given, "tracker", WandbTracker)  # whoever wrote it: it is checked
+    tracker.check()
+    with tracker.run(folder, row, fresh=force or "logged" in mark) as log:
+        log(row, plots.figures(row, folder / "figures"))
+    mark = _mark(folder)
+    return f"logged as {mark['id']}" + (f", offline; to upload it: {_sync(folder, mark)}" if "offline" in mark else "")
+
+
+def _sync(folder: Path, mark: dict[str, Any]) -> str:
+    return shlex.join(["wandb", "sync", *(str(folder / "wandb" / name) for name in mark["offline"])])
+
+
+def _mark(folder: Path) -> dict[str, Any]:
+    path = folder / MARK
+    try:
+        mark = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    places = mark.get("offline", []) if isinstance(mark, dict) else None
+    words = isinstance(places, list) and all(isinstance(word, str) for word in [mark.get("id", ""), *places])
+    return dict(mark) if words else {}
+
+
+def _write_mark(folder: Path, mark: dict[str, Any]) -> None:
+    temporary = folder / f".{MARK}.{os.getpid()}"
+    temporary.write_text(json.dumps(mark), encoding="utf-8")
+    temporary.replace(folder / MARK)
+
+
+def _digest(row: ResultRow) -> str:
+    return hashlib.sha256(redact(row.to_json()).encode()).hexdigest()
+
+
+def _names(config: dict[str, Any]) -> dict[str, str]:
+    """The few words by which people filter and group, among them those of the model and of the methods."""
+    model = config["model"]
+    path = model.get("pretrained_model_name_or_path")
+    pattern = {} if config["pattern"] == UNSTRUCTURED else {"pattern": str(config["pattern"])}
+    return {
+        "model": path.rstrip("/").rpartition("/")[2] if path else f"random {model.get('model_type')}",
+        "pruner": method_name(config["pruner"]),
+        "allocator": allocator_name(config["allocator"]),
+        "sparsity": f"{config['sparsity']:g}",
+        **pattern,
+    }
+
+
+# -- what is logged: numbers by plain names, and tables per layer, all in one step
+
+
+def _numbers(row: ResultRow) -> dict[str, Any]:
+    """Numbers only, so that columns sort: what could not be measured is absent, and its reason is told beside it."""
+    record: dict[str, Any] = {}
+    for prefix, metrics in (("", row.metrics), ("dense/", row.dense)):
+        for name, metric in metrics.items():
+            name = name.replace(".", "/")  # a dot would make it a nested key there
+            if metric["value"] is None:
+                record[f"reason/{prefix}{name}"] = metric.get("reason")
+            else:
+                record[f"{prefix}{name}"] = metric["value"]
+    for name, metric in row.metrics.items():
+        dense = row.dense.get(name, {}).get("value")
+        if metric["value"] is not None and dense:
+            record[f"vs_dense/{name.replace('.', '/')}"] = metric["value"] / dense - 1
+    record["comparable"] = int(_comparable(row))
+    if row.sparsity:
+        record |= {f"sparsity/{key}": row.sparsity[key] for key in ("target", "actual")}
+    record["cost/seconds"] = row.seconds
+    if row.peak_memory_bytes is not None:
+        record["cost/peak_memory_gib"] = row.peak_memory_bytes / 2**30
+    for stage in row.stages or {}:
+        record |= _cost(row, stage)
+    return record
+
+
+def _comparable(row: ResultRow) -> bool:
+    """Whether all numbers are of whole test texts and tasks, and pruning did as asked."""
+    protocols = [metric["protocol"] for metric in row.metrics.values()]
+    return not fallback_of(row) and all(p.get("complete", True) and p.get("role", "test") == "test" for p in protocols)
+
+
+def _cost(row: ResultRow, stage: str) -> dict[str, float]:
+    spent = (row.stages or {}).get(stage)
+    return {f"cost/{stage}_seconds": spent["seconds"]} if spent else {}
+
+
+def _layers_of_scores(row: ResultRow) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    if row.shapley:
+        values = row.shapley["values"]
+        errors = row.shapley["stderr"] or [None] * len(values)
+        n_blocks = len(row.profile["sparsity"]) if row.profile else len(values)
+        names = list(range(n_blocks)) if len(values) == n_blocks else player_names(n_blocks)
+        lines = [[n, v, e] for n, v, e in zip(names, values, errors, strict=True)]
+        record |= _bars("shapley", ["layer", "shapley", "stderr"], lines, "Shapley value per layer")
+        scalars = ("v_empty", "v_full", "efficiency_gap", "n_evaluations", "n_block_forwards", "seconds")
+        record |= {f"shapley/{key}": row.shapley[key] for key in scalars}
+    if row.scores:
+        lines = [[i, s] for i, s in enumerate(row.scores["values"])]
+        record |= _bars("scores", ["layer", "score"], lines, f"Score per layer: {row.scores['method']}")
+        record |= {f"scores/{key}": row.scores[key] for key in ("n_block_forwards", "seconds")}
+    return record
+
+
+def _layers_of_profile(row: ResultRow) -> dict[str, Any]:
+    if not row.profile:
+        return {}
+    lines = [[i, s] for i, s in enumerate(row.profile["sparsity"])]
+    return _bars("sparsity", ["layer", "sparsity"], lines, "Sparsity per layer")
+
+
+def _tuning(row: ResultRow) -> dict[str, Any]:
+    if not row.tuning:
+        return {}
+    import wandb
+
+    curve = wandb.Table(["tried", "loss"], [[p["label"], p["loss"]] for p in row.tuning["curve"]])
+    numbers = {f"tuning/{key}": row.tuning[key] for key in ("n_evaluations", "n_new_evaluations", "seconds")}
+    return {"tuning/curve": curve, **numbers}
+
+
+def _images(figures: dict[str, Path]) -> dict[str, Any]:
+    import wandb
+
+    return {f"figures/{name}": wandb.Image(str(path)) for name, path in figures.items()}
+
+
+def _bars(name: str, columns: list[str], lines: list[list[Any]], title: str) -> dict[str, Any]:
+    """A table and its bar chart: layers are labels, not steps."""
+    import wandb
+
+    table = wandb.Table(columns, lines)
+    return {f"layers/{name}": table, f"charts/{name}": wandb.plot.bar(table, columns[0], columns[1], title=title)}
+
+
+# -- artifacts: the same content under the same name is the same version, whichever run logs it
+
+
+def _values(row: ResultRow) -> Any:
+    """The scores without what they cost, so that jobs that share them share the artifact; None where there are none."""
+    scores = row.shapley or row.scores
+    if scores is None:
+        return None
+    kept = {k: scores[k] for k in ("method", "values", "stderr", "higher_is", "v_empty", "v_full") if k in scores}
+    text = json.dumps(kept, indent=1)
+    return _artifact(f"values-{hashlib.sha256(text.encode()).hexdigest()[:12]}", "values", "values.json", text)
+
+
+def _profile(row: ResultRow) -> Any:
+    if row.profile is None:
+        return None
+    return _artifact(f"profile-{row.config_key}", "profile", "profile.json", json.dumps(row.profile))
+
+
+def _artifact(name: str, kind: str, file: str, content: str) -> Any:
+    import wandb
+
+    artifact = wandb.Artifact(name, type=kind)
+    with artifact.new_file(file, mode="w") as handle:
+        handle.write(content)
+    return artifact
+
+
+def _use(run: Any, artifact: Any) -> None:
+    """Declare an input. Offline `use_artifact` refuses even an artifact that is at hand; what it would do online before it
+    waits for the server is done here instead, and the later `wandb sync` does the rest."""
+    if run.offline:
+        run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+    else:
+        run.use_artifact(artifact)

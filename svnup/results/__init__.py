@@ -1,0 +1,1 @@
+"""What a run leaves, as typed rows; finding, comparing and tracing them."""

@@ -1,0 +1,221 @@
+"""Published heuristics that score blocks: OWL, DLP, AlphaPruning, block influence."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from svnup.progress import stage
+from svnup.scoring import Context
+from svnup.types import BlockScores, Cost, Floats, Players
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from svnup.model.language_model import LanguageModel, Visit
+
+BINS = 100
+
+
+# -- scores that are no Shapley values: one small class each, all of the dense model
+
+
+@dataclass(frozen=True)
+class Owl:
+    """Outlier ratio of each block: the share of its Wanda scores above `m` times their mean; blocks with more are kept denser.
+
+    Scores |W_ij| ||X_j||_2 of all linears of a block together, on dense activations. Source: arXiv 2310.05175 section 3;
+    the released code as well compares with the mean of the block. What follows from the ratio: `ScoreBudget` with scale raw
+    and amplitude 0.08, as the code has it.
+    """
+
+    m: float = 5.0
+    needs_inputs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.m > 0:
+            raise ValueError(f"m={self.m}: outliers exceed so many times the mean; choose 3 to 10")
+
+    def plan(self, n_blocks: int) -> dict[str, int]:
+        return {"block_forwards": n_blocks}
+
+    def score(self, lm: LanguageModel, context: Context) -> BlockScores:
+        def ratio(scores: list[Tensor]) -> float:
+            n = sum(s.numel() for s in scores)
+            threshold = self.m * sum(float(s.double().sum()) for s in scores) / n
+            return sum(int((s > threshold).sum()) for s in scores) / n
+
+        return _walked(lm, context, f"Owl(m={self.m:g})", lambda visit: [ratio([*wanda_scores(visit).values()])])
+
+
+@dataclass(frozen=True)
+class Dlp:
+    """Relative importance of each block, 1 - u_l / sum(u), with u_l the mean (or median) of its Wanda scores; higher: denser.
+
+    Scores as for `Owl`. Source: arXiv 2505.23807 section 3: the text has the median, the released code the mean, which we
+    follow by default. The median is the lower one of an even number. What follows: `ScoreBudget`, scale raw, amplitude 0.15.
+    """
+
+    statistic: Literal["mean", "median"] = "mean"
+    needs_inputs: ClassVar[bool] = True
+
+    def plan(self, n_blocks: int) -> dict[str, int]:
+        return {"block_forwards": n_blocks}
+
+    def score(self, lm: LanguageModel, context: Context) -> BlockScores:
+        import torch
+
+        def middle(scores: list[Tensor]) -> float:
+            if self.statistic == "median":
+                return float(torch.cat([s.flatten() for s in scores]).median())
+            return sum(float(s.double().sum()) for s in scores) / sum(s.numel() for s in scores)
+
+        found = _walked(lm, context, f"Dlp({self.statistic})", lambda visit: [middle([*wanda_scores(visit).values()])])
+        return BlockScores(1 - found.values / found.values.sum(), found.method, cost=found.cost)
+
+
+@dataclass(frozen=True)
+class BlockInfluence:
+    """How far each block turns the hidden state: 1 - mean over tokens of cos(h_l, h_(l+1)); higher: denser.
+
+    `granularity=sublayer`: how far its attention turns it, and how far its MLP then does; raises ValueError where a block does
+    not run the one after the other. Source: ShortGPT, arXiv 2403.03853, equation 1: there blocks of low influence are removed;
+    the budget from it, and the influence of sublayers, are ours.
+    """
+
+    granularity: Players = "block"
+    needs_inputs: ClassVar[bool] = True
+
+    def plan(self, n_blocks: int) -> dict[str, int]:
+        return {"block_forwards": n_blocks * (2 if self.granularity == "sublayer" else 1)}
+
+    def score(self, lm: LanguageModel, context: Context) -> BlockScores:
+        import torch
+        from torch.nn.functional import cosine_similarity
+
+        from svnup.model.blocks import hidden_of
+
+        def cosine(before: Tensor, after: Tensor) -> Tensor:
+            """Mean over the tokens of each sequence, (b, s, d) to float64 (b,)."""
+            return cosine_similarity(before.float(), after.float(), dim=-1).double().mean(1).cpu()
+
+        def of_block(visit: Visit) -> list[float]:
+            cosines: list[Tensor] = []
+
+            def see(block: Any, args: Any, out: Any) -> None:
+                cosines.append(cosine(args[0], hidden_of(out)))
+
+            hook = visit.block.register_forward_hook(see)
+            try:
+                visit.run(advance=True)
+            finally:
+                hook.remove()
+            return [float(1 - torch.cat(cosines).mean())]
+
+        def of_sublayers(visit: Visit) -> list[float]:
+            cosines: tuple[list[Tensor], list[Tensor]] = ([], [])
+            ends: list[Tensor] = []
+            for batch in visit.batches:
+                middle = lm.run_block(visit.index, batch, part="attention")
+                end = lm.run_block(visit.index, middle, part="mlp")
+                cosines[0].append(cosine(batch.hidden, middle.hidden))
+                cosines[1].append(cosine(middle.hidden, end.hidden))
+                ends = ends or [end.hidden]
+            visit.run(advance=True)
+            whole = visit.batches[0].hidden
+            if not torch.allclose(whole.float(), ends[0].float(), rtol=1e-2, atol=1e-2 * float(whole.abs().max())):
+                raise ValueError(
+                    f"allocator.granularity=sublayer: block {visit.index} does not run attention, then MLP; use "
+                    "allocator.granularity=block"
+                )
+            return [float(1 - torch.cat(part).mean()) for part in cosines]
+
+        measure = of_sublayers if self.granularity == "sublayer" else of_block
+        return _walked(lm, context, "BlockInfluence", measure, self.plan(lm.n_blocks)["block_forwards"])
+
+
+@dataclass(frozen=True)
+class AlphaPruning:
+    """Mean over each block's linears of the power-law exponent of the spectrum of W^T W (`hill`); higher: sparser. No data.
+
+    Source: arXiv 2410.10912 section 3: heavy tails, small exponents, mark well-trained blocks. What follows: `Ratios`.
+    """
+
+    needs_inputs: ClassVar[bool] = False
+
+    def plan(self, n_blocks: int) -> dict[str, int]:
+        return {}
+
+    def score(self, lm: LanguageModel, context: Context) -> BlockScores:
+        import torch
+
+        start = time.perf_counter()
+        values = []
+        for index in range(lm.n_blocks):
+            lm.bring(index)
+            exponents = []
+            for name, linear in lm.linears(index).items():
+                spectrum = torch.linalg.svdvals(linear.weight.detach().float()).double().square().cpu().numpy()
+                try:
+                    exponents.append(hill(spectrum))
+                except ValueError as error:
+                    raise ValueError(f"stage scores: block {index}, {name}: {error}; choose another allocator") from error
+            values.append(np.mean(exponents))
+        cost = Cost(seconds=time.perf_counter() - start)
+        return BlockScores(np.array(values), "AlphaPruning", "sparser", cost)
+
+
+def hill(eigenvalues: Floats) -> float:
+    """Exponent of the power law in the tail of a spectrum: 1 + k / sum over the k tail values of ln(x_i / x_min).
+
+    x_min is the smallest eigenvalue in or above the fullest of 100 equal bins of log10(x), the 'fix-finger' of arXiv 2410.10912
+    section 3. The released code searches further, for the smallest Kolmogorov-Smirnov distance among eigenvalues up to 1.5
+    times that peak; we follow the text. Numerically zero eigenvalues are left out. Raises ValueError where no tail is left.
+    """
+    x = np.sort(np.asarray(eigenvalues, dtype=np.float64))
+    x = x[x > 1e-12 * x[-1]]
+    if not len(x) or x[0] == x[-1]:
+        raise ValueError("its singular values are all equal, so that their spectrum has no tail")
+    logs = np.log10(x)
+    counts, edges = np.histogram(logs, BINS)
+    tail = logs[logs >= edges[np.argmax(counts)]]
+    steps = np.log(10) * (tail - tail[0]).sum()
+    if steps <= 0:
+        raise ValueError("its largest singular values are all equal, so that their spectrum has no tail")
+    return float(1 + len(tail) / steps)
+
+
+def wanda_scores(visit: Visit) -> dict[str, Tensor]:
+    """|W_ij| ||X_j||_2 of each linear of the visited block by name, float32 (d_out, d_in); the block is run once for it."""
+    from svnup.model.language_model import matrix
+    from svnup.pruning.walk import Inputs
+    from svnup.pruning.wanda import Wanda
+
+    inputs = Inputs(visit.linears, Wanda())
+    inputs.collect(visit, advance=True)
+    return {name: matrix(m).float().abs() * inputs.stats(name).squares.sqrt() for name, m in visit.linears.items()}
+
+
+def _walked(
+    lm: LanguageModel,
+    context: Context,
+    method: str,
+    measure: Callable[[Visit], list[float]],
+    n_block_forwards: int | None = None,
+) -> BlockScores:
+    """Numbers per block from a walk over the dense model; `measure` runs the block that it is given, once unless said."""
+    import torch
+
+    start = time.perf_counter()
+    with torch.inference_mode(), stage("scores", lm.n_blocks, "blocks") as advance:
+        values: list[float] = []
+        for visit in lm.walk(context.tokens):
+            values += measure(visit)
+            advance(1)
+    n_forwards = lm.n_blocks if n_block_forwards is None else n_block_forwards
+    cost = Cost(n_block_forwards=n_forwards, n_new_block_forwards=n_forwards, seconds=time.perf_counter() - start)
+    return BlockScores(np.array(values), method, cost=cost)

@@ -1,0 +1,176 @@
+"""Scores by Shapley values of a game between blocks."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+
+from svnup.data import TokenSource
+from svnup.scoring import Context
+from svnup.shapley import Estimator
+from svnup.types import CHOICES, Bools, Players, ShapleyValues
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from svnup.game.layer_game import LayerGame, StandIns
+    from svnup.model.language_model import LanguageModel
+    from svnup.pruning.walk import Pruner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GameOptions:
+    """The layer game of a job: its payoff text, and the options of `svnup.game.layer_game.LayerGame`.
+
+    The default payoff is the one that led to the best budgets on selection text (docs/choosing.md).
+    `absence=prune`: an absent block is that block pruned uniformly at the job's sparsity by `pruner`.
+    """
+
+    data: TokenSource
+    payoff: Literal["neg_nll", "neg_ppl", "recip_ppl", "kl", "accuracy"] = "recip_ppl"
+    cap: Literal["none", "chance"] = "none"
+    absence: Literal["skip", "prune"] = "skip"
+    players: Players = "block"
+    pruner: Annotated[Any, "pruner"] = None  # whose protocol cannot be imported here without torch
+
+    def __post_init__(self) -> None:
+        if self.payoff == "accuracy" and (self.data.n_seq or CHOICES) < CHOICES:
+            raise ValueError(f"data.n_seq={self.data.n_seq}: payoff=accuracy needs at least {CHOICES} sequences")
+
+    def check_gates(self) -> None:
+        """Raise ValueError where the payoff is no smooth function of gates on blocks."""
+        for key, fitting in (
+            ("payoff", ("neg_nll", "neg_ppl", "recip_ppl")),
+            ("cap", ("none",)),
+            ("absence", ("skip",)),
+            ("players", ("block",)),
+        ):
+            if getattr(self, key) not in fitting:
+                raise ValueError(
+                    f"game.{key}={getattr(self, key)}: gates need {' or '.join(fitting)}; or choose another estimator"
+                )
+
+    def n_players(self, n_blocks: int) -> int:
+        return n_blocks if self.players == "block" else 2 * n_blocks
+
+
+@dataclass(frozen=True)
+class ShapleyScorer:
+    """Shapley values of the blocks by an estimator on a layer game; `shard` k/n evaluates only that part of its coalitions."""
+
+    estimator: Estimator
+    game: GameOptions
+    shard: str | None = None
+
+    def __post_init__(self) -> None:
+        match = re.fullmatch(r"(\d+)/(\d+)", self.shard or "0/1")
+        if not match or not int(match[1]) < int(match[2]):
+            raise ValueError(f"shard={self.shard}: choose k/n with 0 <= k < n, such as 0/4, or null")
+
+    @property
+    def needs_inputs(self) -> bool:
+        return self.game.absence == "prune" and self.game.pruner.needs_inputs
+
+    @property
+    def granularity(self) -> Players:
+        """What has a score of its own."""
+        return self.game.players
+
+    @property
+    def _gated(self) -> bool:
+        return getattr(self.estimator, "gated", False)
+
+    def check(self, n_blocks: int) -> None:
+        """Raise ValueError where estimator, game and number of blocks do not go together."""
+        if self._gated:
+            self.game.check_gates()
+        if self._gated and self.shard is not None:
+            raise ValueError(f"shard={self.shard}: gates evaluate no list of coalitions that could be shared; use shard=null")
+        self.estimator.check(self.game.n_players(n_blocks))
+
+    def part(self, n_blocks: int) -> Bools:
+        """The coalitions of the shard: neighbours in lexicographic order, so that they share prefixes."""
+        coalitions = self.estimator.plan(self.game.n_players(n_blocks))
+        k, n = map(int, (self.shard or "0/1").split("/"))
+        return np.array_split(coalitions, n)[k]
+
+    def plan(self, n_blocks: int) -> dict[str, int]:
+        """What the values (or the shard) cost when nothing is known yet, and how many hidden states are held for it."""
+        from svnup.game.walk_plan import WalkPlan
+
+        walk = WalkPlan.of(self.part(n_blocks), absent_costs=self.game.absence == "prune")
+        counts = {"evaluations": walk.n_evaluations, "block_forwards": walk.n_block_forwards, "peak_states": walk.peak_states}
+        return counts | ({"backward_passes": self.estimator.nodes} if self._gated else {})  # type: ignore[attr-defined]
+
+    def seconds(self, probe: LanguageModel, n_blocks: int) -> float:
+        """Time that the plan will take, from one block-forward and one head pass of a one-block model of the same shape."""
+        import torch
+
+        plan, data = self.plan(n_blocks), self.game.data
+        n_seq = (data.n_seq or 1) * (CHOICES if self.game.payoff == "accuracy" else 1)
+        with torch.inference_mode():
+            rows = torch.zeros(n_seq, data.seq_len, dtype=torch.int64)
+            batch = next(probe.micro_batches(rows))
+            after = probe.run_block(0, batch)
+            share = n_seq / len(batch.tokens)
+            block, head = (
+                share * _time(lambda: probe.run_block(0, batch)),
+                share * _time(lambda: probe.token_nll(after)),
+            )
+        parts = 2 if self.game.players == "sublayer" else 1
+        forward_equivalents = 4 * plan.get("backward_passes", 0)  # forward, recomputation, and twice that for the backward
+        whole = n_blocks * block + head
+        return plan["block_forwards"] * block / parts + plan["evaluations"] * head + forward_equivalents * whole
+
+    def play(self, lm: LanguageModel, stand_ins: Callable[[Pruner], StandIns], cache_dir: str | None) -> LayerGame:
+        """The game itself; `stand_ins` makes what stands in for absent blocks with a pruner."""
+        from svnup.game.layer_game import LayerGame
+
+        options = self.game
+        return LayerGame(
+            lm,
+            options.data.tokens(lm.tokenizer),
+            payoff=options.payoff,
+            cap=options.cap,
+            players=options.players,
+            pruned=stand_ins(options.pruner) if options.absence == "prune" else None,
+            cache_dir=cache_dir,
+        )
+
+    def score(self, lm: LanguageModel, context: Context) -> ShapleyValues:
+        """Estimate the values. What the cache knows is not computed again."""
+        game = self.play(lm, context.stand_ins, context.cache_dir)
+        values = self.estimator.estimate(game)
+        if len(game.kinds) > 1:
+            logger.warning("the Shapley values mix coalition values from several kinds of device: %s", game.kinds)
+        return values.on(game.kinds)
+
+    def again(self, lm: LanguageModel, absent: list[dict[str, Tensor]], cache_dir: str | None) -> ShapleyValues:
+        """The values of the players as they are now, with `absent` for absent ones: same text and estimator, -NLL."""
+        from svnup.game.layer_game import LayerGame
+
+        tokens = self.game.data.tokens(lm.tokenizer)
+        game = LayerGame(lm, tokens, players=self.game.players, pruned=absent, cache_dir=cache_dir)
+        return self.estimator.estimate(game).on(game.kinds)
+
+
+def _time(work: Callable[[], Any]) -> float:
+    """Seconds of a call, the least of three."""
+    from svnup.memory import synchronize
+
+    taken = []
+    synchronize()
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        synchronize()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
