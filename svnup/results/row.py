@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 from svnup.naming import KEY
-from svnup.results.store import stored
+from svnup.results import stored
 
 SCHEMA_VERSION = 1
 
