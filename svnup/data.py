@@ -64,7 +64,8 @@ class TokenSource(ABC):
         name = (type(tokenizer).__name__, tokenizer.name_or_path)
         if name not in known:
             known[name] = self.read(tokenizer)
-        return known[name]
+        out: Ints = known[name]
+        return out
 
     @abstractmethod
     def read(self, tokenizer: Any) -> Ints: ...

@@ -313,7 +313,7 @@ def model(results: Results, options: argparse.Namespace) -> None:
         left = options.until - time.time()
         if seconds > left:
             results.add(stage, "skipped", why=f"takes about {seconds:.0f} s, and {left:.0f} s are left")
-        return seconds <= left
+        return bool(seconds <= left)
 
     torch.zeros(1, device=options.device)  # starts the device, so that the first stage need not
     real = options.shape == "llama_7b"  # whose stages have a price beside the passes through blocks
@@ -373,7 +373,7 @@ def model(results: Results, options: argparse.Namespace) -> None:
 
 def multiplied_parameters(lm: LanguageModel) -> int:
     """Parameters that a token is multiplied with: all but the embeddings, which are looked up."""
-    return sum(p.numel() for p in lm.model.parameters()) - lm.model.get_input_embeddings().weight.numel()
+    return int(sum(p.numel() for p in lm.model.parameters()) - lm.model.get_input_embeddings().weight.numel())
 
 
 # -- all of it

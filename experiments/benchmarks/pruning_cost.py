@@ -75,7 +75,8 @@ def published_sparsegpt(weight: Tensor, u: Tensor, group: tuple[int, int] | None
 
 
 def published_factor(h: Tensor) -> Tensor:
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    out: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    return out
 
 
 def published_wanda(weight: Tensor, norms: Tensor) -> Tensor:
@@ -217,6 +218,7 @@ class Timed:
 
         try:
             Hessian.damped = damped  # type: ignore[method-assign, assignment]
+            pruned: Tensor
             taken, pruned = timed(lambda: self._pruner.prune(weight, stats, sparsity))
         finally:
             Hessian.damped = plain  # type: ignore[method-assign]

@@ -193,7 +193,8 @@ def pruned(folder: Path, pruner: Pruner) -> LanguageModel:
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    return model(input_ids=torch.as_tensor(TOKENS), use_cache=False).logits
+    out: torch.Tensor = model(input_ids=torch.as_tensor(TOKENS), use_cache=False).logits
+    return out
 
 
 def plain(folder: Path) -> torch.Tensor:
@@ -312,7 +313,8 @@ def apart(family: str, seconds: float) -> dict[str, str]:
     there.close()
     try:
         if here.poll(seconds):
-            return here.recv()
+            out: dict[str, str] = here.recv()
+            return out
         return {"family": family, "verdict": "wrong", "reason": f"not done after {seconds:g} s"}
     except EOFError:
         return {"family": family, "verdict": "wrong", "reason": "the process died"}

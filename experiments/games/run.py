@@ -224,7 +224,7 @@ class Bench:
                     return perplexity(self.lm, self.text("test", self.sizes.n_test))
                 return float(self.lm.nll(self.selection).mean())
 
-        return self.remembered(["loss", np.round(profile.sparsity, 9).tolist(), pruner, seed, role], compute)
+        return float(self.remembered(["loss", np.round(profile.sparsity, 9).tolist(), pruner, seed, role], compute))
 
 
 def name(setting: Setting | None, scale: Scale) -> str:

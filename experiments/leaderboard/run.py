@@ -107,7 +107,8 @@ class Entry:
 
     @property
     def perplexities(self) -> Floats:
-        return np.exp(self.losses.mean(axis=1))
+        out: Floats = np.exp(self.losses.mean(axis=1))
+        return out
 
 
 class Bench:
@@ -245,7 +246,7 @@ class Bench:
             self.sizes.n_test,
         ]
         what += [profile.to_dict()["linears"]] if profile.linears is not None else []
-        found = self.remembered(what)
+        found: list[float] | None = self.remembered(what)
         if found is None:
             (source,) = job.evaluation.sources().values()
             with temporarily_pruned(lm, profile, job.pruner, job.tokens()):
@@ -354,7 +355,7 @@ def ranking(
 
     def least(entry: Entry) -> float:
         """Of the profiles that met the budget, which those with one block pruned do not."""
-        return min(c["loss"] for c in entry.curve if c["loss"] is not None and not c["label"].startswith("layer "))
+        return float(min(c["loss"] for c in entry.curve if c["loss"] is not None and not c["label"].startswith("layer ")))
 
     mean = {a: np.mean([least(board[cell, a]) for cell in cells]) for a in among if a in sizes.allocators}
     return sorted(mean, key=lambda a: mean[a])

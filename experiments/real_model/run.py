@@ -28,8 +28,9 @@ from svnup.allocation.margins import marginal_values
 from svnup.data import C4
 from svnup.game.walk_plan import WalkPlan
 from svnup.memo import Memo
+from svnup.model import smollm2
 from svnup.model.language_model import LanguageModel, MicroBatch
-from svnup.model.source import Pretrained, smollm2
+from svnup.model.source import Pretrained
 from svnup.pruning.advance import PrunedInAdvance
 from svnup.pruning.wanda import Wanda
 from svnup.results.provenance import hardware

@@ -282,7 +282,8 @@ def _with_named_texts(config: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key}: choose among {', '.join(choice)}{did_you_mean(str(name), choice)}; {own}")
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"{key}: two numbers would be called {twice}/ppl; name it once")
-    return node | {"datasets": {name: _named_text(name, config) for name in names}}
+    out: dict[str, Any] = node | {"datasets": {name: _named_text(name, config) for name in names}}
+    return out
 
 
 def _named_text(name: str, config: dict[str, Any], **options: Any) -> dict[str, Any]:

@@ -326,7 +326,8 @@ def _harness_model(lm: LanguageModel, batch_size: int, add_bos_token: bool | Non
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
             if add_special_tokens is not None or not self.add_bos_token:
-                return super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
+                out: list[int] = super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
+                return out
             ids = super().tok_encode(string, add_special_tokens=False, **kwargs)  # true is for tokenizers that add none, too
             start = self.tokenizer.bos_token_id
             return ids if ids[:1] == [start] else [start, *ids]

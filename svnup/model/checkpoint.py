@@ -158,7 +158,8 @@ class Checkpoint:
 
     def _stored(self, file: Any, name: str) -> Tensor:
         try:
-            return file.get_tensor(name)
+            out: Tensor = file.get_tensor(name)
+            return out
         except SafetensorError as error:
             raise ValueError(f"{self.folder}: cannot be read ({error}); copy the checkpoint again") from None
 

@@ -280,7 +280,8 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        out: torch.device = self.model.get_input_embeddings().weight.device
+        return out
 
     @property
     def dtype(self) -> str:
@@ -288,12 +289,12 @@ class LanguageModel:
 
     @property
     def vocab_size(self) -> int:
-        return self.model.get_output_embeddings().weight.shape[0]
+        return int(self.model.get_output_embeddings().weight.shape[0])
 
     @property
     def n_embeddings(self) -> int:
         """How many tokens the model can read: every id is below."""
-        return self.model.get_input_embeddings().weight.shape[0]
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property
     def max_positions(self) -> int | None:
@@ -759,7 +760,8 @@ def _find_blocks(model: PreTrainedModel, path: str | None) -> str:
             f"{type(model).__name__} has {len(found)} ModuleLists of length num_hidden_layers={n} ({found}): "
             "name the one that holds the blocks with model.blocks_path"
         )
-    return found[0]
+    out: str = found[0]
+    return out
 
 
 def pick_device(device: str) -> torch.device:

@@ -400,7 +400,7 @@ def _loading(step: Callable[..., Any]) -> Iterator[None]:
         PreTrainedModel._load_pretrained_model = own
 
 
-def _stored(tensors: Any, files: list[str] | None) -> dict[str, StoredTensor]:
+def _stored(tensors: dict[str, StoredTensor] | None, files: list[str] | None) -> dict[str, StoredTensor]:
     if tensors is not None:
         return tensors
     if not _are_safetensors(files):

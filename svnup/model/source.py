@@ -193,7 +193,8 @@ class Pretrained:
         """The names and values of config.json, those of the language model first."""
         path = self._config_file
         if self.gguf_file is not None:
-            return self._loader.config.to_dict()
+            out: dict[str, Any] = self._loader.config.to_dict()
+            return out
         wrong = f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: its config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8"))

@@ -10,8 +10,8 @@ from torch import Tensor
 TILE = 2048  # weights that one program holds: 16 rows of 128 columns
 
 
-@triton.jit
-def _settle(
+@triton.jit  # type: ignore[untyped-decorator]
+def _settle(  # type: ignore[no-untyped-def]
     block, factor, mask, scale, out, errors, rows, width, block_stride, factor_stride,
     N: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from svnup.memory import peak_memory, synchronize
-from svnup.model.language_model import EnoughError, LanguageModel, Linear, Visit, matrix
+from svnup.model.blocks import EnoughError
+from svnup.model.language_model import LanguageModel, Linear, Visit, matrix
 from svnup.progress import stage
 from svnup.pruning.masks import n_zeros
 from svnup.pruning.packed import apply_masks, save_masks

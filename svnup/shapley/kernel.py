@@ -107,4 +107,5 @@ def constrained_least_squares(x: Floats, y: Floats, weights: Floats, total: floa
     centre = np.eye(n) - 1 / n
     root = np.sqrt(weights)[:, None]
     rest, *_ = np.linalg.lstsq(root * (x @ centre), root[:, 0] * (y - x @ even), rcond=1e-10)
-    return even + centre @ rest
+    out: Floats = even + centre @ rest
+    return out

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +90,8 @@ def batch_of(tokens: torch.Tensor, seed: int, step: int) -> torch.Tensor:
 
 def loss_of(model: torch.nn.Module, x: torch.Tensor, precision: str) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        return model(x, labels=x).loss
+        out: torch.Tensor = model(x, labels=x).loss
+        return out
 
 
 @torch.no_grad()
@@ -101,7 +103,7 @@ def validate(model: torch.nn.Module, tokens: torch.Tensor, precision: str) -> fl
     return sum(losses) / len(losses)
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         torch.save(state, file)
