@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -84,3 +85,45 @@ def test_the_table_is_written_after_every_sweep_and_stops_at_a_mistake(script, t
         assert command[-1] == "dataset.n_seq=2"
     with pytest.raises(SystemExit):
         script.main(["--stages", "6"])
+
+
+def board(shift, seeds=("0",), spread=0.1, n=128):
+    """Windows of a uniform budget, a rival and a Shapley budget that is `shift` nats off the rival, with noise of their own."""
+    rng = np.random.default_rng(3)
+    base = 4 + rng.normal(size=n)
+    noise = {name: {seed: spread * rng.normal(size=n) for seed in seeds} for name in ("uniform", "owl", "shapley")}
+    means = {"uniform": 0.3, "owl": 0.0, "shapley": shift}
+    return {("wanda", "0.6"): {k: {s: base + means[k] + noise[k][s] for s in seeds} for k in means}}
+
+
+@pytest.mark.parametrize("seeds", [("0",), ("0", "1", "2")])
+def test_a_difference_is_found_where_there_is_one_and_not_where_there_is_none(seeds):
+    from experiments.smollm2.intervals import questions
+
+    title = "The best Shapley budget of all against the best other of all"
+    (found,) = questions(board(-0.05, seeds))[title]
+    assert (found.name, found.other, found.n_seeds) == ("shapley", "owl", len(seeds))
+    assert found.low < 100 * np.expm1(-0.05) < found.high < 0
+    assert found.p < 0.01
+    (none,) = questions(board(0.0, seeds))[title]
+    assert none.low < 0 < none.high
+    assert none.p > 0.05
+
+
+def test_windows_are_written_and_read_back_with_budgets_told_apart(script, tmp_path):
+    from experiments.smollm2.intervals import read, report
+
+    rows = [row(30.0, allocator="owl", sparsity=0.6), row(31.0, allocator="owl", sparsity=0.6, allocator__lam=0.2)]
+    rows += [row(33.0, allocator="uniform", sparsity=0.6), row(29.0, allocator="shapley", sparsity=0.6)]
+    losses = np.linspace(3, 4, 32)
+    for i, one in enumerate(rows):
+        (metric,) = one.metrics.values()
+        one.metrics["wikitext2/ppl"] = metric | {"window_nll": (losses + i / 10).tolist()}
+    write(tmp_path, *rows)
+    script.write_windows(tmp_path, tmp_path / "w.csv")
+    ((cell, runs),) = read(tmp_path / "w.csv").items()
+    assert cell == ("wanda", "0.6")
+    assert sorted(name.partition(" ")[0] for name in runs) == ["owl", "owl", "shapley", "uniform"]
+    assert [name for name in runs if "lam=0.2" in name]
+    assert np.allclose(runs["uniform"]["0"], losses + 0.2, atol=1e-6)
+    assert "| wanda, 60 % | shapley | owl" in report(read(tmp_path / "w.csv"))

@@ -36,7 +36,7 @@ BENCHMARKS = {
     "benchmarks.pruning_cost": ["--shapes", "64x96", "--n-tokens", "256", "--n-seq", "2", "--seq-len", "32", "--repeats", "1"],
     "benchmarks.offload": ["--blocks", "3", "--width", "64"],
 }
-OTHERS = {"benchmarks.gpu", "leaderboard.comparisons", "families.run", "smollm2.run"}
+OTHERS = {"benchmarks.gpu", "leaderboard.comparisons", "families.run", "smollm2.run", "smollm2.intervals"}
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ it was. The table is written anew after every sweep.
 from __future__ import annotations
 
 import argparse
+import csv
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from svnup.cli import results as results_cli
 from svnup.naming import allocator_name
+from svnup.reports.tables import describe
+from svnup.results.select import newest, runs_of
 from svnup.results.store import load
 
 Sweep = list[str]  # overrides of experiment=smollm2
@@ -101,9 +104,28 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_table(results: Path, output: Path) -> None:
+    """Write the table of all runs so far, and the losses of their windows beside it (`intervals.py` compares them)."""
     title, command = "SmolLM2-135M-Instruct, 4 bits", "make table NAME=smollm2"
     options = ["--format", "markdown", "--output", str(output), "--title", title, "--command", command]
     results_cli.main(["table", str(results), *options])
+    write_windows(results, output.with_name(f"{output.stem}_windows.csv"))
+
+
+def write_windows(results: Path, output: Path) -> None:
+    """A line a finished run with the loss of each window of its test text, in nats per token."""
+    lines = []
+    for run in newest(runs_of(load(results))):
+        losses = run.metrics.get("wikitext2/ppl", {}).get("window_nll") if run.row.status == "finished" else None
+        if losses is not None:
+            what = {name: run.settings[name] for name in ("pruner", "sparsity", "seed")}
+            what |= {"allocator": describe(run.row)["allocator"]}
+            lines.append(what | {f"w{i}": f"{loss:.6f}" for i, loss in enumerate(losses)})
+    lines.sort(key=lambda line: [line[name] for name in ("sparsity", "pruner", "allocator", "seed")])
+    if lines:
+        with output.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
 
 
 if __name__ == "__main__":
