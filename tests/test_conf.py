@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from svnup import config
 from svnup.config import CONF
+from svnup.config import job as config_job
 
 EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
 HUB = {
@@ -357,7 +358,7 @@ def test_key_ignores_shapley_where_the_allocator_does_not_use_it(given):
 
 
 def test_key_depends_on_the_version_of_the_numbers(base_key, monkeypatch):
-    monkeypatch.setattr(config, "NUMBERS_VERSION", config.NUMBERS_VERSION + 1)
+    monkeypatch.setattr(config_job, "NUMBERS_VERSION", config_job.NUMBERS_VERSION + 1)
     assert key() != base_key
 
 

@@ -299,7 +299,7 @@ def test_what_is_left_out_is_told_in_one_line(way, tmp_path, caplog, monkeypatch
     with caplog.at_level(logging.WARNING):
         load(tmp_path / "m", way)
     (record,) = caplog.records
-    assert record.name == "svnup.loading"
+    assert record.name == "svnup.model.loading"
     assert "mtp.layers.0.proj.weight, v_head.bias is no part of the language model" in record.message
     assert "\n" not in record.message
     assert transformers_logging.get_verbosity() == logging.WARNING

@@ -25,10 +25,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from svnup.game import LayerGame
 from svnup.memory import STATUS
+from svnup.model import offload
 from svnup.model.checkpoint import Checkpoint
 from svnup.model.language_model import LanguageModel, ParkedBatch, make_config
 from svnup.model.offload import DiskShelf, HostShelf
-from svnup.model.source import Random, offload
+from svnup.model.source import Random
 from svnup.pruning import apply_masks
 from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.sparsegpt import SparseGPT

@@ -29,11 +29,12 @@ def checkout(tmp_path, monkeypatch):
     package = tmp_path / "svnup"
     package.mkdir()
     (package / "types.py").write_text("a = 1\n")
-    (package / "provenance.py").write_text("")
+    (package / "results").mkdir()
+    (package / "results" / "provenance.py").write_text("")
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", "-A")
     git(tmp_path, "commit", "-q", "-m", "all")
-    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
+    monkeypatch.setattr(provenance, "__file__", str(package / "results" / "provenance.py"))
     return package
 
 
@@ -98,7 +99,7 @@ def test_no_secret_is_in_the_difference(checkout, monkeypatch):
 def test_outside_a_checkout(tmp_path, monkeypatch):
     """Installed below another project's checkout, svnup does not take that project's commit for its own."""
     git(tmp_path, "init", "-q")
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "lib" / "svnup" / "provenance.py"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "lib" / "svnup" / "results" / "provenance.py"))
     (tmp_path / "lib" / "svnup").mkdir(parents=True)
     (tmp_path / "lib" / "svnup" / "types.py").write_text("")
     made = provenance.provenance(Asked(), {})

@@ -288,9 +288,8 @@ def test_the_command_writes_the_same_bytes_wherever_the_folder_lies(tmp_path, ca
     assert str(tmp_path).encode() not in first
     assert main(["report", str(tmp_path / "a"), "--output", str(tmp_path / "new" / "x.html")]) == 0
     assert (tmp_path / "new" / "x.html").read_bytes() == first
-    code = (
-        f"from svnup.results import load; from svnup.report import report; print(report(load({str(tmp_path / 'a')!r})), end='')"
-    )
+    code = "from svnup.results.store import load; from svnup.reports.html import report; "
+    code += f"print(report(load({str(tmp_path / 'a')!r})), end='')"
     another = os.environ | {"PYTHONHASHSEED": "1"}  # sets have another order
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=another, check=True).stdout == first
 

@@ -351,7 +351,7 @@ def test_offload_of_checkpoints(capsys, monkeypatch, tmp_path):
     """A model that is spread over devices cannot wait elsewhere; one without safetensors, or with torn ones, cannot on disk."""
     from importlib.machinery import ModuleSpec
 
-    monkeypatch.setattr("svnup.model.find_spec", lambda name: ModuleSpec(name, None))  # as if accelerate were there
+    monkeypatch.setattr("svnup.model.source.find_spec", lambda name: ModuleSpec(name, None))  # as if accelerate were there
     for offload in ("cpu", "disk"):
         line = refused(capsys, monkeypatch, *local("svnup/tiny"), f"offload={offload}", "model.device_map=auto")
         assert "model.device_map=auto" in line

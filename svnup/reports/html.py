@@ -1,7 +1,7 @@
 """One self-contained HTML page about the runs of a results folder.
 
 The page loads nothing: charts are inline SVG, styles and script are in it, and its content security policy lets nothing else
-in. The same results make the same bytes. Whatever comes from a result is escaped (svnup/svg.py). Numbers measured under
+in. The same results make the same bytes. Whatever comes from a result is escaped (svnup/reports/svg.py). Numbers measured under
 different protocols are columns apart in `tables.frame`, and so are apart here: each has its own charts and its own ranking.
 """
 
