@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from svnup.naming import named
 from svnup.results.row import ResultRow
 from svnup.results.store import RunFolder
 
@@ -82,7 +82,8 @@ def run(
         node[last] = value
     if allocator == "shapley":
         config["allocator"]["scorer"]["game"]["pruner"] = copy.deepcopy(config["pruner"])
-    key = hashlib.sha256(json.dumps([named(config), measured], sort_keys=True).encode()).hexdigest()[:12]
+    text = re.sub(r'"_target_": "[\w.]*\.', '"_target_": "', json.dumps([config, measured], sort_keys=True))  # modules may move
+    key = hashlib.sha256(text.encode()).hexdigest()[:12]
     values = metrics or ({} if ppl is None else {"docs/ppl": ppl})
     entries = {name: {"value": v, "protocol": protocol(model, **(measured or {}))} for name, v in values.items()}
     before = DENSE.get(model, 5.68) if dense is None else dense

@@ -12,9 +12,10 @@ from cli import last_row
 import svnup
 from svnup.memory import Stages
 from svnup.outside import code_hash
+from svnup.results import provenance
 from svnup.results.provenance import LONGEST_DIFF, Asked
 from svnup.results.row import ResultRow
-from svnup.results.store import RunFolder, provenance
+from svnup.results.store import RunFolder
 from svnup.secrets import redact
 
 
