@@ -90,8 +90,9 @@ study: $(READY)  ## make study NAME=estimators|games|pruners|budgets|leaderboard
 	@test -f "$(STUDY)" || { echo "NAME=$(NAME): choose estimators, games, pruners, budgets, leaderboard, comparisons or real_model" >&2; exit 2; }
 	$(if $(filter real_model,$(NAME)),$(if $(DATASETS),$(OFFLINE)),$(OFFLINE)) $(BIN)/python -m $(subst /,.,$(STUDY:.py=)) $(if $(QUICK),--quick) $(if $(DATASETS),--datasets $(DATASETS))
 
-numbers: $(READY)  ## write the numbers of the committed tables into the documentation
+numbers: $(READY)  ## write the numbers of the committed tables into the documentation, and draw the README's picture of them
 	$(BIN)/python tools/insert_numbers.py
+	$(BIN)/python -m tools.readme_figure
 
 benchmarks: $(READY)  ## cost of Shapley values, pruning and offloading (about 25 minutes)
 	$(OFFLINE) $(BIN)/python -m experiments.benchmarks.shapley_cost --output results/benchmarks/shapley_cost.md
