@@ -31,7 +31,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 # Pages of the site that lie elsewhere in the repository, beside the file that they are.
 ELSEWHERE = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md", "notebooks": "notebooks/README.md"}
-PAGES = {(ROOT / file).resolve(): f"{name}.md" for name, file in ELSEWHERE.items()} | {(ROOT / "README.md").resolve(): "index.md"}
+PAGES = {(ROOT / file).resolve(): f"{name}.md" for name, file in ({"index": "README.md"} | ELSEWHERE).items()}
 LINK = re.compile(r"(!?\[((?:[^\[\]]|\[[^\]]*\])*)\])\(([^)\s]+)\)")
 
 
