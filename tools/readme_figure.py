@@ -34,7 +34,7 @@ def bars() -> list[tuple[str, float, str]]:
 def drawn(found: list[tuple[str, float, str]]) -> str:
     """The bars as SVG."""
     height, scale = TOP + ROW * len(found) + 8, (WIDTH - LEFT - RIGHT) / max(value for _, value, _ in found)
-    title = f"SmolLM2-135M, {100 * float(SPARSITY):.0f} % of the weights pruned by Wanda: WikiText-2 perplexity by budget"
+    title = f"SmolLM2-135M, {100 * float(SPARSITY):.0f} % pruned by Wanda: WikiText-2 perplexity by budget"
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" role="img" '
         'font-family="system-ui, sans-serif" font-size="13">',
