@@ -450,7 +450,7 @@ def of_the_real_model() -> dict[str, str]:
     budgets = [
         line | {"allocator": line["allocator"].partition(" (")[0]}
         for line in lines_of("smollm2.md")
-        if (line["pruner"], line["sparsity"]) == ("wanda", "0.6")
+        if (line["pruner"], line["sparsity"], line.get("seed", "0")) == ("wanda", "0.6", "0")
     ]
     shown = ("game", "payoff", "Spearman", "Pearson of logs", "standard error / spread")
     noise = [number(line["standard error / spread"]) for line in games if line["standard error / spread"] != "-"]

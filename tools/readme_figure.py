@@ -20,7 +20,8 @@ INK, BAR, REFERENCE = "#24292f", "#2f6f9f", "#9aa4ad"  # on a white ground, so t
 
 def bars() -> list[tuple[str, float, str]]:
     """(name, perplexity, colour) of the dense model, of the uniform budget, and of the others from high to low."""
-    lines = [line for line in lines_of("smollm2.md") if (line["pruner"], line["sparsity"]) == (PRUNER, SPARSITY)]
+    shown = (PRUNER, SPARSITY, "0")
+    lines = [line for line in lines_of("smollm2.md") if (line["pruner"], line["sparsity"], line.get("seed", "0")) == shown]
     options = {path.stem.replace("_", ""): path.stem for path in (ROOT / "conf" / "allocator").glob("*.yaml")}
     methods = [line["allocator"].partition(" (")[0] for line in lines]
     found = []
