@@ -7,7 +7,7 @@ STUDY  = $(firstword $(wildcard experiments/$(NAME)/run.py experiments/leaderboa
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smollm2 real test test-slow test-all lint format table tables study numbers benchmarks bench-gpu families clean
+.PHONY: help install demo smollm2 real test test-slow test-all lint format table tables study numbers docs benchmarks bench-gpu families clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -90,8 +90,14 @@ study: $(READY)  ## make study NAME=estimators|games|pruners|budgets|leaderboard
 	@test -f "$(STUDY)" || { echo "NAME=$(NAME): choose estimators, games, pruners, budgets, leaderboard, comparisons or real_model" >&2; exit 2; }
 	$(if $(filter real_model,$(NAME)),$(if $(DATASETS),$(OFFLINE)),$(OFFLINE)) $(BIN)/python -m $(subst /,.,$(STUDY:.py=)) $(if $(QUICK),--quick) $(if $(DATASETS),--datasets $(DATASETS))
 
-numbers: $(READY)  ## write the numbers of the committed tables into the documentation
+numbers: $(READY)  ## write the numbers of the committed tables into the documentation, and draw the README's picture of them
 	$(BIN)/python tools/insert_numbers.py
+	$(BIN)/python -m tools.readme_figure
+
+docs: $(READY)  ## build the documentation site in docs/_build/html; a warning is an error
+	$(BIN)/python tools/config_reference.py
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 benchmarks: $(READY)  ## cost of Shapley values, pruning and offloading (about 25 minutes)
 	$(OFFLINE) $(BIN)/python -m experiments.benchmarks.shapley_cost --output results/benchmarks/shapley_cost.md
@@ -109,4 +115,4 @@ families: $(READY)  ## try a tiny model of every causal family that the installe
 
 clean:  ## remove the environment and everything that runs wrote (not the committed tables)
 	rm -rf $(VENV) results/demo results/demo_zero_shot results/tables_* results/runs results/cache results/sweeps results/sweep results/quick \
-		results/smollm2 results/real results/report.html results/screenshots results-rerun wandb multirun *.egg-info build
+		results/smollm2 results/real results/report.html results/screenshots results-rerun wandb multirun docs/_build *.egg-info build

@@ -8,15 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from pages import blocks, files
 
 from svnup.data import Docs
 from svnup.language_model import LanguageModel
 from svnup.outside import code_hash
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
-FILES = dict(re.findall(r"^`([\w./]+)`[^`\n]*:\n\n```\w+\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
-(COMMANDS,) = re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-PYTHON = [code for code in re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL) if code not in FILES.values()]
+FILES = files(PAGE)
+(COMMANDS,) = blocks(PAGE, "sh")
+PYTHON = blocks(PAGE, "python")
 
 
 @pytest.fixture

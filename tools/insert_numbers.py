@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "results" / "tables"
-PAGES = ("README.md", "docs/choosing.md", "docs/leaderboard.md", "docs/real_model.md")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("getting_started", "budgets", "choosing", "leaderboard", "real_model")))
 MARK = re.compile(r"<!--n:([a-z0-9-]+)-->(.*?)<!--/n-->", re.DOTALL)
 
 MODELS, PRUNERS = ("tiny", "tiny_opt"), ("magnitude", "wanda", "sparsegpt")
@@ -447,10 +447,18 @@ def of_the_real_model() -> dict[str, str]:
         found = [number(line["Spearman"]) for line in games if line["game"].startswith(game)]
         return span(found, 2, "")
 
+    budgets = [
+        line | {"allocator": line["allocator"].partition(" (")[0]}
+        for line in lines_of("smollm2.md")
+        if (line["pruner"], line["sparsity"], line.get("seed", "0")) == ("wanda", "0.6", "0")
+    ]
     shown = ("game", "payoff", "Spearman", "Pearson of logs", "standard error / spread")
     noise = [number(line["standard error / spread"]) for line in games if line["standard error / spread"] != "-"]
     return {
         "real-budgets": budgets_of("smollm2.md"),
+        "real-dense": row(budgets, allocator="uniform")["wikitext2/ppl dense"],
+        "real-uniform": row(budgets, allocator="uniform")["wikitext2/ppl"],
+        "real-margins": row(budgets, allocator="shapleymargins")["wikitext2/ppl"],
         "real-n-seq": re.findall(r"on the same (\d+) x", text)[0],
         "real-games": table(shown, ["---"] * len(shown), [[line[key] for key in shown] for line in games]),
         "real-skip": agreement("skip, dense context, w=1"),
