@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from cli import SMALL_W2, read_once
+from hydra.core.global_hydra import GlobalHydra
 from hypothesis import HealthCheck, settings
 
 from svnup.__main__ import main
@@ -24,6 +25,27 @@ settings.register_profile(
     "svnup", deadline=None, derandomize=True, max_examples=40, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("svnup")
+
+
+def _shared_state():
+    """What the tests of a process share, and a test must leave as it was."""
+    logger = logging.getLogger("svnup")
+    return {
+        "Hydra": GlobalHydra.instance().is_initialized(),
+        "folder": os.getcwd(),
+        "arguments": sys.argv,
+        "HYDRA_FULL_ERROR": os.environ.get("HYDRA_FULL_ERROR"),
+        "logging": (logger.handlers[:], logger.propagate, logger.level),
+        "torch": (torch.get_default_dtype(), torch.is_grad_enabled()),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind():
+    """A test that leaves something behind fails itself, and not one that runs after it."""
+    before = _shared_state()
+    yield
+    assert _shared_state() == before
 
 
 def make_random_model(n_blocks=4, *, model_type="llama", seed=0, louder=6.0, dtype="float32"):

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 from experiments.leaderboard import run as board_of
 
@@ -108,8 +107,6 @@ def test_a_killed_study_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(
         board_of.Bench, "_measure", lambda self, cell, name, *rest: measured.append(name) or measure(self, cell, name, *rest)
     )
-    GlobalHydra.instance().clear()
-    board_of.start()
     cell = ("tiny", "magnitude", 0.7)
     names = ("uniform", "leave_one_out", board_of.SUBLAYERS, "random")  # random has the amplitude that shapley chose
     first = {name: board_of.Bench(tmp_path, sizes).entry(cell, name) for name in names}

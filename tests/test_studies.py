@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from cli import read_once
-from hydra.core.global_hydra import GlobalHydra
 
 from svnup.data import Docs
 
@@ -41,11 +40,8 @@ OTHERS |= {"tracking.dashboard", "leaderboard.comparisons", "families.run", "smo
 
 
 @pytest.fixture(autouse=True)
-def _own_hydra(monkeypatch):
+def _texts_read_once(monkeypatch):
     monkeypatch.setattr(Docs, "read", read_once)
-    GlobalHydra.instance().clear()
-    yield
-    GlobalHydra.instance().clear()
 
 
 def test_no_script_is_forgotten():

@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
 from experiments.study import figure, parse, parser, publish
 from svnup import NUMBERS_VERSION, config
@@ -152,7 +151,9 @@ class Bench:
         base = [f"model={model}", f"pruner={pruner}", f"sparsity={sparsity}", f"allocator={named}", f"seed={seed}"]
         base += ["model.device=cpu", f"cache_dir={self.cache}", *(f"{text}.n_seq={n}" for text, n in texts.items())]
         base += [f"model.seq_len={sizes.seq_len}"] if sizes.seq_len != FULL.seq_len else []
-        cfg = compose("config", [*base, *overrides])
+        config.register()
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("config", [*base, *overrides])
         return self.jobs.setdefault(asked, config.build(cfg, self.texts))
 
     def model(self, job: Job, name: str) -> LanguageModel:
@@ -301,21 +302,13 @@ def measure(cache: Path, sizes: Sizes, task: tuple[Cell, str]) -> tuple[tuple[Ce
 _benches: dict[tuple[Path, Sizes], Bench] = {}  # of a worker: its models stay loaded
 
 
-def start() -> None:
-    """Let this process compose jobs."""
-    config.register()
-    if not GlobalHydra.instance().is_initialized():
-        initialize_config_dir(str(CONF), version_base="1.3")
-
-
 @contextmanager
 def workers(n: int) -> Iterator[Callable[..., Iterator[Any]]]:
     """A `map` of so many processes, whose results come in order; 0 stays in this one."""
     if n == 0:
-        start()
         yield map
         return
-    with multiprocessing.get_context("spawn").Pool(n, start) as pool:
+    with multiprocessing.get_context("spawn").Pool(n) as pool:
         yield pool.imap
 
 
@@ -584,7 +577,6 @@ def main(argv: list[str] | None = None) -> None:
     if options.stage == "all":
         cells = cells_of(models, sizes, sizes.more_sparsities)
         board |= run_all([*entries(("uniform", *best[:5]), cells, False)], options.cache, options.workers, sizes)
-    start()
     torch.set_num_threads(1)
     bench, dense = Bench(options.cache, sizes), {}
     for model in models:
