@@ -18,9 +18,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from models import FAMILIES, family_model
 from safetensors.torch import load_file, save_file
-from test_language_model import FAMILIES
-from test_language_model import load as family_model
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from svnup import offload
