@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hydra._internal.hydra import Hydra
 
 from svnup import results_cli
-from svnup.__main__ import main
-from svnup.data import Docs
+from svnup.__main__ import CONFIG_NAME, main
 
 RANDOM = [
     "model=random",
@@ -37,17 +37,6 @@ SMALL = [
 SMALL_W2 = [*SMALL, "shapley.window=2"]
 HERE = ["results_dir=results", "cache_dir=cache"]
 
-_read, _known = Docs.read, {}
-
-
-def read_once(source: Docs, tokenizer: Any) -> Any:
-    """The built-in text takes a second to tokenize; the jobs in this process share it."""
-    key = (source, tokenizer.name_or_path)
-    if key not in _known:
-        _known[key] = _read(source, tokenizer)
-    return _known[key]
-
-
 # -- commands
 
 
@@ -58,8 +47,7 @@ class Done(NamedTuple):
 
 
 def at_home(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Until the patch is undone commands work in a folder, without a hub, with a cache of their own and texts read once."""
-    patch.setattr(Docs, "read", read_once)
+    """Until the patch is undone commands work in a folder, without a hub and with a cache of their own."""
     patch.chdir(folder)
     patch.setenv("HF_HUB_OFFLINE", "1")
     patch.setenv("XDG_CACHE_HOME", str(folder / "xdg"))
@@ -81,6 +69,16 @@ def as_it_was() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = env
 
 
+_get_mode = Hydra.get_mode
+
+
+def mode_of(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+    """Hydra composes a job once more beforehand, to learn its `hydra.mode`, which nothing but these overrides can set."""
+    setting = ("experiment=", "hydra", "+hydra", "++hydra")
+    asked = config_name != CONFIG_NAME or any(o.startswith(setting) for o in overrides)
+    return _get_mode(hydra, config_name, overrides) if asked else None
+
+
 def _called(run: Callable[[], int]) -> Done:
     out, err = io.StringIO(), io.StringIO()
     with as_it_was(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -93,7 +91,9 @@ def command(*args: str) -> Done:
 
     def run() -> int:
         sys.argv = ["svnup", *args]
-        return main()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Hydra, "get_mode", mode_of)  # a third of what most commands of the tests cost
+            return main()
 
     return _called(run)
 

@@ -81,10 +81,9 @@ def test_a_command_of_a_page_makes_jobs(words: list[str], tmp_path: Path, monkey
         (tmp_path / path).write_text(f"words of {path}")
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
         for job in jobs_of(overrides):
-            compose("config", job)
+            composed = compose("config", job)
             here = [word for word in job if not re.match(r"(model|model\.\w+|datasets_dir|experiment)=", word)]
-            if here != job or not job:
-                config.build(compose("config", here))
+            config.build(composed if here == job else compose("config", here))
 
 
 @pytest.mark.parametrize("words", typed("svnup-results"), ids=" ".join)

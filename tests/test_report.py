@@ -200,7 +200,8 @@ def test_every_run_has_its_page():
         assert f"svnup key={one.config_key}" in text
         assert f"seed: {one.config['seed']}" in text, "its configuration"
         assert "git: c0ffee" in text
-        assert one.status != "finished" or "seq_len: " in text, "its protocol"
+        if one.status == "finished":
+            assert "seq_len: " in text, "its protocol"
     assert len(page.inside(page.by_id("all-runs"), "details")) >= len(rows)
     charts = page.inside(page.by_id("run-tuned"), "svg")
     assert [n["aria-label"].partition(":")[0] for n in charts] == [
@@ -217,8 +218,7 @@ def test_what_went_wrong_is_shown_and_ranked_nowhere(whole):
     assert "has not ended" in page.by_id("run-running1")["text"]
     assert "no inverse: magnitude instead" in page.by_id("run-fell")["text"]
     for key, status in (("failed1", "failed"), ("running1", "running"), ("fell", "fallback")):
-        (badge,) = page.inside(page.by_id(f"run-{key}"), "span")[-1:] or [None]
-        assert badge is not None
+        assert page.inside(page.by_id(f"run-{key}"), "span"), "a badge"
         assert status in page.by_id(f"run-{key}")["text"]
     assert "failedrunning" not in whole
     assert page.by_id("leaderboard")["text"].count("fallback") == 1

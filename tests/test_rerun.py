@@ -148,7 +148,7 @@ def first(tmp_path_factory):
 @pytest.fixture
 def ran(first, own_place):
     """That folder's content in the working folder, as if the run had been made here; its result."""
-    shutil.copytree(first, ".", dirs_exist_ok=True)
+    shutil.copytree(first, ".", dirs_exist_ok=True, ignore=shutil.ignore_patterns("wandb"))  # its links lead nowhere
     path = run_folder() / "result.json"
     row = json.loads(path.read_text())
     row["provenance"]["cwd"] = str(Path.cwd())

@@ -12,12 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cli import last_row
+from cli import command, last_row
 from games import LossOf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svnup.__main__ import main
 from svnup.allocation import Chooser, Loss, Uniform, bounds_of
 from svnup.pruning import pruned_weights, temporarily_pruned
 from svnup.pruning.magnitude import Magnitude
@@ -93,6 +92,7 @@ def test_stages_measure_fewer_candidates_on_more_text():
 def test_moves_are_steps_of_the_smaller_block():
     loss = Toy([1.0, 1.0])
     Search(generations=1, offspring=2, sequences=[], survivors=[], step=0.1).allocate(None, np.array([10, 40]), 0.5, loss=loss)
+    assert len(loss.calls) > 1
     for profile, _, _ in loss.calls[1:]:
         steps = (profile.sparsity - 0.5) / [0.1, -0.025]
         assert steps[0] == pytest.approx(steps[1])
@@ -395,11 +395,11 @@ def test_mistakes_of_rounds(svnup, args, said):
     assert not Path("results").exists()
 
 
-def test_gates_give_no_rounds(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["svnup", "allocator=shapley_rounds", "shapley=gates", "shapley.game.payoff=neg_nll"])
-    assert main() == 2
-    assert "shapley=gates: there are no gates in a pruned model's game" in capsys.readouterr().err.splitlines()[-1]
+@pytest.mark.usefixtures("own_place")
+def test_gates_give_no_rounds():
+    done = command("allocator=shapley_rounds", "shapley=gates", "shapley.game.payoff=neg_nll")
+    assert done.code == 2
+    assert "shapley=gates: there are no gates in a pruned model's game" in done.err.splitlines()[-1]
 
 
 # -- curves

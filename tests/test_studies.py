@@ -11,9 +11,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from cli import read_once
-
-from svnup.data import Docs
 
 ROOT = Path(__file__).parent.parent
 STUDIES = {  # module: arguments, and the files that it writes
@@ -37,11 +34,6 @@ BENCHMARKS = {
 }
 OTHERS = {"benchmarks.gpu", "cloze.build", "report.screenshots", "tiny_model.card", "tiny_model.corpus", "tiny_model.train"}
 OTHERS |= {"tracking.dashboard", "leaderboard.comparisons", "families.run", "smollm2.run"}
-
-
-@pytest.fixture(autouse=True)
-def _texts_read_once(monkeypatch):
-    monkeypatch.setattr(Docs, "read", read_once)
 
 
 def test_no_script_is_forgotten():

@@ -381,7 +381,7 @@ def test_wandb_without_an_account_is_a_failure_that_says_so(tmp_path):
             raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
 
         patch.setattr(wandb, "init", refuse)
-        with contextlib.suppress(wandb.errors.UsageError):
+        with pytest.raises(wandb.errors.UsageError, match="No API key"):
             command(*JOB, "tracker=wandb", "allocator=uniform")
         (result,) = (tmp_path / "results").glob("runs/*/result.json")
         assert json.loads(result.read_text())["status"] == "failed"
