@@ -278,7 +278,8 @@ def test_rounds_keep_the_budget_and_never_lose_to_uniform(params, sparsity, roun
     assert ((profile.sparsity >= lower - 1e-12) & (profile.sparsity <= upper + 1e-12)).all()
     assert 3 <= len(loss.calls) <= method.n_losses(len(params), sparsity)
     least = min(Toy(loss.a)(tried) for tried, _, _ in loss.calls)
-    assert Toy(loss.a)(profile) == least <= Toy(loss.a)(Uniform().allocate(None, params, sparsity))
+    assert Toy(loss.a)(profile) == least
+    assert least <= Toy(loss.a)(Uniform().allocate(None, params, sparsity)) * (1 + 1e-12)  # that of equal blocks, but for a bit
 
 
 def test_rounds_leave_a_budget_whose_blocks_cost_the_same():
