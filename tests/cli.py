@@ -1,12 +1,24 @@
-"""The command line in tests: a small job, and the built-in text read once for all jobs of a process."""
+"""The command line in tests: a small job, commands in this process and in one of their own, and what they leave behind."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from svnup.data import Docs
+import pytest
+from hydra._internal.hydra import Hydra
+
+from svnup.cli import results as results_cli
+from svnup.cli.run import CONFIG_NAME, main
 
 RANDOM = [
     "model=random",
@@ -23,8 +35,9 @@ SMALL = [
     "shapley.game.data.n_seq=2",
 ]
 SMALL_W2 = [*SMALL, "shapley.window=2"]
+HERE = ["results_dir=results", "cache_dir=cache"]
 
-_read, _known = Docs.read, {}
+# -- commands
 
 
 class Done(NamedTuple):
@@ -33,14 +46,109 @@ class Done(NamedTuple):
     err: str
 
 
-def read_once(source: Docs, tokenizer: Any) -> Any:
-    """The built-in text takes a second to tokenize; the jobs in this process share it."""
-    key = (source, tokenizer.name_or_path)
-    if key not in _known:
-        _known[key] = _read(source, tokenizer)
-    return _known[key]
+def at_home(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Until the patch is undone commands work in a folder, without a hub and with a cache of their own."""
+    patch.chdir(folder)
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("XDG_CACHE_HOME", str(folder / "xdg"))
+
+
+@contextlib.contextmanager
+def as_it_was() -> Iterator[None]:
+    """main() changes the environment, the arguments and the logger of its process, which is this one."""
+    logger, env, argv = logging.getLogger("svnup"), os.environ.get("HYDRA_FULL_ERROR"), sys.argv
+    before = logger.handlers[:], logger.propagate, logger.level
+    try:
+        yield
+    finally:
+        logger.handlers[:], logger.propagate = before[0], before[1]
+        logger.setLevel(before[2])
+        sys.argv = argv
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        if env is not None:
+            os.environ["HYDRA_FULL_ERROR"] = env
+
+
+_get_mode = Hydra.get_mode
+
+
+def mode_of(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+    """Hydra composes a job once more beforehand, to learn its `hydra.mode`, which nothing but these overrides can set."""
+    setting = ("experiment=", "hydra", "+hydra", "++hydra")
+    asked = config_name != CONFIG_NAME or any(o.startswith(setting) for o in overrides)
+    return _get_mode(hydra, config_name, overrides) if asked else None
+
+
+def _called(run: Callable[[], int]) -> Done:
+    out, err = io.StringIO(), io.StringIO()
+    with as_it_was(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run()
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def command(*args: str) -> Done:
+    """`svnup` with these arguments, in this process."""
+
+    def run() -> int:
+        sys.argv = ["svnup", *args]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Hydra, "get_mode", mode_of)  # a third of what most commands of the tests cost
+            return main()
+
+    return _called(run)
+
+
+def results(*args: str) -> Done:
+    """`svnup-results` with these arguments, in this process; what processes print that it starts is not caught."""
+    return _called(lambda: results_cli.main(list(args)))
+
+
+def process(*args: str, cwd: Path, module: bool = True, **env: str) -> Done:
+    """The command in a process of its own: `python -m svnup`, or the console script beside this interpreter."""
+    told = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env
+    told.pop("HYDRA_FULL_ERROR", None)
+    program = [sys.executable, "-m", "svnup"] if module else [str(Path(sys.executable).with_name("svnup"))]
+    done = subprocess.run([*program, *args], cwd=cwd, env=told, capture_output=True, text=True, timeout=300, check=False)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def forked(run: Callable[[], object]) -> int:
+    """Run a function in a copy of this process, which has everything imported; its exit code, -9 where it was killed."""
+
+    def alone() -> None:
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # what catches them is in the other process
+        run()
+
+    copy = multiprocessing.get_context("fork").Process(target=alone)  # type: ignore[attr-defined]
+    copy.start()
+    copy.join()
+    return int(copy.exitcode)
+
+
+# -- what they leave behind
+
+
+def rows(results: str | Path = "results") -> list[dict[str, Any]]:
+    """Every result of a folder."""
+    return [json.loads(p.read_text()) for p in sorted(Path(results).glob("runs/*/result.json"))]
+
+
+def only_row(results: str | Path = "results") -> dict[str, Any]:
+    (row,) = rows(results)
+    return row
 
 
 def last_row() -> Any:
     """The newest result under the working folder."""
     return json.loads(max(Path("results").glob("runs/*/result.json"), key=lambda p: p.stat().st_mtime).read_text())
+
+
+def run_folder(results: str | Path = "results") -> Path:
+    (folder,) = Path(results).glob("runs/*")
+    return folder
+
+
+def memo_lines(cache: Path) -> list[dict[str, Any]]:
+    """Whole lines of every memo file."""
+    lines = [line for p in cache.glob("games/*/*.jsonl") for line in p.read_text().splitlines(keepends=True)]
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -9,22 +9,41 @@ import sys
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+import models
 import numpy as np
 import pytest
 import torch
-from cli import SMALL_W2, read_once
+from cli import SMALL_W2, Done, at_home, command
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import HealthCheck, settings
 
-from svnup.cli.run import main
-from svnup.data import Docs
-from svnup.model.source import BUILT_IN, Pretrained, Random
+from svnup import data
+from svnup.model.source import BUILT_IN, Pretrained
 
 torch.set_num_threads(1)
 settings.register_profile(
     "svnup", deadline=None, derandomize=True, max_examples=40, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("svnup")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _long_texts_are_tokenized_once():
+    """The built-in texts take a second each; tokenizers of the same content share what came out."""
+    encode, known = data._encode, {}
+
+    def encode_once(tokenizer, text):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if len(text) < 100_000 or backend is None:
+            return encode(tokenizer, text)
+        key = (text, backend.to_str())
+        if key not in known:
+            known[key] = encode(tokenizer, text)
+        return known[key].copy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_encode", encode_once)
+        yield
 
 
 def _shared_state():
@@ -48,38 +67,16 @@ def _nothing_left_behind():
     assert _shared_state() == before
 
 
-def make_random_model(n_blocks=4, *, model_type="llama", seed=0, louder=6.0, dtype="float32"):
-    """A small random model; `louder` scales the matrices of its blocks, so that each block makes a difference to the loss."""
-    heads = {"num_key_value_heads": 2} if model_type == "llama" else {}
-    lm = Random(
-        model_type=model_type,
-        num_hidden_layers=n_blocks,
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        seed=seed,
-        dtype=dtype,
-        device="cpu",
-        **heads,
-    ).load()
-    with torch.no_grad():
-        for index in range(n_blocks):
-            for linear in lm.linears(index).values():
-                linear.weight.mul_(louder)
-    return lm
-
-
 @pytest.fixture(scope="session")
 def random_model():
     """Makes small random models in memory, for tests that change them."""
-    return make_random_model
+    return models.random_model
 
 
 @pytest.fixture(scope="session")
 def lm():
     """A small random Llama of 4 blocks, shared: never change its weights."""
-    return make_random_model()
+    return models.random_model()
 
 
 @pytest.fixture(scope="session")
@@ -95,42 +92,29 @@ def tokens():
 
 
 @pytest.fixture
-def svnup(tmp_path, monkeypatch, capsys):
-    """Runs the command in an empty folder, on small texts: (exit code, output, errors)."""
-    monkeypatch.setattr(Docs, "read", read_once)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    logger = logging.getLogger("svnup")
-    before = (logger.handlers[:], logger.propagate, logger.level)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["svnup", *SMALL_W2, "selection.n_seq=3", *args])
-        code = main()
-        return (code, *capsys.readouterr())
-
-    yield run
-    logger.handlers[:], logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
+def own_place(tmp_path, monkeypatch):
+    """An empty working folder for commands, with a cache beside it."""
+    at_home(monkeypatch, tmp_path)
 
 
 @pytest.fixture
-def svnup_on(monkeypatch, capsys, tmp_path):
+def svnup(own_place):
+    """Runs the command in an empty folder, on small texts."""
+
+    def run(*args: str) -> Done:
+        return command(*SMALL_W2, "selection.n_seq=3", *args)
+
+    return run
+
+
+@pytest.fixture
+def svnup_on(own_place):
     """Runs the command on a checkpoint in an empty folder: (exit code, errors)."""
-    monkeypatch.setattr(Docs, "read", read_once)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    logger = logging.getLogger("svnup")
-    before = (logger.handlers[:], logger.propagate, logger.level)
 
-    def run(folder, *args):
+    def run(folder, *args: str) -> tuple[int, str]:
         texts = ["dataset=docs", "dataset@shapley.game.data=docs", "dataset@selection=docs", "model.test_text=docs"]
-        job = ["svnup", "model=pretrained", f"model.pretrained_model_name_or_path={folder}", "model.seq_len=32", *texts]
-        monkeypatch.setattr(sys, "argv", [*job, "allocator=uniform", "dataset.n_seq=2", "evaluation.n_seq=2", *args])
-        capsys.readouterr()
-        return main(), capsys.readouterr().err
+        job = ["model=pretrained", f"model.pretrained_model_name_or_path={folder}", "model.seq_len=32", *texts]
+        done = command(*job, "allocator=uniform", "dataset.n_seq=2", "evaluation.n_seq=2", *args)
+        return done.code, done.err
 
-    yield run
-    logger.handlers[:], logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
+    return run

@@ -46,6 +46,7 @@ def protocol(model: str = "svnup/tiny", **changed: Any) -> dict[str, Any]:
 def run(
     ppl: float | None = None,
     *,
+    key: str | None = None,
     allocator: str = "uniform",
     pruner: str = "wanda",
     model: str = "svnup/tiny",
@@ -58,7 +59,10 @@ def run(
     dense: float | None = None,
     **changed: Any,
 ) -> ResultRow:
-    """A row with one perplexity, or `metrics`; `measured` changes their protocol, `changed` the configuration (dots as __)."""
+    """A row with one perplexity, or `metrics`; `measured` changes their protocol, `changed` the configuration (dots as __).
+
+    Its key follows from these unless it is given.
+    """
     config: dict[str, Any] = copy.deepcopy(
         {
             "dataset": {"_target_": "svnup.data.Docs", "n_seq": 64, "seq_len": 256, "seed": seed, "role": "calibration"},
@@ -74,16 +78,16 @@ def run(
             "results_dir": "results",
         }
     )
-    for key, value in changed.items():
-        *path, last = key.split("__")
+    for name, value in changed.items():
+        *path, last = name.split("__")
         node = config
-        for name in path:
-            node = node[name]
+        for part in path:
+            node = node[part]
         node[last] = value
     if allocator == "shapley":
         config["allocator"]["scorer"]["game"]["pruner"] = copy.deepcopy(config["pruner"])
     text = re.sub(r'"_target_": "[\w.]*\.', '"_target_": "', json.dumps([config, measured], sort_keys=True))  # modules may move
-    key = hashlib.sha256(text.encode()).hexdigest()[:12]
+    key = key or hashlib.sha256(text.encode()).hexdigest()[:12]
     values = metrics or ({} if ppl is None else {"docs/ppl": ppl})
     entries = {name: {"value": v, "protocol": protocol(model, **(measured or {}))} for name, v in values.items()}
     before = DENSE.get(model, 5.68) if dense is None else dense

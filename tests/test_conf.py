@@ -90,11 +90,14 @@ def test_the_default_job():
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_value_that_an_experiment_sweeps_is_accepted(experiment):
     jobs = sweep_of(experiment)
-    assert experiment != "smoke" or len(jobs) == 4
     on_tiny = [o for o in (*ON_TINY, "model.seq_len=256") if "zero_shot" not in experiment or not o.startswith("evaluation")]
     keys: dict[tuple[str, ...], str] = {}
+    tried = set()
     for job in [job for job in jobs if sum(a != b for a, b in zip(job, jobs[-1], strict=True)) < 2]:
-        composed(f"experiment={experiment}", *job)  # as it is; hub models need a network to go further
+        of_hub = tuple(o for o in job if o.startswith(("model", "dataset=")))
+        if of_hub not in tried:
+            composed(f"experiment={experiment}", *job)  # as it is; hub models need a network to go further
+            tried.add(of_hub)
         plays = any("shapley" in o for o in job if o.startswith("allocator"))  # others have no game that could differ
         own = [o for o in job if not o.startswith(("model", "dataset="))]  # the built-in model has one text
         moving = tuple(o for o in own if plays or not o.startswith("shapley"))
@@ -105,6 +108,7 @@ def test_every_value_that_an_experiment_sweeps_is_accepted(experiment):
 
 def test_the_smoke_experiment_is_the_demo_s_grid():
     jobs = [config.build(composed("experiment=smoke", *job)) for job in sweep_of("smoke")]
+    assert len(jobs) == 4
     methods = {(type(j.pruner).__name__, type(j.allocator).__name__, j.sparsity, j.model.name) for j in jobs}
     assert methods == {(p, a, 0.7, "svnup/tiny") for p in ("Wanda", "SparseGPT") for a in ("Uniform", "ScoreBudget")}
 

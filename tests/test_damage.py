@@ -6,9 +6,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
-import io
 import json
-import logging
 import math
 import random
 import shutil
@@ -20,10 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from cli import command
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from svnup.cli.run import main
 from svnup.data import TEXTS
 from svnup.model.source import BUILT_IN_FOLDER
 
@@ -423,7 +421,7 @@ def limited() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def outcome(place: Path, target: str, whole: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+def outcome(place: Path, target: str, whole: Path, arguments: list[str]) -> str:
     """`equal`, or `refused: line`, or what is wrong."""
     job = ["model=pretrained", f"model.pretrained_model_name_or_path={place}", "model.dtype=float32", "model.device=cpu"]
     job += [f"model.seq_len={SEQ_LEN}", "model.test_text=docs", "dataset@selection=docs", "dataset@shapley.game.data=docs"]
@@ -432,21 +430,19 @@ def outcome(place: Path, target: str, whole: Path, arguments: list[str], monkeyp
     file = place / TARGETS[target][1]
     read = ["dataset=text_file", f"dataset.path={file}", "dataset.n_seq=null", "pruner=wanda"]
     job += read if text else ["dataset=docs", "pruner=none"]
-    monkeypatch.setattr(sys, "argv", ["svnup", *job])
-    out, err = io.StringIO(), io.StringIO()
     try:
-        with limited(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main()
+        with limited():
+            code, out, err = command(*job)
     except BaseException as error:  # a panic of a Rust library is no Exception
         return f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    lines = [line for line in err.getvalue().splitlines() if line.startswith("svnup: ")]
-    if "Traceback" in out.getvalue() + err.getvalue():
+    lines = [line for line in err.splitlines() if line.startswith("svnup: ")]
+    if "Traceback" in out + err:
         return "a traceback"
     if code == 2:
-        told = len(lines) == 1 and err.getvalue().rstrip("\n").endswith(lines[0])
+        told = len(lines) == 1 and err.rstrip("\n").endswith(lines[0])
         if lines and "pretrained_model" in lines[0] and lines[0].count("model.pretrained_model_name_or_path=") != 1:
             return f"the key is not told once: {lines[0]}"
-        return f"refused: {lines[0].removeprefix('svnup: ')}" if told else f"refused without a line: {err.getvalue()[-200:]!r}"
+        return f"refused: {lines[0].removeprefix('svnup: ')}" if told else f"refused without a line: {err[-200:]!r}"
     if code:
         return f"exit code {code}"
     (result,) = (place / "results" / "runs").glob("*/result.json")
@@ -469,10 +465,7 @@ def outcome(place: Path, target: str, whole: Path, arguments: list[str], monkeyp
 def try_inputs(whole, tmp_path, monkeypatch, capsys):
     """Damage a copy of the checkpoint in each of these ways, run a job on it, and say what came out of which."""
     monkeypatch.setattr("svnup.data.TEXTS", whole)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    logger = logging.getLogger("svnup")
-    before = (logger.handlers[:], logger.propagate, logger.level)
 
     def run(inputs: list[tuple[str, Damage]]) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {"equal": [], "refused": [], "wrong": []}
@@ -483,7 +476,7 @@ def try_inputs(whole, tmp_path, monkeypatch, capsys):
             damage(next(iter(sorted(place.glob(pattern)))), random.Random(number))
             read_by_us = form == SHARDED or target == "safetensors"
             arguments = ["offload=disk"] if read_by_us and number % 2 else []
-            result = outcome(place, target, whole, arguments, monkeypatch)
+            result = outcome(place, target, whole, arguments)
             kind = result if result == "equal" else "refused" if result.startswith("refused: ") else "wrong"
             found[kind].append(f"{target}, {damage.__name__}{' '.join(['', *arguments])}: {result}".replace(str(place), "..."))
             shutil.rmtree(place)
@@ -494,9 +487,7 @@ def try_inputs(whole, tmp_path, monkeypatch, capsys):
             )
         return found
 
-    yield run
-    logger.handlers[:], logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
+    return run
 
 
 def test_some_damaged_inputs(try_inputs):

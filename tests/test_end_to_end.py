@@ -1,135 +1,65 @@
 """Whole jobs as users start them: through the command, in a process of its own where that matters, else through its main()."""
 
-import contextlib
-import io
 import json
-import logging
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from cli import Done, read_once
+from cli import HERE, RANDOM, SMALL_W2, Done, command, forked, memo_lines, only_row, process, rows, run_folder
 from transformers import AutoModelForCausalLM
 
-from svnup.cli.run import main
 from svnup.data import Docs
+from svnup.memo import Memo
 
-SHAPE = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "seq_len": 32}
-JOB = [
-    "model=random",
-    *(f"model.{k}={v}" for k, v in SHAPE.items()),
-    "dataset.n_seq=4",
-    "evaluation.n_seq=4",
-    "shapley.window=2",
-    "shapley.game.data.n_seq=2",
-]
-HERE = ["results_dir=results", "cache_dir=cache"]
+JOB = SMALL_W2
 N_EVALUATIONS, N_FORWARDS = 6, 7  # (n - w + 2) 2^(w-1) and 2^(w-1) - 1 + 2^(w-2) (n - w + 1)(n - w + 2), n = 3, w = 2
 
 
-@pytest.fixture(autouse=True)
-def _own_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(Docs, "read", read_once)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-
-
-@contextlib.contextmanager
-def as_it_was() -> Iterator[None]:
-    """main() changes the environment, the arguments and the logger of its process, which is this one."""
-    logger, env, argv = logging.getLogger("svnup"), os.environ.get("HYDRA_FULL_ERROR"), sys.argv
-    before = logger.handlers[:], logger.propagate, logger.level
-    try:
-        yield
-    finally:
-        logger.handlers[:], logger.propagate = before[0], before[1]
-        logger.setLevel(before[2])
-        sys.argv = argv
-        os.environ.pop("HYDRA_FULL_ERROR", None)
-        if env is not None:
-            os.environ["HYDRA_FULL_ERROR"] = env
-
-
-def command(*args: str) -> Done:
-    """The command's main() in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with as_it_was(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        sys.argv = ["svnup", *args]
-        code = main()
-    return Done(code, out.getvalue(), err.getvalue())
-
-
-def start(*args: str, cwd: Path, module: bool = True) -> subprocess.Popen[str]:
-    """The command in a process of its own: `python -m svnup`, or the console script beside this interpreter."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    env.pop("HYDRA_FULL_ERROR", None)
-    program = [sys.executable, "-m", "svnup"] if module else [str(Path(sys.executable).with_name("svnup"))]
-    return subprocess.Popen(
-        [*program, *args], cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
-    )
-
-
-def process(*args: str, cwd: Path, module: bool = True) -> Done:
-    running = start(*args, cwd=cwd, module=module)
-    out, err = running.communicate(timeout=300)
-    return Done(running.returncode, out, err)
-
-
-def rows(results: str | Path = "results") -> list[dict[str, Any]]:
-    return [json.loads(p.read_text()) for p in sorted(Path(results).glob("runs/*/result.json"))]
-
-
-def only_row(results: str | Path = "results") -> dict[str, Any]:
-    (row,) = rows(results)
-    return row
-
-
-def run_folder(results: str | Path = "results") -> Path:
-    (folder,) = Path(results).glob("runs/*")
-    return folder
-
-
-def memo_lines(cache: Path) -> list[dict[str, Any]]:
-    """Whole lines of every memo file."""
-    lines = [line for p in cache.glob("games/*/*.jsonl") for line in p.read_text().splitlines(keepends=True)]
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+pytestmark = pytest.mark.usefixtures("own_place")
 
 
 # -- one job, and the same again
 
 
+class Twice(NamedTuple):
+    folder: Path
+    first: Done
+    raw: bytes  # result.json, after the first
+    second: Done
+    imports: set[str]  # modules that the first imported
+
+
 @pytest.fixture(scope="module")
-def twice(tmp_path_factory) -> tuple[Path, Done, bytes, Done]:
-    """The job run by `python -m svnup`, then again by the console script: folder, first, the first's result.json, second."""
+def twice(tmp_path_factory) -> Twice:
+    """The job run by `python -m svnup`, then again by the console script."""
     folder = tmp_path_factory.mktemp("twice")
-    first = process(*JOB, *HERE, cwd=folder)
+    first = process(*JOB, *HERE, cwd=folder, PYTHONPROFILEIMPORTTIME="1")
     assert first.code == 0, first.err
+    lines = first.err.splitlines(keepends=True)
+    imports = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    first = first._replace(err="".join(line for line in lines if not line.startswith("import time:")))
     raw = (run_folder(folder / "results") / "result.json").read_bytes()
-    return folder, first, raw, process(*JOB, *HERE, cwd=folder, module=False)
+    return Twice(folder, first, raw, process(*JOB, *HERE, cwd=folder, module=False), imports)
 
 
 @pytest.fixture
 def finished(twice, tmp_path) -> dict[str, Any]:
     """A copy of that job's results and cache in the working directory; its result."""
-    shutil.copytree(twice[0], tmp_path, dirs_exist_ok=True)
-    return json.loads(twice[2])
+    shutil.copytree(twice.folder, tmp_path, dirs_exist_ok=True)
+    return json.loads(twice.raw)
 
 
 def test_result_json_holds_everything(twice):
-    folder, _, raw, _ = twice
-    row = json.loads(raw)
-    run = run_folder(folder / "results")
+    row = json.loads(twice.raw)
+    run = run_folder(twice.folder / "results")
     assert (row["schema_version"], row["status"], row["error"]) == (1, "finished", None)
     assert row["config_key"] == run.name
     assert (row["config"]["sparsity"], row["config"]["model"]["hidden_size"]) == (0.7, 32)
@@ -174,8 +104,8 @@ def test_result_json_holds_everything(twice):
 
 
 def test_files_of_a_run_folder(twice):
-    folder, _, raw, _ = twice
-    row, run = json.loads(raw), run_folder(folder / "results")
+    folder = twice.folder
+    row, run = json.loads(twice.raw), run_folder(folder / "results")
     assert {p.name for p in run.iterdir()} == {
         "result.json",
         "shapley.json",
@@ -196,8 +126,7 @@ def test_files_of_a_run_folder(twice):
 
 
 def test_what_the_command_prints(twice):
-    _, first, raw, _ = twice
-    row = json.loads(raw)
+    first, row = twice.first, json.loads(twice.raw)
     ppl, dense = (row[k]["docs/ppl"]["value"] for k in ("metrics", "dense"))
     assert f"docs/ppl {ppl:.2f}  (dense {dense:.2f})" in first.out
     for value, share in zip(row["shapley"]["values"], row["profile"]["sparsity"], strict=True):
@@ -208,8 +137,14 @@ def test_what_the_command_prints(twice):
     assert "Traceback" not in first.err
 
 
+def test_what_a_job_does_not_need_is_not_imported(twice):
+    assert {"svnup.pipeline", "torch", "matplotlib"} <= twice.imports
+    assert {"wandb", "lm_eval", "datasets"} & twice.imports == set()
+    assert not list(twice.folder.rglob("*wandb*"))
+
+
 def test_a_finished_job_is_not_run_again(twice):
-    folder, first, raw, second = twice
+    folder, first, raw, second, _ = twice
     assert second.code == 0
     assert "already finished" in second.out
     assert "force=true" in second.out
@@ -462,7 +397,7 @@ def test_a_saved_model_is_the_pruned_model(family, pruner):
     assert {k: beside[k] for k in ("sparsity", "params", "target", "pattern")}.items() <= row["profile"].items()
     assert not list(run.rglob("*.bin"))
 
-    shape = {k: v for k, v in SHAPE.items() if k != "seq_len"}
+    shape = {key.partition(".")[2]: int(value) for key, value in (word.split("=") for word in RANDOM[1:])}
     lm = Random(model_type=family, device="cpu", **shape).load()
     source = Docs(n_seq=4, seq_len=32, seed=0, role="calibration")
     make = {
@@ -577,46 +512,50 @@ def test_a_block_divided_among_its_linears_and_its_profile_fed_back(split):
     assert "linears" not in plain["profile"]
 
 
-def test_asking_a_finished_job_for_its_model_writes_it_or_says_that_it_does_not(finished):
+def test_asking_a_finished_job_for_its_model_writes_it(finished):
     done = command(*JOB, *HERE, "save_model=true")
-    assert (run_folder() / "model" / "config.json").is_file() or "save_model" in done.out + done.err
+    assert done.code == 0, done.err
+    assert (run_folder() / "model" / "config.json").is_file()
+    assert only_row()["metrics"] == finished["metrics"]
 
 
 # -- what only a process of its own can show
 
 
-def test_a_killed_job_goes_on_where_it_was(tmp_path):
+def test_a_killed_job_goes_on_where_it_was(tmp_path, monkeypatch):
     """SIGKILL in the middle of the coalitions, and a line torn by it: the values are those of a run that was left alone."""
     job = [a for a in JOB if "layers" not in a and "window" not in a]
-    job += ["model.num_hidden_layers=9", "shapley=exact"]
-    running = start(*job, *HERE, cwd=tmp_path)
-    try:
-        deadline = time.monotonic() + 120
-        while len(memo_lines(tmp_path / "cache")) < 40 and running.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-    finally:
-        running.send_signal(signal.SIGKILL)
-        running.communicate()
-    assert running.returncode == -signal.SIGKILL, "it finished before it was killed"
-    known = len(memo_lines(tmp_path / "cache"))
-    assert 40 <= known < 512
+    job += ["model.num_hidden_layers=5", "shapley=exact"]
+    add, added = Memo.add, []
+
+    def die(self, name, value):
+        if len(added) == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+        added.append(name)
+        add(self, name, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Memo, "add", die)
+        assert forked(lambda: command(*job, *HERE)) == -signal.SIGKILL
+    assert len(memo_lines(tmp_path / "cache")) == 12
     assert only_row()["status"] == "running"
     (memo,) = (tmp_path / "cache").glob("games/*/*.jsonl")
     with memo.open("a") as file:
-        file.write('{"coalition": "11111')
+        file.write('{"coalition": "11')
 
     done = command(*job, *HERE)
     assert done.code == 0, done.err
     assert "1 damaged line" in done.err
     resumed = only_row()
     assert resumed["status"] == "finished"
-    assert resumed["shapley"]["n_new_evaluations"] == 512 - known
-    assert resumed["shapley"]["n_evaluations"] == 512
+    known = resumed["shapley"]["n_evaluations"] - resumed["shapley"]["n_new_evaluations"]
+    assert resumed["shapley"]["n_evaluations"] == 32
+    assert known == 12
 
     assert command(*job, "results_dir=other", "cache_dir=fresh").code == 0
     alone = only_row("other")
-    assert alone["shapley"]["n_new_evaluations"] == 512
-    assert alone["shapley"]["n_block_forwards"] == 511
+    assert alone["shapley"]["n_new_evaluations"] == 32
+    assert alone["shapley"]["n_block_forwards"] == 31
     assert resumed["shapley"]["values"] == alone["shapley"]["values"]
     assert resumed["metrics"] == alone["metrics"]
 

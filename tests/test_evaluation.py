@@ -261,6 +261,8 @@ def test_the_gate_says_what_differs(n_windows, known, says):
 
 @pytest.mark.parametrize("other", [{"dataset": "c4"}, {"seq_len": 1024}, {"role": "selection"}, {"complete": False}], ids=str)
 def test_the_gate_compares_like_with_like(other):
+    with pytest.raises(ValueError, match=r"5\.68 is known"):
+        check_dense(dense(9.0), KNOWN, "error", "llama")
     check_dense(dense(9.0, **other), KNOWN, "error", "llama")
 
 

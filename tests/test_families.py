@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cli import read_once
-from test_language_model import FAMILIES as WALKED
-from test_language_model import GROUPED, MIXED, OPT, SHAPE
+from cli import command
+from models import FAMILIES as WALKED
+from models import GROUPED, MIXED, OPT, SHAPE
 from transformers import AutoModelForCausalLM
 
 from svnup.allocation.maps import ScoreBudget
-from svnup.cli.run import main
-from svnup.data import Docs
 from svnup.game import LayerGame
 from svnup.model.language_model import LanguageModel, make_config, matrix
 from svnup.model.loading import read_tokenizer
@@ -144,32 +140,12 @@ def test_a_family_goes_the_whole_way(family, way, tmp_path):
 # -- through the command
 
 
-@pytest.fixture(autouse=True)
-def _own_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(Docs, "read", read_once)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    logger = logging.getLogger("svnup")  # main() gives it handlers
-    before = (logger.handlers[:], logger.propagate, logger.level)
-    yield
-    logger.handlers[:], logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
-
-
 JOB = [
     *("model=pretrained", "model.pretrained_model_name_or_path=source", "model.seq_len=32", "model.test_text=docs"),
     *("dataset=docs", "dataset.n_seq=4", "dataset@shapley.game.data=docs", "shapley.game.data.n_seq=2", "shapley.window=2"),
     *("evaluation.datasets=[docs]", "evaluation.n_seq=4", "allocator.scale=rank", "results_dir=results", "cache_dir=cache"),
 ]
 VOCABULARY = {"vocab_size": 2048, "bos_token_id": 0, "eos_token_id": 0}
-
-
-def command(monkeypatch, capsys, *args):
-    monkeypatch.setattr(sys, "argv", ["svnup", *args])
-    capsys.readouterr()
-    code = main()
-    return code, capsys.readouterr()
 
 
 @pytest.mark.parametrize(
@@ -181,10 +157,10 @@ def command(monkeypatch, capsys, *args):
         pytest.param("gemma3", "none", marks=pytest.mark.slow),
     ],
 )
-def test_a_family_through_the_command(family, offload, tmp_path, monkeypatch, capsys):
+def test_a_family_through_the_command(family, offload, tmp_path, own_place):
     make(family, read_tokenizer(str(BUILT_IN_FOLDER)), **VOCABULARY).save(tmp_path / "source")
-    code, said = command(monkeypatch, capsys, *JOB, "pruner=sparsegpt", "save_model=true", f"offload={offload}")
-    assert code == 0, said.err
+    done = command(*JOB, "pruner=sparsegpt", "save_model=true", f"offload={offload}")
+    assert done.code == 0, done.err
     (run,) = Path("results/runs").iterdir()
     row = json.loads((run / "result.json").read_text())
     assert row["status"] == "finished"
@@ -192,8 +168,8 @@ def test_a_family_through_the_command(family, offload, tmp_path, monkeypatch, ca
     assert row["sparsity"]["actual"] == pytest.approx(0.7, abs=1e-3)
     assert not (run / "offload").exists()
     again = ["model.pretrained_model_name_or_path=" + str(run / "model"), "allocator=uniform", "pruner=none"]
-    code, said = command(monkeypatch, capsys, *[a for a in JOB if "scale" not in a], *again, "results_dir=again")
-    assert code == 0, said.err
+    done = command(*[a for a in JOB if "scale" not in a], *again, "results_dir=again")
+    assert done.code == 0, done.err
     (run,) = Path("again/runs").iterdir()
     other = json.loads((run / "result.json").read_text())
     assert other["metrics"]["docs/ppl"]["value"] == row["metrics"]["docs/ppl"]["value"]
@@ -210,7 +186,7 @@ EXPERTS = GROUPED | VOCABULARY | {"num_hidden_layers": 2}
         ("qwen3_moe", EXPERTS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
     ],
 )
-def test_mixtures_of_experts_are_refused_before_weights_are_read(kind, shape, tmp_path, monkeypatch, capsys):
+def test_mixtures_of_experts_are_refused_before_weights_are_read(kind, shape, tmp_path, own_place):
     config = make_config(kind, **shape)
     with pytest.raises(ValueError, match=r"mixture of experts.*choose a dense model"):
         LanguageModel.skeleton(config)
@@ -219,11 +195,11 @@ def test_mixtures_of_experts_are_refused_before_weights_are_read(kind, shape, tm
     for offload in ("none", "disk"):
         if offload == "disk":
             (tmp_path / "source" / "model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"{}")  # of no tensors
-        code, said = command(monkeypatch, capsys, *JOB, f"offload={offload}")
-        assert code == 2
-        last = said.err.rstrip("\n").splitlines()[-1]
+        done = command(*JOB, f"offload={offload}")
+        assert done.code == 2
+        last = done.err.rstrip("\n").splitlines()[-1]
         assert last.startswith("svnup: ")
         assert "mixture of experts" in last
         assert "choose a dense model" in last
-        assert "Traceback" not in said.err
+        assert "Traceback" not in done.err
         assert not Path("results").exists()

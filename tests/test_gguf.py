@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cli import last_row
-from conftest import make_random_model
+from models import random_model as make_random_model
 from transformers import AutoModelForCausalLM
 
 from svnup.language_model import LanguageModel

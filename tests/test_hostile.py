@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import rows
 import torch
-from conftest import make_random_model
+from models import random_model as make_random_model
 
 from svnup import config
 from svnup.cli.expand import main

@@ -8,58 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import FAMILIES, GROUPED, OPT
+from models import family_model as load
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from svnup.model.blocks import replaced
 from svnup.model.language_model import LanguageModel, make_config, pick_device
 from svnup.model.source import Random
-
-SHAPE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GROUPED = SHAPE | {"num_key_value_heads": 2, "head_dim": 8}
-MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-OPT = {k: v for k, v in SHAPE.items() if k != "intermediate_size"} | {"ffn_dim": 48, "word_embed_proj_dim": 32}
-
-FAMILIES = {
-    "llama": ("llama", GROUPED),
-    "opt": ("opt", OPT),
-    "opt_post_norm_projected": ("opt", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
-    "mistral_window": ("mistral", GROUPED | {"sliding_window": 4}),
-    "qwen2": ("qwen2", GROUPED),
-    "qwen2_mixed": ("qwen2", GROUPED | {"use_sliding_window": True, "sliding_window": 4, "layer_types": MIXED}),
-    "qwen3": ("qwen3", GROUPED),
-    "gemma": ("gemma", GROUPED),
-    "gemma2_mixed": ("gemma2", GROUPED | {"sliding_window": 4, "layer_types": MIXED, "query_pre_attn_scalar": 8}),
-    "gemma3_text_mixed": ("gemma3_text", GROUPED | {"sliding_window": 4, "layer_types": MIXED, "query_pre_attn_scalar": 8}),
-    "gpt_neox": ("gpt_neox", SHAPE),
-    "gpt_neox_serial": ("gpt_neox", SHAPE | {"use_parallel_residual": False}),
-    "phi3": ("phi3", {k: v for k, v in GROUPED.items() if k != "head_dim"}),
-    "phi": ("phi", SHAPE),
-    "falcon": ("falcon", SHAPE | {"new_decoder_architecture": False}),
-    "bloom": ("bloom", {"vocab_size": 97, "hidden_size": 32, "n_layer": 4, "n_head": 4}),
-    "gptj": ("gptj", {"vocab_size": 97, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "rotary_dim": 8}),
-    "gpt2": ("gpt2", {"vocab_size": 97, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}),
-}
-
-
-def load(family, **changes):
-    kind, shape = FAMILIES[family]
-    lm = LanguageModel.random(make_config(kind, **(shape | changes)), None, seed=0, device="cpu")
-    with torch.no_grad():  # loud enough for every block and every mask to matter
-        for name, p in lm.model.named_parameters():
-            if p.ndim == 2 and "embed" not in name and "wte" not in name and "wpe" not in name:
-                p.mul_(6)
-    return lm
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import FAMILIES
+from models import family_model as random_family
 from safetensors.torch import load_file, save_file
-from test_language_model import FAMILIES
-from test_language_model import load as random_family
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

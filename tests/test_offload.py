@@ -18,13 +18,13 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from cli import forked
+from models import FAMILIES, family_model
 from safetensors.torch import load_file, save_file
-from test_language_model import FAMILIES
-from test_language_model import load as family_model
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from svnup.game import LayerGame
-from svnup.memory import STATUS
+from svnup.memory import STATUS, resident
 from svnup.model import offload
 from svnup.model.checkpoint import Checkpoint
 from svnup.model.language_model import LanguageModel, ParkedBatch, make_config
@@ -572,27 +572,22 @@ def test_a_shelf_keeps_a_block_that_is_there(saved, monkeypatch):
     assert reads == [0, 1, 2, 3]
 
 
-MEMORY = """
-import sys, torch
-from svnup.language_model import LanguageModel
-from svnup.memory import resident
-torch.set_num_threads(1)
-lm = LanguageModel.load(sys.argv[1], device="cpu", offload="disk")
-lm.bring(0)
-before = resident()
-for index in range(lm.n_blocks):
-    lm.bring(index)
-block = sum(p.numel() * p.element_size() for p in lm.blocks[0].parameters())
-print((resident() - before) / block)
-"""
-
-
 @pytest.mark.skipif(not STATUS.is_file(), reason="the system does not say what is resident")
 def test_the_pages_of_a_block_go_back_to_the_system(tmp_path):
     shape = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 4, "num_hidden_layers": 10}
     Random(device="cpu", **shape).load().save(tmp_path / "model")
-    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "model"], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 3, "blocks more in memory after ten than after one"
+
+    def visit_all():
+        lm = load(tmp_path / "model", "disk")
+        lm.bring(0)
+        before = resident()
+        for index in range(lm.n_blocks):
+            lm.bring(index)
+        block = sum(p.numel() * p.element_size() for p in lm.blocks[0].parameters())
+        (tmp_path / "grown").write_text(str((resident() - before) / block))
+
+    assert forked(visit_all) == 0
+    assert float((tmp_path / "grown").read_text()) < 3, "blocks more in memory after ten than after one"
 
 
 def test_buffers_that_a_checkpoint_has_are_read(saved, tmp_path, monkeypatch):

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli import HERE, SMALL_W2, command, only_row, run_folder
+from models import family_model
 from safetensors.torch import load_file, save_file
-from test_end_to_end import HERE, JOB, _own_place, command, only_row, run_folder  # noqa: F401
-from test_language_model import load as family_model
 
 from svnup.language_model import LanguageModel
 from svnup.pruning import apply_masks, save_masks
@@ -18,6 +18,7 @@ from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.walk import prune_model
 from svnup.types import SparsityProfile
 
+pytestmark = pytest.mark.usefixtures("own_place")
 NO_TEXT = np.zeros((0, 8), dtype=np.int64)
 
 
@@ -87,7 +88,7 @@ def test_files_that_hold_no_masks(random_model, tmp_path):
 
 # -- what a run saves
 
-UNIFORM = [*JOB, *HERE, "allocator=uniform"]
+UNIFORM = [*SMALL_W2, *HERE, "allocator=uniform"]
 SAVED = ["save_masks=true", "save_model=true", "save_format=bitmask"]
 PRETRAINED = [
     *("model=pretrained", "model.seq_len=32", "model.test_text=docs", "evaluation.datasets=[docs]", "evaluation.n_seq=4"),

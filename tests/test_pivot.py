@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from rows import run, write
 
@@ -101,8 +101,7 @@ def by_seed(cell):
 
 @given(some_rows(), st.sampled_from(["uniform", "shapley", "owl"]))
 def test_the_change_of_the_baseline_is_zero_and_others_are_against_it(rows, name):
-    if not any(settings(row.config)["allocator"] == name for row in rows):
-        return
+    assume(any(settings(row.config)["allocator"] == name for row in rows))
     of = table(rows, baseline={"allocator": name})
     for (row, column), cell in of.cells.items():
         base = of.cells.get(((row[0], name), column))
@@ -217,7 +216,7 @@ def test_standard_errors_over_items_are_told():
         row.dense["boolq/acc"] |= {"stderr": 1.25}
     of = table(rows, metrics=["boolq/acc"])
     text, notes = grid(of).render("markdown"), of.notes
-    assert "| wanda | uniform | **60.00 ± 1.50** |" in text or "| wanda | uniform | 60.00 ± 1.50 |" in text
+    assert "| wanda | uniform | **60.00 ± 1.50** |" in text
     assert f"| dense |  | {rows[0].dense['boolq/acc']['value']:.2f} ± 1.25 |" in text
     more = run(metrics={"boolq/acc": 64.0}, seed=1)
     more.metrics["boolq/acc"] |= {"stderr": 1.5}

@@ -213,7 +213,7 @@ def test_a_result_with_the_key_of_another_place_is_no_result(svnup, capsys):
 
 
 def in_a_shell(command):
-    """What is pasted, by a shell, with this environment's commands; the text is that of tests, which takes a second to read."""
+    """What is pasted, by a shell, with this environment's commands."""
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     env = {name: value for name, value in env.items() if name not in ("PYTHONPATH", "HYDRA_FULL_ERROR")}
     done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True, timeout=300, check=False)
@@ -235,7 +235,7 @@ def theirs(tmp_path, monkeypatch):
     (conf / "pruner" / "theirs.yaml").write_text("_target_: their_pruner.Theirs\npattern: ${pattern}\n")
     (conf / "experiment" / "mine.yaml").write_text(
         "# @package _global_\nhydra:\n  mode: MULTIRUN\n"
-        "  sweeper:\n    params:\n      sparsity: 0.4,0.6\n      pruner: theirs,wanda\nallocator:\n  lam: 0.1\n"
+        "  sweeper:\n    params:\n      pruner: theirs,wanda\nsparsity: 0.4\nallocator:\n  lam: 0.1\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(code))
     monkeypatch.syspath_prepend(str(code))
@@ -252,18 +252,17 @@ def test_the_command_of_a_run_is_what_was_typed(svnup, theirs):
     given = ["experiment=mine", "dataset=text_file", "dataset.path='a text\\'s.txt'", "dataset.n_seq=2", "++dataset.seed=4"]
     code, _, err = svnup(*given, "~selection.seed", "hydra.job.chdir=false", "--config-dir", str(theirs))
     assert code == 0, err
-    rows = {(row.config["pruner"]["_target_"], row.config["sparsity"]): row for row in load("results")}
-    assert len(rows) == 4
-    for (pruner, _), row in rows.items():
+    rows = {row.config["pruner"]["_target_"]: row for row in load("results")}
+    assert len(rows) == 2
+    for pruner, row in rows.items():
         command = row.provenance["command"]
         words = shlex.split(command)
         assert (words[0].startswith("PYTHONPATH=")) == (pruner == "their_pruner.Theirs"), command
         kept = {"--config-dir", str(theirs), "++dataset.seed=4", "~selection.seed=null", "hydra.job.chdir=false"}
         assert kept | {"hydra.mode=RUN"} <= set(words)
-    told = rows["their_pruner.Theirs", 0.4].provenance["outside"]["their_pruner"]
+    first = rows["their_pruner.Theirs"]
+    told = first.provenance["outside"]["their_pruner"]
     assert (told["targets"], told["version"], told["git"]) == (["their_pruner.Theirs"], None, None)
     assert told["sha256"] == code_hash("their_pruner")
-    first = rows["their_pruner.Theirs", 0.4]
-    in_a_shell(f"{first.provenance['command']} results_dir=again")
-    (again,) = load("again")
-    assert (again.config_key, again.metrics) == (first.config_key, first.metrics)
+    planned = in_a_shell(f"{first.provenance['command']} results_dir=again dry_run=true")
+    assert f"its folder would be runs/{first.config_key}\n" in planned

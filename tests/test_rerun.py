@@ -1,14 +1,15 @@
 """A run is repeated from its result alone, and the verdict is about its numbers."""
 
 import json
+import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from cli import last_row
+from cli import SMALL_W2, at_home, command, forked, last_row, results, run_folder
 
 from svnup.config import build, register, stored
 from svnup.rerun import Repeated, rerun
@@ -131,24 +132,44 @@ def test_a_run_that_is_not_finished_has_nothing_to_compare(tmp_path):
 # -- by the command
 
 
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """The folder of a finished run that reads a text by a relative path."""
+    folder = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch:
+        at_home(patch, folder)
+        Path("mine.txt").write_text("All the words of a small text of one's own, again and again. " * 200)
+        options = ["dataset=text_file", "dataset.path=mine.txt", "dataset.n_seq=3", "tracker=wandb", "tracker.mode=offline"]
+        done = command(*SMALL_W2, *options, "save_masks=true", "cache_dir=cache")
+        assert done.code == 0, done.err
+    return folder
+
+
 @pytest.fixture
-def ran(svnup, tmp_path):
-    """A finished run that reads a text by a relative path."""
-    Path("mine.txt").write_text("All the words of a small text of one's own, again and again. " * 200)
-    options = ["dataset=text_file", "dataset.path=mine.txt", "dataset.n_seq=3", "tracker=wandb", "tracker.mode=offline"]
-    code, _, err = svnup(*options, "save_masks=true", "cache_dir=cache")
-    assert code == 0, err
-    return last_row()
+def ran(first, own_place):
+    """That folder's content in the working folder, as if the run had been made here; its result."""
+    shutil.copytree(first, ".", dirs_exist_ok=True, ignore=shutil.ignore_patterns("wandb"))  # its links lead nowhere
+    path = run_folder() / "result.json"
+    row = json.loads(path.read_text())
+    row["provenance"]["cwd"] = str(Path.cwd())
+    path.write_text(json.dumps(row))
+    return row
 
 
-def again_by_command(*args):
-    """The command in a process of its own, since it starts another whose output is part of its own."""
-    program = "import sys; from svnup.cli.results import main; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", program, "rerun", *args], capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def again_by_command(capfd):
+    """`svnup-results rerun` in this process, with what the process prints that it starts: (exit code, output, errors)."""
+
+    def again(*args):
+        capfd.readouterr()
+        code, out, err = results("rerun", *args)
+        printed = capfd.readouterr()
+        return code, out + printed.out, err + printed.err
+
+    return again
 
 
-def test_a_run_repeats_from_its_result_alone(ran, monkeypatch, tmp_path):
+def test_a_run_repeats_from_its_result_alone(ran, again_by_command, monkeypatch, tmp_path):
     (folder,) = Path("results/runs").iterdir()
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "logs" not in p.parts}
     kept = tmp_path / "elsewhere" / "kept"
@@ -174,7 +195,25 @@ def test_a_run_repeats_from_its_result_alone(ran, monkeypatch, tmp_path):
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "logs" not in p.parts} == before
 
 
-def test_another_number_is_exit_code_1_and_the_environment_is_as_it_was(ran, monkeypatch):
+@pytest.fixture
+def without_imports(monkeypatch):
+    """The process of the repetition is a copy of this one, which has imported everything."""
+
+    def run(arguments, *, env, check):
+        *_, original, place, cache, trust = arguments
+
+        def repeat():
+            os.environ.clear()
+            os.environ.update(env)
+            sys.exit(repeat(Path(original), place, cache, trust == "True"))
+
+        return SimpleNamespace(returncode=forked(repeat))
+
+    monkeypatch.setattr("svnup.rerun.subprocess", SimpleNamespace(run=run))
+
+
+@pytest.mark.usefixtures("without_imports")
+def test_another_number_is_exit_code_1_and_the_environment_is_as_it_was(ran, again_by_command, monkeypatch):
     (path,) = Path("results/runs").glob("*/result.json")
     ran["metrics"]["docs/ppl"]["value"] *= 1.02
     ran["provenance"]["versions"]["torch"] = "1.0"
@@ -194,7 +233,8 @@ def test_another_number_is_exit_code_1_and_the_environment_is_as_it_was(ran, mon
     assert made["hardware"]["threads"] == ran["provenance"]["hardware"]["threads"]
 
 
-def test_what_cannot_be_repeated_is_exit_code_2(ran):
+@pytest.mark.usefixtures("without_imports")
+def test_what_cannot_be_repeated_is_exit_code_2(ran, again_by_command):
     Path("mine.txt").unlink()
     code, _, err = again_by_command(ran["config_key"])
     assert code == 2

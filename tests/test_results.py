@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rows import run
 
 from svnup.cli.results import main
 from svnup.reports.grid import FORMATS, Cell, Grid
@@ -21,58 +22,13 @@ from svnup.reports.tables import frame, render
 from svnup.results.row import ResultRow
 from svnup.results.store import RunFolder, load
 
-HARDWARE = {"cpu": "Abacus 9000", "cores": 2, "gpus": [], "threads": 1}
+
+def row(key: str, ppl: float | None, *, measured: dict[str, Any] | None = None, **given: Any) -> ResultRow:
+    """A row under a key that tells it from others, of a model whose windows are those of the others."""
+    return run(ppl, key=key, measured={"tokens_sha256": "abc"} | (measured or {}), **given)
 
 
-def metric(value: float, name: str = "docs", seq_len: int = 256, n_windows: int = 300, **more: Any) -> dict[str, Any]:
-    protocol = {"dataset": name, "role": "test", "seq_len": seq_len, "n_windows": n_windows, "tokens_sha256": "abc"}
-    return {"value": value, "protocol": protocol | more}
-
-
-def row(
-    key: str,
-    ppl: float | None,
-    *,
-    allocator: str = "Uniform",
-    pruner: str = "wanda.Wanda",
-    sparsity: float = 0.7,
-    model: str = "svnup/tiny",
-    status: str = "finished",
-    seed: int = 0,
-    pattern: str = "unstructured",
-    **protocol: Any,
-) -> ResultRow:
-    shapley = {"values": [1.0, 2.0], "stderr": None, "method": "SlidingWindow"} if allocator == "ScoreBudget" else None
-    scorer = {"_target_": "svnup.shapley.sliding_window.SlidingWindow", "window": 5, "game": {}}
-    options = {"scale": "log", "lam": 0.15, "scorer": scorer} if allocator == "ScoreBudget" else {}
-    config = {
-        "model": {"_target_": "svnup.model.source.Pretrained", "pretrained_model_name_or_path": model},
-        "pruner": {"_target_": f"svnup.pruning.{pruner}"},
-        "allocator": {"_target_": f"svnup.allocation.{allocator}", **options},
-        "shapley": {"_target_": "svnup.shapley.sliding_window.SlidingWindow", "window": 5},
-        "sparsity": sparsity,
-        "pattern": pattern,
-        "seed": seed,
-    }
-    made = {"hardware": HARDWARE, "versions": {"svnup": "0.1.0", "torch": "2.13.0"}, "command": "svnup", "overrides": []}
-    done = {} if ppl is None else {"docs/ppl": metric(ppl, **protocol)}
-    return ResultRow(
-        status,  # type: ignore[arg-type]
-        key,
-        config,
-        made,
-        {"weights": "w"},
-        metrics=done,
-        dense={} if ppl is None else {"docs/ppl": metric(12.5, **protocol)},
-        sparsity=None if ppl is None else {"target": sparsity, "actual": sparsity - 1e-4, "pattern": "unstructured"},
-        profile=None if ppl is None else {"sparsity": [0.6, 0.8], "params": [10, 10], "target": 0.7},
-        shapley=shapley if ppl is not None else None,
-        error="ValueError: no luck" if status == "failed" else None,
-        seconds=1.25,
-    )
-
-
-UNIFORM, SHAPLEY = row("a1", 40.0), row("b2", 30.0, allocator="ScoreBudget")
+UNIFORM, SHAPLEY = row("a1", 40.0), row("b2", 30.0, allocator="shapley")
 
 
 def cells(markdown: str) -> list[dict[str, str]]:
@@ -233,7 +189,7 @@ def test_change_against_uniform():
 def test_change_only_against_the_same_setting():
     """Uniform runs of another pruner, sparsity, model or seed are no base."""
     others = [
-        row("u1", 50.0, pruner="sparsegpt.SparseGPT"),
+        row("u1", 50.0, pruner="sparsegpt"),
         row("u2", 20.0, sparsity=0.6),
         row("u3", 60.0, model="other/model"),
         row("u4", 70.0, seed=1),
@@ -246,9 +202,9 @@ def test_change_only_against_the_same_setting():
 
     assert change(SHAPLEY, *others) == "-"
     assert change(SHAPLEY, *others, UNIFORM) == "-25.0 %"
-    worse = row("b3", 44.0, allocator="ScoreBudget")
+    worse = row("b3", 44.0, allocator="shapley")
     assert change(worse, *others, UNIFORM) == "+10.0 %"
-    wide = row("b4", 45.0, allocator="ScoreBudget", pruner="sparsegpt.SparseGPT")
+    wide = row("b4", 45.0, allocator="shapley", pruner="sparsegpt")
     assert change(wide, *others, UNIFORM) == "-10.0 %"
 
 
@@ -260,14 +216,19 @@ def test_a_failed_uniform_run_does_not_hide_a_finished_one():
 
 def test_saved_models_of_different_runs_are_different_models():
     uniform = row("a0", 80.0, model="results/runs/0123456789ab/model")
-    shapley = row("b0", 30.0, model="results/runs/ba9876543210/model", allocator="ScoreBudget")
+    shapley = row("b0", 30.0, model="results/runs/ba9876543210/model", allocator="shapley")
     (line,) = [x for x in cells(render([uniform, shapley], "markdown")) if x["allocator"].startswith("shapley")]
     assert line["docs/ppl vs uniform"] == "-"
 
 
 def test_other_protocols_never_share_a_column():
     """Another seq_len, window count or text is another number, however alike the name."""
-    rows = [UNIFORM, SHAPLEY, row("s1", 25.0, allocator="ScoreBudget", seq_len=128), row("s2", 35.0, n_windows=4)]
+    rows = [
+        UNIFORM,
+        SHAPLEY,
+        row("s1", 25.0, allocator="shapley", measured={"seq_len": 128}),
+        row("s2", 35.0, measured={"n_windows": 4}),
+    ]
     data = frame(rows)
     columns = [c for c in data.columns if re.fullmatch(r"docs/ppl( \[\w+\])?", c)]
     assert len(columns) == 3
@@ -283,7 +244,7 @@ def test_other_protocols_never_share_a_column():
 
 
 def test_failed_runs_are_visible():
-    rows = [UNIFORM, row("f1", None, status="failed", pruner="sparsegpt.SparseGPT")]
+    rows = [UNIFORM, row("f1", None, status="failed", pruner="sparsegpt")]
     table = cells(render(rows, "markdown"))
     assert {(line["pruner"], line["status"], line["docs/ppl"]) for line in table} == {
         ("wanda", "finished", "40.00"),
@@ -295,7 +256,7 @@ def test_failed_runs_are_visible():
 
 
 def test_a_failed_shapley_run_is_called_one():
-    (line,) = cells(render([row("f1", None, status="failed", allocator="ScoreBudget")], "markdown"))
+    (line,) = cells(render([row("f1", None, status="failed", allocator="shapley")], "markdown"))
     assert line["allocator"].startswith("shapley")
 
 
@@ -358,7 +319,7 @@ def test_a_table_says_what_no_setting_tells():
     origin = {"file": "m.gguf", "package": "m 1.0", "quantization": "Q4_1", "sha256": "f" * 64}
     texts = {"dataset": f"allenai/c4@sha256:{'a' * 64}", "evaluation.datasets.0": f"some/text@sha256:{'b' * 64}"}
     made = replace(
-        row("c3", 50.0, skip=32, n_windows=128),
+        row("c3", 50.0, measured={"skip": 32, "n_windows": 128}),
         provenance=UNIFORM.provenance | {"dequantized_from": origin},
         fingerprints={"weights": "w"} | texts,
     )

