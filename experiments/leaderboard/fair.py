@@ -277,8 +277,8 @@ def report(board: Board, stages: tuple[Stage, ...], models: tuple[str, ...], siz
         "Each allocator has eight trials at most on the selection text, uniform among them, with the first seed (curves: as "
         "many as they have points); sparsities lie within S - 0.5 and min(0.95, S + 0.35). ALPS prunes by the budgets that "
         "were chosen with SparseGPT. 'vs uniform': relative change of perplexity, with the 95 % interval of a paired bootstrap "
-        f"over {SEGMENTS} contiguous segments of the test text, not corrected for the number of rows; other calibration texts are "
-        "not in it. Cost: of the allocation, in forward passes of the whole model over the calibration text (ALPS: with "
+        f"over {SEGMENTS} contiguous segments of the test text, not corrected for the number of rows; other calibration texts "
+        "are not in it. Cost: of the allocation, in forward passes of the whole model over the calibration text (ALPS: with "
         "SparseGPT). Bold: the lowest.",
     ]
     for sparsity in sizes.sparsities:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from experiments.leaderboard import run
-from experiments.leaderboard.run import MODELS, OF_SUBLAYERS, Bench, Cell, Sizes, allocation_cost, cells_of, start
+from experiments.leaderboard.run import MODELS, OF_SUBLAYERS, Bench, Cell, Sizes, allocation_cost, start
 from experiments.study import parse, parser, publish
 from svnup.pipeline import held_out_loss, stand_ins
 from svnup.provenance import hardware
@@ -31,15 +31,18 @@ AUTO = "allocator.lam=auto"
 BASELINE = "shapley, lam=auto"
 OF_BASELINE = {"uniform": "lam=0", "shapley, lam=0.15": "lam=0.15"}  # what it tries: uniform and the default amplitude
 LINEARS = ("allocator.granularity=linear",)
-SETTINGS: dict[str, tuple[str, tuple[str, ...]]] = {  # by name: the allocator, and its options
+Settings = dict[str, tuple[str, tuple[str, ...]]]  # by name: the allocator, and its options
+FIRST: Settings = {  # measured in this order, so that a part of it already answers the question
     BASELINE: ("shapley", (AUTO,)),
-    "shapley_margins": ("shapley_margins", ()),
     "shapley_margins, linear layers": ("shapley_margins", LINEARS),
+    "shapley_margins": ("shapley_margins", ()),
+}
+SECOND: Settings = {
     "shapley_sublayers, lam=auto": ("shapley", (*OF_SUBLAYERS, AUTO)),
     "shapley_margins, attention and MLP": ("shapley_margins", ("allocator.granularity=sublayer",)),
     "block_influence, lam=auto": ("block_influence", (AUTO,)),
 }
-VARIANTS = {
+VARIANTS: Settings = {
     f"shapley_margins, linear layers, {option}": ("shapley_margins", (*LINEARS, f"allocator.{option}"))
     for option in ("step=0.03", "step=0.08", "rounds=4", "rounds=10")
 }
@@ -161,15 +164,16 @@ def span(counts: Iterable[int]) -> str:
 def main(argv: list[str] | None = None) -> None:
     options = parse(parser(__doc__), argv)
     sizes = QUICK if options.quick else FULL
-    cells = [cell for pruner in sizes.pruners for cell in cells_of(MODELS, replace(sizes, pruners=(pruner,)), [0.7])]
-    cells += [(model, pruner, sparsity) for model, pruner, _ in cells for sparsity in sizes.sparsities[1:]]
-    settings = {name: SETTINGS[name] for name in QUICK_SETTINGS} if options.quick else SETTINGS | VARIANTS
+    pairs = [[(model, pruner, sparsity) for model in MODELS] for sparsity in sizes.sparsities for pruner in sizes.pruners]
+    cells = [cell for pair in pairs for cell in pair]
+    settings = {name: FIRST[name] for name in QUICK_SETTINGS} if options.quick else FIRST | SECOND | VARIANTS
     start()
     torch.set_num_threads(1)
     bench, found = Bench(options.cache, sizes), dict[tuple[str, Cell], Found]()
-    for part in ([s for s in settings if s in SETTINGS], [s for s in settings if s in VARIANTS]):
-        for cell in cells:
-            for name in part:
+    order = [(part, cell) for pair in pairs for part in (FIRST, SECOND) for cell in pair] + [(VARIANTS, c) for c in cells]
+    for part, cell in order:
+        for name in part:
+            if name in settings:
                 found[name, cell] = measure(bench, cell, *settings[name])
                 print(f"{' '.join(map(str, cell))} {name}: {math.exp(found[name, cell].loss):.2f}", flush=True)
                 publish(options, "margins", report(found, [*settings], cells, sizes))
