@@ -213,7 +213,8 @@ def read(bench: Bench, cell: Cell, row: Row, seed: int) -> tuple[Choice, list[fl
     if row.tries and seed != bench.sizes.seeds[0]:
         profile = profiles(bench, (cell[0], CHOSEN_WITH.get(cell[1], cell[1]), cell[2]), row, seed)[0][choice.label]
     job = bench.job(cell, "uniform", seed)
-    return choice, bench.read(job, bench.model(job, cell[0]), profile)
+    lm = bench.model(job, cell[0])
+    return choice, bench.read(job, lm, job.split.divide(lm, profile, job.pruner, job.tokens()))
 
 
 # -- what the numbers say
