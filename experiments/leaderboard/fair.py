@@ -112,8 +112,11 @@ STAGES = (
     Stage(CURVES, WITH_INPUTS, (0.7, 0.6), (0, 1, 2)),
     Stage((*MAIN, *CURVES), ("magnitude",), (0.7, 0.6)),
 )
-QUICK_ROWS = ("uniform", "shapley", "block_influence_sublayers", "shapley_margins_linears", "owl", "curves_sublayers")
-QUICK_STAGES = (Stage(QUICK_ROWS, ("sparsegpt",), (0.7,), (0, 1)), Stage(("uniform", "owl"), ("alps",), (0.7,)))
+QUICK_STAGES = (
+    Stage(("uniform", "block_influence_sublayers", "shapley_margins_linears", "owl"), ("sparsegpt",), (0.7,), (0, 1)),
+    Stage(("uniform", "owl"), ("alps",), (0.7,)),
+    Stage(("uniform", "curves_sublayers"), ("magnitude",), (0.7,)),
+)
 
 
 @dataclass(frozen=True)
@@ -258,7 +261,7 @@ def table(board: Board, model: str, sparsity: float, pruners: list[str]) -> list
 def listed(row: Row) -> str:
     """What is tried of a row, in words."""
     if not row.tries:
-        return "chooses by itself"
+        return "-" if row == ROWS["uniform"] else "chooses by itself"
     return "; ".join(
         "".join(f"{option.rpartition('.')[2]}: " for option in extra) + ", ".join(f"{value:g}" for value in values)
         for extra, values in row.tries
