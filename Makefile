@@ -86,8 +86,8 @@ tables: $(READY)  ## remake every committed table of the built-in model, and a r
 tiny_%:  # two of them at a time, of one thread each
 	@$(MAKE) --no-print-directory table NAME=$* MODEL=tiny
 
-study: $(READY)  ## make study NAME=estimators|games|pruners|budgets|leaderboard|comparisons|real_model [QUICK=1]: remake a study's table and figure
-	@test -f "$(STUDY)" || { echo "NAME=$(NAME): choose estimators, games, pruners, budgets, leaderboard, comparisons or real_model" >&2; exit 2; }
+study: $(READY)  ## make study NAME=estimators|games|pruners|budgets|margins|leaderboard|fair|comparisons|real_model [QUICK=1]: remake a study's table and figure
+	@test -f "$(STUDY)" || { echo "NAME=$(NAME): choose estimators, games, pruners, budgets, margins, leaderboard, fair, comparisons or real_model" >&2; exit 2; }
 	$(if $(filter real_model,$(NAME)),$(if $(DATASETS),$(OFFLINE)),$(OFFLINE)) $(BIN)/python -m $(subst /,.,$(STUDY:.py=)) $(if $(QUICK),--quick) $(if $(DATASETS),--datasets $(DATASETS))
 
 numbers: $(READY)  ## write the numbers of the committed tables into the documentation, and draw the README's picture of them

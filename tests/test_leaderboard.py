@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from experiments.leaderboard import fair
 from experiments.leaderboard import run as board_of
 
 
@@ -126,3 +127,66 @@ def test_a_killed_study_goes_on(tmp_path, monkeypatch):
         assert np.array_equal(again[name].losses, first[name].losses)
         assert np.array_equal(again[name].profiles, first[name].profiles)
         assert (again[name].chosen, again[name].n_losses) == (first[name].chosen, first[name].n_losses)
+
+
+# -- on even terms
+
+
+def test_all_have_eight_trials_uniform_among_them_and_finer_budgets():
+    for name, row in fair.ROWS.items():
+        if row.tries:
+            values = [v for _, some in row.tries for v in some]
+            assert len(values) == 7, name
+            assert all(v > 0 for v in values), "uniform is the eighth"
+    for score in ("shapley", "block_influence", "leave_one_out", "shapley_rounds", "shapley_margins", "curves"):
+        assert {score, f"{score}_sublayers"} <= fair.ROWS.keys()
+        assert fair.ROWS[score].tries == fair.ROWS[f"{score}_sublayers"].tries
+
+
+@pytest.mark.parametrize(("sparsity", "lower", "upper"), [(0.4, "0", "0.75"), (0.6, "0.1", "0.95"), (0.7, "0.2", "0.95")])
+def test_bounds_are_the_same_for_all_that_take_bounds(sparsity, lower, upper):
+    for name, row in fair.ROWS.items():
+        bounds = [option for option in row.overrides(sparsity) if "lower" in option or "upper" in option]
+        without = name in ("uniform", "alpha_pruning", "atp")
+        assert bounds == ([] if without else [f"allocator.lower={lower}", f"allocator.upper={upper}"])
+
+
+def result(nll, seeds=(0,), label="lam=0.1"):
+    windows = np.linspace(-0.5, 0.5, 64)
+    return fair.Result({seed: [*(nll + 0.01 * seed + windows)] for seed in seeds}, fair.Choice(label, {}, 8, 0, 42.0))
+
+
+def test_segments_and_common_seeds_make_the_interval():
+    mine, theirs = result(3.1, (0,)), result(3.0, (0, 1))
+    mean, low, high = fair.against(mine, theirs)
+    assert mean == pytest.approx(100 * math.expm1(0.1))
+    assert low == pytest.approx(high) == pytest.approx(mean), "windows move both alike; the seed of one alone does not count"
+    first = [*np.add(mine.losses[0][:4], 0.16), *mine.losses[0][4:]]  # a segment of four windows
+    mean, low, high = fair.against(fair.Result({0: first}, mine.choice), theirs)
+    assert mean == pytest.approx(100 * math.expm1(0.11))
+    assert low == pytest.approx(100 * math.expm1(0.1))
+    assert low < mean < high
+
+
+def test_the_table_says_what_has_not_been_run():
+    cell, other = ("tiny", "wanda", 0.7), ("tiny", "sparsegpt", 0.7)
+    board = {
+        (cell, "uniform"): result(4.0, (0, 1), "-"),
+        (cell, "owl"): result(3.9, label="5, lam=0.08"),
+        (other, "uniform"): result(3.0, label="-"),
+    }
+    stages = (fair.Stage(("uniform", "owl"), ("wanda", "sparsegpt"), (0.7,), (0, 1)),)
+    lines = fair.report(board, stages, ("tiny",), board_of.FULL)
+    assert any(line.startswith("| owl | **49.40** |") and line.endswith("| 42 | - | - | - | - |") for line in lines)
+    assert any(line.startswith(f"| uniform | {np.mean(np.exp([4.0, 4.01])):.2f} ± ") for line in lines)
+    assert "| 1 | uniform, owl | wanda, sparsegpt | 70 % | 0, 1 | 4 of 8 |" in lines
+    assert len(fair.csv(board).splitlines()) == 1 + 4
+
+
+def test_a_trial_prunes_nothing_and_statistics_in_advance_are_taken_once():
+    full = board_of.FULL
+    trial = {"label": "round 1", "loss": 3.0, "n_seq": 16, "trial": True}
+    tuning = {"curve": [trial, trial, {"label": "uniform", "loss": 3.0}], "rounds": [{"n_sequences": 8}, {"n_sequences": 8}]}
+    whole = 2 + full.n_selection / full.n_calibration
+    assert board_of.allocation_cost(None, "wanda", None, tuning, 12, full) == 2 + 2 * 4 * 8 / 16 + 2 * 16 / 16 + whole
+    assert board_of.allocation_cost(None, "wanda", None, None, 12, full) == 0

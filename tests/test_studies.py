@@ -19,6 +19,8 @@ STUDIES = {  # module: arguments, and the files that it writes
     "pruners.run": ([], ["results/tables/pruners.md"]),
     "real_model.run": ([], ["results/tables/real_model.md"]),
     "leaderboard.budgets": (["--workers", "0"], ["results/tables/budgets.md"]),
+    "leaderboard.fair": ([], ["results/tables/leaderboard_fair.md", "results/tables/leaderboard_fair.csv"]),
+    "leaderboard.margins": ([], ["results/tables/margins.md"]),
     "leaderboard.run": (
         ["--workers", "0"],
         [

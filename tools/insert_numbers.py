@@ -438,6 +438,29 @@ def budgets_of(name: str) -> str:
     return table(shown, ["---"] * len(shown), [[line[key] for key in shown] for line in lines])
 
 
+def code_first(setting: str) -> str:
+    """'`shapley_margins`, linear layers'"""
+    name, comma, rest = setting.partition(",")
+    return f"`{name}`{comma}{rest}"
+
+
+def of_the_margins() -> dict[str, str]:
+    """What is measured of values at the margin; cells and settings of which nothing is are left out."""
+    lines = lines_of("margins.md")
+    cells = [key for key in lines[0] if key != "setting" and any(line[key] != "-" for line in lines)]
+    rows = [line for line in lines if any(line[cell] != "-" for cell in cells)]
+    heads = ["on selection text", *(cell.replace("wanda", "Wanda").replace("sparsegpt", "SparseGPT") for cell in cells)]
+    body = [[code_first(line["setting"]), *(line[cell].partition(" (")[0] for cell in cells)] for line in rows]
+    whole = [key for key in lines[0] if key != "setting"]
+    costs = {line["setting"]: line for line in lines_of("margins.md", "## What it takes")}
+    return {
+        "margins": table(heads, ["---", *["---:"] * len(cells)], body),
+        "margins-cells": f"{len(cells)} of {len(whole)}",
+        "margins-cost": costs["shapley_margins, linear layers"]["cost"],
+        "margins-cost-shapley": costs["shapley, lam=auto"]["cost"],
+    }
+
+
 def of_the_real_model() -> dict[str, str]:
     """Games on a real model beside what sparsity costs its blocks."""
     games = lines_of("real_model.md")
@@ -480,7 +503,7 @@ def of_the_paper() -> dict[str, str]:
 def numbers() -> dict[str, str]:
     """Every number by its name."""
     parts = [of_the_leaderboard(), of_the_comparisons(), of_the_games(), of_budgets_and_windows(), of_the_estimators()]
-    parts += [of_the_pruners(), of_the_demo(), of_the_paper(), of_the_real_model()]
+    parts += [of_the_pruners(), of_the_demo(), of_the_paper(), of_the_margins(), of_the_real_model()]
     out: dict[str, str] = {}
     for part in parts:
         assert not out.keys() & part.keys()

@@ -201,19 +201,13 @@ class Bench:
             job = self.job(cell, allocator, seed, *overrides)
             lm, tokens = self.model(job, cell[0]), job.tokens()
             params = lm.budget_params("sublayer") if job.granularity == "sublayer" else lm.block_params
-            scores, cost_of_scores = None, 0.0
-            if job.scorer is not None:
-                found = job.scorer.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm)))
-                scores, cost_of_scores = found.per_part(len(params)), score_cost(job, found, lm.n_blocks, sizes)
+            found = job.scorer.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm))) if job.scorer is not None else None
+            scores = found.per_part(len(params)) if found is not None else None
             if seed == sizes.seeds[0]:
                 loss = held_out_loss(job, lm, tokens)
                 profile = job.allocator.allocate(scores, params, job.sparsity, job.pattern, loss)
                 tuning = loss.to_dict()
-                cost = cost_of_scores + sum(
-                    loss_cost(cell[1], call.get("n_seq", sizes.n_selection), sizes)
-                    for call in (tuning or {"curve": []})["curve"]
-                )
-                cost += sum(round_cost(cell[1], values, lm.n_blocks, sizes) for values in (tuning or {}).get("rounds", []))
+                cost = allocation_cost(job, cell[1], found, tuning, lm.n_blocks, sizes)
                 if allocator == ROUNDS or isinstance(job.allocator, Tuned):
                     assert tuning is not None
                     chosen = min(tuning["curve"], key=lambda call: math.inf if call["loss"] is None else call["loss"])["label"]
@@ -223,7 +217,7 @@ class Bench:
             elif allocator not in PROFILED:
                 profile = job.allocator.allocate(scores, params, job.sparsity, job.pattern)
             profile = job.split.divide(lm, profile, job.pruner, tokens)
-            losses.append(self._test(job, lm, profile))
+            losses.append(self.read(job, lm, profile))
             profiles.append(profile.sparsity.tolist())
         return {
             "chosen": chosen if chosen != "-" else ", ".join(o.partition(".")[2] for o in overrides) or "-",
@@ -234,7 +228,7 @@ class Bench:
             "curve": tuning["curve"] if tuning else [],
         }
 
-    def _test(self, job: Job, lm: LanguageModel, profile: SparsityProfile) -> list[float]:
+    def read(self, job: Job, lm: LanguageModel, profile: SparsityProfile) -> list[float]:
         """NLL per window of test text; the same profile, weights and calibration are pruned once."""
         tokens = job.tokens() if job.pruner.needs_inputs else None
         calibration = hashlib.sha256(tokens.tobytes()).hexdigest() if tokens is not None else None
@@ -269,9 +263,27 @@ def score_cost(job: Job, scores: Any, n_blocks: int, sizes: Sizes = FULL) -> flo
 
 
 def round_cost(pruner: str, values: dict[str, Any], n_blocks: int, sizes: Sizes = FULL) -> float:
-    """Of Shapley values of a pruned model: its coalitions, and two prunings."""
+    """Of values of a pruned model: its coalitions, and two prunings; of those at the margin a forward and a backward pass, in
+    which each forward is made again."""
+    if "n_sequences" in values:
+        return float(4 * values["n_sequences"] / sizes.n_calibration)
     share = sizes.n_payoff / sizes.n_calibration
     return float(values["n_block_forwards"] / n_blocks * share) + 2 * loss_cost(pruner, 0, sizes)
+
+
+def allocation_cost(
+    job: Job, pruner: str, scores: Any, tuning: dict[str, Any] | None, n_blocks: int, sizes: Sizes = FULL
+) -> float:
+    """Of a whole allocation: scores, losses, rounds. A trial prunes nothing; statistics in advance are taken once."""
+    tuning = tuning or {"curve": []}
+    cost = score_cost(job, scores, n_blocks, sizes) if scores is not None else 0.0
+    trials = [call for call in tuning["curve"] if "trial" in call]
+    cost += sum(
+        loss_cost("magnitude" if "trial" in call else pruner, call.get("n_seq", sizes.n_selection), sizes)
+        for call in tuning["curve"]
+    )
+    cost += sum(round_cost(pruner, values, n_blocks, sizes) for values in tuning.get("rounds", []))
+    return cost + (loss_cost(pruner, 0, sizes) if trials else 0.0)
 
 
 def cells_of(models: Iterable[str], sizes: Sizes, sparsities: Iterable[float]) -> list[Cell]:
@@ -583,7 +595,7 @@ def main(argv: list[str] | None = None) -> None:
     for model in models:
         job = bench.job((model, "none", 0.7), "uniform", 0)
         lm = bench.model(job, model)
-        dense[model] = math.exp(np.mean(bench._test(job, lm, Uniform().allocate(None, lm.block_params, 0.0))))
+        dense[model] = math.exp(np.mean(bench.read(job, lm, Uniform().allocate(None, lm.block_params, 0.0))))
     publish(options, "leaderboard", report(board, dense, models, best, sizes))
     (options.output / "results" / "tables" / "leaderboard.csv").write_text(csv(board, sizes.seeds), encoding="utf-8")
     draw_front(board, models, figure(options, "leaderboard"), sizes)
