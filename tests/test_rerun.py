@@ -202,12 +202,12 @@ def without_imports(monkeypatch):
     def run(arguments, *, env, check):
         *_, original, place, cache, trust = arguments
 
-        def repeat():
+        def again():
             os.environ.clear()
             os.environ.update(env)
             sys.exit(repeat(Path(original), place, cache, trust == "True"))
 
-        return SimpleNamespace(returncode=forked(repeat))
+        return SimpleNamespace(returncode=forked(again))
 
     monkeypatch.setattr("svnup.rerun.subprocess", SimpleNamespace(run=run))
 

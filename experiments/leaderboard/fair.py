@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from experiments.leaderboard import run
-from experiments.leaderboard.run import MODELS, OF_SUBLAYERS, Bench, Cell, Sizes, allocation_cost, score_cost, start
+from experiments.leaderboard.run import MODELS, OF_SUBLAYERS, Bench, Cell, Sizes, allocation_cost, score_cost
 from experiments.study import parse, parser, publish
-from svnup.allocation import Tuned, Uniform
+from svnup.allocation.maps import Tuned, Uniform
 from svnup.config import Job
 from svnup.language_model import LanguageModel
 from svnup.pipeline import held_out_loss, stand_ins
-from svnup.provenance import hardware
+from svnup.results.provenance import hardware
 from svnup.scoring import Context
 from svnup.types import BlockScores, Floats, Granularity, SparsityProfile
 
@@ -324,7 +324,6 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(made, argv)
     sizes = replace(run.QUICK, n_selection=2) if options.quick else run.FULL
     stages, models = (QUICK_STAGES, MODELS[:1]) if options.quick else (STAGES, MODELS)
-    start()
     torch.set_num_threads(1)
     bench, board = Bench(options.cache, sizes), Board()
     for stage in stages[: options.stages]:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from experiments.leaderboard import run
-from experiments.leaderboard.run import MODELS, OF_SUBLAYERS, Bench, Cell, Sizes, allocation_cost, start
+from experiments.leaderboard.run import MODELS, OF_SUBLAYERS, Bench, Cell, Sizes, allocation_cost
 from experiments.study import parse, parser, publish
 from svnup.pipeline import held_out_loss, stand_ins
-from svnup.provenance import hardware
+from svnup.results.provenance import hardware
 from svnup.scoring import Context
 
 FULL = Sizes(pruners=("wanda", "sparsegpt"))
@@ -167,7 +167,6 @@ def main(argv: list[str] | None = None) -> None:
     pairs = [[(model, pruner, sparsity) for model in MODELS] for sparsity in sizes.sparsities for pruner in sizes.pruners]
     cells = [cell for pair in pairs for cell in pair]
     settings = {name: FIRST[name] for name in QUICK_SETTINGS} if options.quick else FIRST | SECOND | VARIANTS
-    start()
     torch.set_num_threads(1)
     bench, found = Bench(options.cache, sizes), dict[tuple[str, Cell], Found]()
     order = [(part, cell) for pair in pairs for part in (FIRST, SECOND) for cell in pair] + [(VARIANTS, c) for c in cells]
