@@ -17,7 +17,7 @@ STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
 
 
-def give_back() -> None:
+def release_free_memory() -> None:
     """Return free pages to the system: glibc keeps those of freed tensors, and takes new ones beside them."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

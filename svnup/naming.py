@@ -13,7 +13,7 @@ import typing
 from functools import cache
 from typing import Any
 
-from svnup.outside import of_ours, outside_code
+from svnup.outside import is_ours, outside_code
 
 # Top of a configuration that cannot change a number (`shapley` counts where an allocator
 # names it as its scorer, `selection` and `selection_loss` where it is tuned).
@@ -62,18 +62,18 @@ def _without_places(node: Any) -> Any:
     return [_without_places(v) for v in node] if isinstance(node, list) else node
 
 
-def todays(target: str) -> str:
+def current_path(target: str) -> str:
     """The import path today of what had this one when it was stored (MOVED)."""
     for former, now in MOVED.items():
         if target == former or target.startswith(f"{former}."):
-            return todays(now + target[len(former) :])
+            return current_path(now + target[len(former) :])
     return target
 
 
 def component_name(target: str) -> str:
     """The lasting name of a component by its `_target_`: its class in lower case, as it was called first (MOVED)."""
-    now = todays(target)
-    first = next((former for former in MOVED if todays(former) == now), now)
+    now = current_path(target)
+    first = next((former for former in MOVED if current_path(former) == now), now)
     return first.rpartition(".")[2].lower()
 
 
@@ -102,7 +102,7 @@ def name_of_target(target: str) -> Any:
 
     Raises ValueError where the code of one from outside is not found.
     """
-    if of_ours(target):
+    if is_ours(target):
         return component_name(target)
     module, _, name = target.rpartition(".")
     return {"module": module, "class": name} | code_of(target.partition(".")[0])
@@ -121,7 +121,7 @@ def code_from_outside(node: Any, key: str = "") -> dict[str, str]:
     for name, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
         found |= code_from_outside(value, f"{key}.{name}".lstrip("."))
     target = node.get("_target_") if isinstance(node, dict) else None
-    if isinstance(target, str) and not of_ours(target):
+    if isinstance(target, str) and not is_ours(target):
         code = code_of(target.partition(".")[0])
         found[f"{key} code"] = " ".join(filter(None, (target, code["version"], code["sha256"])))
     return found

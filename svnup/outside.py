@@ -30,7 +30,7 @@ def targets(node: Any) -> Iterator[str]:
             yield from targets(value)
 
 
-def of_ours(target: str) -> bool:
+def is_ours(target: str) -> bool:
     """Whether a target lies in this package."""
     return target.partition(".")[0] == OURS
 
@@ -40,7 +40,7 @@ def outside_code(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
     Raises ValueError where a target's package is not found.
     """
-    found = sorted({target for target in targets(config) if not of_ours(target)})
+    found = sorted({target for target in targets(config) if not is_ours(target)})
     told = {}
     for package in dict.fromkeys(target.partition(".")[0] for target in found):
         places = _places_with_imports(package)

@@ -35,16 +35,16 @@ class Repeated:
     """The `first` result and its repetition `again`, which lies in `folder`."""
 
     first: ResultRow
-    again: ResultRow
+    second: ResultRow
     folder: Path
 
     def verdicts(self) -> dict[str, tuple[Any, Any, Verdict]]:
         """By name the number of the first run, that of the second, and how they compare: equal in every bit, within 1 % (lists:
         of their largest), or different, as a number is that only one has; or they were measured under other protocols."""
-        first, again = _numbers(self.first), _numbers(self.again)
+        first, second = _numbers(self.first), _numbers(self.second)
         return {
-            name: (first.get(name), again.get(name), _compare(first.get(name), again.get(name)))
-            for name in dict.fromkeys([*first, *again])
+            name: (first.get(name), second.get(name), _compare(first.get(name), second.get(name)))
+            for name in dict.fromkeys([*first, *second])
         }
 
     @property
@@ -54,10 +54,10 @@ class Repeated:
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
         """What differs in where the two came from, by key; keys that a result of an earlier version lacks are not compared."""
-        first, again = _origin(self.first, self.first.provenance), _origin(self.again, self.first.provenance)
-        both = [k for k in first if k in again or k.startswith(("versions", "environment", "inputs", "outside"))]
-        both += [k for k in again if k not in first and k.startswith(("environment", "outside"))]
-        return {k: (first.get(k), again.get(k)) for k in both if first.get(k) != again.get(k)}
+        first, second = _origin(self.first, self.first.provenance), _origin(self.second, self.first.provenance)
+        both = [k for k in first if k in second or k.startswith(("versions", "environment", "inputs", "outside"))]
+        both += [k for k in second if k not in first and k.startswith(("environment", "outside"))]
+        return {k: (first.get(k), second.get(k)) for k in both if first.get(k) != second.get(k)}
 
     def report(self) -> str:
         """Both, as text."""
@@ -102,12 +102,12 @@ def rerun(row: ResultRow, into: str | Path, trust: bool = False) -> Repeated:
     with tempfile.TemporaryDirectory(prefix="cache-", dir=place) as cache_dir:
         command = [sys.executable, "-P", "-m", "svnup.cli.repeat", str(original), str(place), cache_dir, str(trust)]
         code = subprocess.run(command, env=env, check=False).returncode
-    again = load(place)
+    second = load(place)
     if code == 2:
         raise ValueError(f"{row.config_key}: it cannot be repeated as it was; the reason stands above")
-    if code or [one.status for one in again] != ["finished"]:
+    if code or [one.status for one in second] != ["finished"]:
         raise RuntimeError(f"{row.config_key}: its repetition failed; what it left is in {place}")
-    return Repeated(row, again[0], place)
+    return Repeated(row, second[0], place)
 
 
 def _numbers(row: ResultRow) -> dict[str, Any]:
@@ -131,17 +131,17 @@ def _origin(row: ResultRow, told: Mapping[str, Any]) -> dict[str, Any]:
     return flatten(known | {"inputs": row.fingerprints, "config_key": row.config_key})
 
 
-def _compare(first: Any, again: Any) -> Verdict:
-    if first == again:
+def _compare(first: Any, second: Any) -> Verdict:
+    if first == second:
         return "equal"
-    if first is None or again is None:
+    if first is None or second is None:
         return "different"
     if isinstance(first, tuple):
-        (first, was), (again, now) = first, again
+        (first, was), (second, now) = first, second
         if any(was[k] != now[k] for k in was if k in now):
             return "other protocol"
-        return _compare(first, again)
-    a, b = (v if isinstance(v, list) else [v] for v in (first, again))
+        return _compare(first, second)
+    a, b = (v if isinstance(v, list) else [v] for v in (first, second))
     if len(a) != len(b):
         return "different"
     scale = max(map(abs, a))

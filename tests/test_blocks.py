@@ -264,4 +264,4 @@ def test_batches_are_left_as_they_were(family):
         again = family.run_block(0, batch)
     assert torch.equal(batch.hidden, before.hidden)
     assert torch.equal(first.hidden, again.hidden)
-    assert batch.carried == before.carried
+    assert batch.state == before.state

@@ -39,7 +39,7 @@ from svnup import NUMBERS_VERSION, config
 from svnup.allocation.maps import Tuned, Uniform
 from svnup.config import CONF, Job
 from svnup.language_model import LanguageModel
-from svnup.pipeline import held_out_loss, stand_ins
+from svnup.pipeline import held_out_loss, replacements
 from svnup.pruning.walk import temporarily_pruned
 from svnup.results.provenance import hardware
 from svnup.scoring import Context
@@ -202,8 +202,8 @@ class Bench:
             params = lm.budget_params("sublayer") if job.granularity == "sublayer" else lm.block_params
             scores, cost_of_scores = None, 0.0
             if job.scorer is not None:
-                found = job.scorer.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm)))
-                scores, cost_of_scores = found.per_part(len(params)), score_cost(job, found, lm.n_blocks, sizes)
+                found = job.scorer.score(lm, Context(tokens, job.cache_dir, replacements(job, lm)))
+                scores, cost_of_scores = found.per_unit(len(params)), score_cost(job, found, lm.n_blocks, sizes)
             if seed == sizes.seeds[0]:
                 loss = held_out_loss(job, lm, tokens)
                 profile = job.allocator.allocate(scores, params, job.sparsity, job.pattern, loss)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from svnup import NUMBERS_VERSION
 from svnup.game.walk_plan import WalkPlan
 from svnup.memo import Memo
-from svnup.model.language_model import LanguageModel, MicroBatch, Part
+from svnup.model.language_model import LanguageModel, MicroBatch, Unit
 from svnup.progress import stage
 from svnup.types import CHOICES, Bools, Floats, Players
 
@@ -31,12 +31,12 @@ class Player:
     """A block, or the attention or MLP of one, and what stands in for it when it is absent: None skips it."""
 
     block: int
-    part: Part
+    unit: Unit
     absent: Weights | None
 
 
 @dataclass(frozen=True)
-class StandIns:
+class Replacements:
     """What absent blocks compute with: per block, weights by parameter name; `name` identifies them in the game's key."""
 
     weights: list[Weights]
@@ -73,7 +73,7 @@ class LayerGame:
         payoff: Payoff = "neg_nll",
         cap: Cap = "none",
         players: Players = "block",
-        pruned: list[Weights] | StandIns | None = None,
+        pruned: list[Weights] | Replacements | None = None,
         cache_dir: str | Path | None = None,
         state_bytes: int | None = None,
     ) -> None:
@@ -81,8 +81,8 @@ class LayerGame:
         self.payoff, self.cap = payoff, cap
         if pruned is not None and lm.offloaded:
             raise ValueError("offload: pruned blocks beside the dense ones need both in memory; use offload=none")
-        if pruned is not None and not isinstance(pruned, StandIns):
-            pruned = StandIns(pruned, _digest(pruned))
+        if pruned is not None and not isinstance(pruned, Replacements):
+            pruned = Replacements(pruned, _digest(pruned))
         self.absent_costs = pruned is not None
         self._players = _make_players(lm, players, pruned.weights if pruned is not None else None)
         self.n_players = len(self._players)
@@ -160,10 +160,10 @@ class LayerGame:
 
     def _step(self, player: Player, states: list[MicroBatch], present: bool) -> list[MicroBatch]:
         weights = None if present else player.absent
-        out = [self.lm.run_block(player.block, batch, part=player.part, weights=weights) for batch in states]
+        out = [self.lm.run_block(player.block, batch, unit=player.unit, weights=weights) for batch in states]
         if present or player.absent is not None:
             return out
-        return [replace(batch, carried=o.carried) for batch, o in zip(states, out, strict=True)]
+        return [replace(batch, state=o.state) for batch, o in zip(states, out, strict=True)]
 
     @cached_property
     def _batches(self) -> list[MicroBatch]:
@@ -237,7 +237,7 @@ class LayerGame:
             raise ValueError(
                 f"payoff={self.payoff}, cap={self.cap}: gates need payoff=neg_nll, neg_ppl or recip_ppl and cap=none"
             )
-        if self.absent_costs or self._players[0].part != "block":
+        if self.absent_costs or self._players[0].unit != "block":
             raise ValueError("gates are defined for absence=skip and players=block; choose these, or another estimator")
         total, n_sequences, nll = np.zeros(self.n_players), len(self.tokens), 0.0
         with torch.no_grad():
@@ -314,7 +314,7 @@ def _check_sequential(lm: LanguageModel) -> None:
     for index in range(lm.n_blocks):
         whole = lm.run_block(index, batch)
         try:
-            halves = lm.run_block(index, lm.run_block(index, batch, part="attention"), part="mlp")
+            halves = lm.run_block(index, lm.run_block(index, batch, unit="attention"), unit="mlp")
         except (RuntimeError, TypeError) as error:  # of a block that wants more of its parts than what they add
             raise ValueError(
                 f"players=sublayer: block {index} cannot do without a part ({error}); use players=block"

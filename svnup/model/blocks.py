@@ -17,7 +17,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 
 
-class EnoughError(Exception):
+class StopForward(Exception):
     """Raised by a hook that needs no more of a forward."""
 
 
@@ -161,13 +161,13 @@ def _same_content(old: Any, new: Any) -> bool:
     return len(old) == len(new) and all(a is b for a, b in zip(old, new, strict=True))
 
 
-def differing(call: Call, other: Call, carried: list[Any]) -> str | None:
-    """The name of an argument that differs between two calls of a block, apart from containers that are `carried`; or None."""
+def differing(call: Call, other: Call, state: list[Any]) -> str | None:
+    """The name of an argument that differs between two calls of a block, apart from containers that are `state`; or None."""
     (args, kwargs), (others, named) = call, other
     left = dict(enumerate(args)) | kwargs
     right = dict(enumerate(others)) | named
     for name in left.keys() | right.keys():
-        if any(right.get(name) is container for container in carried):
+        if any(right.get(name) is container for container in state):
             continue
         (a, shape), (b, other_shape) = tree_flatten(left.get(name)), tree_flatten(right.get(name))
         if shape != other_shape or not all(map(_alike, a, b)):
@@ -177,11 +177,11 @@ def differing(call: Call, other: Call, carried: list[Any]) -> str | None:
 
 def _alike(x: Any, y: Any) -> bool:
     if isinstance(x, Tensor) and isinstance(y, Tensor):
-        return close(x, y)
+        return nearly_equal(x, y)
     return type(x) is type(y) and (not isinstance(x, PLAIN) or bool(x == y))
 
 
-def close(x: Tensor, y: Tensor, ulps: float = 8) -> bool:
+def nearly_equal(x: Tensor, y: Tensor, ulps: float = 8) -> bool:
     """Whether two tensors are the same up to a few roundings of their largest value."""
     if x.shape != y.shape or x.dtype != y.dtype:
         return False

@@ -28,12 +28,12 @@ from transformers.pytorch_utils import Conv1D
 from svnup.files import at_home
 from svnup.model.blocks import (
     Call,
-    EnoughError,
     Observed,
-    close,
+    StopForward,
     containers,
     differing,
     hidden_of,
+    nearly_equal,
     observe,
     refill,
     replaced,
@@ -42,7 +42,7 @@ from svnup.model.blocks import (
 )
 from svnup.model.checkpoint import Tensors, in_place, is_bitmask, write_bitmask, write_dense
 from svnup.model.loading import Loader, auto_class, outline, quiet_unless_terminal
-from svnup.model.offload import DiskShelf, HostShelf, Shelf
+from svnup.model.offload import BlockStore, DiskBlockStore, HostBlockStore
 from svnup.progress import stage
 from svnup.types import Floats, Granularity, Ints, Offload, SaveFormat
 
@@ -54,7 +54,7 @@ else:
 # Fixed, not derived from free memory: the sizes of matrix products decide the last bits of a number.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 HEAD_TOKENS = 1024
-Part = Literal["block", "attention", "mlp"]
+Unit = Literal["block", "attention", "mlp"]
 
 
 @dataclass
@@ -62,21 +62,21 @@ class MicroBatch:
     """Some sequences on their way through the blocks.
 
     `tokens` (b, s); `hidden` (b, s, d), what enters the next block; `calls`, the other arguments of each block exactly as
-    the model passes them (masks and rotary embeddings differ between blocks where layer types are mixed); `carried`, what
+    the model passes them (masks and rotary embeddings differ between blocks where layer types are mixed); `state`, what
     blocks left for later ones in containers among these (Gemma 3n: keys and values), nothing in most families.
     """
 
     tokens: Tensor
     hidden: Tensor
     calls: list[Call]
-    carried: tuple[Any, ...] = ()
+    state: tuple[Any, ...] = ()
 
 
-class ParkedBatch(MicroBatch):
+class OffloadedBatch(MicroBatch):
     """A micro-batch whose hidden states wait in the CPU's memory, or in a file of the folder `place`, and not on the device."""
 
     def __init__(self, batch: MicroBatch, place: Path | None) -> None:
-        self.tokens, self.calls, self.carried = batch.tokens, batch.calls, batch.carried
+        self.tokens, self.calls, self.state = batch.tokens, batch.calls, batch.state
         self._device, self._file = batch.hidden.device, None
         if place is not None:  # bytes, since numpy has no bfloat16
             with tempfile.NamedTemporaryFile(dir=place) as file:  # gone with the process, however that ends
@@ -90,13 +90,13 @@ class ParkedBatch(MicroBatch):
     @property
     def hidden(self) -> Tensor:
         if self._file is None:
-            return self._parked.to(self._device)
+            return self._on_host.to(self._device)
         return torch.from_numpy(np.array(self._file)).view(self._dtype).reshape(self._shape).to(self._device)
 
     @hidden.setter
     def hidden(self, hidden: Tensor) -> None:
         if self._file is None:
-            self._parked = hidden.cpu()
+            self._on_host = hidden.cpu()
         else:
             self._file[:] = hidden.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
@@ -105,7 +105,7 @@ class Visit:
     """One block during a walk: look at it, run it, change its weights."""
 
     def __init__(self, lm: LanguageModel, index: int, batches: list[MicroBatch]) -> None:
-        lm.bring(index)
+        lm.load_block(index)
         self.lm, self.index, self.batches = lm, index, batches
         self.block = lm.blocks[index]
         self.linears = lm.linears(index)
@@ -116,11 +116,11 @@ class Visit:
         for batch in self.batches:
             try:
                 out = self.lm.run_block(self.index, batch)
-            except EnoughError:
+            except StopForward:
                 assert not advance, "nothing came out of the block"
                 continue
             if advance:
-                batch.hidden, batch.carried = out.hidden, out.carried
+                batch.hidden, batch.state = out.hidden, out.state
         self.advanced = self.advanced or advance
         self.lm.n_block_runs += bool(self.batches)
 
@@ -140,7 +140,7 @@ class LanguageModel:
         self.blocks = model.get_submodule(self.blocks_path)
         self.decoder = model.get_submodule(self.blocks_path.rpartition(".")[0])
         self.n_block_runs = 0  # of visited blocks on all inputs
-        self._shelf: Shelf | None = None
+        self._store: BlockStore | None = None
         self._companions: dict[str, bytes] = {}  # files that are saved beside the model
         _refuse_experts(model, self.blocks)
 
@@ -182,10 +182,10 @@ class LanguageModel:
             gguf_file=gguf_file,
         )
         tokenizer = tokenizer or loader.tokenizer()
-        return cls.loaded(loader, tokenizer, device=device, blocks_path=blocks_path, offload=offload, scratch=scratch)
+        return cls.from_loader(loader, tokenizer, device=device, blocks_path=blocks_path, offload=offload, scratch=scratch)
 
     @classmethod
-    def loaded(
+    def from_loader(
         cls,
         loader: Loader,
         tokenizer: Any,
@@ -201,7 +201,7 @@ class LanguageModel:
                 f"model.device_map={loader.device_map}: {loader.source} is read for one device; use device_map=null"
             )
         if offload == "disk":
-            return cls._left_on_disk(loader, tokenizer, pick_device(device), blocks_path, scratch)
+            return cls._from_disk(loader, tokenizer, pick_device(device), blocks_path, scratch)
         model = loader.load()
         if loader.device_map is not None and any(p.is_meta for p in model.parameters()):
             raise ValueError(
@@ -214,7 +214,7 @@ class LanguageModel:
         return lm
 
     @classmethod
-    def _left_on_disk(
+    def _from_disk(
         cls, loader: Loader, tokenizer: Any, device: torch.device, blocks_path: str | None, scratch: Path | None
     ) -> Self:
         """A model whose blocks stay in the checkpoint until they are brought."""
@@ -223,7 +223,7 @@ class LanguageModel:
         lm = cls(model, tokenizer, path)
         lm._companions = loader.companions()
         lm._move_all_but_blocks(device)
-        lm._put_on(DiskShelf(lm.blocks, read, device, scratch, f"{identity} {model.config.dtype}"))
+        lm._offload_to(DiskBlockStore(lm.blocks, read, device, scratch, f"{identity} {model.config.dtype}"))
         return lm
 
     def _move(self, device: torch.device, offload: Offload) -> None:
@@ -232,7 +232,7 @@ class LanguageModel:
             self.model.to(device)
             return
         self._move_all_but_blocks(device)
-        self._put_on(HostShelf(self.blocks, device))
+        self._offload_to(HostBlockStore(self.blocks, device))
 
     def _move_all_but_blocks(self, device: torch.device) -> None:
         """Put everything on a device but the parameters of blocks; buffers of blocks go there, too."""
@@ -243,11 +243,20 @@ class LanguageModel:
         for module in self.model.modules():
             module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
 
-    def _put_on(self, shelf: Shelf) -> None:
-        """Let every forward of a block bring it first, whoever runs it; one that is replaced for a while needs no weights."""
-        self._shelf = shelf
+    def _offload_to(self, store: BlockStore) -> None:
+        """Keep the blocks in a store and load each on demand."""
+        self._store = store
         for index, block in enumerate(self.blocks):
-            block.register_forward_pre_hook(lambda m, args, index=index: None if "forward" in vars(m) else self.bring(index))
+            block.register_forward_pre_hook(self._loads_before_forward(index))
+
+    def _loads_before_forward(self, index: int) -> Callable[..., None]:
+        """Pre-forward hook that loads a block on demand; one whose forward is replaced for a while needs no weights."""
+
+        def hook(block: nn.Module, args: Any) -> None:
+            if "forward" not in vars(block):
+                self.load_block(index)
+
+        return hook
 
     @classmethod
     def random(
@@ -325,21 +334,21 @@ class LanguageModel:
     @property
     def offloaded(self) -> bool:
         """Whether blocks come to the device one at a time."""
-        return self._shelf is not None
+        return self._store is not None
 
-    def bring(self, index: int) -> None:
+    def load_block(self, index: int) -> None:
         """Have the weights of a block on the device; a block that was there may leave."""
-        if self._shelf is not None:
-            self._shelf.bring(index)
+        if self._store is not None:
+            self._store.load_block(index)
 
-    def settle(self, index: int, key: str, note: str) -> None:
+    def store_block(self, index: int, key: str, note: str) -> None:
         """Keep the weights that a block now has, wherever it lives; `key` and `note` are for `settled`."""
-        if self._shelf is not None:
-            self._shelf.settle(index, key, note)
+        if self._store is not None:
+            self._store.store_block(index, key, note)
 
-    def settled(self, index: int, key: str) -> str | None:
+    def restore_block(self, index: int, key: str) -> str | None:
         """The note of a block that an interrupted process settled by the same key, whose weights it then has; else None."""
-        return self._shelf.settled(index, key) if self._shelf is not None else None
+        return self._store.restore_block(index, key) if self._store is not None else None
 
     @property
     def block_params(self) -> Ints:
@@ -347,16 +356,16 @@ class LanguageModel:
         return np.array([sum(m.weight.numel() for m in self.linears(i).values()) for i in range(self.n_blocks)])
 
     def budget_params(self, granularity: Granularity) -> Ints:
-        """Prunable weights of whatever has a budget of its own, in the order of `budget_parts`."""
-        return np.array([sum(m.weight.numel() for m in part.values()) for _, part in self.budget_parts(granularity)])
+        """Prunable weights of whatever has a budget of its own, in the order of `budget_units`."""
+        return np.array([sum(m.weight.numel() for m in unit.values()) for _, unit in self.budget_units(granularity)])
 
-    def budget_parts(self, granularity: Granularity) -> list[tuple[int, dict[str, Linear]]]:
+    def budget_units(self, granularity: Granularity) -> list[tuple[int, dict[str, Linear]]]:
         """What has a budget of its own, each with the index of its block and its prunable linear layers by name: the blocks,
         their attention and their MLP by turns, or each linear layer. Raises ValueError as `sublayers` does."""
         if granularity == "block":
             return [(index, self.linears(index)) for index in range(self.n_blocks)]
         if granularity == "sublayer":
-            return [(index, part) for index in range(self.n_blocks) for part in self.sublayer_linears(index)]
+            return [(index, unit) for index in range(self.n_blocks) for unit in self.sublayer_linears(index)]
         return [(index, {name: m}) for index in range(self.n_blocks) for name, m in self.linears(index).items()]
 
     def granularity_of(self, params: Ints) -> Granularity:
@@ -369,7 +378,7 @@ class LanguageModel:
     def sublayer_linears(self, index: int) -> list[dict[str, Linear]]:
         """The prunable linears of a block's attention, and those of its MLP. Raises ValueError as `sublayers` does."""
         linears = self.linears(index).items()
-        return [{n: m for n, m in linears if n.partition(".")[0] in part} for part in self.sublayers(index).values()]
+        return [{n: m for n, m in linears if n.partition(".")[0] in modules} for modules in self.sublayers(index).values()]
 
     def fingerprint(self) -> str:
         """SHA-256 over the architecture and every weight as they are now, dtype included."""
@@ -386,7 +395,7 @@ class LanguageModel:
             return digest.digest()
 
         total = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        if self._shelf is not None:  # one block at a time
+        if self._store is not None:  # one block at a time
             for item in self._state():
                 total.update(digest(item))
             return total.hexdigest()
@@ -399,14 +408,14 @@ class LanguageModel:
         """The state dict, with each block brought when it is its turn."""
         for name in self.model.state_dict():
             if (index := self._block_of(name)) is not None:
-                self.bring(index)
+                self.load_block(index)
             yield name, attrgetter(name)(self.model)
 
     def _block_of(self, name: str) -> int | None:
         inside = name.startswith(self.blocks_path + ".")
         return int(name[len(self.blocks_path) + 1 :].partition(".")[0]) if inside else None
 
-    def parts(self) -> Iterator[Tensors]:
+    def state_dict_by_block(self) -> Iterator[Tensors]:
         """Every stored tensor by its name in the state dict: block by block, each valid until the next, then the rest.
 
         Tied tensors come once.
@@ -417,7 +426,7 @@ class LanguageModel:
             if index is None:
                 rest |= {name: attrgetter(name)(self.model) for name in names if name not in tied}
                 continue
-            self.bring(index)
+            self.load_block(index)
             part = {name: attrgetter(name)(self.model) for name in names}
             yield part
             part.clear()  # whoever still holds it: there is room for one block
@@ -433,7 +442,7 @@ class LanguageModel:
         `svnup-expand` restore them exactly)."""
 
         def fill_folder(partial: Path) -> None:
-            if form == "dense" and self._shelf is None:
+            if form == "dense" and self._store is None:
                 self.model.save_pretrained(partial)
             else:
                 self.model.config.architectures = [type(self.model).__name__]
@@ -441,9 +450,9 @@ class LanguageModel:
                 if self.model.generation_config is not None:
                     self.model.generation_config.save_pretrained(partial)
                 if form == "dense":
-                    write_dense(partial, self.parts())
+                    write_dense(partial, self.state_dict_by_block())
                 else:
-                    write_bitmask(partial, self.parts(), set(self.pruned_names()))
+                    write_bitmask(partial, self.state_dict_by_block(), set(self.pruned_names()))
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(partial)
             for name, data in self._companions.items():
@@ -468,7 +477,7 @@ class LanguageModel:
             last = batch
 
     def run_block(
-        self, index: int, batch: MicroBatch, *, part: Part = "block", weights: dict[str, Tensor] | None = None
+        self, index: int, batch: MicroBatch, *, unit: Unit = "block", weights: dict[str, Tensor] | None = None
     ) -> MicroBatch:
         """One block-forward: a batch at the door of a block to the same batch behind it, a new object.
 
@@ -476,14 +485,14 @@ class LanguageModel:
         block's own parameters of these names, without a copy. What comes out depends on what is given alone: containers
         among the arguments have the batch's own content while the block runs.
         """
-        assert weights is None or self._shelf is None, "weights of an offloaded block come and go"
+        assert weights is None or self._store is None, "weights of an offloaded block come and go"
         args, kwargs = batch.calls[index]
         block, hidden = self.blocks[index], batch.hidden
-        shared = self._carriers(batch.calls)
-        for container, content in zip(shared, batch.carried, strict=True):
+        shared = self._state_containers(batch.calls)
+        for container, content in zip(shared, batch.state, strict=True):
             refill(container, content)
         silent = (
-            {} if part == "block" else self._silence(index, "mlp" if part == "attention" else "attention", hidden.shape[-1])
+            {} if unit == "block" else self._silence(index, "mlp" if unit == "attention" else "attention", hidden.shape[-1])
         )
         with replaced(silent):
             out = functional_call(block, weights, (hidden, *args), kwargs) if weights else block(hidden, *args, **kwargs)
@@ -506,9 +515,9 @@ class LanguageModel:
             )
         return {"attention": attention, "mlp": mlp}
 
-    def _silence(self, index: int, part: str, width: int) -> dict[nn.Module, Callable[..., Any]]:
+    def _silence(self, index: int, sublayer: str, width: int) -> dict[nn.Module, Callable[..., Any]]:
         """Forwards for the modules of a sublayer that cost nothing and add nothing to the residual stream."""
-        *inner, last = self.sublayers(index)[part].values()
+        *inner, last = self.sublayers(index)[sublayer].values()
 
         def nothing(*args: Any, **kwargs: Any) -> Any:
             x = args[0] if args else kwargs["hidden_states"]
@@ -542,7 +551,7 @@ class LanguageModel:
     def nll(self, tokens: np.ndarray | Tensor) -> Floats:
         """Mean negative log-likelihood in nats of each sequence, tokens (n_seq, seq_len) to float64 (n_seq,)."""
         losses: list[Tensor] = []
-        if self._shelf is not None:  # every block comes once
+        if self._store is not None:  # every block comes once
             *_, last = self.walk(tokens)
             last.run(advance=True)
             return torch.cat([self.token_nll(b).double().mean(1).cpu() for b in last.batches]).numpy()
@@ -562,11 +571,11 @@ class LanguageModel:
         of tokens it takes micro-batches that stand at the door of block `start`; a visitor who needs no more of them clears
         the list.
         """
-        shelf = self._shelf
+        store = self._store
         if isinstance(tokens, list):
             batches = tokens
         else:
-            batches = [batch if shelf is None else ParkedBatch(batch, shelf.states) for batch in self.micro_batches(tokens)]
+            batches = [batch if store is None else OffloadedBatch(batch, store.states) for batch in self.micro_batches(tokens)]
         for index in range(start, self.n_blocks):
             visit = Visit(self, index, batches)
             yield visit
@@ -580,7 +589,7 @@ class LanguageModel:
         """The blocks that leave something for later ones beside hidden states."""
         return frozenset(self._observed.writes)
 
-    def _carriers(self, calls: list[Call]) -> list[Any]:
+    def _state_containers(self, calls: list[Call]) -> list[Any]:
         """The containers among the arguments of blocks that blocks change."""
         written = self._observed.written
         return [containers(calls)[number] for number in written] if written else []
@@ -600,14 +609,14 @@ class LanguageModel:
                 entered.append(hidden)
                 calls.append(call)
                 if len(calls) == self.n_blocks:
-                    raise EnoughError
+                    raise StopForward
                 return forms[block].around(hidden)
 
             return forward
 
-        with replaced({block: record(block) for block in self.blocks}), contextlib.suppress(EnoughError):
+        with replaced({block: record(block) for block in self.blocks}), contextlib.suppress(StopForward):
             self._forward(tokens)
-        return MicroBatch(tokens, entered[0], calls, tuple(map(copy.copy, self._carriers(calls))))
+        return MicroBatch(tokens, entered[0], calls, tuple(map(copy.copy, self._state_containers(calls))))
 
     def _decoded(self, batch: MicroBatch) -> Any:
         """What the decoder, the module around the blocks, returns when the last block gives the batch's hidden states."""
@@ -619,11 +628,11 @@ class LanguageModel:
 
         def enough(module: nn.Module, args: Any, out: Any) -> None:
             decoded.append(out)
-            raise EnoughError
+            raise StopForward
 
         hook = self.decoder.register_forward_hook(enough)
         try:
-            with replaced({block: passes(block) for block in self.blocks}), contextlib.suppress(EnoughError):
+            with replaced({block: passes(block) for block in self.blocks}), contextlib.suppress(StopForward):
                 self._forward(batch.tokens)
         finally:
             hook.remove()
@@ -668,9 +677,9 @@ class LanguageModel:
         if seen.order != list(range(self.n_blocks)):
             raise self._unfit(f"{self.blocks_path} are not run once each, one after the other, but in the order {seen.order}")
         for index in range(1, self.n_blocks):
-            if not close(seen.entered[index], seen.left[index - 1]):
+            if not nearly_equal(seen.entered[index], seen.left[index - 1]):
                 raise self._unfit(f"block {index} does not get what block {index - 1} returns, so that none can be run apart")
-        if not close(seen.logits[0, :-1], seen.logits[1, :-1], ulps=2**6):
+        if not nearly_equal(seen.logits[0, :-1], seen.logits[1, :-1], ulps=2**6):
             reads_on = getattr(self.model.config, "is_decoder", True) is False
             fix = "set is_decoder to true in config.json, or choose another model" if reads_on else "choose another model"
             raise self._unfit("its predictions depend on the tokens that follow", fix=fix)
@@ -689,7 +698,7 @@ class LanguageModel:
         except Exception as error:  # of the model's own code, on what replaced blocks return
             raise self._unfit("needs more of its blocks than hidden states", error) from error
         for index, (own, call) in enumerate(zip(seen.calls, batch.calls, strict=True)):
-            if (argument := differing(own, call, self._carriers(batch.calls))) is not None:
+            if (argument := differing(own, call, self._state_containers(batch.calls))) is not None:
                 raise self._unfit(f"argument {argument} of block {index} depends on what other blocks compute")
         last = replace(batch, hidden=seen.left[-1].to(batch.hidden.device))
         try:
@@ -697,7 +706,7 @@ class LanguageModel:
                 logits = torch.cat([part for _, part in self._logits_in_chunks(last)]).cpu()
         except Exception as error:
             raise self._unfit("its head needs more than hidden states", error) from error
-        if not close(
+        if not nearly_equal(
             logits, seen.logits[:, :-1].flatten(0, 1).float(), ulps=2**18
         ):  # products of other sizes, maybe of bfloat16
             raise self._unfit("its head gives some tokens other logits than all")
@@ -710,7 +719,7 @@ class LanguageModel:
         batch, other = self._enter(self._probe), self._enter((self._probe + 5).remainder(self.vocab_size))
         for index, own in enumerate(self._observed.left):
             batch, other = self.run_block(index, batch), self.run_block(index, other)  # as a walk does
-            if not close(batch.hidden, own):
+            if not nearly_equal(batch.hidden, own):
                 raise self._unfit(f"what block {index} computes depends on more than it is given")
 
 

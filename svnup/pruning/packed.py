@@ -16,7 +16,7 @@ def save_masks(lm: LanguageModel, file: str | Path) -> None:
     """Write which weights of the linears are not zero (safetensors): packed bits by the weight's name in the state dict."""
     names = set(lm.pruned_names())
     shapes, packed = {}, {}
-    for part in lm.parts():
+    for part in lm.state_dict_by_block():
         for name in names & part.keys():
             shapes[name], packed[name] = list(part[name].shape), pack(part[name] != 0)
     save_tensors(packed, Path(file), {"svnup_masks": json.dumps(shapes)})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from svnup.pattern import parse_pattern, steps_of
-from svnup.pruning.column_block import settle
+from svnup.pruning.column_block import prune_columns
 from svnup.pruning.masks import check_groups, lowest_counts, n_zeros
 
 Factor = TypeVar("Factor")
@@ -128,9 +128,9 @@ class SparseGPT:
         if sparsity == 0 or (group and group[0] == 0):
             return weight
         _, u, dead = stats.damped(self.damp, cholesky_of_inverse)
-        return self.settled(weight, u, dead, sparsity)
+        return self.prune_with_factor(weight, u, dead, sparsity)
 
-    def settled(self, weight: Tensor, u: Tensor, dead: Tensor, sparsity: float) -> Tensor:
+    def prune_with_factor(self, weight: Tensor, u: Tensor, dead: Tensor, sparsity: float) -> Tensor:
         """The pruned matrix, given the upper Cholesky factor `u` (d_in, d_in) of H^-1 and which inputs are `dead`, (d_in,)."""
         group = steps_of(self.pattern, sparsity)
         w = weight.float().T.clone(memory_format=torch.contiguous_format).T  # a column's weights side by side in memory
@@ -143,6 +143,6 @@ class SparseGPT:
                 count = n_zeros(sparsity, rows * end) - n_zeros(sparsity, rows * start)
                 scores = (block / scale).square().reshape(1, -1)
                 mask = lowest_counts(scores, torch.tensor([count])).reshape(block.shape)
-            block[:], errors = settle(block, factor, mask, group, scale)
+            block[:], errors = prune_columns(block, factor, mask, group, scale)
             w[:, end:].addmm_(errors, u[start:end, end:], alpha=-1)
         return w.to(weight.dtype).contiguous()

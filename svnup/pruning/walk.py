@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from svnup.memory import peak_memory, synchronize
-from svnup.model.blocks import EnoughError
+from svnup.model.blocks import StopForward
 from svnup.model.language_model import LanguageModel, Linear, Visit, matrix
 from svnup.progress import stage
 from svnup.pruning.masks import n_zeros
@@ -92,7 +92,7 @@ class Inputs:
             self._calls += 1
             if self._calls == self._n_calls and not advance:
                 self._next_batch()
-                raise EnoughError
+                raise StopForward
 
         hooks = [m.register_forward_pre_hook(see) for m in names]
         hooks.append(visit.block.register_forward_hook(lambda *_: self._next_batch()))
@@ -136,10 +136,10 @@ def prune_model(lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tok
     reports: list[LinearReport] = []
     with stage("pruning", lm.n_blocks, "blocks") as advance:
         for visit in lm.walk(tokens if pruner.needs_inputs else []):
-            note = lm.settled(visit.index, key)
+            note = lm.restore_block(visit.index, key)
             if note is None:
                 of_block = _prune_block(visit, profile, pruner, clock)
-                lm.settle(visit.index, key, json.dumps([asdict(report) for report in of_block]))
+                lm.store_block(visit.index, key, json.dumps([asdict(report) for report in of_block]))
             else:  # by a process that was interrupted
                 of_block = [LinearReport(**report) for report in json.loads(note)]
             reports += of_block

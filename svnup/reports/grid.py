@@ -61,7 +61,7 @@ class Grid:
         if form == "csv":
             return csv_text(self.records)
         if form == "html":
-            return together([self], form)
+            return render_all([self], form)
         return {"markdown": self._markdown, "latex": self._latex}.get(form, lambda: self._terminal(ansi))()
 
     @property
@@ -150,7 +150,7 @@ class Grid:
         return "\n".join([*top, "\n".join(lines).strip("\n"), *self.notes]) + "\n"
 
 
-def together(grids: Sequence[Grid], form: str, ansi: bool = False) -> str:
+def render_all(grids: Sequence[Grid], form: str, ansi: bool = False) -> str:
     """Several tables below each other: in HTML as one page."""
     if form != "html":
         return "\n".join(grid.render(form, ansi) for grid in grids)

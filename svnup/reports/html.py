@@ -79,7 +79,7 @@ def report(rows: list[ResultRow]) -> str:
 
 
 @dataclass(frozen=True)
-class Run:
+class PageRun:
     """A result and its line of `tables.frame`, with names that tell apart what differs."""
 
     row: ResultRow
@@ -156,16 +156,16 @@ class Page:
         self.styles = {method: index + ("uniform" not in times) for index, method in enumerate(order)}
 
     @cached_property
-    def settings(self) -> list[list[Run]]:
+    def settings(self) -> list[list[PageRun]]:
         """Repetitions of one configuration under several seeds, together: by model, pattern and sparsity, from the best to the
         worst by the first metric that they have."""
 
-        def rank(runs: list[Run]) -> tuple[Any, ...]:
+        def rank(runs: list[PageRun]) -> tuple[Any, ...]:
             found = [(i, s.mean * (1 if _is_ppl(c) else -1)) for i, c in enumerate(self.metrics) if (s := self.stat(runs, c))]
             run = runs[0]
             return run.model, run.pattern != UNSTRUCTURED, run.pattern, run.sparsity, *(found or [(99, 0.0)])[0], run.name
 
-        return sorted(_together(self.runs, lambda run: (run.model, run.sparsity, run.common)), key=rank)
+        return sorted(_grouped(self.runs, lambda run: (run.model, run.sparsity, run.common)), key=rank)
 
     @cached_property
     def changes(self) -> dict[tuple[str, str], float]:
@@ -179,16 +179,16 @@ class Page:
                     out[run.row.config_key, column] = 100 * (value / uniform[run.line["setting"]] - 1)
         return out
 
-    def stat(self, runs: list[Run], column: str) -> Stat | None:
+    def stat(self, runs: list[PageRun], column: str) -> Stat | None:
         return Stat.of([v for run in runs if (v := run.value(column)) is not None])
 
-    def change(self, runs: list[Run], column: str) -> Stat | None:
+    def change(self, runs: list[PageRun], column: str) -> Stat | None:
         return Stat.of([c for run in runs if (c := self.changes.get((run.row.config_key, column))) is not None])
 
-    def dense(self, runs: list[Run], column: str) -> float | None:
+    def dense(self, runs: list[PageRun], column: str) -> float | None:
         return next((d for run in runs if (d := run.value(f"{column} dense")) is not None), None)
 
-    def column(self, run: Run, metric: str) -> str | None:
+    def column(self, run: PageRun, metric: str) -> str | None:
         """Where `frame` put a run's metric; None if nowhere."""
         return next((c for c in self.metrics if _metric(c) == metric and run.value(c) is not None), None)
 
@@ -199,25 +199,25 @@ class Page:
         return {column: found[column] for column in self.metrics if column in found}
 
 
-def _named(rows: dict[str, ResultRow], lines: list[dict[Any, Any]]) -> list[Run]:
+def _named(rows: dict[str, ResultRow], lines: list[dict[Any, Any]]) -> list[PageRun]:
     """Runs with names for model and method; where one name stands for several, that in which they differ is added."""
     configs = [moving_numbers(rows[line["key"]].config) for line in lines]
     weights = [{"weights": str(rows[line["key"]].fingerprints.get("weights"))[:8]} for line in lines]
     nodes = [_flat(config["model"]) | prints for config, prints in zip(configs, weights, strict=True)]
-    models = _told_apart([str(line["model"]) for line in lines], nodes)
+    models = _disambiguated([str(line["model"]) for line in lines], nodes)
     common = [_flat({k: v for k, v in c.items() if k not in ("sparsity", "evaluation")}, without=("seed",)) for c in configs]
     said = ("model.", "pruner.", "allocator.scorer.game.pruner.", "pattern")  # by other names
     rest = [{k.removeprefix("allocator.scorer."): v for k, v in node.items() if not k.startswith(said)} for node in common]
     labels = [re.sub(r", seed=\d+|(?<=\()seed=\d+(, )?", "", str(line["allocator"])).replace(" ()", "") for line in lines]
-    by_model = _told_apart([f"{model}\n{label}" for model, label in zip(models, labels, strict=True)], rest)
+    by_model = _disambiguated([f"{model}\n{label}" for model, label in zip(models, labels, strict=True)], rest)
     methods = [name.partition("\n")[2] for name in by_model]
     return [
-        Run(rows[line["key"]], line, model, method, shared)
+        PageRun(rows[line["key"]], line, model, method, shared)
         for line, model, method, shared in zip(lines, models, methods, common, strict=True)
     ]
 
 
-def _told_apart(names: list[str], nodes: list[dict[str, str]], form: str = "{} [{}]") -> list[str]:
+def _disambiguated(names: list[str], nodes: list[dict[str, str]], form: str = "{} [{}]") -> list[str]:
     """Names, each with those entries of its node in which it differs from others of the same name."""
     alike: dict[str, list[dict[str, str]]] = {}
     for name, node in zip(names, nodes, strict=True):
@@ -240,9 +240,9 @@ def _flat(node: Any, prefix: str = "", without: tuple[str, ...] = ()) -> dict[st
     return {key: value for part in inside for key, value in part.items()}
 
 
-def _together(runs: Iterable[Run], key: Callable[[Run], Any]) -> list[list[Run]]:
+def _grouped(runs: Iterable[PageRun], key: Callable[[PageRun], Any]) -> list[list[PageRun]]:
     """Runs with the same key, in the order in which keys appear."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[PageRun]] = {}
     for run in runs:
         groups.setdefault(json.dumps(key(run), sort_keys=True), []).append(run)
     return list(groups.values())
@@ -406,7 +406,7 @@ def _number(stat: Stat | None, show: Callable[[float], str], kind: str = "") -> 
     return element("td", mark, *words, class_=classes, data_v=None if stat is None else f"{stat.mean:.10g}")
 
 
-def _link(run: Run, among: list[Run]) -> Markup:
+def _link(run: PageRun, among: list[PageRun]) -> Markup:
     seed = str(run.line["seed"])
     text = seed if [str(one.line["seed"]) for one in among].count(seed) == 1 else run.row.config_key[:6]
     link = element("a", text, href=f"#{run.anchor}", aria_label=f"{text}: run {run.row.config_key}, seed {seed}")
@@ -441,7 +441,7 @@ def _sparsity(page: Page) -> Markup:
     shown = []
     for column in filter(_is_ppl, page.metrics):
         measured = [run for run in page.runs if run.value(column) is not None]
-        for runs in _together(measured, lambda run: (run.model, run.pattern)):
+        for runs in _grouped(measured, lambda run: (run.model, run.pattern)):
             about = [column] if len(page.protocols) > 1 else []
             about += [runs[0].model] + ([] if runs[0].pattern == UNSTRUCTURED else [runs[0].pattern])
             charts = _curves(page, runs, column)
@@ -453,7 +453,7 @@ def _sparsity(page: Page) -> Markup:
     return Markup(note + element("div", *shown, class_="parts"))
 
 
-def _curves(page: Page, runs: list[Run], column: str) -> Markup:
+def _curves(page: Page, runs: list[PageRun], column: str) -> Markup:
     """For each pruner, on the same axes: lines of the methods that were run at several sparsities; and where others were run at
     one only, all that were run there."""
     dense = page.dense(runs, column)
@@ -462,11 +462,11 @@ def _curves(page: Page, runs: list[Run], column: str) -> Markup:
     y = svg.logarithmic(column, [run.line[column] for run in runs] + ([dense] if dense else []))
     figures: list[Markup] = []
     used: dict[str, Series] = {}
-    for group in _together(runs, lambda run: run.pruner):
+    for group in _grouped(runs, lambda run: run.pruner):
         pruner, series = group[0].pruner, []
-        for same in _together(sorted(group, key=lambda run: run.sparsity), lambda run: run.common):
+        for same in _grouped(sorted(group, key=lambda run: run.sparsity), lambda run: run.common):
             name, points = same[0].method, []
-            for repeated in _together(same, lambda run: run.sparsity):
+            for repeated in _grouped(same, lambda run: run.sparsity):
                 stat, budget = page.stat(repeated, column), repeated[0].budget
                 assert stat is not None
                 seeds = f" ({stat.n} seeds)" if stat.n > 1 else ""
@@ -495,10 +495,10 @@ def _curves(page: Page, runs: list[Run], column: str) -> Markup:
 
 def _layers(page: Page) -> Markup:
     shown = []
-    for runs in _together((run for run in page.runs if run.row.profile), lambda run: (run.model, _n_blocks(run))):
+    for runs in _grouped((run for run in page.runs if run.row.profile), lambda run: (run.model, _n_blocks(run))):
         plain = [run for run in runs if not run.row.shapley]
-        played = _together((run for run in runs if run.row.shapley), _game)
-        names = _told_apart([runs[0].model] * len(played), [_game(those[0]) for those in played], "{} · {}")
+        played = _grouped((run for run in runs if run.row.shapley), _game)
+        names = _disambiguated([runs[0].model] * len(played), [_game(those[0]) for those in played], "{} · {}")
         for name, those in zip(names, played, strict=True):
             shown.append(element("h3", name) + _beside(page, [_shapley(those)], those + plain))
         if not played:
@@ -511,7 +511,7 @@ def _layers(page: Page) -> Markup:
     return Markup(_note(note) + "".join(shown))
 
 
-def _game(run: Run) -> dict[str, str]:
+def _game(run: PageRun) -> dict[str, str]:
     """What makes the game that a run's Shapley values are of, flattened."""
     config = moving_numbers(run.row.config)
     game = dict((config["allocator"].get("scorer") or {}).get("game") or {})
@@ -529,7 +529,7 @@ def _game(run: Run) -> dict[str, str]:
     )
 
 
-def _estimator(run: Run) -> str:
+def _estimator(run: PageRun) -> str:
     """An estimator and its options, its seed apart."""
     assert run.row.shapley is not None
     return re.sub(r", seed=\w+|(?<=\()seed=\w+(, )?", "", str(run.row.shapley.get("method")))
@@ -540,15 +540,15 @@ def _estimator_names(methods: Iterable[str]) -> dict[str, str]:
     methods = list(dict.fromkeys(methods))
     names = [re.sub(r"(?<=[a-z])(?=[A-Z])", " ", method.partition("(")[0]).lower() for method in methods]
     options = [dict(re.findall(r"(\w+)=([^,()]+)", method)) for method in methods]
-    return dict(zip(methods, _told_apart(names, options, "{} {}"), strict=True))
+    return dict(zip(methods, _disambiguated(names, options, "{} {}"), strict=True))
 
 
-def _shapley(runs: list[Run]) -> Markup:
+def _shapley(runs: list[PageRun]) -> Markup:
     """The values that estimators find in one game; repetitions with other seeds are one line."""
     names = _estimator_names(map(_estimator, runs))
     n_blocks = _n_blocks(runs[0])
     series: list[Series] = []
-    for same in sorted(_together(runs, _estimator), key=lambda same: (-len(same), _estimator(same[0]))):
+    for same in sorted(_grouped(runs, _estimator), key=lambda same: (-len(same), _estimator(same[0]))):
         found = [run.row.shapley for run in same if run.row.shapley]
         values = np.array([one["values"] for one in found])
         error = np.array([one["stderr"] or np.zeros(values.shape[1]) for one in found]).max(axis=0)
@@ -559,13 +559,13 @@ def _shapley(runs: list[Run]) -> Markup:
     title, x, y = (
         f"Shapley values of {runs[0].model}",
         svg.layers(n_blocks),
-        svg.spread_out(UNITS.get(payoff, payoff), _ends(series)),
+        svg.symlog(UNITS.get(payoff, payoff), _ends(series)),
     )
     drawn = svg.bars(title, x, y, series[0]) if len(series) == 1 else svg.lines(title, x, y, series)
     return _figure("Shapley values", drawn, _legend(series), _numbers(series, "layer", _layer_names(series, n_blocks)))
 
 
-def _n_blocks(run: Run) -> int:
+def _n_blocks(run: PageRun) -> int:
     return len(run.row.profile["sparsity"]) if run.row.profile else 0
 
 
@@ -583,9 +583,9 @@ def _layer_names(series: Sequence[Series], n_blocks: int) -> Callable[[float], s
     return (lambda at: player_names(n_blocks)[round(2 * at)]) if halved else "{:g}".format
 
 
-def _beside(page: Page, values: list[Markup], runs: list[Run]) -> Markup:
+def _beside(page: Page, values: list[Markup], runs: list[PageRun]) -> Markup:
     """Shapley values, and beside them the profiles at the sparsity where most methods can be compared; the others folded."""
-    groups = _together(sorted(runs, key=lambda run: (run.pattern, run.sparsity)), lambda run: run.budget)
+    groups = _grouped(sorted(runs, key=lambda run: (run.pattern, run.sparsity)), lambda run: run.budget)
     main = max(groups, key=lambda group: (len({run.method for run in group}), group[0].sparsity))
     others = [group for group in groups if group is not main]
     parts = [_charts(*values, _profiles(page, main))]
@@ -595,10 +595,10 @@ def _beside(page: Page, values: list[Markup], runs: list[Run]) -> Markup:
     return element("div", *parts, class_="panel")
 
 
-def _profiles(page: Page, runs: list[Run]) -> Markup:
+def _profiles(page: Page, runs: list[PageRun]) -> Markup:
     n_blocks, title = _n_blocks(runs[0]), f"Budgets at {runs[0].budget}"
     series = []
-    for same in _together(runs, lambda run: run.method):
+    for same in _grouped(runs, lambda run: run.method):
         shares = 100 * np.array([run.row.profile["sparsity"] for run in same if run.row.profile])
         points = _points(shares.mean(axis=0), shares.min(axis=0), shares.max(axis=0), n_blocks, same[0].method)
         series.append(Series(same[0].method, points, page.styles[same[0].method]))
@@ -612,8 +612,8 @@ def _profiles(page: Page, runs: list[Run]) -> Markup:
 
 def _estimators(page: Page) -> Markup:
     """Error against cost, where one game was played by the exact estimator and by others."""
-    games = _together((run for run in page.runs if run.row.shapley), _game)
-    names = _told_apart([runs[0].model for runs in games], [_game(runs[0]) for runs in games], "{} · {}")
+    games = _grouped((run for run in page.runs if run.row.shapley), _game)
+    names = _disambiguated([runs[0].model for runs in games], [_game(runs[0]) for runs in games], "{} · {}")
     shown = []
     for name, runs in zip(names, games, strict=True):
         others = [run for run in runs if not _estimator(run).startswith("Exact(")]
@@ -631,12 +631,12 @@ def _estimators(page: Page) -> Markup:
     return Markup(_note(note) + "".join(shown))
 
 
-def _errors(exact: dict[str, Any], runs: list[Run]) -> Markup:
+def _errors(exact: dict[str, Any], runs: list[PageRun]) -> Markup:
     truth = np.array(exact["values"])
     names = _estimator_names(map(_estimator, runs))
     points: dict[str, list[Point]] = {kind: [] for kind in sorted({method.partition("(")[0] for method in names})}
     body = []
-    for same in _together(runs, _estimator):
+    for same in _grouped(runs, _estimator):
         found = {str(v["method"]): v for run in same if (v := run.row.shapley)}.values()  # other pruners have the same values
         errors = [float(np.sqrt(np.mean((np.array(v["values"]) - truth) ** 2)) / (truth.std() or 1.0)) for v in found]
         cost = statistics.fmean(v["n_block_forwards"] + PASSES * len(truth) * v["n_backward_passes"] for v in found)
@@ -687,7 +687,7 @@ def _runs(page: Page) -> Markup:
     return Markup(note + form + runs)
 
 
-def _run(page: Page, run: Run) -> Markup:
+def _run(page: Page, run: PageRun) -> Markup:
     row, status = run.row, str(run.line["status"])
     first = next((f"{name} {m['value']:.2f}" for name, m in row.metrics.items() if m["value"] is not None), "")
     words = element("code", row.config_key), f" {run.name} · seed {run.line['seed']} ", element("span", first, class_="result")
@@ -719,7 +719,7 @@ def _trouble(row: ResultRow, status: str) -> str:
     return "No result: this run has not ended, or was ended from outside." if status == "running" else ""
 
 
-def _metrics(page: Page, run: Run) -> Markup:
+def _metrics(page: Page, run: PageRun) -> Markup:
     body = []
     for name, metric in run.row.metrics.items():
         column, value, dense = page.column(run, name), metric["value"], run.row.dense.get(name, {}).get("value")
@@ -733,7 +733,7 @@ def _metrics(page: Page, run: Run) -> Markup:
     return _table(f"Numbers of {run.row.config_key}", ["metric", "pruned", "dense", "vs uniform"], body) if body else Markup()
 
 
-def _run_figures(run: Run) -> list[Markup]:
+def _run_figures(run: PageRun) -> list[Markup]:
     row, n_blocks, figures = run.row, _n_blocks(run), []
     for kind, scores in (("Shapley value", row.shapley), ("score", row.scores)):
         if scores and n_blocks:
@@ -741,7 +741,7 @@ def _run_figures(run: Run) -> list[Markup]:
             error = np.array(scores.get("stderr") or np.zeros(len(values)))
             series = Series("", _points(values, values - error, values + error, n_blocks))
             title = f"{kind} per layer: " + ", ".join(f"{v:.3g}" for v in values)
-            drawn = svg.bars(title, svg.layers(n_blocks), svg.spread_out(kind, _ends([series])), series)
+            drawn = svg.bars(title, svg.layers(n_blocks), svg.symlog(kind, _ends([series])), series)
             figures.append(_figure(f"{kind}: {scores['method']}", drawn))
     if row.profile:
         shares, target = 100 * np.array(row.profile["sparsity"]), 100 * row.profile["target"]

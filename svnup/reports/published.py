@@ -141,12 +141,12 @@ class Ours:
         return next((p["seq_len"] for p in self.protocols if "seq_len" in p), self.field.seq_len)
 
     @property
-    def whole(self) -> bool:
+    def on_whole_text(self) -> bool:
         """Whether ours were measured as the field does, on all of the test text."""
         return all(p.get("complete") and p.get("role") == "test" for p in self.protocols)
 
     @cached_property
-    def otherwise(self) -> str:
+    def calibration_differences(self) -> str:
         """In what our runs were not calibrated and divided as those of published numbers are; empty where they were."""
         usual = CALIBRATION | {"dataset.seq_len": str(self.seq_len)}
         there = {key: sorted({run.settings.get(key, MISSING) for run in self.runs}) for key in usual}
@@ -158,11 +158,11 @@ class Ours:
         return () if key is None else self.field.numbers.get((key, str(self.seq_len)), ())
 
     def change(self, ours: float | None, theirs: float | None, dense: bool = False) -> float | None:
-        same = self.whole and (dense or not self.otherwise)
+        same = self.on_whole_text and (dense or not self.calibration_differences)
         return ours / theirs - 1 if same and ours is not None and theirs else None
 
     @property
-    def uniform_after_all(self) -> list[str]:
+    def came_out_uniform(self) -> list[str]:
         """The cells whose allocator gave every block the same: what they have is no number of that allocator."""
         keys = [key for key in (*self.table.by, *self.table.across) if key != METRIC]
         found = []
@@ -179,7 +179,11 @@ class Ours:
         usual = (
             f"The field calibrates on C4, {CALIBRATION['dataset.n_seq']} sequences as long as the windows, and divides no block"
         )
-        return [f"{usual}; ours have {self.otherwise}: no differences of pruned models."] if self.otherwise else []
+        return (
+            [f"{usual}; ours have {self.calibration_differences}: no differences of pruned models."]
+            if self.calibration_differences
+            else []
+        )
 
 
 def _file(path: str) -> str:
@@ -284,9 +288,9 @@ def _left_out(ours: Ours, theirs: Theirs) -> list[str]:
         notes.append(
             f"Not compared: {len(other)} published numbers at seq_len {', '.join(dict.fromkeys(other))}; ours is {seq_len}."
         )
-    notes += [] if ours.whole else [f"{PARTIAL}: no differences."]
+    notes += [] if ours.on_whole_text else [f"{PARTIAL}: no differences."]
     notes += ours.calibration if theirs else []
-    if even := ours.uniform_after_all:
+    if even := ours.came_out_uniform:
         notes.append(f"Not compared with uniform, because the budget came out uniform: {'; '.join(even)}.")
     return notes + ([f"Runs in this folder that are not of this table: {ours.n_others}."] if ours.n_others else [])
 
@@ -312,6 +316,6 @@ def headline(field: Published, ours: Ours, title: str | None = None) -> Grid:
     head: list[tuple[str, ...]] = [("model",), ("uniform",), ("SV-NUP",), ("change",), ("published change",)]
     sources = ", ".join(sorted({line["source"] for line in abstract.values()}))
     notes = [f"SparseGPT at 70 %, {field.metrics[0]}: SV-NUP against the uniform budget. Published: {sources}."]
-    notes += [] if ours.whole else [f"{PARTIAL}."]
+    notes += [] if ours.on_whole_text else [f"{PARTIAL}."]
     notes += ours.calibration if any(r["change"] is not None and r["published_change"] is not None for r in records) else []
     return Grid(head, body, title, "", notes, 0, records)

@@ -128,7 +128,7 @@ def _decade_ticks(low: float, high: float, wanted: int) -> list[float]:
     return few[:: 1 + len(few) // 8]
 
 
-def spread_out(label: str, values: Sequence[float]) -> Axis:
+def symlog(label: str, values: Sequence[float]) -> Axis:
     """Linear where that shows the values; beyond the least positive one logarithmic, where few of them dwarf the others."""
     positive = sorted(v for v in values if v > 0)
     if not positive or not positive[-1] > 8 * sorted(values)[len(values) // 2] > 0:

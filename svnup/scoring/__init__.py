@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from svnup.types import BlockScores, Ints
 
 if TYPE_CHECKING:
-    from svnup.game.layer_game import StandIns
+    from svnup.game.layer_game import Replacements
     from svnup.model.language_model import LanguageModel
     from svnup.pruning.walk import Pruner
 
@@ -21,7 +21,7 @@ class Context:
 
     tokens: Ints
     cache_dir: str | None
-    stand_ins: Callable[[Pruner], StandIns]
+    replacements: Callable[[Pruner], Replacements]
 
 
 class Scorer(Protocol):

@@ -120,8 +120,8 @@ class BlockInfluence:
             cosines: tuple[list[Tensor], list[Tensor]] = ([], [])
             ends: list[Tensor] = []
             for batch in visit.batches:
-                middle = lm.run_block(visit.index, batch, part="attention")
-                end = lm.run_block(visit.index, middle, part="mlp")
+                middle = lm.run_block(visit.index, batch, unit="attention")
+                end = lm.run_block(visit.index, middle, unit="mlp")
                 cosines[0].append(cosine(batch.hidden, middle.hidden))
                 cosines[1].append(cosine(middle.hidden, end.hidden))
                 ends = ends or [end.hidden]
@@ -156,7 +156,7 @@ class AlphaPruning:
         start = time.perf_counter()
         values = []
         for index in range(lm.n_blocks):
-            lm.bring(index)
+            lm.load_block(index)
             exponents = []
             for name, linear in lm.linears(index).items():
                 spectrum = torch.linalg.svdvals(linear.weight.detach().float()).double().square().cpu().numpy()

@@ -19,7 +19,7 @@ from svnup.types import CHOICES, Bools, Players, ShapleyValues
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from svnup.game.layer_game import LayerGame, StandIns
+    from svnup.game.layer_game import LayerGame, Replacements
     from svnup.model.language_model import LanguageModel
     from svnup.pruning.walk import Pruner
 
@@ -96,7 +96,7 @@ class ShapleyScorer:
             raise ValueError(f"shard={self.shard}: gates evaluate no list of coalitions that could be shared; use shard=null")
         self.estimator.check(self.game.n_players(n_blocks))
 
-    def part(self, n_blocks: int) -> Bools:
+    def shard_coalitions(self, n_blocks: int) -> Bools:
         """The coalitions of the shard: neighbours in lexicographic order, so that they share prefixes."""
         coalitions = self.estimator.plan(self.game.n_players(n_blocks))
         k, n = map(int, (self.shard or "0/1").split("/"))
@@ -106,7 +106,7 @@ class ShapleyScorer:
         """What the values (or the shard) cost when nothing is known yet, and how many hidden states are held for it."""
         from svnup.game.walk_plan import WalkPlan
 
-        walk = WalkPlan.of(self.part(n_blocks), absent_costs=self.game.absence == "prune")
+        walk = WalkPlan.of(self.shard_coalitions(n_blocks), absent_costs=self.game.absence == "prune")
         counts = {"evaluations": walk.n_evaluations, "block_forwards": walk.n_block_forwards, "peak_states": walk.peak_states}
         return counts | ({"backward_passes": self.estimator.nodes} if self._gated else {})  # type: ignore[attr-defined]
 
@@ -130,8 +130,8 @@ class ShapleyScorer:
         whole = n_blocks * block + head
         return plan["block_forwards"] * block / parts + plan["evaluations"] * head + forward_equivalents * whole
 
-    def play(self, lm: LanguageModel, stand_ins: Callable[[Pruner], StandIns], cache_dir: str | None) -> LayerGame:
-        """The game itself; `stand_ins` makes what stands in for absent blocks with a pruner."""
+    def build_game(self, lm: LanguageModel, replacements: Callable[[Pruner], Replacements], cache_dir: str | None) -> LayerGame:
+        """The game itself; `replacements` makes what stands in for absent blocks with a pruner."""
         from svnup.game.layer_game import LayerGame
 
         options = self.game
@@ -141,25 +141,25 @@ class ShapleyScorer:
             payoff=options.payoff,
             cap=options.cap,
             players=options.players,
-            pruned=stand_ins(options.pruner) if options.absence == "prune" else None,
+            pruned=replacements(options.pruner) if options.absence == "prune" else None,
             cache_dir=cache_dir,
         )
 
     def score(self, lm: LanguageModel, context: Context) -> ShapleyValues:
         """Estimate the values. What the cache knows is not computed again."""
-        game = self.play(lm, context.stand_ins, context.cache_dir)
+        game = self.build_game(lm, context.replacements, context.cache_dir)
         values = self.estimator.estimate(game)
         if len(game.kinds) > 1:
             logger.warning("the Shapley values mix coalition values from several kinds of device: %s", game.kinds)
-        return values.on(game.kinds)
+        return values.with_kinds(game.kinds)
 
-    def again(self, lm: LanguageModel, absent: list[dict[str, Tensor]], cache_dir: str | None) -> ShapleyValues:
+    def reestimate(self, lm: LanguageModel, absent: list[dict[str, Tensor]], cache_dir: str | None) -> ShapleyValues:
         """The values of the players as they are now, with `absent` for absent ones: same text and estimator, -NLL."""
         from svnup.game.layer_game import LayerGame
 
         tokens = self.game.data.tokens(lm.tokenizer)
         game = LayerGame(lm, tokens, players=self.game.players, pruned=absent, cache_dir=cache_dir)
-        return self.estimator.estimate(game).on(game.kinds)
+        return self.estimator.estimate(game).with_kinds(game.kinds)
 
 
 def _time(work: Callable[[], Any]) -> float:
