@@ -25,10 +25,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from svnup.game import LayerGame
 from svnup.memory import STATUS
+from svnup.model import offload
 from svnup.model.checkpoint import Checkpoint
 from svnup.model.language_model import LanguageModel, OffloadedBatch, make_config
 from svnup.model.offload import DiskBlockStore, HostBlockStore
-from svnup.model.source import Random, offload
+from svnup.model.source import Random
 from svnup.pruning import apply_masks
 from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.sparsegpt import SparseGPT
@@ -153,13 +154,13 @@ def test_at_most_one_block_is_in_memory(saved, tmp_path, monkeypatch, pruner):
     for index, block in enumerate(lm.blocks):
         for m in (block.self_attn.q_proj, block.mlp.down_proj):
             m.register_forward_hook(lambda m, args, out, index=index: seen.append((index, full_blocks(lm))))
-    bring = lm.bring
+    load_block = lm.load_block
 
     def noting(index):
-        bring(index)
+        load_block(index)
         seen.append((index, full_blocks(lm)))
 
-    monkeypatch.setattr(lm, "bring", noting)
+    monkeypatch.setattr(lm, "load_block", noting)
 
     def count():
         assert len(seen) >= lm.n_blocks

@@ -1,4 +1,4 @@
-"""SparseGPT's inner loop: settle the columns of one block, one after the other."""
+"""SparseGPT's inner loop: prune a block of columns, one after the other."""
 
 from __future__ import annotations
 
@@ -17,19 +17,26 @@ STEP = 32  # columns between two matrix products: fewer make more products, more
 def prune_columns(
     block: Tensor, factor: Tensor, mask: Tensor | None, group: tuple[int, int] | None, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Zero what goes in a block of columns and let the columns to the right make up for it: (new block, errors).
+    """Zero weights in a block of columns and let the columns to their right compensate.
 
-    `block` (rows, b) and `factor` (b, b), upper, are float32. What goes is `mask`, bool (rows, b); or, where that is None, the
-    n smallest (weight / scale)^2 of each `group` (n, m) of columns in a row, on the weights as they are when the group's turn
-    comes, the first among equals first; `scale` is (b,). `errors` (rows, b) times the rest of the factor's rows is what the
-    columns beyond the block have to lose.
+    On CUDA this is one launch of a Triton kernel if Triton can build it; otherwise `prune_columns_torch`, the reference, from
+    which the kernel differs by rounding.
 
-    On CUDA a Triton kernel does it in one launch where Triton can build one; elsewhere `prune_columns_torch` does, which is the
-    reference: the two differ by rounding.
+    Args:
+        block: weights, float32 (rows, b).
+        factor: upper Cholesky factor of the inverse Hessian at these columns, float32 (b, b).
+        mask: the weights to zero, bool (rows, b); None chooses them by `group`.
+        group: (n, m): zero the n smallest (weight / scale)^2 of every m columns in a row, by the weights at the turn of the
+            group, of equal ones the first.
+        scale: float32 (b,).
+
+    Returns:
+        The new block, and errors (rows, b): these times the remaining columns of the factor's rows is what the columns beyond
+        the block have to subtract.
 
     Source: Frantar and Alistarh 2023 (arXiv 2301.00774), the inner loop of algorithm 1.
     """
-    assert (mask is None) != (group is None), "a mask, or groups to choose one by"
+    assert (mask is None) != (group is None), "give either a mask or a group"
     if block.is_cuda and can_build_kernels():
         from svnup.pruning.column_block_triton import prune_columns_triton
 

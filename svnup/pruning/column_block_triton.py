@@ -1,4 +1,4 @@
-"""`prune_columns` as one Triton kernel: a tile of rows stays in registers while all its columns are settled."""
+"""`prune_columns` as one Triton kernel: a tile of rows stays in registers while all its columns are pruned."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _prune_columns(  # type: ignore[no-untyped-def]
 def prune_columns_triton(
     block: Tensor, factor: Tensor, mask: Tensor | None, group: tuple[int, int] | None, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`svnup.pruning.column_block.prune_columns`, in one launch."""
+    """`svnup.pruning.column_block.prune_columns` in one launch."""
     rows, width = block.shape
     block, factor = (x if x.stride(1) == 1 else x.contiguous() for x in (block, factor))
     out, errors = (torch.empty(rows, width, dtype=torch.float32, device=block.device) for _ in range(2))
