@@ -213,7 +213,7 @@ NAMED: dict[str, type[TokenSource]] = {source.name: source for source in (Docs, 
 
 
 def local_copy(path: str, datasets_dir: str | None) -> Path | None:
-    """The folder with a local copy of a data set of the Hub: its name below `datasets_dir` or the working directory, or None."""
+    """The folder with a copy of a data set of the Hub: its name below `datasets_dir` or the working directory; else None."""
     places = [Path(folder).expanduser() / path for folder in (datasets_dir, ".") if folder is not None]
     return next((place for place in places if place.is_dir()), None)
 
@@ -276,7 +276,7 @@ def _n_sampled(source: TokenSource) -> int:
 
 
 def _windows(ids: Ints, source: TokenSource) -> Ints:
-    """Cut tokens into non-overlapping windows without the remainder; those of calibration and payoff are sampled by the seed."""
+    """Cut tokens into non-overlapping windows, without the remainder; calibration and payoff sample theirs by the seed."""
     available = len(ids) // source.seq_len
     left = available - source.skip
     wanted = source.n_seq if source.n_seq is not None else left

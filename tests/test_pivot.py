@@ -335,7 +335,7 @@ def test_a_baseline_of_several_cells_is_refused():
     of = table(rows, by, ["model"], baseline={"allocator": "uniform"})
     assert of.change(("shapley", "0.2"), ("tiny",)) == pytest.approx(21 / 30 - 1)
     many = table(rows, by, ["model"], baseline={"allocator": "shapley"})
-    with pytest.raises(ValueError, match=r"2 cells would do; name allocator\.lam"):
+    with pytest.raises(ValueError, match=r"2 cells qualify; name allocator\.lam"):
         many.change(("uniform", MISSING), ("tiny",))
 
 
