@@ -142,7 +142,7 @@ def _parts(component: Any) -> Any:
 def allocator_name(node: dict[str, Any]) -> str:
     """The display name of a configuration's allocator: the name of its scorer, or its own if it has none.
 
-    It ends in 'sublayers' or 'linears' if these have budgets of their own.
+    It ends in `sublayers` or `linears` if these have budgets of their own.
     """
     scorer, own = node.get("scorer"), method_name(node)
     name = method_name(scorer) if scorer else own

@@ -23,7 +23,7 @@ SCORERS = [Owl(), Owl(2.0), Dlp(), Dlp("median"), BlockInfluence(), AlphaPruning
 
 def context(tokens):
     def replacements(pruner):
-        raise AssertionError("only games need stand-ins")
+        raise AssertionError("only games need replacements")
 
     return Context(tokens, None, replacements)
 
