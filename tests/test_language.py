@@ -103,7 +103,8 @@ def test_help_of_svnup():
 
 
 def test_unwanted_words_are_found():
-    table = f"{TABLE}\n\n| not | in | but |\n| --- | --- | --- |\n| `frob`, `to frob` | names, text | use |\n| `wide eyes` | text | - |"
+    rows = "| not | in | but |\n| --- | --- | --- |\n| `frob`, `to frob` | names, text | use |\n| `wide eyes` | text | - |"
+    table = f"{TABLE}\n\n{rows}"
     names, texts = unwanted("names", table), unwanted("text", table)
     assert (names, texts) == (["frob", "to frob"], ["frob", "to frob", "wide eyes"])
     assert [in_name(name, names) for name in ("frob_it", "TheFrob", "frobs", "_frob")] == [["frob"], ["frob"], [], ["frob"]]

@@ -424,7 +424,7 @@ def test_where_filters_and_orders(folder, capsys):
         (["--rows", "pruner,pruner"], "pruner is there twice"),
         (["--rows", "pruner"], "differ in allocator (shapley, uniform)"),
         ([*LAYOUT[:4], "--baseline", "allocator=unform"], "there are shapley, uniform; did you mean uniform?"),
-        ([*LAYOUT[:4], "--baseline", "seed=0"], "seed is no row or column"),
+        ([*LAYOUT[:4], "--baseline", "seed=0"], "seed is neither a row nor a column"),
         ([*LAYOUT[:4], "--where", "allocator"], "--where allocator: write key=value"),
         ([*LAYOUT[:4], "--where", "allocator=owl"], "--where allocator=owl: no run has it"),
         ([*LAYOUT[:4], "--where", "alloc=owl"], "--where alloc: no run has such a key"),

@@ -98,6 +98,7 @@ class OffloadedBatch(MicroBatch):
 
     @property
     def hidden(self) -> Tensor:
+        """The hidden states on the device, (b, s, d): read anew each time."""
         if self._file is None:
             return self._on_host.to(self._device)
         return torch.from_numpy(np.array(self._file)).view(self._dtype).reshape(self._shape).to(self._device)
@@ -230,7 +231,7 @@ class LanguageModel:
         """Load the model of a loader; the arguments are those of `load`."""
         if loader.device_map is not None and (offload == "disk" or is_bitmask(loader.source)):
             raise ValueError(
-                f"model.device_map={loader.device_map}: {loader.source} is read for one device; use device_map=null"
+                f"model.device_map={loader.device_map}: {loader.source} is loaded to one device; use device_map=null"
             )
         if offload == "disk":
             return cls._from_disk(loader, tokenizer, pick_device(device), blocks_path, scratch)
@@ -317,19 +318,23 @@ class LanguageModel:
 
     @property
     def n_blocks(self) -> int:
+        """Number of blocks."""
         return len(self.blocks)
 
     @property
     def device(self) -> torch.device:
+        """The device of the input embeddings, on which blocks are run."""
         out: torch.device = self.model.get_input_embeddings().weight.device
         return out
 
     @property
     def dtype(self) -> str:
+        """The dtype of the weights, such as bfloat16."""
         return str(self.model.dtype).removeprefix("torch.")
 
     @property
     def vocab_size(self) -> int:
+        """Number of logits of the head."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     @property

@@ -136,7 +136,7 @@ def read_config(
     with one_line_errors(name, "has no readable config", gguf_file):
         config = AutoConfig.from_pretrained(name, **options)
         if not isinstance(config.dtype, torch.dtype | None):
-            raise ValueError(f"dtype={config.dtype}: there is no such dtype")
+            raise ValueError(f"dtype={config.dtype}: is not a dtype")
     return config
 
 
@@ -205,8 +205,8 @@ class Loader:
             known = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
             if known is None or "dequantize" not in inspect.signature(known).parameters:
                 raise ValueError(
-                    f"{KEY}={self.source}: its weights are quantized by {method}, which transformers does not turn into plain "
-                    "ones; choose the checkpoint that it was made of"
+                    f"{KEY}={self.source}: its weights are quantized by {method}, which transformers cannot dequantize; "
+                    "choose the checkpoint that was quantized"
                 )
             quantization["dequantize"] = True
         return config

@@ -68,19 +68,31 @@ class Model(Protocol):
     dense_ppl: list[dict[str, Any]]
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name of the model in results."""
+        ...
 
     @property
-    def from_hub(self) -> bool: ...
+    def from_hub(self) -> bool:
+        """Whether the model comes from the Hub."""
+        ...
 
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers."""
+        ...
 
-    def n_blocks(self) -> int: ...
+    def n_blocks(self) -> int:
+        """Number of blocks."""
+        ...
 
-    def check_offload(self, offload: Offload) -> None: ...
+    def check_offload(self, offload: Offload) -> None:
+        """Raise ValueError if the blocks of this model cannot be offloaded to that place."""
+        ...
 
-    def check_device(self) -> None: ...
+    def check_device(self) -> None:
+        """Raise ValueError if the device does not exist."""
+        ...
 
     def fingerprint(self) -> str:
         """A text that identifies the weights, found without loading them."""
@@ -94,7 +106,9 @@ class Model(Protocol):
         """A model of one block of the same shape with random weights, to measure time."""
         ...
 
-    def load(self, offload: Offload = "none", scratch: Path | None = None) -> LanguageModel: ...
+    def load(self, offload: Offload = "none", scratch: Path | None = None) -> LanguageModel:
+        """Load the model; the arguments are those of `LanguageModel.load`."""
+        ...
 
 
 KNOWN = ("dataset", "seq_len", "ppl", "source")  # of a dense perplexity
@@ -238,7 +252,7 @@ class Pretrained:
 
             if is_bitmask(self._source):
                 raise ValueError(
-                    f"device_map={self.device_map}: a bitmask checkpoint is read for one device; use device_map=null, or "
+                    f"device_map={self.device_map}: a bitmask checkpoint is loaded to one device; use device_map=null, or "
                     "make a dense one with svnup-expand"
                 )
         if offload == "disk" and self.gguf_file is not None:

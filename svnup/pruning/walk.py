@@ -37,14 +37,15 @@ class Pruner(Protocol):
     Attributes:
         needs_inputs: whether it reads statistics of inputs.
         prunes: False only for the control that keeps all weights.
-        pattern: where zeros may be.
     """
 
     needs_inputs: ClassVar[bool]
     prunes: ClassVar[bool]
 
     @property
-    def pattern(self) -> str: ...
+    def pattern(self) -> str:
+        """Where zeros may be: unstructured, N:M or mixed:M."""
+        ...
 
     def new_stats(self, weight: Tensor) -> Any:
         """Empty statistics of the inputs of a matrix (d_out, d_in); linear layers that read the same input share them."""
@@ -96,9 +97,11 @@ class Inputs:
         return self._reads[name]
 
     def stats(self, name: str) -> Any:
+        """The statistics of a linear layer's inputs."""
         return self._stats[self._reads[name]]
 
     def first_tokens(self, name: str) -> Tensor:
+        """The first inputs of a linear layer, (at most n_first, d_in)."""
         return self._first[self._reads[name]]
 
     def collect(self, visit: Visit, advance: bool) -> None:

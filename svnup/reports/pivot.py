@@ -161,6 +161,7 @@ class Pivot:
         return dict(zip(self.by + self.across, row + column, strict=True))
 
     def metric(self, row: Label, column: Label) -> str:
+        """The metric of a cell."""
         return self.labels(row, column).get(METRIC, self.metrics[0] if self.metrics else "")
 
     def dense_of(self, row: Label, column: Label) -> Summary:
@@ -218,6 +219,7 @@ class Pivot:
 
 
 def lower_is_better(metric: str) -> bool:
+    """Whether a lower value of a metric is better, by its name."""
     return metric.rpartition("/")[2] in LOWER_IS_BETTER
 
 
@@ -263,7 +265,9 @@ def pivot(
         raise ValueError(f"--rows, --columns: {twice} is there twice; name each key once")
     for key, value in (baseline or {}).items():
         if key not in by + across:
-            raise ValueError(f"--baseline {key}={value}: {key} is no row or column; add it to --rows, or choose one of them")
+            raise ValueError(
+                f"--baseline {key}={value}: {key} is neither a row nor a column; add it to --rows, or choose one of them"
+            )
         there = set(metrics) if key == METRIC else {run.settings.get(key, MISSING) for run in runs}
         if not any(same(key, text, value) for text in there):
             raise ValueError(f"--baseline {key}={value}: no run has it; there {listed(there, value)}")
