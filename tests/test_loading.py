@@ -218,9 +218,9 @@ FORMS += [(tied_by_the_head, family, None) for family in ("llama", "gpt_neox", "
 FORMS += [(form, "llama", None) for form in (fp8, a_head_for_later_tokens, stale_buffers)]
 FORMS += [(base_model, family, r"lacks (lm_head|embed_out)\.weight, .*causal") for family in ("llama", "gpt_neox", "opt")]
 FORMS += [
-    (fp8_unsaid, "llama", r"has model\.layers\.0\.\S+_scale_inv, .* and 25 more tensors, for which .* does not have"),
+    (fp8_unsaid, "llama", r"has model\.layers\.0\.\S+_scale_inv, .* and 25 more tensors, which .* does not have"),
     (gptq, "llama", r"quantized by gptq.*choose the checkpoint that was quantized"),
-    (fewer_layers_said, "llama", r"has model\.layers\.3\..* and 6 more tensors, for which .* does not have"),
+    (fewer_layers_said, "llama", r"has model\.layers\.3\..* and 6 more tensors, which .* does not have"),
     (fewer_layers_said, "gpt_neox", r"has gpt_neox\.layers\.3\..* does not have"),
     (more_layers_said, "llama", r"lacks model\.layers\.4\..* and 6 more tensors"),
     (
