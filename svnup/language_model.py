@@ -1,4 +1,4 @@
-"""A public door: `from svnup.language_model import LanguageModel`."""
+"""Public name: `from svnup.language_model import LanguageModel`."""
 
 from svnup.model.language_model import LanguageModel
 

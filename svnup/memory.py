@@ -1,4 +1,4 @@
-"""How much memory something took at its peak, and how long it took."""
+"""Peak memory and time of a process and its stages."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ STATUS = Path("/proc/self/status")
 RESET = Path("/proc/self/clear_refs")
 
 
-def give_back() -> None:
-    """Return free pages to the system: glibc keeps those of freed tensors, and takes new ones beside them."""
+def release_free_memory() -> None:
+    """Return free memory to the system: glibc keeps the pages of freed tensors."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def synchronize() -> None:
-    """Wait until CUDA devices have done what they were asked for: a clock read earlier books it on whoever waits next."""
+    """Wait for CUDA devices, so that time is measured where it is spent."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def reset_peak() -> None:
-    """Forget earlier peaks of this process and its CUDA devices; the process's own only Linux can forget."""
+    """Reset the peak memory of CUDA devices and, on Linux, of this process."""
     for index in range(torch.cuda.device_count()):
         torch.cuda.reset_peak_memory_stats(index)
     with contextlib.suppress(OSError):
@@ -39,12 +39,12 @@ def reset_peak() -> None:
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory now; 0 where the system does not say."""
+    """Resident bytes of this process; 0 if the system does not say."""
     return _status("VmRSS") or 0
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes since `reset_peak`: allocated on all CUDA devices; on a CPU resident in the process, with its libraries."""
+    """Peak bytes since `reset_peak`: allocated on all CUDA devices, or on a CPU resident in the process with its libraries."""
     if device.type == "cuda":
         return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     if (peak := _status("VmHWM")) is not None:
@@ -53,7 +53,11 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Stages:
-    """Seconds of each stage of a job, and the peak of its memory until the stage ended: called at the end of each, by name."""
+    """Time and peak memory of each stage of a job; called with its name at the end of a stage.
+
+    Attributes:
+        done: for each stage `seconds`, and `peak_memory_bytes` since the job started.
+    """
 
     def __init__(self) -> None:
         reset_peak()
@@ -72,6 +76,6 @@ class Stages:
 
 
 def _status(name: str) -> int | None:
-    """Bytes by a line of the process's status; None where the system has none."""
+    """Bytes in a line of the process's status; None if the system has none."""
     found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text()) if STATUS.is_file() else None
     return int(found[1]) * 1024 if found else None

@@ -1,7 +1,7 @@
-"""What components are called where something is looked up by them, in keys of runs and of caches: by names that last.
+"""Names of components in keys of runs and caches, which stay the same when code moves.
 
-One of svnup has the name of its class (`component_name`); one from outside its module, its class, and the hash and the version
-of its code, so that what older code measured is never taken for its own.
+A component of svnup has the name of its class (`component_name`). One from outside svnup has its module, class, version and the
+hash of its code, so that results of older code are never taken for its own.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import typing
 from functools import cache
 from typing import Any
 
-from svnup.outside import of_ours, outside_code
+from svnup.outside import is_ours, outside_code
 
-# Top of a configuration that cannot change a number (`shapley` counts where an allocator
-# names it as its scorer, `selection` and `selection_loss` where it is tuned).
+# Top-level keys of a configuration that cannot change a number (`shapley` counts where an allocator has it as its scorer,
+# `selection` and `selection_loss` where the allocator reads selection text).
 NOT_IN_KEY = (
     *("results_dir", "cache_dir", "force", "dry_run", "save_model", "save_masks", "save_format", "offload"),
     *("tracker", "protocol_gate", "shapley", "selection", "selection_loss"),
 )
 NOT_IN_MODEL_KEY = ("device", "device_map", "trust_remote_code", "test_text", "test_tasks", "dense_ppl")
-PLACES = ("datasets_dir",)  # of any node: where its files lie, which by themselves are in the fingerprints
+PLACES = ("datasets_dir",)  # keys of any node that name folders; the files in them are in the fingerprints
 
-# Classes of svnup that have moved since results were stored: the former import path and today's. Keys of runs go by the name
-# that a class had first, so a line here is all that a move or a better name takes.
+# Classes of svnup that have moved since results were stored, by their former import path. Keys of runs have the first name of a
+# class, so that moving or renaming one takes only a line here.
 MOVED = {
     f"svnup.{former}.{name}": f"svnup.{today}.{name}"
     for former, today, classes in (
@@ -46,11 +46,11 @@ MOVED = {
     )
     for name in classes.split()
 }
-KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # of a run, which its folder and files are named by
+KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # of a run: the name of its folder
 
 
 def moving_numbers(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a resolved configuration can change a number."""
+    """The part of a resolved configuration that can change a number."""
     kept = {k: v for k, v in config.items() if k not in NOT_IN_KEY}
     kept |= {"model": {k: v for k, v in config["model"].items() if k not in NOT_IN_MODEL_KEY}}
     return typing.cast(dict[str, Any], _without_places(kept))
@@ -62,29 +62,29 @@ def _without_places(node: Any) -> Any:
     return [_without_places(v) for v in node] if isinstance(node, list) else node
 
 
-def todays(target: str) -> str:
-    """The import path today of what had this one when it was stored (MOVED)."""
+def current_path(target: str) -> str:
+    """The current import path of a class by the path that was stored (MOVED)."""
     for former, now in MOVED.items():
         if target == former or target.startswith(f"{former}."):
-            return todays(now + target[len(former) :])
+            return current_path(now + target[len(former) :])
     return target
 
 
 def component_name(target: str) -> str:
-    """The lasting name of a component by its `_target_`: its class in lower case, as it was called first (MOVED)."""
-    now = todays(target)
-    first = next((former for former in MOVED if todays(former) == now), now)
+    """The stable name of a component by its `_target_`: the first name of its class (MOVED) in lower case."""
+    now = current_path(target)
+    first = next((former for former in MOVED if current_path(former) == now), now)
     return first.rpartition(".")[2].lower()
 
 
 def method_name(node: dict[str, Any]) -> str:
-    """The name of a method by its `_target_` node, with that of the method it builds on: 'refit (wanda)'."""
+    """The name of a method by its `_target_` node, with that of its base method: 'refit (wanda)'."""
     name = component_name(str(node["_target_"]))
     return f"{name} ({method_name(node['base'])})" if "base" in node else name
 
 
 def named(node: Any) -> Any:
-    """A configuration with names in place of every `_target_`."""
+    """A configuration with component names in place of every `_target_`."""
     if isinstance(node, list):
         return [named(value) for value in node]
     if not isinstance(node, dict):
@@ -93,16 +93,17 @@ def named(node: Any) -> Any:
 
 
 def identity(component: Any) -> str:
-    """The same of an object, with all that it was made of, as JSON."""
+    """The name and the options of a component as JSON."""
     return json.dumps(component, default=_parts, sort_keys=True)
 
 
 def name_of_target(target: str) -> Any:
-    """A name for a component of svnup, a mapping for one from outside.
+    """The name of a component of svnup, or a mapping of module, class, version and hash of one from outside.
 
-    Raises ValueError where the code of one from outside is not found.
+    Raises:
+        ValueError: the code of a component from outside is not found.
     """
-    if of_ours(target):
+    if is_ours(target):
         return component_name(target)
     module, _, name = target.rpartition(".")
     return {"module": module, "class": name} | code_of(target.partition(".")[0])
@@ -110,18 +111,18 @@ def name_of_target(target: str) -> Any:
 
 @cache
 def code_of(package: str) -> dict[str, Any]:
-    """Version and hash of a package from outside."""
+    """Version and hash of a package from outside svnup."""
     found = outside_code({"_target_": f"{package}.x"})[package]
     return {key: found[key] for key in ("version", "sha256")}
 
 
 def code_from_outside(node: Any, key: str = "") -> dict[str, str]:
-    """Target, version and hash of every component from outside in a configuration, by where it stands: `pruner code`."""
+    """Target, version and hash of every component from outside svnup, by its place in a configuration: `pruner code`."""
     found: dict[str, str] = {}
     for name, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
         found |= code_from_outside(value, f"{key}.{name}".lstrip("."))
     target = node.get("_target_") if isinstance(node, dict) else None
-    if isinstance(target, str) and not of_ours(target):
+    if isinstance(target, str) and not is_ours(target):
         code = code_of(target.partition(".")[0])
         found[f"{key} code"] = " ".join(filter(None, (target, code["version"], code["sha256"])))
     return found
@@ -139,8 +140,10 @@ def _parts(component: Any) -> Any:
 
 
 def allocator_name(node: dict[str, Any]) -> str:
-    """What people call the allocator of a configuration: by its scores where it has some, else by itself; with budgets of
-    attention and MLP apart '...sublayers', of linear layers '...linears'."""
+    """The display name of a configuration's allocator: the name of its scorer, or its own if it has none.
+
+    It ends in `sublayers` or `linears` if these have budgets of their own.
+    """
     scorer, own = node.get("scorer"), method_name(node)
     name = method_name(scorer) if scorer else own
     if scorer and "game" in scorer:

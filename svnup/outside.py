@@ -1,4 +1,4 @@
-"""Code that is not in a configuration but moves its numbers: which files they are, their hash, version and state in git."""
+"""Code from outside svnup that a configuration names: its files, their hash, version and git state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMPORTED = re.compile(r"^[ \t]*(?:from[ \t]+(\w[\w.]*)|import[ \t]+(\w[\w., \t]*
 
 
 def targets(node: Any) -> Iterator[str]:
-    """Every `_target_` of a configuration, wherever it stands."""
+    """Every `_target_` of a configuration, at any depth."""
     if isinstance(node, dict):
         if "_target_" in node:
             yield str(node["_target_"])
@@ -30,17 +30,18 @@ def targets(node: Any) -> Iterator[str]:
             yield from targets(value)
 
 
-def of_ours(target: str) -> bool:
-    """Whether a target lies in this package."""
+def is_ours(target: str) -> bool:
+    """Whether a target is a component of svnup."""
     return target.partition(".")[0] == OURS
 
 
 def outside_code(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The user's own code that a configuration names, by top-level package: its targets, version, hash, folder and git state.
+    """The code from outside svnup that a configuration names: targets, version, hash, folder and git state by package.
 
-    Raises ValueError where a target's package is not found.
+    Raises:
+        ValueError: the package of a target is not found.
     """
-    found = sorted({target for target in targets(config) if not of_ours(target)})
+    found = sorted({target for target in targets(config) if not is_ours(target)})
     told = {}
     for package in dict.fromkeys(target.partition(".")[0] for target in found):
         places = _places_with_imports(package)
@@ -56,10 +57,12 @@ def outside_code(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @cache
 def code_hash(target: str) -> str:
-    """sha256 of the code behind a target: names and contents of all its files, in hex.
+    """SHA-256 of a target's package, over names and contents of all its files, in hex.
 
-    It is that of the first time that this process asked, since what is imported stays as it was then.
-    Raises ValueError where the target's package is not found.
+    It is computed once per process, since imported code stays as it was then.
+
+    Raises:
+        ValueError: the package is not found.
     """
     package, _, rest = target.partition(".")
     if rest:
@@ -71,18 +74,22 @@ def code_hash(target: str) -> str:
 
 
 def code_files(package: str) -> dict[str, Path]:
-    """The files of a top-level package, which are all its .py files, or of a module, by their names below where it lies.
+    """The .py files of a top-level package or module by relative path.
 
-    Code that is not installed brings what it imports of the same folder, as a script brings the helper beside it.
-    Raises ValueError where it is not found.
+    For code that is not installed, the modules that it imports from its own folder are included, such as helpers of a script.
+
+    Raises:
+        ValueError: the package is not found.
     """
     return {name: file for place in reversed(_places_with_imports(package)) for name, file in _files(place).items()}
 
 
 def git_state(folder: Path, places: list[Path]) -> dict[str, Any]:
-    """Commit of the checkout that has these files and folders, and what of them is not committed; None where git knows none.
+    """The git state of files and folders: commit, whether they are dirty, and what is not committed.
 
-    `diff_sha256` is that of their whole difference to the commit, `untracked` names files that are in no commit.
+    Returns:
+        `git`, the commit; `dirty`; `diff_sha256`, of the difference to the commit; `untracked`, names of files in no commit.
+        All are None if git tracks none of them.
     """
     names = [str(place) for place in places]
     known = git(folder, "ls-files", "--cached", "--others", "--exclude-standard", "--", *names)
@@ -100,7 +107,7 @@ def git_state(folder: Path, places: list[Path]) -> dict[str, Any]:
 
 
 def git(folder: Path, *args: str) -> str | None:
-    """What git says in a folder; None where it fails or is not there."""
+    """The output of a git command in a folder; None if it fails or git is not installed."""
     try:
         done = subprocess.run(
             ["git", *args], cwd=folder, capture_output=True, text=True, errors="replace", timeout=10, check=False
@@ -111,7 +118,7 @@ def git(folder: Path, *args: str) -> str | None:
 
 
 def _places(package: str) -> list[Path]:
-    """Where a top-level package or module lies, not imported for it: its folders (several of a namespace), or its file."""
+    """The folders of a top-level package (several for a namespace) or the file of a module, found without importing it."""
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):  # `__main__` has none
@@ -120,12 +127,12 @@ def _places(package: str) -> list[Path]:
         return [Path(place).absolute() for place in spec.submodule_search_locations]
     origin = spec.origin if spec is not None and spec.has_location else getattr(sys.modules.get(package), "__file__", None)
     if origin is None:
-        raise ValueError(f"_target_={package}: its code lies in no file; put it in a module of its own on PYTHONPATH")
+        raise ValueError(f"_target_={package}: its code is not in a file; put it in a module on PYTHONPATH")
     return [Path(origin).absolute()]
 
 
 def _places_with_imports(package: str) -> list[Path]:
-    """Also where the packages and modules lie that it imports from its own folder, if it is not installed."""
+    """As `_places`, with the packages and modules that it imports from its own folder if it is not installed."""
     places = _places(package)
     root = places[0].parent
     if package in {OURS, *sys.stdlib_module_names} or {"site-packages", "dist-packages"} & set(root.parts):
@@ -146,7 +153,7 @@ def _beside(package: str) -> list[Path]:
 
 
 def _files(place: Path) -> dict[str, Path]:
-    """All .py files of a folder, or the one file that it is, by their names below where it lies."""
+    """All .py files of a folder, or the file itself, by their path relative to its parent."""
     files = [place] if place.is_file() else [f for f in sorted(place.rglob("*.py")) if not _is_hidden(f.relative_to(place))]
     return {file.relative_to(place.parent).as_posix(): file for file in files}
 
@@ -156,7 +163,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _imports(files: Iterable[Path]) -> set[str]:
-    """Top-level names that files import, but relative ones."""
+    """Top-level names that files import, without relative imports."""
     found: set[str] = set()
     for file in files:
         for one, several in IMPORTED.findall(file.read_text(encoding="utf-8", errors="replace")):
@@ -165,6 +172,6 @@ def _imports(files: Iterable[Path]) -> set[str]:
 
 
 def _version(package: str) -> str | None:
-    """Of the distribution that brought a package, or as the package says; None where neither does."""
+    """The version of a package's distribution, or its `__version__`; None if it has neither."""
     names = importlib.metadata.packages_distributions().get(package)
     return importlib.metadata.version(names[0]) if names else getattr(sys.modules.get(package), "__version__", None)

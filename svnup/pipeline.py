@@ -15,7 +15,7 @@ from svnup import NUMBERS_VERSION
 from svnup.allocation.held_out_loss import HeldOutLoss
 from svnup.allocation.maps import Uniform
 from svnup.evaluation.gate import check_dense
-from svnup.game.layer_game import StandIns
+from svnup.game.layer_game import Replacements
 from svnup.memory import Stages, peak_memory
 from svnup.naming import identity
 from svnup.pruning import save_masks
@@ -49,7 +49,7 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     ended("dense", lm.device)
     logger.info("dense: %s", ", ".join(f"{k} {m.value:.4g}" for k, m in dense.items()) or "not evaluated")
 
-    scores = job.scorer.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm))) if job.scorer is not None else None
+    scores = job.scorer.score(lm, Context(tokens, job.cache_dir, replacements(job, lm))) if job.scorer is not None else None
     if scores is not None:
         ended("scores", lm.device)
         cost = scores.cost
@@ -63,9 +63,9 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
         )
 
     params = lm.budget_params(job.granularity)
-    per_part = scores.per_part(len(params)) if scores is not None else None
+    per_unit = scores.per_unit(len(params)) if scores is not None else None
     loss = held_out_loss(job, lm, tokens)
-    profile = job.allocator.allocate(per_part, params, job.sparsity, job.pattern, loss)
+    profile = job.allocator.allocate(per_unit, params, job.sparsity, job.pattern, loss)
     profile = job.split.divide(lm, profile, job.pruner, tokens)
     ended("allocation", lm.device)
     report = prune_model(lm, profile, job.pruner, tokens)
@@ -115,7 +115,7 @@ def held_out_loss(job: Job, lm: LanguageModel, tokens: Ints) -> HeldOutLoss:
         assert job.shapley is not None
         absent = pruned_weights(lm, sparser, job.pruner, tokens)
         with temporarily_pruned(lm, denser, job.pruner, tokens):
-            return job.shapley.again(lm, absent, job.cache_dir)
+            return job.shapley.reestimate(lm, absent, job.cache_dir)
 
     def payoff() -> Ints:
         return job.sources()["allocator.data"].tokens(lm.tokenizer)
@@ -130,21 +130,21 @@ def run_shard(job: Job) -> int:
     """Evaluate one shard of the job's coalitions into the cache, for a job without a shard to use; returns how many are new."""
     assert job.shapley is not None
     lm = job.load()
-    game = job.shapley.play(lm, stand_ins(job, lm), job.cache_dir)
-    game(job.shapley.part(lm.n_blocks))
+    game = job.shapley.build_game(lm, replacements(job, lm), job.cache_dir)
+    game(job.shapley.shard_coalitions(lm.n_blocks))
     return game.n_evaluations
 
 
-def stand_ins(job: Job, lm: LanguageModel) -> Callable[[Pruner], StandIns]:
+def replacements(job: Job, lm: LanguageModel) -> Callable[[Pruner], Replacements]:
     """How the game gets what stands in for absent blocks: a uniform pass at the job's sparsity over its calibration text.
 
     They are named by what makes them and not by their bits, which differ between machines: so these can share a game.
     """
 
-    def make(pruner: Pruner) -> StandIns:
+    def make(pruner: Pruner) -> Replacements:
         tokens = job.tokens()
         uniform = Uniform().allocate(None, lm.block_params, job.sparsity, job.pattern)
         name = f"{identity(pruner)} {job.sparsity!r} {job.pattern} {hashlib.sha256(tokens.tobytes()).hexdigest()}"
-        return StandIns(pruned_weights(lm, uniform, pruner, tokens), name)
+        return Replacements(pruned_weights(lm, uniform, pruner, tokens), name)
 
     return make

@@ -84,9 +84,9 @@ def plan(job: Job) -> dict[str, int]:
             again = job.shapley.estimator.plan(job.shapley.game.n_players(lm.n_blocks))
             out["evaluations of later rounds"] = (rounds - 1) * len(again)
             out["block forwards of later rounds"] = (rounds - 1) * block_forwards(again, absent_costs=True)
-        stand_ins = int(lm.block_params.sum()) * size * (2 if rounds > 1 else job.game_prunes)
-        out |= {"bytes of pruned stand-ins": stand_ins} if stand_ins else {}
-        stages["shapley"] = out["bytes of shapley states"] + stand_ins + stages["evaluation"]
+        replacements = int(lm.block_params.sum()) * size * (2 if rounds > 1 else job.game_prunes)
+        out |= {"bytes of pruned stand-ins": replacements} if replacements else {}
+        stages["shapley"] = out["bytes of shapley states"] + replacements + stages["evaluation"]
     if job.scorer is not None and job.scorer.needs_inputs:  # which may hold a score of every weight of a block
         stages["scores"] = states * states_here + activations + 2 * int(lm.block_params.max()) * FLOAT
     if job.split.trial:  # the dense weights wait beside the pruned ones

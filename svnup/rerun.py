@@ -1,4 +1,4 @@
-"""Repeat a run from its result alone, and say number by number whether it came out equal."""
+"""Repeat a run from its result and compare the two number by number."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from svnup.results.store import load
 Verdict = Literal["equal", "within 1 %", "different", "other protocol"]
 VERDICTS: tuple[Verdict, ...] = typing.get_args(Verdict)
 TOLERANCE = 0.01
-# Of the provenance: what two results of one origin share, and what has to be told to say so of code, packages and machine.
+# Fields of the provenance that are equal if two results have the same origin; NEEDED are those without which it is not known.
 ENDS = (
     *("code_sha256", "outside", "git", "dirty", "diff_sha256", "untracked"),
     *("numbers", "versions", "hardware", "environment", "texts"),
@@ -32,19 +32,28 @@ NEEDED = {"code": "code_sha256", "packages": "versions", "machine": "hardware"}
 
 @dataclass(frozen=True)
 class Repeated:
-    """The `first` result and its repetition `again`, which lies in `folder`."""
+    """A result and its repetition.
+
+    Args:
+        first: the result.
+        second: its repetition.
+        folder: of the repetition.
+    """
 
     first: ResultRow
-    again: ResultRow
+    second: ResultRow
     folder: Path
 
     def verdicts(self) -> dict[str, tuple[Any, Any, Verdict]]:
-        """By name the number of the first run, that of the second, and how they compare: equal in every bit, within 1 % (lists:
-        of their largest), or different, as a number is that only one has; or they were measured under other protocols."""
-        first, again = _numbers(self.first), _numbers(self.again)
+        """For each number by name: that of the first run, that of the second, and how they compare.
+
+        They are equal bit for bit, within 1 % (of the largest in a list), different (also if only one exists), or measured
+        under other protocols.
+        """
+        first, second = _numbers(self.first), _numbers(self.second)
         return {
-            name: (first.get(name), again.get(name), _compare(first.get(name), again.get(name)))
-            for name in dict.fromkeys([*first, *again])
+            name: (first.get(name), second.get(name), _compare(first.get(name), second.get(name)))
+            for name in dict.fromkeys([*first, *second])
         }
 
     @property
@@ -53,14 +62,14 @@ class Repeated:
         return all(verdict in ("equal", "within 1 %") for *_, verdict in self.verdicts().values())
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
-        """What differs in where the two came from, by key; keys that a result of an earlier version lacks are not compared."""
-        first, again = _origin(self.first, self.first.provenance), _origin(self.again, self.first.provenance)
-        both = [k for k in first if k in again or k.startswith(("versions", "environment", "inputs", "outside"))]
-        both += [k for k in again if k not in first and k.startswith(("environment", "outside"))]
-        return {k: (first.get(k), again.get(k)) for k in both if first.get(k) != again.get(k)}
+        """Differences in the origin of the two results by key; keys that a result of an earlier version lacks are left out."""
+        first, second = _origin(self.first, self.first.provenance), _origin(self.second, self.first.provenance)
+        both = [k for k in first if k in second or k.startswith(("versions", "environment", "inputs", "outside"))]
+        both += [k for k in second if k not in first and k.startswith(("environment", "outside"))]
+        return {k: (first.get(k), second.get(k)) for k in both if first.get(k) != second.get(k)}
 
     def report(self) -> str:
-        """Both, as text."""
+        """Verdicts and differences as text."""
         lines = [f"rerun of {self.first.config_key}: {self.folder}"]
         verdicts = self.verdicts()
         width = max(map(len, verdicts), default=0)
@@ -68,50 +77,57 @@ class Repeated:
         differences = self.differences()
         unknown = [what for what, key in NEEDED.items() if key not in self.first.provenance]
         if not (differences or unknown):
-            lines += ["they came from the same code, packages and machine"]
+            lines += ["both have the same code, packages and machine"]
         if differences:
-            lines += ["where they came from differs in"]
+            lines += ["their origins differ in"]
             lines += [f"  {key}: {_shown(a)} -> {_shown(b)}" for key, (a, b) in differences.items()]
         if unknown:
-            lines += [f"whether they came from the same {' and '.join(unknown)} is not known: the first result does not tell"]
+            lines += [f"whether both have the same {' and '.join(unknown)} is not known: the first result does not say"]
         counts = {v: sum(one == v for *_, one in verdicts.values()) for v in VERDICTS}
         return "\n".join([*lines, ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)]) + "\n"
 
 
 def rerun(row: ResultRow, into: str | Path, trust: bool = False) -> Repeated:
-    """Run the configuration of a result again, with empty caches, in a new folder below `into`, and compare.
+    """Run the configuration of a result again, with empty caches, and compare.
 
-    It runs in a process of its own: with the variables of the environment that can move a number as they were, and, where
-    that folder still exists, in the working directory of the first, so that relative paths lead where they led. Code from
-    outside svnup that the configuration names runs only with `trust`, since anybody can write a result.
-    Raises ValueError where it cannot run as it is, RuntimeError where it fails.
+    It runs in a process of its own, with the environment variables that can move a number as they were, and in the working
+    directory of the first run if it still exists, so that relative paths are the same.
+
+    Args:
+        row: the result.
+        into: the repetition has a new folder below this one.
+        trust: run code from outside svnup that the configuration names; results may come from an untrusted source.
+
+    Raises:
+        ValueError: the run cannot be repeated as it was.
+        RuntimeError: the repetition fails.
     """
     if not trust:
         refuse_outside(row.config)
     if row.status != "finished":
-        raise ValueError(f"{row.config_key}: this run is {row.status}, so there are no numbers to compare; run it first")
+        raise ValueError(f"{row.config_key}: this run is {row.status}, so it has no numbers to compare; finish it first")
     Path(into).mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix=f"{row.config_key}-", dir=into)).resolve()
     original = place / "original.json"
     original.write_text(row.to_json(), encoding="utf-8")
     env = dict(os.environ)
-    if (was := row.provenance.get("environment")) is not None:  # results of earlier versions do not tell
+    if (was := row.provenance.get("environment")) is not None:  # earlier versions did not record it
         env = {k: v for k, v in env.items() if k not in MOVES_NUMBERS} | {k: was[k] for k in MOVES_NUMBERS if k in was}
     path = [str(Path(__file__).parent.parent), *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     env["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path))  # the result chooses the working directory, not modules
     with tempfile.TemporaryDirectory(prefix="cache-", dir=place) as cache_dir:
         command = [sys.executable, "-P", "-m", "svnup.cli.repeat", str(original), str(place), cache_dir, str(trust)]
         code = subprocess.run(command, env=env, check=False).returncode
-    again = load(place)
+    second = load(place)
     if code == 2:
-        raise ValueError(f"{row.config_key}: it cannot be repeated as it was; the reason stands above")
-    if code or [one.status for one in again] != ["finished"]:
-        raise RuntimeError(f"{row.config_key}: its repetition failed; what it left is in {place}")
-    return Repeated(row, again[0], place)
+        raise ValueError(f"{row.config_key}: it cannot be repeated as it was, for the reason above; mend that, then repeat it")
+    if code or [one.status for one in second] != ["finished"]:
+        raise RuntimeError(f"{row.config_key}: its repetition failed; see {place}")
+    return Repeated(row, second[0], place)
 
 
 def _numbers(row: ResultRow) -> dict[str, Any]:
-    """Every number that a repetition should bring again, by name; with the metrics their protocols."""
+    """Every number that a repetition should reproduce by name; metrics with their protocols."""
     out: dict[str, Any] = {}
     for prefix, metrics in (("", row.metrics), ("dense ", row.dense)):
         out |= {prefix + name: (metric["value"], metric["protocol"]) for name, metric in metrics.items()}
@@ -123,7 +139,7 @@ def _numbers(row: ResultRow) -> dict[str, Any]:
 
 
 def _origin(row: ResultRow, told: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a result came from, flat, as far as another's provenance tells: of outside code its version and its hash."""
+    """The origin of a result with dotted keys, as far as the provenance `told` has it; of outside code version and hash."""
     known = {k: row.provenance.get(k) for k in ENDS if k in told}
     if "outside" in known:
         code: dict[str, dict[str, Any]] = known["outside"] or {}
@@ -131,17 +147,17 @@ def _origin(row: ResultRow, told: Mapping[str, Any]) -> dict[str, Any]:
     return flatten(known | {"inputs": row.fingerprints, "config_key": row.config_key})
 
 
-def _compare(first: Any, again: Any) -> Verdict:
-    if first == again:
+def _compare(first: Any, second: Any) -> Verdict:
+    if first == second:
         return "equal"
-    if first is None or again is None:
+    if first is None or second is None:
         return "different"
     if isinstance(first, tuple):
-        (first, was), (again, now) = first, again
+        (first, was), (second, now) = first, second
         if any(was[k] != now[k] for k in was if k in now):
             return "other protocol"
-        return _compare(first, again)
-    a, b = (v if isinstance(v, list) else [v] for v in (first, again))
+        return _compare(first, second)
+    a, b = (v if isinstance(v, list) else [v] for v in (first, second))
     if len(a) != len(b):
         return "different"
     scale = max(map(abs, a))

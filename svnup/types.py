@@ -70,12 +70,12 @@ class BlockScores:
         if self.higher_is not in ("denser", "sparser"):
             raise ValueError(f"higher_is={self.higher_is!r}: choose 'denser' or 'sparser'")
 
-    def per_part(self, n_parts: int) -> BlockScores:
+    def per_unit(self, n_units: int) -> BlockScores:
         """The same scores summed over the players of each part with one budget: of a block, where its attention and its MLP
         are players apart."""
-        if len(self.values) == n_parts:
+        if len(self.values) == n_units:
             return self
-        return BlockScores(self.values.reshape(n_parts, -1).sum(axis=1), self.method, self.higher_is, self.cost)
+        return BlockScores(self.values.reshape(n_units, -1).sum(axis=1), self.method, self.higher_is, self.cost)
 
     def to_dict(self) -> dict[str, Any]:
         """As nested JSON values: the fields of `cost` stand beside the others."""
@@ -107,7 +107,7 @@ class ShapleyValues(BlockScores):
         if not (math.isfinite(self.v_empty) and math.isfinite(self.v_full)):
             raise ValueError(f"payoffs of the empty and the full coalition must be finite: {self.v_empty}, {self.v_full}")
 
-    def on(self, kinds: list[str]) -> Self:
+    def with_kinds(self, kinds: list[str]) -> Self:
         return replace(self, kinds=tuple(kinds))
 
     @property

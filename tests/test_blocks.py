@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from svnup.game import LayerGame
-from svnup.model.blocks import Form, close, containers, differing, hidden_of, refill, with_hidden
+from svnup.model.blocks import Form, containers, differing, hidden_of, nearly_equal, refill, with_hidden
 from svnup.model.language_model import LanguageModel, make_config
 from svnup.pruning.walk import prune_model, pruned_weights
 from svnup.pruning.wanda import Wanda
@@ -148,7 +148,7 @@ def test_games_that_need_more_than_hidden_states_are_refused(llama, monkeypatch)
     with pytest.raises(ValueError, match=r"players=sublayer: block 0 is not an attention and an MLP.*altup.*use players=block"):
         LayerGame(several, TEXT, players="sublayer")
     monkeypatch.setattr(LanguageModel, "writers", frozenset({2}))
-    with pytest.raises(ValueError, match=r"players=sublayer: block 2 leaves more than hidden states.*use players=block"):
+    with pytest.raises(ValueError, match=r"players=sublayer: block 2 passes more than hidden states.*use players=block"):
         LayerGame(llama, TEXT, players="sublayer")
 
 
@@ -246,14 +246,14 @@ def test_calls_that_differ():
 
 def test_closeness_is_a_few_roundings():
     x = torch.linspace(-3, 3, 50)
-    assert close(x, x + 1e-7)
-    assert not close(x, x + 1e-4)
-    assert close(x.bfloat16(), (x * 1.004).bfloat16())
-    assert not close(x, x.double())
-    assert not close(x, x[:-1])
+    assert nearly_equal(x, x + 1e-7)
+    assert not nearly_equal(x, x + 1e-4)
+    assert nearly_equal(x.bfloat16(), (x * 1.004).bfloat16())
+    assert not nearly_equal(x, x.double())
+    assert not nearly_equal(x, x[:-1])
     broken = torch.where(x > 2, torch.nan, x)
-    assert close(broken, broken.clone())
-    assert not close(broken, x)
+    assert nearly_equal(broken, broken.clone())
+    assert not nearly_equal(broken, x)
 
 
 def test_batches_are_left_as_they_were(family):
@@ -264,4 +264,4 @@ def test_batches_are_left_as_they_were(family):
         again = family.run_block(0, batch)
     assert torch.equal(batch.hidden, before.hidden)
     assert torch.equal(first.hidden, again.hidden)
-    assert batch.carried == before.carried
+    assert batch.state == before.state

@@ -287,15 +287,15 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
 @pytest.mark.parametrize("form", ["dense", "bitmask"])
 def test_a_save_that_is_killed_leaves_no_half_model(random_model, tmp_path, monkeypatch, form):
     lm = random_model(2)
-    parts = lm.parts
+    by_block = lm.state_dict_by_block
 
     def killed():
-        yield next(parts())
+        yield next(by_block())
         raise KeyboardInterrupt
 
     if form == "dense":
         monkeypatch.setattr(lm.tokenizer, "save_pretrained", lambda folder: next(iter(())))
-    monkeypatch.setattr(lm, "parts", killed)
+    monkeypatch.setattr(lm, "state_dict_by_block", killed)
     with pytest.raises((KeyboardInterrupt, StopIteration)):
         lm.save(tmp_path / "model", form)
     assert not (tmp_path / "model").exists()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from svnup.pruning.column_block import settle_by_torch
+from svnup.pruning.column_block import prune_columns_torch
 from svnup.pruning.masks import lowest_in_columns
 from svnup.pruning.sparsegpt import SparseGPT
 
@@ -64,7 +64,7 @@ def plainly(block, factor, mask, group, scale):
 def test_torch_settles_as_the_plain_loop_does(case):
     block, *rest = a_case(*case)
     before = block.clone()
-    new, errors = settle_by_torch(block, *rest)
+    new, errors = prune_columns_torch(block, *rest)
     expected, expected_errors, gone = plainly(block, *rest)
     assert torch.equal(block, before), "a new block"
     assert (new.numpy()[gone] == 0).all()
@@ -97,14 +97,14 @@ def test_triton_settles_as_torch_does():
 
 
 def interpret():
-    from svnup.pruning.column_block_triton import settle_by_triton
+    from svnup.pruning.column_block_triton import prune_columns_triton
 
     for case in CASES:
         block, factor, *rest = a_case(*case)
         wide = torch.randn(len(block), block.shape[1] + 7)  # a block is a piece of a matrix
         wide[:, 3:-4] = block
-        new, errors = settle_by_triton(wide[:, 3:-4], factor, *rest)
-        expected, expected_errors = settle_by_torch(block, factor, *rest)
+        new, errors = prune_columns_triton(wide[:, 3:-4], factor, *rest)
+        expected, expected_errors = prune_columns_torch(block, factor, *rest)
         torch.testing.assert_close(new, expected, atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(errors, expected_errors, atol=1e-4, rtol=1e-5)
         assert torch.equal(new == 0, expected == 0)

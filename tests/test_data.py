@@ -209,7 +209,7 @@ def test_more_text_than_can_be_tokenized_is_refused_at_a_bound(name, tmp_path, m
     (tmp_path / name).write_bytes(gzip.compress(text, 1) if name.endswith("gz") else text)
     monkeypatch.setattr("svnup.data.MAX_TEXT", 3 << 20)
     source = TextFile(path=str(tmp_path / name), n_seq=2, seq_len=10)
-    said = r"^path=\S+long\.txt(\.gz)?: more than 3 MiB of text; give a part of it$"
+    said = r"^path=\S+long\.txt(\.gz)?: more than 3 MiB of text; give less of it$"
     tracemalloc.start()
     with pytest.raises(ValueError, match=said):
         source.fingerprint()

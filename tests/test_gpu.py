@@ -84,6 +84,6 @@ def test_an_offloaded_model_is_the_same(offload: str, dtype: str, tmp_path: Path
 
 def test_the_pruned_game_and_bounded_memory() -> None:
     lm = model("cuda")
-    stand_ins = pruned_weights(lm, Uniform().allocate(None, lm.block_params, 0.5), Wanda(), TOKENS)
-    free, tight = LayerGame(lm, TOKENS, pruned=stand_ins), LayerGame(lm, TOKENS, pruned=stand_ins, state_bytes=1)
+    replacements = pruned_weights(lm, Uniform().allocate(None, lm.block_params, 0.5), Wanda(), TOKENS)
+    free, tight = LayerGame(lm, TOKENS, pruned=replacements), LayerGame(lm, TOKENS, pruned=replacements, state_bytes=1)
     np.testing.assert_array_equal(Exact().estimate(free).values, Exact().estimate(tight).values)

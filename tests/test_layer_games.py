@@ -40,7 +40,7 @@ def lm() -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def stand_ins(lm: LanguageModel) -> list[dict[str, torch.Tensor]]:
+def replacements(lm: LanguageModel) -> list[dict[str, torch.Tensor]]:
     uniform = Uniform().allocate(None, lm.block_params, 0.6)
     return pruned_weights(lm, uniform, Wanda(), TOKENS)
 
@@ -54,28 +54,28 @@ def nll(lm: LanguageModel, tokens: np.ndarray = TOKENS) -> float:
     return float(losses.double().mean())
 
 
-def test_pruned_weights_leave_the_model_alone(lm: LanguageModel, stand_ins: list[dict[str, torch.Tensor]]) -> None:
+def test_pruned_weights_leave_the_model_alone(lm: LanguageModel, replacements: list[dict[str, torch.Tensor]]) -> None:
     fresh = model()
-    for index, weights in enumerate(stand_ins):
+    for index, weights in enumerate(replacements):
         for name, linear in lm.linears(index).items():
             assert torch.equal(linear.weight, fresh.linears(index)[name].weight)
             assert 0.55 < float((weights[f"{name}.weight"] == 0).double().mean()) < 0.65
 
 
-def test_absent_means_pruned(lm: LanguageModel, stand_ins: list[dict[str, torch.Tensor]]) -> None:
+def test_absent_means_pruned(lm: LanguageModel, replacements: list[dict[str, torch.Tensor]]) -> None:
     """Payoffs against a model into which the pruned weights of absent blocks are really copied; work as counted."""
-    game = LayerGame(lm, TOKENS, pruned=stand_ins)
+    game = LayerGame(lm, TOKENS, pruned=replacements)
     coalitions = all_coalitions(4)
     payoffs = game(coalitions)
     for row, payoff in zip(coalitions[[0, 5, 9, 15]], payoffs[[0, 5, 9, 15]], strict=True):
         other = model()
         for index in np.flatnonzero(~row):
             for name, linear in other.linears(int(index)).items():
-                linear.weight.data = stand_ins[index][f"{name}.weight"].clone()
+                linear.weight.data = replacements[index][f"{name}.weight"].clone()
         assert payoff == pytest.approx(-nll(other), abs=1e-5)
     assert (game.n_evaluations, game.n_block_forwards) == (16, 2**5 - 2)
     assert game.key != LayerGame(lm, TOKENS).key
-    window = LayerGame(lm, TOKENS, pruned=stand_ins)
+    window = LayerGame(lm, TOKENS, pruned=replacements)
     found = SlidingWindow(2).estimate(window)
     n, w = 4, 2
     expected = 2**w - 2 + 2 ** (w - 1) * ((n - w + 2) * (n - w + 3) // 2 - 1)
@@ -104,14 +104,14 @@ def test_sublayers(model_type: str) -> None:
     assert game(without_mlp)[0] != pytest.approx(game(everybody)[0], abs=1e-3)
 
 
-def test_sublayers_of_a_pruned_game(lm: LanguageModel, stand_ins: list[dict[str, torch.Tensor]]) -> None:
-    game = LayerGame(lm, TOKENS, players="sublayer", pruned=stand_ins)
+def test_sublayers_of_a_pruned_game(lm: LanguageModel, replacements: list[dict[str, torch.Tensor]]) -> None:
+    game = LayerGame(lm, TOKENS, players="sublayer", pruned=replacements)
     coalition = np.ones((1, 8), dtype=bool)
     coalition[0, 2] = False  # the attention of block 1 is pruned, its MLP is not
     other = model()
     for name, linear in other.linears(1).items():
         if name.startswith("self_attn"):
-            linear.weight.data = stand_ins[1][f"{name}.weight"].clone()
+            linear.weight.data = replacements[1][f"{name}.weight"].clone()
     assert game(coalition)[0] == pytest.approx(-nll(other), abs=1e-5)
 
 

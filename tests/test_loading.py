@@ -218,10 +218,10 @@ FORMS += [(tied_by_the_head, family, None) for family in ("llama", "gpt_neox", "
 FORMS += [(form, "llama", None) for form in (fp8, a_head_for_later_tokens, stale_buffers)]
 FORMS += [(base_model, family, r"lacks (lm_head|embed_out)\.weight, .*causal") for family in ("llama", "gpt_neox", "opt")]
 FORMS += [
-    (fp8_unsaid, "llama", r"has model\.layers\.0\.\S+_scale_inv, .* and 25 more tensors, for which .* has no place"),
-    (gptq, "llama", r"quantized by gptq.*choose the checkpoint that it was made of"),
-    (fewer_layers_said, "llama", r"has model\.layers\.3\..* and 6 more tensors, for which .* has no place"),
-    (fewer_layers_said, "gpt_neox", r"has gpt_neox\.layers\.3\..* has no place"),
+    (fp8_unsaid, "llama", r"has model\.layers\.0\.\S+_scale_inv, .* and 25 more tensors, which .* does not have"),
+    (gptq, "llama", r"quantized by gptq.*choose the checkpoint that was quantized"),
+    (fewer_layers_said, "llama", r"has model\.layers\.3\..* and 6 more tensors, which .* does not have"),
+    (fewer_layers_said, "gpt_neox", r"has gpt_neox\.layers\.3\..* does not have"),
     (more_layers_said, "llama", r"lacks model\.layers\.4\..* and 6 more tensors"),
     (
         other_width_said,
@@ -300,7 +300,7 @@ def test_what_is_left_out_is_told_in_one_line(way, tmp_path, caplog, monkeypatch
         load(tmp_path / "m", way)
     (record,) = caplog.records
     assert record.name == "svnup.model.loading"
-    assert "mtp.layers.0.proj.weight, v_head.bias is no part of the language model" in record.message
+    assert "mtp.layers.0.proj.weight, v_head.bias does not belong to the language model" in record.message
     assert "\n" not in record.message
     assert transformers_logging.get_verbosity() == logging.WARNING
 
@@ -376,7 +376,7 @@ def test_damage_is_one_line_that_names_what_is_wrong(case, tmp_path):
 
 
 CONFIGURED = {
-    "a list": (lambda f: (f / "config.json").write_text("[1]"), "no object of names and values"),
+    "a list": (lambda f: (f / "config.json").write_text("[1]"), "not a JSON object"),
     "a pointer": (lambda f: (f / "config.json").write_bytes(POINTS), "git lfs pull"),
     "layers in words": (lambda f: edit_json(f, num_hidden_layers="twelve"), "'num_hidden_layers'"),
     "no layers": (lambda f: edit_json(f, num_hidden_layers=0), "num_hidden_layers=0"),

@@ -209,8 +209,8 @@ def test_a_job_goes_from_the_uniform_budget_to_one_of_its_parts_and_resumes(svnu
     row = last_row()
     tuning = row["tuning"]
     assert [c["label"] for c in tuning["curve"]] == ["round 1", "round 2", "uniform", tuning["curve"][-1]["label"]]
-    n_parts = {"block": 3, "sublayer": 6, "linear": 21}[granularity]
-    assert [len(of_round["values"]) for of_round in tuning["rounds"]] == [n_parts] * 2
+    n_units = {"block": 3, "sublayer": 6, "linear": 21}[granularity]
+    assert [len(of_round["values"]) for of_round in tuning["rounds"]] == [n_units] * 2
     assert tuning["n_payoff_sequences"] == 2 * 2
     assert row["sparsity"]["actual"] == pytest.approx(0.5, abs=1e-3)
     if granularity != "block" and tuning["best"][-1]["loss"] < tuning["best"][0]["loss"]:

@@ -27,8 +27,8 @@ from svnup.game import LayerGame
 from svnup.memory import STATUS, resident
 from svnup.model import offload
 from svnup.model.checkpoint import Checkpoint
-from svnup.model.language_model import LanguageModel, ParkedBatch, make_config
-from svnup.model.offload import DiskShelf, HostShelf
+from svnup.model.language_model import LanguageModel, OffloadedBatch, make_config
+from svnup.model.offload import DiskBlockStore, HostBlockStore
 from svnup.model.source import Random
 from svnup.pruning import apply_masks
 from svnup.pruning.magnitude import Magnitude
@@ -154,13 +154,13 @@ def test_at_most_one_block_is_in_memory(saved, tmp_path, monkeypatch, pruner):
     for index, block in enumerate(lm.blocks):
         for m in (block.self_attn.q_proj, block.mlp.down_proj):
             m.register_forward_hook(lambda m, args, out, index=index: seen.append((index, full_blocks(lm))))
-    bring = lm.bring
+    load_block = lm.load_block
 
     def noting(index):
-        bring(index)
+        load_block(index)
         seen.append((index, full_blocks(lm)))
 
-    monkeypatch.setattr(lm, "bring", noting)
+    monkeypatch.setattr(lm, "load_block", noting)
 
     def count():
         assert len(seen) >= lm.n_blocks
@@ -168,7 +168,7 @@ def test_at_most_one_block_is_in_memory(saved, tmp_path, monkeypatch, pruner):
         seen.clear()
 
     for visit in lm.walk(TEXT):
-        parked += [b for b in visit.batches if type(b) is ParkedBatch]
+        parked += [b for b in visit.batches if type(b) is OffloadedBatch]
     assert parked
     count()
     lm.nll(TEXT)
@@ -182,7 +182,7 @@ def test_at_most_one_block_is_in_memory(saved, tmp_path, monkeypatch, pruner):
     prune_model(lm, profile(lm), pruner, TEXT)
     count()
     for form in ("dense", "bitmask"):
-        for _ in lm.parts():
+        for _ in lm.state_dict_by_block():
             assert len(full_blocks(lm)) <= 1
         lm.save(tmp_path / form, form)
         count()
@@ -198,7 +198,7 @@ def test_a_block_is_gone_before_the_next_is_read(saved, tmp_path, monkeypatch):
         alive.extend(weakref.ref(p) for p in module.parameters())
 
     lm = load(saved("llama"), "disk")
-    read = lm._shelf._read
+    read = lm._store._read
 
     def reading(index):
         reads.append(sum(ref() is not None for ref in alive))
@@ -206,7 +206,7 @@ def test_a_block_is_gone_before_the_next_is_read(saved, tmp_path, monkeypatch):
         return read(index)
 
     monkeypatch.setattr(offload, "fill", noting)
-    monkeypatch.setattr(lm._shelf, "_read", reading)
+    monkeypatch.setattr(lm._store, "_read", reading)
     lm.nll(TEXT)
     LayerGame(lm, TEXT)(all_coalitions(4))
     lm.fingerprint()
@@ -224,7 +224,7 @@ def test_hidden_states_wait_in_files_that_go_with_them(saved, tmp_path):
         assert len(visit.batches) > 1
         for batch in visit.batches:
             assert isinstance(batch._file, np.memmap)
-            assert "_parked" not in vars(batch)
+            assert "_on_host" not in vars(batch)
         mapped = Path("/proc/self/maps")
         if mapped.is_file():
             assert mapped.read_text().count(str(tmp_path / "scratch" / "states")) >= len(visit.batches)
@@ -234,7 +234,7 @@ def test_hidden_states_wait_in_files_that_go_with_them(saved, tmp_path):
     (tmp_path / "scratch" / "states" / "of a killed process").write_bytes(b"x")
     again = load(saved("llama"), "disk", scratch=tmp_path / "scratch")
     assert list((tmp_path / "scratch" / "states").iterdir()) == []
-    temporary = Path(load(saved("llama"), "disk")._shelf._scratch)
+    temporary = Path(load(saved("llama"), "disk")._store._scratch)
     del again
     gc.collect()
     assert not temporary.exists(), "files without a folder of their own go with the model"
@@ -248,7 +248,7 @@ def on_host(folder, dtype="float64"):
     lm = load(folder, dtype=dtype)
     for p in lm.blocks.parameters():
         p.data = p.data.float()
-    lm._put_on(HostShelf(lm.blocks, getattr(torch, dtype)))
+    lm._offload_to(HostBlockStore(lm.blocks, getattr(torch, dtype)))
     return lm
 
 
@@ -267,11 +267,11 @@ def test_blocks_come_from_the_host_and_go_home(family, saved, tmp_path):
     coalitions = all_coalitions(4)
     assert np.array_equal(LayerGame(host, TEXT)(coalitions), LayerGame(plain, TEXT)(coalitions))
     batches = next(iter(host.walk(TEXT))).batches
-    assert all(isinstance(b, ParkedBatch) and b._file is None for b in batches)
+    assert all(isinstance(b, OffloadedBatch) and b._file is None for b in batches)
     for lm in (plain, host):
         prune_model(lm, profile(lm), Wanda(), TEXT)
-    host.bring(0)
-    host.bring(1)
+    host.load_block(0)
+    host.load_block(1)
     assert {p.dtype for p in host.blocks[0].parameters()} == {torch.float32}, "at home"
     for index in range(4):
         for name, linear in host.linears(index).items():
@@ -286,7 +286,7 @@ def test_blocks_come_from_the_host_and_go_home(family, saved, tmp_path):
 
 def test_a_host_shelf_on_the_same_device_changes_nothing(saved, tmp_path):
     plain, host = load(saved("llama")), load(saved("llama"))
-    host._put_on(HostShelf(host.blocks, torch.device("cpu")))
+    host._offload_to(HostBlockStore(host.blocks, torch.device("cpu")))
     assert torch.equal(logits(host), logits(plain))
     for lm in (plain, host):
         prune_model(lm, profile(lm), SparseGPT(), TEXT)
@@ -561,14 +561,14 @@ def test_blocks_come_in_the_dtype_that_was_asked_for(dtype, saved):
 def test_a_shelf_keeps_a_block_that_is_there(saved, monkeypatch):
     lm = load(saved("llama"), "disk")
     reads = []
-    read = lm._shelf._read
-    assert isinstance(lm._shelf, DiskShelf)
-    monkeypatch.setattr(lm._shelf, "_read", lambda index: reads.append(index) or read(index))
+    read = lm._store._read
+    assert isinstance(lm._store, DiskBlockStore)
+    monkeypatch.setattr(lm._store, "_read", lambda index: reads.append(index) or read(index))
     lm.nll(TEXT)
     reads.clear()
     lm.nll(TEXT)
     assert reads == [0, 1, 2, 3]
-    lm.bring(3)
+    lm.load_block(3)
     assert reads == [0, 1, 2, 3]
 
 

@@ -79,7 +79,7 @@ def test_installed_code_is_its_package_alone_and_has_its_version():
 
 def test_what_is_not_there_or_lies_in_no_file_is_said():
     for target in ("no_such_package_of_mine.X", "builtins.dict"):
-        with pytest.raises(ValueError, match=f"_target_={target.partition('.')[0]}: its code lies in no file"):
+        with pytest.raises(ValueError, match=f"_target_={target.partition('.')[0]}: its code is not in a file"):
             outside_code({"pruner": {"_target_": target}})
 
 
@@ -111,5 +111,5 @@ def test_git_tells_what_of_the_code_is_not_committed(place):
 
 def test_a_notebook_is_no_module(monkeypatch):
     monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
-    with pytest.raises(ValueError, match="__main__: its code lies in no file"):
+    with pytest.raises(ValueError, match="__main__: its code is not in a file"):
         outside.code_files("__main__")

@@ -334,7 +334,7 @@ def test_a_baseline_of_several_cells_is_refused():
     of = table(rows, by, ["model"], baseline={"allocator": "uniform"})
     assert of.change(("shapley", "0.2"), ("tiny",)) == pytest.approx(21 / 30 - 1)
     many = table(rows, by, ["model"], baseline={"allocator": "shapley"})
-    with pytest.raises(ValueError, match=r"2 cells would do; name allocator\.lam"):
+    with pytest.raises(ValueError, match=r"2 cells qualify; name allocator\.lam"):
         many.change(("uniform", MISSING), ("tiny",))
 
 
@@ -423,7 +423,7 @@ def test_where_filters_and_orders(folder, capsys):
         (["--rows", "pruner,pruner"], "pruner is there twice"),
         (["--rows", "pruner"], "differ in allocator (shapley, uniform)"),
         ([*LAYOUT[:4], "--baseline", "allocator=unform"], "there are shapley, uniform; did you mean uniform?"),
-        ([*LAYOUT[:4], "--baseline", "seed=0"], "seed is no row or column"),
+        ([*LAYOUT[:4], "--baseline", "seed=0"], "seed is neither a row nor a column"),
         ([*LAYOUT[:4], "--where", "allocator"], "--where allocator: write key=value"),
         ([*LAYOUT[:4], "--where", "allocator=owl"], "--where allocator=owl: no run has it"),
         ([*LAYOUT[:4], "--where", "alloc=owl"], "--where alloc: no run has such a key"),

@@ -439,7 +439,7 @@ def test_axes_hold_their_values_and_keep_their_order(seed):
     for axis, shown in (
         (svg.logarithmic("x", values), values),
         (svg.linear("x", signed), signed),
-        (svg.spread_out("x", signed), signed),
+        (svg.symlog("x", signed), signed),
     ):
         at = [axis.at(v) for v in sorted(shown)]
         assert all(-1e-9 <= a <= 1 + 1e-9 for a in at)

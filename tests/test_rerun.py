@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from cli import SMALL_W2, at_home, command, forked, last_row, results, run_folder
 
+from svnup.cli.repeat import repeat
 from svnup.config import build, register, stored
 from svnup.rerun import Repeated, rerun
 from svnup.results.provenance import Asked, provenance
@@ -119,8 +120,8 @@ def test_a_result_that_does_not_tell_its_code_is_not_said_to_have_the_same():
     older = result()
     older = replace(older, provenance={k: v for k, v in older.provenance.items() if k not in ("code_sha256", "outside")})
     said = Repeated(older, result(), Path("there")).report()
-    assert "came from the same code, " not in said
-    assert "whether they came from the same code is not known" in said
+    assert "both have the same code, " not in said
+    assert "whether both have the same code is not known" in said
 
 
 def test_a_run_that_is_not_finished_has_nothing_to_compare(tmp_path):
@@ -242,7 +243,7 @@ def test_what_cannot_be_repeated_is_exit_code_2(ran, again_by_command):
     assert "Traceback" not in err
     code, _, err = again_by_command("zz")
     assert (code, err.count("\n")) == (2, 1)
-    assert "zz: no run has a key that begins so" in err
+    assert "zz: no run has a key with this prefix" in err
 
 
 def test_a_configuration_of_an_earlier_version_builds_the_same_job(svnup):

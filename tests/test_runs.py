@@ -74,10 +74,10 @@ def test_one_that_failed_and_one_that_fell_back(folder, capsys):
 
 def test_a_prefix_of_no_run_or_of_several(folder, capsys):
     assert main(["show", folder, "zzz"]) == 2
-    assert "zzz: no run has a key that begins so; there are: " in capsys.readouterr().err
+    assert "zzz: no run has a key with this prefix; there are: " in capsys.readouterr().err
     write(Path(folder), *(replace(ROWS[0], config_key=f"abcd{i}") for i in "12"))
     assert main(["show", folder, "abcd"]) == 2
-    assert "several runs begin so: abcd1, abcd2" in capsys.readouterr().err
+    assert "several runs have this prefix: abcd1, abcd2" in capsys.readouterr().err
 
 
 def test_an_export_has_every_metric_with_its_whole_configuration(folder, capsys):

@@ -22,10 +22,10 @@ SCORERS = [Owl(), Owl(2.0), Dlp(), Dlp("median"), BlockInfluence(), AlphaPruning
 
 
 def context(tokens):
-    def stand_ins(pruner):
-        raise AssertionError("only games need stand-ins")
+    def replacements(pruner):
+        raise AssertionError("only games need replacements")
 
-    return Context(tokens, None, stand_ins)
+    return Context(tokens, None, replacements)
 
 
 def seen(lm, tokens):

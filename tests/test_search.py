@@ -339,7 +339,7 @@ def test_values_of_a_pruned_model_are_those_of_the_definition(random_model, toke
     text = SimpleNamespace(n_seq=2, tokens=lambda tokenizer: tokens[:2])
     scorer = ShapleyScorer(Exact(), GameOptions(data=text, payoff="recip_ppl", players=players))
     with temporarily_pruned(lm, denser, Magnitude(), tokens):
-        found = scorer.again(lm, absent, None)
+        found = scorer.reestimate(lm, absent, None)
     payoffs = []
     for coalition in all_coalitions(3 if players == "block" else 6):
         for index in range(3):

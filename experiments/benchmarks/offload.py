@@ -40,7 +40,7 @@ def write_checkpoint(folder: Path, n_blocks: int, width: int) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def parts() -> Iterator[Tensors]:
-        for part in lm.parts():
+        for part in lm.state_dict_by_block():
             yield {
                 name: torch.randn(p.shape, generator=generator) * 0.02 if p.dim() > 1 else torch.ones(p.shape)
                 for name, p in part.items()

@@ -123,12 +123,12 @@ def one_linear(d_out: int, d_in: int, n_tokens: int, device: str, repeats: int) 
         "SparseGPT: factorisation": (2 / 3 * d_in**3, lambda: cholesky_of_inverse(h), lambda: published_factor(h)),
         "SparseGPT: selection and update": (
             update,
-            lambda: SparseGPT().settled(weight, u, dead, SPARSITY),
+            lambda: SparseGPT().prune_with_factor(weight, u, dead, SPARSITY),
             lambda: published_sparsegpt(weight, u, None),
         ),
         "SparseGPT 2:4: selection and update": (
             update,
-            lambda: SparseGPT("2:4").settled(weight, u, dead, SPARSITY),
+            lambda: SparseGPT("2:4").prune_with_factor(weight, u, dead, SPARSITY),
             lambda: published_sparsegpt(weight, u, (2, 4)),
         ),
         "Wanda: statistics": (None, lambda: Wanda().observe(Wanda().new_stats(weight), x), lambda: x.norm(dim=0)),

@@ -137,10 +137,10 @@ def compare(
 def pruned_game(lm: LanguageModel, tokens: torch.Tensor, repeats: int) -> list[str]:
     """The game in which absent means pruned: the count, and wall time over its floor."""
     uniform = Uniform().allocate(None, lm.block_params, 0.7)
-    stand_ins = pruned_weights(lm, uniform, Magnitude(), tokens)
+    replacements = pruned_weights(lm, uniform, Magnitude(), tokens)
     ratios = []
     for _ in range(repeats):
-        game = LayerGame(lm, tokens, pruned=stand_ins)
+        game = LayerGame(lm, tokens, pruned=replacements)
         seconds = timed(partial(SlidingWindow(5).estimate, game))
         block, head = unit_times(lm, tokens, 3)
         ratios.append(seconds / (game.n_block_forwards * block + game.n_evaluations * head))

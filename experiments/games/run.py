@@ -181,12 +181,12 @@ class Bench:
         where = (pruner, sparsity, seed) if absence == "prune" else None
         key = (players, payoff, where)
         if key not in self.games:
-            stand_ins = None
+            replacements = None
             if absence == "prune":
                 uniform = Uniform().allocate(None, self.lm.block_params, sparsity)
-                stand_ins = pruned_weights(self.lm, uniform, PRUNERS[pruner], self.calibration(seed))
+                replacements = pruned_weights(self.lm, uniform, PRUNERS[pruner], self.calibration(seed))
             self.games[key] = LayerGame(
-                self.lm, self.payoff_tokens, payoff=payoff, players=players, pruned=stand_ins, cache_dir=self.cache
+                self.lm, self.payoff_tokens, payoff=payoff, players=players, pruned=replacements, cache_dir=self.cache
             )
         return self.games[key]
 
@@ -199,7 +199,7 @@ class Bench:
             if (transform := TRANSFORMED.get(payoff)) is not None:
                 chance, full = -math.log(self.lm.vocab_size), float(game(np.ones((1, game.n_players), dtype=bool))[0])
                 game = OfNLL(game, lambda v: transform(v, chance, full))
-            values: list[float] = ESTIMATORS[estimator].estimate(game).per_part(self.lm.n_blocks).values.tolist()
+            values: list[float] = ESTIMATORS[estimator].estimate(game).per_unit(self.lm.n_blocks).values.tolist()
             return values
 
         return np.array(self.remembered(["values", setting, where], compute))

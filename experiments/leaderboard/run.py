@@ -38,7 +38,7 @@ from svnup import NUMBERS_VERSION, config
 from svnup.allocation.maps import Tuned, Uniform
 from svnup.config import CONF, Job
 from svnup.language_model import LanguageModel
-from svnup.pipeline import held_out_loss, stand_ins
+from svnup.pipeline import held_out_loss, replacements
 from svnup.pruning.walk import temporarily_pruned
 from svnup.results.provenance import hardware
 from svnup.scoring import Context
@@ -201,8 +201,8 @@ class Bench:
             job = self.job(cell, allocator, seed, *overrides)
             lm, tokens = self.model(job, cell[0]), job.tokens()
             params = lm.budget_params("sublayer") if job.granularity == "sublayer" else lm.block_params
-            found = job.scorer.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm))) if job.scorer is not None else None
-            scores = found.per_part(len(params)) if found is not None else None
+            found = job.scorer.score(lm, Context(tokens, job.cache_dir, replacements(job, lm))) if job.scorer is not None else None
+            scores = found.per_unit(len(params)) if found is not None else None
             if seed == sizes.seeds[0]:
                 loss = held_out_loss(job, lm, tokens)
                 profile = job.allocator.allocate(scores, params, job.sparsity, job.pattern, loss)

@@ -117,17 +117,17 @@ class HeldOutLoss:
         return losses
 
     def values(self, denser: SparsityProfile, sparser: SparsityProfile) -> Floats:
-        """Shapley values (n_parts,) where a present block or sublayer is pruned by `denser` and an absent one by `sparser`."""
+        """Shapley values (n_units,) where a present block or sublayer is pruned by `denser` and an absent one by `sparser`."""
         assert self._play is not None
         start, before = time.perf_counter(), self._lm.n_block_runs
         found = self._play(self._divide(denser), self._divide(sparser))
         self._n_calibration += self._lm.n_block_runs - before
         self._seconds += time.perf_counter() - start
         self._rounds.append(found.to_dict())
-        return found.per_part(len(denser.sparsity)).values
+        return found.per_unit(len(denser.sparsity)).values
 
     def margins(self, denser: SparsityProfile, sparser: SparsityProfile, first: int, n_seq: int, nodes: int = 1) -> Floats:
-        """Aumann-Shapley values (n_parts,) of what has a budget of its own, by weights pruned in advance: a present part is
+        """Aumann-Shapley values (n_units,) of what has a budget of its own, by weights pruned in advance: a present part is
         pruned by `denser`, an absent one by `sparser`, and the payoff is minus this loss on `n_seq` sequences of the payoff
         text, from number `first` on, round its end. Kept under `cache_dir`, as losses are."""
         assert self._payoff is not None
@@ -139,7 +139,7 @@ class HeldOutLoss:
             "sparser": _key(sparser, {}),
         }
         name = _key(denser, digest)
-        parts = self._lm.budget_parts(self._lm.granularity_of(denser.params))
+        parts = self._lm.budget_units(self._lm.granularity_of(denser.params))
         names = [f"{name} {i}" for i in range(len(parts))]
         if not all(one in self._memo.values for one in names):
             present, absent = (partial(self._in_advance.block, profile=self._divide(p)) for p in (denser, sparser))

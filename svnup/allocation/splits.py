@@ -164,7 +164,7 @@ def _output_errors(visit: Visit, absent: dict[str, Tensor], coalitions: Bools) -
 
 def _joined(lm: LanguageModel, profile: SparsityProfile) -> SparsityProfile:
     """The profile of blocks, with what each linear gets, of one of sublayers or of linear layers."""
-    parts = lm.budget_parts(lm.granularity_of(profile.params))
+    parts = lm.budget_units(lm.granularity_of(profile.params))
     blocks: list[dict[str, Share]] = [{} for _ in range(lm.n_blocks)]
     for (index, linears), sparsity in zip(parts, profile.sparsity, strict=True):
         blocks[index] |= {name: Share(float(sparsity), linear.weight.numel()) for name, linear in linears.items()}

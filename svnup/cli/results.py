@@ -9,7 +9,7 @@ from pathlib import Path
 
 from svnup.files import at_home
 from svnup.progress import say
-from svnup.reports.grid import FORMATS, csv_text, together
+from svnup.reports.grid import FORMATS, csv_text, render_all
 from svnup.results.row import ResultRow
 from svnup.results.store import load, run_folders
 
@@ -203,7 +203,7 @@ def _published(options: Options) -> int:
     parts = [] if options.headline else [published.side_by_side(table, ours, options.title, about)]
     if options.headline or (options.table == "llama_70" and options.format != "csv"):
         parts.append(published.headline(table, ours, options.title if options.headline else None))
-    _write(together(parts, options.format, _ansi(options)), options.output)
+    _write(render_all(parts, options.format, _ansi(options)), options.output)
     return 0
 
 

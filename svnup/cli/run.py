@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from svnup import config
 from svnup.execute import execute, print_plan
-from svnup.outside import of_ours, targets
+from svnup.outside import is_ours, targets
 from svnup.progress import to_nobody
 from svnup.results.provenance import Asked, python_path
 from svnup.secrets import redact, redact_code
@@ -96,7 +96,7 @@ def _command(cfg: Any, program: list[str], hydra_cfg: Any) -> str:
     words += [redact_code(o) for o in hydra_cfg.overrides.hydra if not OF_SWEEPS.match(o)]
     if hydra_cfg.mode == RunMode.MULTIRUN and not any(o.startswith("hydra.mode=") for o in hydra_cfg.overrides.hydra):
         words.append("hydra.mode=RUN")  # as an experiment has it that sweeps
-    path = python_path() if any(not of_ours(target) for target in targets(OmegaConf.to_container(cfg))) else None
+    path = python_path() if any(not is_ours(target) for target in targets(OmegaConf.to_container(cfg))) else None
     before = [f"PYTHONPATH={shlex.quote(path)}"] if path else []
     return " ".join([*before, *map(shlex.quote, [*program, *words, *hydra_cfg.overrides.task])])
 

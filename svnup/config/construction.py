@@ -14,8 +14,8 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from svnup.naming import todays
-from svnup.outside import of_ours
+from svnup.naming import current_path
+from svnup.outside import is_ours
 
 # What a place asks for, by the protocol that its component follows or the class that it inherits from. A place inside a
 # component asks by the annotation of that argument.
@@ -90,7 +90,7 @@ def refuse_outside(config: Any, key: str = "") -> None:
     if not isinstance(config, dict):
         return
     target = config.get("_target_")
-    if target is not None and not (isinstance(target, str) and PATH.fullmatch(target) and of_ours(target)):
+    if target is not None and not (isinstance(target, str) and PATH.fullmatch(target) and is_ours(target)):
         raise _untrusted(f"{key}._target_".lstrip("."), target)
     for name, value in config.items():
         where = f"{key}.{name}".lstrip(".")
@@ -112,12 +112,12 @@ def _class(target: Any, key: str, kind: Any) -> Any:
     given = f"{key}._target_={target}"
     if not isinstance(target, str) or not PATH.fullmatch(target):
         raise ValueError(f"{given}: no import path of a class; write package.module.Class")
-    module, _, name = todays(target).rpartition(".")
+    module, _, name = current_path(target).rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # importing runs other people's code
         raise ValueError(f"{given}: cannot be imported ({type(error).__name__}: {error}); check the spelling") from error
-    if not inspect.isclass(found) or (of_ours(target) and not of_ours(found.__module__)):
+    if not inspect.isclass(found) or (is_ours(target) and not is_ours(found.__module__)):
         raise ValueError(f"{given}: is no class of {module.partition('.')[0]}; name a class that follows {_path(kind)}")
     if inspect.isabstract(found) or vars(found).get("_is_protocol"):
         raise ValueError(f"{given}: only says what such a class has; name a class that follows {_path(kind)}")

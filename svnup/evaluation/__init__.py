@@ -1,4 +1,4 @@
-"""How good a model is: perplexity and zero-shot accuracy under written-down protocols, and the gate for known dense numbers."""
+"""Perplexity and zero-shot accuracy, each with its protocol, and the gate for known dense perplexities."""
 
 from svnup.evaluation.ppl import perplexity
 

@@ -1,25 +1,28 @@
-"""The gate: a dense model must have its known perplexity."""
+"""The protocol gate: a known dense model must have its known perplexity."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from svnup.types import Metric, Metrics
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 DENSE_TOLERANCE = 0.02
 
 
 def check_dense(dense: Metrics, known: list[dict[str, Any]], gate: Literal["error", "warn", "off"], model: str) -> None:
-    """Compare dense perplexities with known ones of the same data set and seq_len; off by more than 2 %, or no number at all,
-    raises ValueError.
+    """Compare dense perplexities with known ones of the same data set and sequence length.
 
-    A known row with a `model` holds only for the model of that name; `n_windows`, where it says how many its text has, tells
-    whether the tokens can be the same.
+    Args:
+        dense: the metrics of the dense model.
+        known: rows {dataset, seq_len, ppl, source}; one with a `model` holds for the model of that name only, and `n_windows`
+            helps to say what differs.
+        gate: what a deviation of more than 2 % does: `error` raises, `warn` logs it, `off` does nothing.
+        model: the name of the model.
+
+    Raises:
+        ValueError: a perplexity deviates and the gate is `error`, or the dense model has no perplexity.
     """
     for name, metric in dense.items():
         if metric.reason is not None:
@@ -41,7 +44,7 @@ def check_dense(dense: Metrics, known: list[dict[str, Any]], gate: Literal["erro
 
 
 def _what_differs(metric: Metric, row: dict[str, Any], model: str) -> str:
-    """Of what could be compared with a known dense perplexity, what is not the same, and where to look."""
+    """What differs from the protocol of a known dense perplexity, and what to check."""
     ours, known = metric.protocol.get("n_windows"), row.get("n_windows")
     if known is None or ours is None:
         return f"data set and length are the same; check the checkpoint ({model}), its tokenizer and dtype"

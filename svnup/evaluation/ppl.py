@@ -1,4 +1,4 @@
-"""Perplexity on texts."""
+"""Perplexity."""
 
 from __future__ import annotations
 
@@ -19,9 +19,16 @@ if TYPE_CHECKING:
 
 
 def perplexity(lm: LanguageModel, tokens: Ints) -> float:
-    """exp of the mean over windows of the mean next-token NLL in nats, on tokens (n_windows, seq_len).
+    """Perplexity: exp of the mean over windows of the mean NLL of the next token in nats.
 
-    Raises NoNumberError where the loss is nan or infinite. Source: the protocol of the field's scripts (arXiv 2301.00774).
+    Args:
+        lm: the model.
+        tokens: int64 (n_windows, seq_len).
+
+    Raises:
+        NoNumberError: the loss is nan or infinite.
+
+    Source: the protocol of the released scripts of SparseGPT (arXiv 2301.00774) and its successors.
     """
     return _exp_of_mean(lm.nll(tokens))
 
@@ -35,10 +42,17 @@ def _exp_of_mean(losses: Floats) -> float:
 
 @dataclass(frozen=True)
 class Perplexity(Evaluation):
-    """Perplexity on each data set, in non-overlapping windows of its text, all or the first `n_seq` after `skip` left out.
+    """Perplexity on each of some data sets, in non-overlapping windows of the text.
 
-    `datasets` has them by the name that their number gets. `seq_len`, `n_seq` and `role` are those of a data set that has none
-    of its own. Raises ValueError where there is none, or a name cannot be one.
+    Args:
+        datasets: the texts by the name of their metric.
+        seq_len: tokens of a window, of data sets that do not set it.
+        n_seq: number of windows, of data sets that do not set it; None is all.
+        skip: windows to leave out at the beginning, of data sets that do not set it.
+        role: of the text, of data sets that do not set it.
+
+    Raises:
+        ValueError: there is no data set, or a name has other characters than letters, digits, - and _.
     """
 
     datasets: dict[str, TokenSource]
@@ -57,8 +71,10 @@ class Perplexity(Evaluation):
         return {f"datasets.{name}": source for name, source in self.datasets.items()}
 
     def run(self, lm: LanguageModel) -> Metrics:
-        """Metrics `<name>/ppl` (`<name>.<role>/ppl` on other text than the test text), each with its protocol; nan with the
-        reason where there is no perplexity."""
+        """Metrics `<name>/ppl`, or `<name>.<role>/ppl` on other text than the test text, each with its protocol.
+
+        A perplexity that is not finite is nan with its reason.
+        """
         metrics = Metrics()
         for called, source in self.datasets.items():
             tokens = source.tokens(lm.tokenizer)

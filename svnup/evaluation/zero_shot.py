@@ -1,4 +1,4 @@
-"""Zero-shot accuracy by lm-eval."""
+"""Zero-shot accuracy by lm-eval (lm-evaluation-harness)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 OWN_TASKS = Path(__file__).parents[1] / "assets" / "tasks"
-# Sets of tasks, each with the metric that its tables show: accuracy, or accuracy with log-likelihoods per character.
+# Sets of tasks, each with the metric that tables show: accuracy, or accuracy with log-likelihoods normalised by length.
 TASK_SETS = {
     "cloze": {"docs_cloze": "acc"},
     # Wanda (arXiv 2306.11695) and its successors; plain accuracy throughout: github.com/locuslab/wanda/issues/31
@@ -42,26 +42,33 @@ TASK_SETS = {
 }
 
 
-# Families whose accuracies on these sets were published without a BOS token: lm-eval 0.3, of which Wanda and LLM-Pruner used
-# versions, encodes with add_special_tokens=False whatever the tokenizer does by itself (its models/huggingface.py, tok_encode).
+# Families whose accuracies on these sets were published without a BOS token: Wanda and LLM-Pruner used versions of lm-eval 0.3,
+# which encodes with add_special_tokens=False whatever the tokenizer's default is (its models/huggingface.py, tok_encode).
 PUBLISHED_SETS, WITHOUT_BOS = ("with_rte", "with_piqa"), ("llama", "opt", "mistral")
 
 
-NEEDS_BOS = "gemma"  # of whose models lm-eval 0.4.0 to 0.4.9 says that they underperform without one
+NEEDS_BOS = "gemma"  # models that underperform without a BOS token, as lm-eval 0.4.0 to 0.4.9 says
 ACCURACIES = ("acc", "acc_norm")
 FEWSHOT_SEED = 1234  # lm-eval's own
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShot(Evaluation):
-    """Accuracies, in percent, on multiple-choice tasks of lm-eval, with the model that is in memory.
+    """Accuracies in percent on multiple-choice tasks of lm-eval, with the model in memory.
 
-    `tasks` is the name of a set (TASK_SETS), a list of lm-eval's names, or a mapping of them to the metric that tables show
-    (`acc`, as for a list, or `acc_norm`). Each of at most `limit` items has `num_fewshot` examples before it; `include_path`
-    is a folder with tasks of your own in lm-eval's form, `datasets_dir` one with local copies of data sets. `add_bos_token`
-    puts a BOS token before every request (true) or no special token (false); null does as the set was published for the
-    model's family (WITHOUT_BOS), else as its tokenizer does by itself. Raises ValueError where lm-eval is missing or a task
-    is no such task.
+    Args:
+        tasks: the name of a set (TASK_SETS), a list of lm-eval's task names, or a mapping of them to the metric that tables
+            show: `acc` (as for a list) or `acc_norm`.
+        num_fewshot: examples before each item.
+        batch_size: requests at a time.
+        limit: the most items of a task; None is all.
+        include_path: a folder with tasks of your own in lm-eval's format.
+        add_bos_token: true puts a BOS token before every request, false no special token; null does what the set was published
+            with for the model's family (WITHOUT_BOS), or what the tokenizer does by default.
+        datasets_dir: a folder with local copies of data sets.
+
+    Raises:
+        ValueError: lm-eval is not installed, or has no such task.
     """
 
     tasks: str | list[str] | dict[str, str]
@@ -85,13 +92,13 @@ class ZeroShot(Evaluation):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: choose {least} or more")
         if self.include_path is not None and not Path(self.include_path).expanduser().is_dir():
-            raise ValueError(f"include_path={self.include_path}: no such folder; give one with tasks in lm-eval's form")
+            raise ValueError(f"include_path={self.include_path}: no such folder; give one with tasks in lm-eval's format")
         if find_spec("lm_eval") is None or find_spec("accelerate") is None:
             raise ValueError(f"tasks={self.tasks}: needs lm-eval; pip install '.[zero_shot]', or evaluation=ppl")
 
     @property
     def shown(self) -> dict[str, str]:
-        """The tasks, with the metric that tables show."""
+        """The metric that tables show, by task."""
         if isinstance(self.tasks, str):
             return TASK_SETS[self.tasks]
         return dict(self.tasks) if isinstance(self.tasks, dict) else dict.fromkeys(self.tasks, "acc")
@@ -118,7 +125,7 @@ class ZeroShot(Evaluation):
             self._refuse_unknown_tokens(lm, tokenizer)
 
     def _refuse_unknown_tokens(self, lm: LanguageModel, tokenizer: Any) -> None:
-        """Tokens that the model has no embeddings for may be in the vocabulary, and in no request."""
+        """Raise ValueError if a request has tokens without embeddings; the vocabulary may have such tokens."""
         special = {} if (bos := self._bos_option(lm)) is None else {"add_special_tokens": bos}
         for name, task in self._loaded.items():
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
@@ -133,10 +140,13 @@ class ZeroShot(Evaluation):
                     )
 
     def run(self, lm: LanguageModel) -> Metrics:
-        """Metrics `<task>/acc` and, where the task has it, `<task>/acc_norm`, each with its protocol, and of several tasks
-        `zero_shot/mean`, of those that tables show; nan with the reason where a log-likelihood is nan or infinite.
+        """Metrics `<task>/acc` and, if the task has it, `<task>/acc_norm`, each with its protocol.
 
-        Raises ValueError where a choice alone is longer than the model's context.
+        Several tasks have `zero_shot/mean`, the mean of the metrics that tables show. Where a log-likelihood is not finite, the
+        accuracy is nan with its reason.
+
+        Raises:
+            ValueError: the model is offloaded, or a choice alone is longer than its context.
         """
         if lm.offloaded:
             raise ValueError("offload: lm-eval needs the whole model in memory; use offload=none, or evaluation=ppl")
@@ -177,13 +187,13 @@ class ZeroShot(Evaluation):
         return measured_once(lm, of, cache_dir, lambda lm: ZeroShot.run(self, lm), check)
 
     def _bos_option(self, lm: LanguageModel) -> bool | None:
-        """Whether a BOS token begins each request of this model; None leaves it to its tokenizer."""
+        """Whether each request of this model begins with a BOS token; None leaves it to the tokenizer."""
         if self.add_bos_token is None and self.tasks in PUBLISHED_SETS:
             return False if lm.model.config.get_text_config().model_type in WITHOUT_BOS else None
         return self.add_bos_token
 
     def _protocols_of(self, lm: LanguageModel) -> dict[str, dict[str, Any]]:
-        """What determines the numbers of each task on a model, but for what only running it tells."""
+        """The protocol of each task on a model, except for what is only known after running it."""
         begins = self._bos_option(lm)
         if begins is None:  # the tokenizer decides
             begins = lm.tokenizer("a")["input_ids"] != lm.tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -191,7 +201,7 @@ class ZeroShot(Evaluation):
 
     @cached_property
     def _files(self) -> dict[str, Path]:
-        """The yaml file of each task: svnup's own, lm-eval's, or one below `include_path`, which goes before both."""
+        """The yaml file of each task: below `include_path`, which takes precedence, of svnup, or of lm-eval."""
         known = _task_files(OWN_TASKS)
         if self.include_path is not None:
             known |= _task_files(Path(self.include_path).expanduser())
@@ -210,7 +220,7 @@ class ZeroShot(Evaluation):
 
     @cached_property
     def _loaded(self) -> dict[str, Any]:
-        """lm-eval's tasks by name, with their data sets."""
+        """The loaded tasks of lm-eval by name, with their data sets."""
         with _quietly():
             return {name: self._load(name, path) for name, path in self._files.items()}
 
@@ -219,7 +229,7 @@ class ZeroShot(Evaluation):
 
         try:
             task = TaskManager(include_defaults=False).load([self._spec(path)])["tasks"][name]
-        except Exception as error:  # tasks are other people's code
+        except Exception as error:  # tasks are third-party code
             raise ValueError(
                 f"tasks={name}: cannot be loaded ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}); its "
                 "data set needs the hub, a filled datasets cache, or a local copy in a folder of that name below datasets_dir"
@@ -234,8 +244,10 @@ class ZeroShot(Evaluation):
         return task
 
     def _spec(self, path: Path) -> Any:
-        """A task as lm-eval loads it: its file, or what that says with the copy of its data set in `datasets_dir`; where no
-        examples are asked for, such a copy needs no split but the one that is evaluated."""
+        """A task as lm-eval loads it: its file, or its content with the path of a local copy of its data set.
+
+        Without few-shot examples, a local copy needs only the split that is evaluated.
+        """
         from lm_eval.tasks._yaml_loader import load_yaml
 
         if self.datasets_dir is None:
@@ -250,7 +262,7 @@ class ZeroShot(Evaluation):
 
     @cached_property
     def _protocols(self) -> dict[str, dict[str, Any]]:
-        """What determines the numbers of each task, as far as it is known without the model."""
+        """The protocol of each task, as far as it is known without the model."""
         return {name: self._protocol(name, task) for name, task in self._loaded.items()}
 
     def _protocol(self, name: str, task: Any) -> dict[str, Any]:
@@ -289,7 +301,7 @@ class Full(Perplexity, ZeroShot):
 
 
 def _mean(metrics: list[Metric]) -> Metric:
-    """The mean over tasks, each weighing the same; its protocol holds theirs, with one entry for what all have in common."""
+    """The unweighted mean over tasks; its protocol has theirs, with what all have in common once."""
     protocols = [m.protocol for m in metrics]
     common = {k: v for k, v in protocols[0].items() if all(p[k] == v for p in protocols)}
     apart = {p["dataset"]: {k: v for k, v in p.items() if k not in common} for p in protocols}
@@ -301,9 +313,13 @@ def _mean(metrics: list[Metric]) -> Metric:
 
 
 def _task_files(folder: Path, tasks: Iterable[str] = ("",)) -> dict[str, Path]:
-    """The yaml file of every task in a folder, by its `task:` line; of `tasks`, where their names are in the files' paths.
+    """The yaml files of tasks in a folder, by the name in their `task:` line.
 
-    lm-eval's own index parses all its 14,000 files.
+    lm-eval's own index would parse all of its 14,000 files.
+
+    Args:
+        folder: the folder to search.
+        tasks: only read files with one of these names in their path.
     """
     line = re.compile(r"""^["']?task["']?:[ \t]*["']?([^\s"'#\[]+)""", re.MULTILINE)
     found: dict[str, Path] = {}
@@ -315,12 +331,12 @@ def _task_files(folder: Path, tasks: Iterable[str] = ("",)) -> dict[str, Path]:
 
 
 def _harness_model(lm: LanguageModel, batch_size: int, add_bos_token: bool | None) -> Any:
-    """The model in memory as lm-eval takes it; `add_bos_token` None leaves what begins a request to the tokenizer."""
+    """The model in memory as a model of lm-eval; `add_bos_token` None leaves special tokens to the tokenizer."""
     import torch
     from lm_eval.models.huggingface import HFLM
 
     class InMemory(HFLM):
-        """Counts the requests whose beginning does not fit the model's context, and takes no answer that is not a number."""
+        """Counts requests that are truncated to the model's context, and raises NoNumberError for nan or infinite answers."""
 
         task, n_truncated = "", 0
 
@@ -328,7 +344,7 @@ def _harness_model(lm: LanguageModel, batch_size: int, add_bos_token: bool | Non
             if add_special_tokens is not None or not self.add_bos_token:
                 out: list[int] = super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
                 return out
-            ids = super().tok_encode(string, add_special_tokens=False, **kwargs)  # true is for tokenizers that add none, too
+            ids = super().tok_encode(string, add_special_tokens=False, **kwargs)  # so that tokenizers that add none work too
             start = self.tokenizer.bos_token_id
             return ids if ids[:1] == [start] else [start, *ids]
 
@@ -348,17 +364,17 @@ def _harness_model(lm: LanguageModel, batch_size: int, add_bos_token: bool | Non
     with _quietly():
         return InMemory(
             pretrained=lm.model,
-            tokenizer=copy.deepcopy(lm.tokenizer),  # lm-eval gives it a token for padding
+            tokenizer=copy.deepcopy(lm.tokenizer),  # lm-eval sets its padding token
             batch_size=batch_size,
             add_bos_token=add_bos_token,
-            max_length=lm.max_positions,  # None: lm-eval looks for one
+            max_length=lm.max_positions,  # None: lm-eval finds one
             softmax_dtype=torch.float32,
         )
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep lm-eval's warnings away, whose matter is in the protocols, and its bars where there is no terminal."""
+    """Context without the warnings of lm-eval, whose content is in the protocols, and without progress bars in logs."""
     harness = logging.getLogger("lm_eval")
     level = harness.level
     harness.setLevel(logging.ERROR)

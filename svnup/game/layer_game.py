@@ -1,4 +1,4 @@
-"""The layer game: transformer blocks are players, the payoff of a coalition is how well the model works with these blocks."""
+"""The layer game: blocks are players, and the payoff of a coalition is how well the model works with these blocks alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from svnup import NUMBERS_VERSION
 from svnup.game.walk_plan import WalkPlan
 from svnup.memo import Memo
-from svnup.model.language_model import LanguageModel, MicroBatch, Part
+from svnup.model.language_model import LanguageModel, MicroBatch, Unit
 from svnup.progress import stage
 from svnup.types import CHOICES, Bools, Floats, Players
 
@@ -28,39 +28,65 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Player:
-    """A block, or the attention or MLP of one, and what stands in for it when it is absent: None skips it."""
+    """A block, or the attention or MLP of one.
+
+    Args:
+        block: index of the block.
+        unit: the whole block, its attention or its MLP.
+        absent: weights by parameter name that it computes with when absent; None skips it.
+    """
 
     block: int
-    part: Part
+    unit: Unit
     absent: Weights | None
 
 
 @dataclass(frozen=True)
-class StandIns:
-    """What absent blocks compute with: per block, weights by parameter name; `name` identifies them in the game's key."""
+class Replacements:
+    """Pruned replacements of the blocks, with which absent blocks compute.
+
+    Args:
+        weights: for each block, pruned weights by parameter name.
+        name: identifies them in the key of the game.
+    """
 
     weights: list[Weights]
     name: str
 
 
 class LayerGame:
-    """Payoffs of coalitions of blocks: bool (m, n_players) to float64 (m,).
+    """A cooperative game on the blocks of a model; calling it maps coalitions, bool (m, n_players), to payoffs, float64 (m,).
 
-    `tokens` (n_seq, seq_len) is the payoff text. Payoffs, with NLL the mean over sequences of the mean over their next
-    tokens in nats: `neg_nll` = -NLL, `neg_ppl` = -exp(NLL), `recip_ppl` = exp(NLL of all players - NLL), `kl` = -KL(predictions
-    of all players, of the coalition) per token, `accuracy` = how often the true end of a sequence (its last quarter) is
-    likelier than the ends of the next three. `cap=chance` lets no payoff be worse than guessing.
+    With NLL the mean over sequences of their mean NLL per token, in nats, the payoffs are
 
-    An absent player is skipped (identity), or with `pruned` (per block, pruned weights by parameter name) computes with these
-    instead of its own; both versions stay in memory and nothing is copied. `players=sublayer`: attention and MLP apart, 2n
-    players in the order in which they act. What an absent block leaves for later ones beside hidden states, such as the keys
-    and values that blocks of Gemma 3n read from another, it still leaves, since these have none of their own.
+    - `neg_nll`: -NLL;
+    - `neg_ppl`: -exp(NLL);
+    - `recip_ppl`: exp(NLL of the full coalition - NLL);
+    - `kl`: -KL(full coalition || coalition) of the predictions per token;
+    - `accuracy`: how often the true ending of a sequence (its last quarter) is likelier than those of the next three.
 
-    Coalitions are walked depth first over shared prefixes, each evaluated once ever: values go to an append-only memo under
-    `cache_dir` (None: in memory only) as they come. Hidden states of prefixes take at most `state_bytes`, beyond which they
-    are computed again. `n_evaluations` and `n_block_forwards` (or sublayer-forwards) count the work done by this object;
-    `v_empty`, the payoff of nobody, is a reference and is not counted, nor is the one forward pass of all players that kl and
-    recip_ppl compare with. `key` changes with whatever changes a value. Raises ValueError where a loss is not finite.
+    Coalitions are walked depth first over shared prefixes. A payoff is computed once and kept in an append-only memo. A skipped
+    block still passes on what later blocks read from it beside hidden states (Gemma 3n: shared keys and values).
+
+    Args:
+        lm: the model.
+        tokens: payoff text, int64 (n_seq, seq_len).
+        payoff: one of the above.
+        cap: `chance` bounds payoffs from below by that of guessing.
+        players: blocks, or `sublayer`: attention and MLP of each block, 2 n_blocks players in the order in which they run.
+        pruned: for each block, pruned weights by parameter name: an absent player computes with these. None skips absent
+            players (identity). Both versions stay in memory and nothing is copied.
+        cache_dir: the folder of the memo; None keeps it in memory.
+        state_bytes: bytes of hidden states of prefixes to keep; beyond them states are computed again.
+
+    Attributes:
+        n_evaluations: coalitions that this object has evaluated.
+        n_block_forwards: block-forwards (or sublayer-forwards) that it took. Neither counts `v_empty`, nor the one forward of
+            the full coalition that `kl` and `recip_ppl` need.
+        key: changes with whatever changes a payoff.
+
+    Raises:
+        ValueError: a loss is not finite, the blocks are offloaded and `pruned` is given, or the options do not fit the model.
 
     Source: arXiv 2505.01731 (blocks as players of a cooperative game); payoffs, caps and the pruned game are our choices.
     """
@@ -73,7 +99,7 @@ class LayerGame:
         payoff: Payoff = "neg_nll",
         cap: Cap = "none",
         players: Players = "block",
-        pruned: list[Weights] | StandIns | None = None,
+        pruned: list[Weights] | Replacements | None = None,
         cache_dir: str | Path | None = None,
         state_bytes: int | None = None,
     ) -> None:
@@ -81,8 +107,8 @@ class LayerGame:
         self.payoff, self.cap = payoff, cap
         if pruned is not None and lm.offloaded:
             raise ValueError("offload: pruned blocks beside the dense ones need both in memory; use offload=none")
-        if pruned is not None and not isinstance(pruned, StandIns):
-            pruned = StandIns(pruned, _digest(pruned))
+        if pruned is not None and not isinstance(pruned, Replacements):
+            pruned = Replacements(pruned, _digest(pruned))
         self.absent_costs = pruned is not None
         self._players = _make_players(lm, players, pruned.weights if pruned is not None else None)
         self.n_players = len(self._players)
@@ -121,20 +147,20 @@ class LayerGame:
 
     @property
     def v_empty(self) -> float:
-        """The payoff of the coalition of no player."""
-        nobody = np.zeros((1, self.n_players), dtype=bool)
-        if _name(nobody[0]) not in self._memo.values:
-            self._walk(nobody)
-        return self._memo.values[_name(nobody[0])]
+        """The payoff of the empty coalition."""
+        empty = np.zeros((1, self.n_players), dtype=bool)
+        if _name(empty[0]) not in self._memo.values:
+            self._walk(empty)
+        return self._memo.values[_name(empty[0])]
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds of device and dtype of the values that were asked for, such as cpu/float32."""
+        """Devices and dtypes of the payoffs given so far, such as cpu/float32."""
         return sorted(self._kinds)
 
     @torch.inference_mode()
     def _walk(self, coalitions: Bools) -> int:
-        """Evaluate distinct coalitions (in lexicographic order) depth first; returns the number of block-forwards."""
+        """Evaluate distinct coalitions, in lexicographic order, depth first; returns the number of block-forwards."""
         held, runs = max_states(self.lm, self._batches, self._state_bytes), self._runs_absent
         steps, forwards = WalkPlan.of(coalitions, runs, held), 0
         stack = {0: self._batches}
@@ -154,16 +180,16 @@ class LayerGame:
 
     @property
     def _runs_absent(self) -> Bools:
-        """Which players (n_players,) are run even where they are absent: as stand-ins, or for what they leave for others."""
-        leaves = np.array([player.block in self.lm.writers for player in self._players])
-        return leaves | self.absent_costs
+        """Which players, bool (n_players,), are run when absent: pruned ones, and those whose state later blocks read."""
+        writes = np.array([player.block in self.lm.writers for player in self._players])
+        return writes | self.absent_costs
 
     def _step(self, player: Player, states: list[MicroBatch], present: bool) -> list[MicroBatch]:
         weights = None if present else player.absent
-        out = [self.lm.run_block(player.block, batch, part=player.part, weights=weights) for batch in states]
+        out = [self.lm.run_block(player.block, batch, unit=player.unit, weights=weights) for batch in states]
         if present or player.absent is not None:
             return out
-        return [replace(batch, carried=o.carried) for batch, o in zip(states, out, strict=True)]
+        return [replace(batch, state=o.state) for batch, o in zip(states, out, strict=True)]
 
     @cached_property
     def _batches(self) -> list[MicroBatch]:
@@ -199,7 +225,7 @@ class LayerGame:
         return mean
 
     def _accuracy(self, states: list[MicroBatch], name: str) -> float:
-        """Rows come as CHOICES endings of each sequence, the true one first."""
+        """Accuracy on batches with CHOICES endings of each sequence, the true one first."""
         losses = list(map(self.lm.token_nll, states))
         self._mean(losses, name)
         ending = self.tokens.shape[1] // 4
@@ -212,7 +238,7 @@ class LayerGame:
 
     @cached_property
     def _states_of_all(self) -> list[MicroBatch]:
-        """Hidden states after all players, outside the counts: the reference of kl and recip_ppl."""
+        """Outputs of the full coalition, the reference of `kl` and `recip_ppl`; not counted."""
         with torch.inference_mode():
             states = self._batches
             for player in self._players:
@@ -227,17 +253,22 @@ class LayerGame:
     # -- gates
 
     def gate_gradient(self, gate: float) -> Floats:
-        """Derivative (n_players,) of the payoff by a gate on each block's residual update, h + g (block(h) - h), where all
-        gates are `gate`. One forward and one backward pass; activations are recomputed block by block.
+        """Derivative of the payoff by a gate g on each block, h + g (block(h) - h), float64 (n_players,).
 
-        Raises ValueError for payoffs that are no smooth function of the loss, sublayers, the pruned game, and models where more
-        passes between blocks than one residual stream.
+        It takes one forward and one backward pass; activations are recomputed block by block.
+
+        Args:
+            gate: the value of all gates, in [0, 1].
+
+        Raises:
+            ValueError: the payoff is not a smooth function of the loss, players are sublayers or pruned when absent, or the
+                model passes more between blocks than one residual stream.
         """
         if self.payoff not in ("neg_nll", "neg_ppl", "recip_ppl") or self.cap != "none":
             raise ValueError(
                 f"payoff={self.payoff}, cap={self.cap}: gates need payoff=neg_nll, neg_ppl or recip_ppl and cap=none"
             )
-        if self.absent_costs or self._players[0].part != "block":
+        if self.absent_costs or self._players[0].unit != "block":
             raise ValueError("gates are defined for absence=skip and players=block; choose these, or another estimator")
         total, n_sequences, nll = np.zeros(self.n_players), len(self.tokens), 0.0
         with torch.no_grad():
@@ -264,7 +295,7 @@ class LayerGame:
             for index in range(self.n_players):
                 update = self.lm.run_block(index, replace(batch, hidden=states[-1])).hidden - states[-1]
                 states.append(states[-1] + gate * update)
-        # The sum of the losses, not their mean, whose slopes would vanish in float16; a sequence at a time through the head.
+        # The sum of the losses: gradients of their mean would vanish in float16. The head runs on one sequence at a time.
         last, losses, slopes = states.pop(), [], []
         for tokens, hidden in zip(batch.tokens.split(1), last.split(1), strict=True):
             with torch.enable_grad():
@@ -293,10 +324,10 @@ def _make_players(lm: LanguageModel, players: Players, pruned: list[Weights] | N
         return [Player(i, "block", absent(i, None)) for i in range(lm.n_blocks)]
     made = []
     for index in range(lm.n_blocks):
-        parts = lm.sublayers(index)
+        modules = lm.sublayers(index)
         made += [
-            Player(index, "attention", absent(index, parts["attention"])),
-            Player(index, "mlp", absent(index, parts["mlp"])),
+            Player(index, "attention", absent(index, modules["attention"])),
+            Player(index, "mlp", absent(index, modules["mlp"])),
         ]
     _check_sequential(lm)
     return made
@@ -304,20 +335,20 @@ def _make_players(lm: LanguageModel, players: Players, pruned: list[Weights] | N
 
 @torch.inference_mode()
 def _check_sequential(lm: LanguageModel) -> None:
-    """Attention then MLP must be the whole block, which it is not where the two run side by side."""
+    """Raise ValueError unless attention and then MLP give the output of the block; in parallel blocks they do not."""
     probe = torch.arange(16, device=lm.device).remainder(lm.vocab_size)[None]
     (batch,) = lm.micro_batches(probe)
     if lm.writers:
         raise ValueError(
-            f"players=sublayer: block {min(lm.writers)} leaves more than hidden states for later blocks; use players=block"
+            f"players=sublayer: block {min(lm.writers)} passes more than hidden states to later blocks; use players=block"
         )
     for index in range(lm.n_blocks):
         whole = lm.run_block(index, batch)
         try:
-            halves = lm.run_block(index, lm.run_block(index, batch, part="attention"), part="mlp")
-        except (RuntimeError, TypeError) as error:  # of a block that wants more of its parts than what they add
+            halves = lm.run_block(index, lm.run_block(index, batch, unit="attention"), unit="mlp")
+        except (RuntimeError, TypeError) as error:  # a block that needs more of a sublayer than its output
             raise ValueError(
-                f"players=sublayer: block {index} cannot do without a part ({error}); use players=block"
+                f"players=sublayer: block {index} cannot run without one of its sublayers ({error}); use players=block"
             ) from error
         expected, found = whole.hidden.float(), halves.hidden.float()
         if not torch.allclose(expected, found, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
@@ -326,7 +357,7 @@ def _check_sequential(lm: LanguageModel) -> None:
 
 
 def _with_choices(tokens: Tensor) -> Tensor:
-    """Each sequence with its own ending (last quarter), then with those of the next ones: (n, s) to (CHOICES n, s)."""
+    """Each sequence with its own ending (its last quarter) and those of the next ones, (n, s) to (CHOICES n, s)."""
     ending = tokens.shape[1] // 4
     variants = [torch.cat([tokens[:, :-ending], tokens.roll(-shift, 0)[:, -ending:]], 1) for shift in range(CHOICES)]
     return torch.stack(variants, 1).reshape(-1, tokens.shape[1])
@@ -342,14 +373,20 @@ def _digest(pruned: list[Weights]) -> str:
 
 
 def max_states(lm: LanguageModel, batches: list[MicroBatch], budget: int | None = None) -> int:
-    """How many hidden states of all `batches` may be held at a time in `budget` bytes (None: `state_bytes`), at least the first
-    and the last; what is dropped is computed again by the same operations, so this moves no number."""
+    """How many copies of the hidden states of all batches a walk may hold; at least 2, the first and the last.
+
+    What is dropped is computed again by the same operations, so this moves no number.
+
+    Args:
+        batches: the micro-batches of a text.
+        budget: bytes for all copies; None takes `state_bytes`.
+    """
     per_state = sum(b.hidden.numel() * b.hidden.element_size() for b in batches)
     return max(2, (state_bytes(lm.device) if budget is None else budget) // per_state)
 
 
 def state_bytes(device: torch.device) -> int:
-    """How many bytes of hidden states a walk may hold: half of a GPU's free memory, or 8 GiB."""
+    """Bytes of hidden states that a walk may hold: half of a GPU's free memory, or 8 GiB."""
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**33
 
 

@@ -1,4 +1,4 @@
-"""How a model calls its blocks, observed on a short forward of its own, so that each block can be run apart in the same way."""
+"""How a model calls its blocks, observed on a short forward, so that each block can be run by itself in the same way."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 
 
-class EnoughError(Exception):
-    """Raised by a hook that needs no more of a forward."""
+class StopForward(Exception):
+    """Raised by a hook to end a forward early."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a module returns hidden states: as they are, or as the first tensor of a container, the other entries left empty."""
+    """How a module returns hidden states: as a tensor, or as the first tensor of a container."""
 
     spec: TreeSpec
     place: int
@@ -34,13 +34,14 @@ class Form:
         return cls(spec, _place(leaves))
 
     def around(self, hidden: Tensor) -> Any:
+        """Hidden states in this form; the other entries of a container are None."""
         empty: list[Any] = [None] * self.spec.num_leaves
         empty[self.place] = hidden
         return tree_unflatten(empty, self.spec)
 
 
 def hidden_of(out: Any) -> Tensor:
-    """The hidden states in what a module returned. Raises ValueError where it holds no tensor."""
+    """The hidden states in the output of a module; raises ValueError if it has no tensor."""
     if isinstance(out, Tensor):
         return out
     leaves = tree_flatten(out)[0]
@@ -49,7 +50,7 @@ def hidden_of(out: Any) -> Tensor:
 
 
 def with_hidden(out: Any, hidden: Tensor) -> Any:
-    """A copy of what a module returned, with other hidden states and all else as it was."""
+    """A copy of a module's output with other hidden states."""
     leaves, spec = tree_flatten(out)
     leaves[_place(leaves)] = hidden
     return tree_unflatten(leaves, spec)
@@ -63,7 +64,7 @@ def _place(leaves: list[Any]) -> int:
 
 
 def split_call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
-    """The hidden states among the arguments of a block, which are its first, and the others."""
+    """Split the arguments of a block into its hidden states, which are the first, and the others."""
     if args:
         return args[0], (args[1:], dict(kwargs))
     first = next(name for name in inspect.signature(type(block).forward).parameters if name != "self")
@@ -72,13 +73,13 @@ def split_call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def containers(calls: list[Call]) -> list[Any]:
-    """The mutable containers among the arguments of blocks, each once, in the order in which blocks are given them."""
+    """The mutable containers among the arguments of blocks, each once, in the order of the calls."""
     values = [v for args, kwargs in calls for v in (*args, *kwargs.values())]
     return list({id(v): v for v in values if isinstance(v, MutableMapping | MutableSequence)}.values())
 
 
 def refill(container: Any, content: Any) -> None:
-    """Make the content of a container that of another."""
+    """Replace the content of a container by that of another."""
     if isinstance(container, MutableMapping):
         container.clear()
         container.update(content)
@@ -88,11 +89,16 @@ def refill(container: Any, content: Any) -> None:
 
 @dataclass
 class Observed:
-    """A forward of a model, block by block.
+    """What a forward of a model does with its blocks; tensors are copies in the CPU's memory.
 
-    `order` in which blocks ran; of each `entered` and `left`, its hidden states before and after, and its `calls`; `forms` of
-    what blocks and their modules return; `writes`, the containers (by number) that each block changed for others to read;
-    `logits` of the forward. Tensors are copies in the CPU's memory.
+    Attributes:
+        order: indices of the blocks as they ran.
+        entered: hidden states before each block.
+        left: hidden states after each block.
+        calls: the other arguments of each block.
+        forms: how blocks and their modules return hidden states.
+        writes: for each block that changed mutable containers among its arguments, their numbers.
+        logits: of the forward.
     """
 
     order: list[int] = field(default_factory=list)
@@ -111,7 +117,7 @@ class Observed:
 
 @torch.no_grad()
 def observe(blocks: nn.ModuleList, forward: Callable[[], Tensor]) -> Observed:
-    """What `forward`, which runs a model and returns its logits, does with the blocks."""
+    """Observe the blocks of a model during `forward`, which runs the model and returns its logits."""
     seen, given = Observed(), list[Call]()
     before: list[Any] = []
 
@@ -136,7 +142,7 @@ def observe(blocks: nn.ModuleList, forward: Callable[[], Tensor]) -> Observed:
         return hook
 
     def note(module: nn.Module, args: Any, out: Any) -> None:
-        with contextlib.suppress(ValueError):  # of a module that returns nothing: nobody takes its place
+        with contextlib.suppress(ValueError):  # a module that returns no tensor is never replaced
             seen.forms[module] = Form.of(out)
 
     hooks = [m.register_forward_hook(note) for block in blocks for m in (block, *block.children())]
@@ -161,13 +167,13 @@ def _same_content(old: Any, new: Any) -> bool:
     return len(old) == len(new) and all(a is b for a, b in zip(old, new, strict=True))
 
 
-def differing(call: Call, other: Call, carried: list[Any]) -> str | None:
-    """The name of an argument that differs between two calls of a block, apart from containers that are `carried`; or None."""
+def differing(call: Call, other: Call, state: list[Any]) -> str | None:
+    """The name of an argument that differs between two calls of a block, containers of `state` aside; None if all agree."""
     (args, kwargs), (others, named) = call, other
     left = dict(enumerate(args)) | kwargs
     right = dict(enumerate(others)) | named
     for name in left.keys() | right.keys():
-        if any(right.get(name) is container for container in carried):
+        if any(right.get(name) is container for container in state):
             continue
         (a, shape), (b, other_shape) = tree_flatten(left.get(name)), tree_flatten(right.get(name))
         if shape != other_shape or not all(map(_alike, a, b)):
@@ -177,12 +183,12 @@ def differing(call: Call, other: Call, carried: list[Any]) -> str | None:
 
 def _alike(x: Any, y: Any) -> bool:
     if isinstance(x, Tensor) and isinstance(y, Tensor):
-        return close(x, y)
+        return nearly_equal(x, y)
     return type(x) is type(y) and (not isinstance(x, PLAIN) or bool(x == y))
 
 
-def close(x: Tensor, y: Tensor, ulps: float = 8) -> bool:
-    """Whether two tensors are the same up to a few roundings of their largest value."""
+def nearly_equal(x: Tensor, y: Tensor, ulps: float = 8) -> bool:
+    """Whether two tensors agree up to `ulps` roundings of their largest value."""
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
     x, y = x.cpu(), y.cpu()
@@ -194,7 +200,7 @@ def close(x: Tensor, y: Tensor, ulps: float = 8) -> bool:
 
 @contextlib.contextmanager
 def replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Give modules another forward for a while; what was there (accelerate puts its own) comes back in any case."""
+    """Context in which modules have another forward; the former one, such as accelerate's, is restored in any case."""
     before: dict[nn.Module, Any] = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():

@@ -1,4 +1,4 @@
-"""A causal language model seen as a stack of blocks, and the one block-by-block loop that everything here uses."""
+"""A causal language model as a stack of blocks, and the block-by-block walk that scoring, pruning and evaluation share."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from transformers.pytorch_utils import Conv1D
 from svnup.files import at_home
 from svnup.model.blocks import (
     Call,
-    EnoughError,
     Observed,
-    close,
+    StopForward,
     containers,
     differing,
     hidden_of,
+    nearly_equal,
     observe,
     refill,
     replaced,
@@ -42,7 +42,7 @@ from svnup.model.blocks import (
 )
 from svnup.model.checkpoint import Tensors, in_place, is_bitmask, write_bitmask, write_dense
 from svnup.model.loading import Loader, auto_class, outline, quiet_unless_terminal
-from svnup.model.offload import DiskShelf, HostShelf, Shelf
+from svnup.model.offload import BlockStore, DiskBlockStore, HostBlockStore
 from svnup.progress import stage
 from svnup.types import Floats, Granularity, Ints, Offload, SaveFormat
 
@@ -51,37 +51,46 @@ if TYPE_CHECKING:  # mypy does not read transformers
 else:
     Linear = nn.Linear | Conv1D
 
-# Fixed, not derived from free memory: the sizes of matrix products decide the last bits of a number.
+# Fixed and not derived from free memory: the sizes of matrix products decide the last bits of a number.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 HEAD_TOKENS = 1024
-Part = Literal["block", "attention", "mlp"]
+Unit = Literal["block", "attention", "mlp"]
 
 
 @dataclass
 class MicroBatch:
-    """Some sequences on their way through the blocks.
+    """A few sequences between two blocks.
 
-    `tokens` (b, s); `hidden` (b, s, d), what enters the next block; `calls`, the other arguments of each block exactly as
-    the model passes them (masks and rotary embeddings differ between blocks where layer types are mixed); `carried`, what
-    blocks left for later ones in containers among these (Gemma 3n: keys and values), nothing in most families.
+    Args:
+        tokens: int64 (b, s).
+        hidden: hidden states that enter the next block, (b, s, d).
+        calls: the other arguments of each block exactly as the model passes them, since masks and rotary embeddings differ
+            between blocks where layer types are mixed.
+        state: what earlier blocks wrote into containers among these arguments for later ones to read (Gemma 3n: keys and
+            values); empty in most families.
     """
 
     tokens: Tensor
     hidden: Tensor
     calls: list[Call]
-    carried: tuple[Any, ...] = ()
+    state: tuple[Any, ...] = ()
 
 
-class ParkedBatch(MicroBatch):
-    """A micro-batch whose hidden states wait in the CPU's memory, or in a file of the folder `place`, and not on the device."""
+class OffloadedBatch(MicroBatch):
+    """A micro-batch whose hidden states are kept off the device.
+
+    Args:
+        batch: the micro-batch to offload.
+        place: the folder of a temporary file that holds the hidden states; None keeps them in the CPU's memory.
+    """
 
     def __init__(self, batch: MicroBatch, place: Path | None) -> None:
-        self.tokens, self.calls, self.carried = batch.tokens, batch.calls, batch.carried
+        self.tokens, self.calls, self.state = batch.tokens, batch.calls, batch.state
         self._device, self._file = batch.hidden.device, None
         if place is not None:  # bytes, since numpy has no bfloat16
-            with tempfile.NamedTemporaryFile(dir=place) as file:  # gone with the process, however that ends
+            with tempfile.NamedTemporaryFile(dir=place) as file:  # deleted with the process, however that ends
                 n_bytes = batch.hidden.numel() * batch.hidden.element_size()
-                if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and no crash later
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error here instead of a crash later
                     os.posix_fallocate(file.fileno(), 0, n_bytes)
                 self._file = np.memmap(file, np.uint8, "w+", shape=(n_bytes,))
         self._dtype, self._shape = batch.hidden.dtype, batch.hidden.shape
@@ -89,48 +98,66 @@ class ParkedBatch(MicroBatch):
 
     @property
     def hidden(self) -> Tensor:
+        """The hidden states on the device, (b, s, d): read anew each time."""
         if self._file is None:
-            return self._parked.to(self._device)
+            return self._on_host.to(self._device)
         return torch.from_numpy(np.array(self._file)).view(self._dtype).reshape(self._shape).to(self._device)
 
     @hidden.setter
     def hidden(self, hidden: Tensor) -> None:
         if self._file is None:
-            self._parked = hidden.cpu()
+            self._on_host = hidden.cpu()
         else:
             self._file[:] = hidden.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 class Visit:
-    """One block during a walk: look at it, run it, change its weights."""
+    """One block during a walk, with its inputs: to read it, run it or change its weights.
+
+    Attributes:
+        block: the module, whose weights are on the device.
+        linears: its prunable linear layers by name.
+        batches: the micro-batches that enter the block.
+        advanced: whether the batches already hold the outputs of the block.
+    """
 
     def __init__(self, lm: LanguageModel, index: int, batches: list[MicroBatch]) -> None:
-        lm.bring(index)
+        lm.load_block(index)
         self.lm, self.index, self.batches = lm, index, batches
         self.block = lm.blocks[index]
         self.linears = lm.linears(index)
         self.advanced = False
 
     def run(self, advance: bool = False) -> None:
-        """Run the block on all inputs, for its hooks; `advance` keeps the outputs as the next block's inputs."""
+        """Run the block on all its inputs, so that hooks see them.
+
+        Args:
+            advance: keep the outputs as inputs of the next block.
+        """
         for batch in self.batches:
             try:
                 out = self.lm.run_block(self.index, batch)
-            except EnoughError:
+            except StopForward:
                 assert not advance, "nothing came out of the block"
                 continue
             if advance:
-                batch.hidden, batch.carried = out.hidden, out.carried
+                batch.hidden, batch.state = out.hidden, out.state
         self.advanced = self.advanced or advance
         self.lm.n_block_runs += bool(self.batches)
 
 
 class LanguageModel:
-    """A Hugging Face causal decoder with its blocks, their prunable linears, and a head that turns hidden states into losses.
+    """A Hugging Face causal decoder with its blocks, their prunable linear layers and its head.
 
-    `blocks_path` names the ModuleList of blocks where it cannot be found by its length (`num_hidden_layers`).
-    Raises ValueError where the blocks are not found or are mixtures of experts. The model is put in eval mode and takes no
-    gradients. Where the blocks lie elsewhere (`offload`), each is brought to the device when it is run or visited.
+    The model is put in eval mode and takes no gradients. An offloaded block is loaded to the device when it is run or visited.
+
+    Args:
+        model: a model of transformers.
+        tokenizer: its tokenizer, needed only to save the model or to read text.
+        blocks_path: dotted name of the ModuleList of blocks; None finds it by its length, `num_hidden_layers`.
+
+    Raises:
+        ValueError: the blocks are not found, or are mixtures of experts.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None, blocks_path: str | None = None) -> None:
@@ -140,7 +167,7 @@ class LanguageModel:
         self.blocks = model.get_submodule(self.blocks_path)
         self.decoder = model.get_submodule(self.blocks_path.rpartition(".")[0])
         self.n_block_runs = 0  # of visited blocks on all inputs
-        self._shelf: Shelf | None = None
+        self._store: BlockStore | None = None
         self._companions: dict[str, bytes] = {}  # files that are saved beside the model
         _refuse_experts(model, self.blocks)
 
@@ -161,15 +188,21 @@ class LanguageModel:
         offload: Offload = "none",
         scratch: Path | None = None,
     ) -> Self:
-        """Load a checkpoint folder (dense or bitmask) or a hub model; names as in `from_pretrained`, `device` = auto, cpu,
-        cuda, cuda:1, ...
+        """Load a checkpoint folder (dense or bitmask) or a Hub model; names as in `from_pretrained`.
 
-        A quantized checkpoint is dequantized; `gguf_file` names a GGUF file of the folder or hub model to read in place of it.
-        `tokenizer` None takes the checkpoint's own. `offload`: where blocks and calibration states wait while they are not
-        computed with: `none` on the device, `cpu` in its memory, `disk` in the checkpoint itself and in files under `scratch`
-        (None: temporary ones), so that the whole model is never in memory.
+        A quantized checkpoint is dequantized.
 
-        Raises ValueError where the checkpoint cannot be loaded, or is not the whole of the model.
+        Args:
+            tokenizer: None takes the checkpoint's own.
+            device: auto (CUDA if there is one), cpu, cuda, cuda:1, ...
+            gguf_file: a GGUF file of the folder or Hub model to read in place of its checkpoint.
+            offload: where blocks and hidden states of calibration are kept while they are not needed: `none` on the device,
+                `cpu` in the CPU's memory, `disk` in the checkpoint and in files under `scratch`, so that the whole model is
+                never in memory.
+            scratch: the folder of these files; None makes a temporary one.
+
+        Raises:
+            ValueError: the checkpoint cannot be loaded, or lacks tensors of the model.
         """
         name = pretrained_model_name_or_path
         loader = Loader(
@@ -182,10 +215,10 @@ class LanguageModel:
             gguf_file=gguf_file,
         )
         tokenizer = tokenizer or loader.tokenizer()
-        return cls.loaded(loader, tokenizer, device=device, blocks_path=blocks_path, offload=offload, scratch=scratch)
+        return cls.from_loader(loader, tokenizer, device=device, blocks_path=blocks_path, offload=offload, scratch=scratch)
 
     @classmethod
-    def loaded(
+    def from_loader(
         cls,
         loader: Loader,
         tokenizer: Any,
@@ -195,13 +228,13 @@ class LanguageModel:
         offload: Offload = "none",
         scratch: Path | None = None,
     ) -> Self:
-        """What `load` returns, of a loader that is there."""
+        """Load the model of a loader; the arguments are those of `load`."""
         if loader.device_map is not None and (offload == "disk" or is_bitmask(loader.source)):
             raise ValueError(
-                f"model.device_map={loader.device_map}: {loader.source} is read for one device; use device_map=null"
+                f"model.device_map={loader.device_map}: {loader.source} is loaded to one device; use device_map=null"
             )
         if offload == "disk":
-            return cls._left_on_disk(loader, tokenizer, pick_device(device), blocks_path, scratch)
+            return cls._from_disk(loader, tokenizer, pick_device(device), blocks_path, scratch)
         model = loader.load()
         if loader.device_map is not None and any(p.is_meta for p in model.parameters()):
             raise ValueError(
@@ -214,28 +247,28 @@ class LanguageModel:
         return lm
 
     @classmethod
-    def _left_on_disk(
+    def _from_disk(
         cls, loader: Loader, tokenizer: Any, device: torch.device, blocks_path: str | None, scratch: Path | None
     ) -> Self:
-        """A model whose blocks stay in the checkpoint until they are brought."""
+        """A model whose blocks stay in the checkpoint until they are loaded."""
         path = cls(loader.outline(), None, blocks_path).blocks_path
         model, read, identity = loader.without_blocks(path)
         lm = cls(model, tokenizer, path)
         lm._companions = loader.companions()
         lm._move_all_but_blocks(device)
-        lm._put_on(DiskShelf(lm.blocks, read, device, scratch, f"{identity} {model.config.dtype}"))
+        lm._offload_to(DiskBlockStore(lm.blocks, read, device, scratch, f"{identity} {model.config.dtype}"))
         return lm
 
     def _move(self, device: torch.device, offload: Offload) -> None:
-        """Put the model on a device; of an offloaded one all but the parameters of the blocks."""
+        """Put the model on a device; the parameters of blocks stay in the CPU's memory if they are offloaded."""
         if offload == "none" or device.type == "cpu":
             self.model.to(device)
             return
         self._move_all_but_blocks(device)
-        self._put_on(HostShelf(self.blocks, device))
+        self._offload_to(HostBlockStore(self.blocks, device))
 
     def _move_all_but_blocks(self, device: torch.device) -> None:
-        """Put everything on a device but the parameters of blocks; buffers of blocks go there, too."""
+        """Put everything on a device except the parameters of blocks; their buffers are moved."""
         blocks = {id(p) for p in self.blocks.parameters()}
         for p in self.model.parameters():
             if id(p) not in blocks:
@@ -243,11 +276,20 @@ class LanguageModel:
         for module in self.model.modules():
             module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
 
-    def _put_on(self, shelf: Shelf) -> None:
-        """Let every forward of a block bring it first, whoever runs it; one that is replaced for a while needs no weights."""
-        self._shelf = shelf
+    def _offload_to(self, store: BlockStore) -> None:
+        """Keep the blocks in a store and load each on demand."""
+        self._store = store
         for index, block in enumerate(self.blocks):
-            block.register_forward_pre_hook(lambda m, args, index=index: None if "forward" in vars(m) else self.bring(index))
+            block.register_forward_pre_hook(self._loads_before_forward(index))
+
+    def _loads_before_forward(self, index: int) -> Callable[..., None]:
+        """Pre-forward hook that loads a block on demand; one whose forward is replaced for a while needs no weights."""
+
+        def hook(block: nn.Module, args: Any) -> None:
+            if "forward" not in vars(block):
+                self.load_block(index)
+
+        return hook
 
     @classmethod
     def random(
@@ -260,7 +302,7 @@ class LanguageModel:
         device: str = "auto",
         offload: Offload = "none",
     ) -> Self:
-        """A model of the given transformers config with weights drawn from `seed`."""
+        """A model of a transformers config with random weights, drawn from `seed`."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             lm = cls(auto_class(config).from_config(config, dtype=getattr(torch, dtype)), tokenizer)
@@ -269,37 +311,40 @@ class LanguageModel:
 
     @classmethod
     def skeleton(cls, config: Any, blocks_path: str | None = None, trust_remote_code: bool = False) -> Self:
-        """The same modules and shapes without memory for weights, to check a job before anything is loaded."""
+        """A model of a transformers config without memory for weights, to check a job before anything is loaded."""
         return cls(outline(config, trust_remote_code), None, blocks_path)
 
-    # -- what it is made of
+    # -- modules, shapes and weights
 
     @property
     def n_blocks(self) -> int:
+        """Number of blocks."""
         return len(self.blocks)
 
     @property
     def device(self) -> torch.device:
+        """The device of the input embeddings, on which blocks are run."""
         out: torch.device = self.model.get_input_embeddings().weight.device
         return out
 
     @property
     def dtype(self) -> str:
+        """The dtype of the weights, such as bfloat16."""
         return str(self.model.dtype).removeprefix("torch.")
 
     @property
     def vocab_size(self) -> int:
+        """Number of logits of the head."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     @property
     def n_embeddings(self) -> int:
-        """How many tokens the model can read: every id is below."""
+        """Number of input embeddings; every token id is below it."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property
     def max_positions(self) -> int | None:
-        """The longest sequence that the model is made for: by its configuration, whatever that calls it, or by its table of
-        positions; None where neither says so."""
+        """The longest sequence that the model supports, by its configuration or its position embeddings; None if unknown."""
         named = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if named is not None and named > 0:
             return int(named)
@@ -307,9 +352,9 @@ class LanguageModel:
         return min((m.num_embeddings for n, m in tables.items() if "pos" in n or n.endswith("wpe")), default=None)
 
     def why_too_long(self, seq_len: int) -> str | None:
-        """Why a skeleton cannot be run on sequences of that length, where it can be run on short ones; else None.
+        """Why a skeleton fails on sequences of this length although it runs on short ones; None if it does not fail.
 
-        What depends on weights or on values of tokens is not seen.
+        A skeleton has no numbers: a limit that depends on weights or on token ids is not found.
         """
         for length in (2, seq_len):
             try:
@@ -319,60 +364,75 @@ class LanguageModel:
         return None
 
     def linears(self, index: int) -> dict[str, Linear]:
-        """The prunable linears of a block by name (nn.Linear, or GPT-2's Conv1D); never embeddings, norms and the LM head."""
+        """The prunable linear layers of a block by name (nn.Linear, or GPT-2's Conv1D); no embeddings, norms or LM head."""
         return {name: m for name, m in self.blocks[index].named_modules() if isinstance(m, Linear)}
 
     @property
     def offloaded(self) -> bool:
-        """Whether blocks come to the device one at a time."""
-        return self._shelf is not None
+        """Whether blocks are loaded to the device one at a time."""
+        return self._store is not None
 
-    def bring(self, index: int) -> None:
-        """Have the weights of a block on the device; a block that was there may leave."""
-        if self._shelf is not None:
-            self._shelf.bring(index)
+    def load_block(self, index: int) -> None:
+        """Put the weights of an offloaded block on the device, in place of the block that is there."""
+        if self._store is not None:
+            self._store.load_block(index)
 
-    def settle(self, index: int, key: str, note: str) -> None:
-        """Keep the weights that a block now has, wherever it lives; `key` and `note` are for `settled`."""
-        if self._shelf is not None:
-            self._shelf.settle(index, key, note)
+    def store_block(self, index: int, key: str, note: str) -> None:
+        """Write the current weights of an offloaded block to its store, with what `restore_block` looks for.
 
-    def settled(self, index: int, key: str) -> str | None:
-        """The note of a block that an interrupted process settled by the same key, whose weights it then has; else None."""
-        return self._shelf.settled(index, key) if self._shelf is not None else None
+        Args:
+            key: identifies the pruning that made the weights.
+            note: text to keep beside them.
+        """
+        if self._store is not None:
+            self._store.store_block(index, key, note)
+
+    def restore_block(self, index: int, key: str) -> str | None:
+        """Take over the weights of a block that an interrupted process stored under the same key.
+
+        Returns:
+            The note that was stored with them; None if there are none, and the block is unchanged.
+        """
+        return self._store.restore_block(index, key) if self._store is not None else None
 
     @property
     def block_params(self) -> Ints:
-        """Prunable weights per block, shape (n_blocks,)."""
+        """Number of prunable weights of each block, int64 (n_blocks,)."""
         return np.array([sum(m.weight.numel() for m in self.linears(i).values()) for i in range(self.n_blocks)])
 
     def budget_params(self, granularity: Granularity) -> Ints:
-        """Prunable weights of whatever has a budget of its own, in the order of `budget_parts`."""
-        return np.array([sum(m.weight.numel() for m in part.values()) for _, part in self.budget_parts(granularity)])
+        """Number of prunable weights of each unit with a budget of its own, int64 (n_units,), ordered as `budget_units`."""
+        return np.array([sum(m.weight.numel() for m in unit.values()) for _, unit in self.budget_units(granularity)])
 
-    def budget_parts(self, granularity: Granularity) -> list[tuple[int, dict[str, Linear]]]:
-        """What has a budget of its own, each with the index of its block and its prunable linear layers by name: the blocks,
-        their attention and their MLP by turns, or each linear layer. Raises ValueError as `sublayers` does."""
+    def budget_units(self, granularity: Granularity) -> list[tuple[int, dict[str, Linear]]]:
+        """The units with a budget of their own: blocks, sublayers (attention before MLP), or linear layers.
+
+        Returns:
+            For each unit the index of its block and its prunable linear layers by name.
+
+        Raises:
+            ValueError: as `sublayers`.
+        """
         if granularity == "block":
             return [(index, self.linears(index)) for index in range(self.n_blocks)]
         if granularity == "sublayer":
-            return [(index, part) for index in range(self.n_blocks) for part in self.sublayer_linears(index)]
+            return [(index, unit) for index in range(self.n_blocks) for unit in self.sublayer_linears(index)]
         return [(index, {name: m}) for index in range(self.n_blocks) for name, m in self.linears(index).items()]
 
     def granularity_of(self, params: Ints) -> Granularity:
-        """What has budgets of its own in a profile of so many weights each."""
+        """The granularity of a profile whose units have this many weights, int64 (n_units,)."""
         if len(params) == self.n_blocks:
             return "block"
         sublayers = len(params) == 2 * self.n_blocks and np.array_equal(params, self.budget_params("sublayer"))
         return "sublayer" if sublayers else "linear"
 
     def sublayer_linears(self, index: int) -> list[dict[str, Linear]]:
-        """The prunable linears of a block's attention, and those of its MLP. Raises ValueError as `sublayers` does."""
+        """The prunable linear layers of a block's attention, and those of its MLP; raises ValueError as `sublayers`."""
         linears = self.linears(index).items()
-        return [{n: m for n, m in linears if n.partition(".")[0] in part} for part in self.sublayers(index).values()]
+        return [{n: m for n, m in linears if n.partition(".")[0] in modules} for modules in self.sublayers(index).values()]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the architecture and every weight as they are now, dtype included."""
+        """SHA-256 of the architecture and of every current weight with its dtype."""
         config = self.model.config.to_dict()
         for key in ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"):
             config.pop(key, None)
@@ -386,30 +446,30 @@ class LanguageModel:
             return digest.digest()
 
         total = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        if self._shelf is not None:  # one block at a time
+        if self._store is not None:  # one block at a time
             for item in self._state():
                 total.update(digest(item))
             return total.hexdigest()
-        with ThreadPoolExecutor(8) as pool:  # hashlib lets go of the interpreter lock
-            for part in pool.map(digest, self.model.state_dict().items()):
-                total.update(part)
+        with ThreadPoolExecutor(8) as pool:  # hashlib releases the interpreter lock
+            for digested in pool.map(digest, self.model.state_dict().items()):
+                total.update(digested)
         return total.hexdigest()
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
-        """The state dict, with each block brought when it is its turn."""
+        """The state dict; each block is loaded before its tensors are given."""
         for name in self.model.state_dict():
             if (index := self._block_of(name)) is not None:
-                self.bring(index)
+                self.load_block(index)
             yield name, attrgetter(name)(self.model)
 
     def _block_of(self, name: str) -> int | None:
         inside = name.startswith(self.blocks_path + ".")
         return int(name[len(self.blocks_path) + 1 :].partition(".")[0]) if inside else None
 
-    def parts(self) -> Iterator[Tensors]:
-        """Every stored tensor by its name in the state dict: block by block, each valid until the next, then the rest.
+    def state_dict_by_block(self) -> Iterator[Tensors]:
+        """The state dict in groups of tensors: one for each block, valid until the next is asked for, then the rest.
 
-        Tied tensors come once.
+        Tied tensors are given once.
         """
         tied = set(self.model.all_tied_weights_keys or {})
         rest: Tensors = {}
@@ -417,23 +477,27 @@ class LanguageModel:
             if index is None:
                 rest |= {name: attrgetter(name)(self.model) for name in names if name not in tied}
                 continue
-            self.bring(index)
-            part = {name: attrgetter(name)(self.model) for name in names}
-            yield part
-            part.clear()  # whoever still holds it: there is room for one block
+            self.load_block(index)
+            of_block = {name: attrgetter(name)(self.model) for name in names}
+            yield of_block
+            of_block.clear()  # there is memory for one block, even if the caller still holds this one
         yield rest
 
     def pruned_names(self) -> list[str]:
-        """Names in the state dict of the weights that pruners may change."""
+        """Names of the prunable weights in the state dict."""
         return [f"{self.blocks_path}.{i}.{name}.weight" for i in range(self.n_blocks) for name in self.linears(i)]
 
     def save(self, folder: str | Path, form: SaveFormat = "dense") -> None:
-        """Write a checkpoint that appears when it is complete: `dense` safetensors that `from_pretrained` reloads to the same
-        logits, or `bitmask`, where pruned matrices are their kept values and a bit per weight (`LanguageModel.load` and
-        `svnup-expand` restore them exactly)."""
+        """Write a checkpoint; its folder appears when it is complete.
+
+        Args:
+            folder: where to write it.
+            form: `dense` is safetensors that `from_pretrained` reloads to the same logits; `bitmask` stores pruned matrices as
+                their kept values and one bit per weight, which `LanguageModel.load` and `svnup-expand` restore exactly.
+        """
 
         def fill_folder(partial: Path) -> None:
-            if form == "dense" and self._shelf is None:
+            if form == "dense" and self._store is None:
                 self.model.save_pretrained(partial)
             else:
                 self.model.config.architectures = [type(self.model).__name__]
@@ -441,9 +505,9 @@ class LanguageModel:
                 if self.model.generation_config is not None:
                     self.model.generation_config.save_pretrained(partial)
                 if form == "dense":
-                    write_dense(partial, self.parts())
+                    write_dense(partial, self.state_dict_by_block())
                 else:
-                    write_bitmask(partial, self.parts(), set(self.pruned_names()))
+                    write_bitmask(partial, self.state_dict_by_block(), set(self.pruned_names()))
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(partial)
             for name, data in self._companions.items():
@@ -452,10 +516,18 @@ class LanguageModel:
         with quiet_unless_terminal():
             in_place(at_home("folder", folder), fill_folder)
 
-    # -- running it
+    # -- running blocks and the head
 
     def micro_batches(self, tokens: np.ndarray | Tensor, batch_tokens: int | None = None) -> Iterator[MicroBatch]:
-        """Cut tokens (n_seq, seq_len) into micro-batches of at most `batch_tokens` (at least a sequence) at block 0's door."""
+        """Cut tokens into micro-batches that are ready to enter the first block.
+
+        Args:
+            tokens: int64 (n_seq, seq_len).
+            batch_tokens: the most tokens of a micro-batch, which has at least one sequence; None takes `BATCH_TOKENS`.
+
+        Raises:
+            ValueError: the blocks of this model cannot be run one by one.
+        """
         rows = torch.as_tensor(tokens)
         size = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
         last = None
@@ -468,32 +540,42 @@ class LanguageModel:
             last = batch
 
     def run_block(
-        self, index: int, batch: MicroBatch, *, part: Part = "block", weights: dict[str, Tensor] | None = None
+        self, index: int, batch: MicroBatch, *, unit: Unit = "block", weights: dict[str, Tensor] | None = None
     ) -> MicroBatch:
-        """One block-forward: a batch at the door of a block to the same batch behind it, a new object.
+        """One block-forward: run a block on a micro-batch.
 
-        `part` runs the attention or the MLP alone, the other contributing nothing; `weights` are used in place of the
-        block's own parameters of these names, without a copy. What comes out depends on what is given alone: containers
-        among the arguments have the batch's own content while the block runs.
+        The result depends on the arguments alone: while the block runs, mutable containers among its arguments have the
+        content that the batch has for them.
+
+        Args:
+            index: of the block.
+            batch: the inputs of the block; left as it is.
+            unit: run the attention or the MLP alone, with the other one adding nothing to the residual stream.
+            weights: used in place of the block's own parameters of these names, without a copy.
+
+        Returns:
+            A new micro-batch with the outputs of the block.
         """
-        assert weights is None or self._shelf is None, "weights of an offloaded block come and go"
+        assert weights is None or self._store is None, "an offloaded block cannot be run with other weights"
         args, kwargs = batch.calls[index]
         block, hidden = self.blocks[index], batch.hidden
-        shared = self._carriers(batch.calls)
-        for container, content in zip(shared, batch.carried, strict=True):
+        shared = self._state_containers(batch.calls)
+        for container, content in zip(shared, batch.state, strict=True):
             refill(container, content)
         silent = (
-            {} if part == "block" else self._silence(index, "mlp" if part == "attention" else "attention", hidden.shape[-1])
+            {} if unit == "block" else self._silence(index, "mlp" if unit == "attention" else "attention", hidden.shape[-1])
         )
         with replaced(silent):
             out = functional_call(block, weights, (hidden, *args), kwargs) if weights else block(hidden, *args, **kwargs)
         return MicroBatch(batch.tokens, hidden_of(out), batch.calls, tuple(map(copy.copy, shared)))
 
     def sublayers(self, index: int) -> dict[str, dict[str, nn.Module]]:
-        """The modules of a block that make up its `attention` and its `mlp`, by name: together all that has matrices.
+        """The modules of a block's `attention` and of its `mlp`, by name; together they have all matrices of the block.
 
-        The MLP is one module, or the linears that the block itself has (OPT).
-        Raises ValueError where there is more, or less.
+        The MLP is one module, or the linear layers that are children of the block itself (OPT).
+
+        Raises:
+            ValueError: the block has other modules with matrices, or lacks one of the two.
         """
         heavy = {n: m for n, m in self.blocks[index].named_children() if any(p.dim() > 1 for p in m.parameters())}
         attention = {n: m for n, m in heavy.items() if "attn" in n or "attention" in n}
@@ -506,9 +588,9 @@ class LanguageModel:
             )
         return {"attention": attention, "mlp": mlp}
 
-    def _silence(self, index: int, part: str, width: int) -> dict[nn.Module, Callable[..., Any]]:
-        """Forwards for the modules of a sublayer that cost nothing and add nothing to the residual stream."""
-        *inner, last = self.sublayers(index)[part].values()
+    def _silence(self, index: int, sublayer: str, width: int) -> dict[nn.Module, Callable[..., Any]]:
+        """Forwards for the modules of a sublayer that compute nothing and add nothing to the residual stream."""
+        *inner, last = self.sublayers(index)[sublayer].values()
 
         def nothing(*args: Any, **kwargs: Any) -> Any:
             x = args[0] if args else kwargs["hidden_states"]
@@ -517,9 +599,12 @@ class LanguageModel:
         return {m: lambda x, *args, **kwargs: x for m in inner} | {last: nothing}
 
     def token_nll(self, batch: MicroBatch) -> Tensor:
-        """Negative log-likelihood in nats of each next token of a batch behind the last block, float32 (b, s - 1).
+        """Negative log-likelihood of each next token in nats, float32 (b, s - 1).
 
-        The head runs on a few tokens at a time: the float32 logits of all of them never exist at once.
+        The head runs on a few tokens at a time, so that the float32 logits of all of them never exist at once.
+
+        Args:
+            batch: outputs of the last block.
         """
         targets = batch.tokens[:, 1:].reshape(-1)
         losses = [
@@ -529,8 +614,12 @@ class LanguageModel:
         return torch.cat(losses).view(len(batch.tokens), -1)
 
     def token_kl(self, batch: MicroBatch, reference: MicroBatch) -> Tensor:
-        """KL divergence in nats from the predictions of `reference` to those of `batch`, both behind the last block, float32
-        (b, s - 1)."""
+        """KL(reference || batch) of the predictions of each next token in nats, float32 (b, s - 1).
+
+        Args:
+            batch: outputs of the last block.
+            reference: outputs of the last block on the same tokens, such as those of the dense model.
+        """
         pairs = zip(self._logits_in_chunks(reference), self._logits_in_chunks(batch), strict=True)
         chunks = [
             nn.functional.kl_div(b.log_softmax(-1), a.log_softmax(-1), reduction="none", log_target=True).sum(-1)
@@ -540,9 +629,13 @@ class LanguageModel:
 
     @torch.inference_mode()
     def nll(self, tokens: np.ndarray | Tensor) -> Floats:
-        """Mean negative log-likelihood in nats of each sequence, tokens (n_seq, seq_len) to float64 (n_seq,)."""
+        """Mean negative log-likelihood of each sequence in nats per token, float64 (n_seq,).
+
+        Args:
+            tokens: int64 (n_seq, seq_len).
+        """
         losses: list[Tensor] = []
-        if self._shelf is not None:  # every block comes once
+        if self._store is not None:  # so that every block is loaded once
             *_, last = self.walk(tokens)
             last.run(advance=True)
             return torch.cat([self.token_nll(b).double().mean(1).cpu() for b in last.batches]).numpy()
@@ -556,32 +649,35 @@ class LanguageModel:
 
     @torch.inference_mode()
     def walk(self, tokens: np.ndarray | Tensor | list[MicroBatch], start: int = 0) -> Iterator[Visit]:
-        """THE block-by-block loop: visit each block with the outputs of the blocks before it, as they were left.
+        """The block-by-block loop: visit each block with the outputs of the blocks before it, as the caller left them.
 
-        Between two visits the block is run again with the weights it then has, unless its visitor already advanced. In place
-        of tokens it takes micro-batches that stand at the door of block `start`; a visitor who needs no more of them clears
-        the list.
+        After a visit the block is run with the weights that it then has, unless the caller has advanced the visit itself.
+
+        Args:
+            tokens: int64 (n_seq, seq_len), or micro-batches that are inputs of block `start`; the caller may clear this list
+                when the blocks that are left need no inputs.
+            start: index of the first block to visit.
         """
-        shelf = self._shelf
+        store = self._store
         if isinstance(tokens, list):
             batches = tokens
         else:
-            batches = [batch if shelf is None else ParkedBatch(batch, shelf.states) for batch in self.micro_batches(tokens)]
+            batches = [batch if store is None else OffloadedBatch(batch, store.states) for batch in self.micro_batches(tokens)]
         for index in range(start, self.n_blocks):
             visit = Visit(self, index, batches)
             yield visit
             if not visit.advanced and index + 1 < self.n_blocks:
                 visit.run(advance=True)
 
-    # -- how the model's own code is made to do it: a block or the decoder is replaced for one call, nothing is rebuilt by hand
+    # -- the model's own forward with a block or the decoder replaced for one call: nothing of it is written anew
 
     @property
     def writers(self) -> frozenset[int]:
-        """The blocks that leave something for later ones beside hidden states."""
+        """The blocks that pass more to later ones than hidden states, such as keys and values that these share."""
         return frozenset(self._observed.writes)
 
-    def _carriers(self, calls: list[Call]) -> list[Any]:
-        """The containers among the arguments of blocks that blocks change."""
+    def _state_containers(self, calls: list[Call]) -> list[Any]:
+        """The mutable containers among the arguments of blocks through which blocks pass state to later ones."""
         written = self._observed.written
         return [containers(calls)[number] for number in written] if written else []
 
@@ -589,8 +685,8 @@ class LanguageModel:
         return self.model(input_ids=tokens, use_cache=False)
 
     def _enter(self, tokens: Tensor) -> MicroBatch:
-        """Let the model prepare its blocks' arguments: every block records them and passes its input on, the last one stops."""
-        forms = self._observed.forms  # asks the real blocks, so before they are replaced
+        """Record the arguments that the model prepares for its blocks: each passes its input on, the last stops the forward."""
+        forms = self._observed.forms  # which runs the real blocks, so before they are replaced
         entered: list[Tensor] = []
         calls: list[Call] = []
 
@@ -600,17 +696,17 @@ class LanguageModel:
                 entered.append(hidden)
                 calls.append(call)
                 if len(calls) == self.n_blocks:
-                    raise EnoughError
+                    raise StopForward
                 return forms[block].around(hidden)
 
             return forward
 
-        with replaced({block: record(block) for block in self.blocks}), contextlib.suppress(EnoughError):
+        with replaced({block: record(block) for block in self.blocks}), contextlib.suppress(StopForward):
             self._forward(tokens)
-        return MicroBatch(tokens, entered[0], calls, tuple(map(copy.copy, self._carriers(calls))))
+        return MicroBatch(tokens, entered[0], calls, tuple(map(copy.copy, self._state_containers(calls))))
 
     def _decoded(self, batch: MicroBatch) -> Any:
-        """What the decoder, the module around the blocks, returns when the last block gives the batch's hidden states."""
+        """The output of the decoder (the module that has the blocks) where the last block returns the batch's hidden states."""
         decoded: list[Any] = []
 
         def passes(block: nn.Module) -> Callable[..., Any]:
@@ -619,18 +715,18 @@ class LanguageModel:
 
         def enough(module: nn.Module, args: Any, out: Any) -> None:
             decoded.append(out)
-            raise EnoughError
+            raise StopForward
 
         hook = self.decoder.register_forward_hook(enough)
         try:
-            with replaced({block: passes(block) for block in self.blocks}), contextlib.suppress(EnoughError):
+            with replaced({block: passes(block) for block in self.blocks}), contextlib.suppress(StopForward):
                 self._forward(batch.tokens)
         finally:
             hook.remove()
         return decoded[0]
 
     def _logits_in_chunks(self, batch: MicroBatch) -> Iterator[tuple[int, Tensor]]:
-        """(start, float32 logits (c, vocab)) over the flattened positions that have a next token."""
+        """Pairs (start, float32 logits (c, vocab)) over the flattened positions that have a next token."""
         decoded = self._decoded(batch)
         normed = hidden_of(decoded)
         states = normed[:, :-1].reshape(-1, normed.shape[-1])
@@ -641,7 +737,7 @@ class LanguageModel:
                 logits = self._forward(stub).logits[0].float()
             yield start, logits
 
-    # -- whether blocks can be run apart at all: told by a forward of the model's own on a few tokens
+    # -- checks that blocks can be run one by one, against the model's own forward on a few tokens
 
     @property
     def _probe(self) -> Tensor:
@@ -656,21 +752,21 @@ class LanguageModel:
 
     @cached_property
     def _observed(self) -> Observed:
-        """A short forward of the model. Raises ValueError where it fails, looks ahead, or does not run block after block."""
+        """A short forward of the model; raises ValueError if it fails, is not causal, or does not run block after block."""
         try:
             seen = observe(self.blocks, lambda: self._forward(self._probe).logits)
         except (OSError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever the model's own code raises
-            if self.offloaded and isinstance(error, ValueError):  # a block that cannot be read says so
+            if self.offloaded and isinstance(error, ValueError):  # from reading a block, with a message of its own
                 raise
             raise self._unfit("cannot read tokens as a causal decoder does", error) from error
         if seen.order != list(range(self.n_blocks)):
             raise self._unfit(f"{self.blocks_path} are not run once each, one after the other, but in the order {seen.order}")
         for index in range(1, self.n_blocks):
-            if not close(seen.entered[index], seen.left[index - 1]):
+            if not nearly_equal(seen.entered[index], seen.left[index - 1]):
                 raise self._unfit(f"block {index} does not get what block {index - 1} returns, so that none can be run apart")
-        if not close(seen.logits[0, :-1], seen.logits[1, :-1], ulps=2**6):
+        if not nearly_equal(seen.logits[0, :-1], seen.logits[1, :-1], ulps=2**6):
             reads_on = getattr(self.model.config, "is_decoder", True) is False
             fix = "set is_decoder to true in config.json, or choose another model" if reads_on else "choose another model"
             raise self._unfit("its predictions depend on the tokens that follow", fix=fix)
@@ -678,9 +774,12 @@ class LanguageModel:
 
     @cached_property
     def _checked(self) -> bool:
-        """Whether blocks are given the same, and the head says the same, as in the model's own forward.
+        """Check that blocks get the same arguments and the head gives the same logits as in the model's own forward.
 
-        Raises ValueError where they are not. A few tokens tell: what depends on other blocks does at any length.
+        A few tokens are enough: what depends on other blocks does so at any length.
+
+        Raises:
+            ValueError: they do not.
         """
         seen = self._observed
         try:
@@ -689,15 +788,15 @@ class LanguageModel:
         except Exception as error:  # of the model's own code, on what replaced blocks return
             raise self._unfit("needs more of its blocks than hidden states", error) from error
         for index, (own, call) in enumerate(zip(seen.calls, batch.calls, strict=True)):
-            if (argument := differing(own, call, self._carriers(batch.calls))) is not None:
+            if (argument := differing(own, call, self._state_containers(batch.calls))) is not None:
                 raise self._unfit(f"argument {argument} of block {index} depends on what other blocks compute")
         last = replace(batch, hidden=seen.left[-1].to(batch.hidden.device))
         try:
             with torch.no_grad():
-                logits = torch.cat([part for _, part in self._logits_in_chunks(last)]).cpu()
+                logits = torch.cat([chunk for _, chunk in self._logits_in_chunks(last)]).cpu()
         except Exception as error:
             raise self._unfit("its head needs more than hidden states", error) from error
-        if not close(
+        if not nearly_equal(
             logits, seen.logits[:, :-1].flatten(0, 1).float(), ulps=2**18
         ):  # products of other sizes, maybe of bfloat16
             raise self._unfit("its head gives some tokens other logits than all")
@@ -706,21 +805,21 @@ class LanguageModel:
 
     @torch.no_grad()
     def _check_apart(self) -> None:
-        """Raise ValueError where a block computes something else after other blocks, on other tokens, than in its turn."""
+        """Check that the output of a block does not depend on what ran before it; raises ValueError if it does."""
         batch, other = self._enter(self._probe), self._enter((self._probe + 5).remainder(self.vocab_size))
         for index, own in enumerate(self._observed.left):
-            batch, other = self.run_block(index, batch), self.run_block(index, other)  # as a walk does
-            if not close(batch.hidden, own):
+            batch, other = self.run_block(index, batch), self.run_block(index, other)  # alternating, as in a walk
+            if not nearly_equal(batch.hidden, own):
                 raise self._unfit(f"what block {index} computes depends on more than it is given")
 
 
 def matrix(linear: Linear) -> Tensor:
-    """The weight of a linear as (d_out, d_in), a view: GPT-2's Conv1D stores the transpose."""
+    """The weight of a linear layer as a view (d_out, d_in); GPT-2's Conv1D stores the transpose."""
     return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two structures of arguments hold the same values."""
+    """Whether two nested structures of arguments have equal values."""
     (left, shape), (right, other) = tree_flatten(a), tree_flatten(b)
     if shape != other:
         return False
@@ -736,7 +835,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _refuse_experts(model: PreTrainedModel, blocks: nn.Module) -> None:
-    """Fused experts are parameters of three dimensions, which no pruner here sees; listed ones may never see a token."""
+    """Raise ValueError for mixtures of experts: fused experts are no matrices, and separate ones may see no token."""
     for name, p in blocks.named_parameters():
         if p.dim() > 2 or "experts" in name:
             raise ValueError(
@@ -752,7 +851,7 @@ def _find_blocks(model: PreTrainedModel, path: str | None) -> str:
         if path not in dict(model.named_modules()) or not isinstance(model.get_submodule(path), nn.ModuleList):
             raise ValueError(f"model.blocks_path={path}: no such ModuleList in {type(model).__name__}; found {found}")
         return path
-    if len(found) > 1:  # a vision tower may be as deep
+    if len(found) > 1:  # a vision encoder may have as many blocks
         decoder = {id(m) for m in model.get_decoder().modules()}
         found = [name for name in found if id(model.get_submodule(name)) in decoder] or found
     if len(found) != 1:
@@ -765,7 +864,7 @@ def _find_blocks(model: PreTrainedModel, path: str | None) -> str:
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device for `auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`; ValueError where it is missing."""
+    """The torch device of `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:1`; raises ValueError if it is missing."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     picked = torch.device(device)
@@ -775,5 +874,5 @@ def pick_device(device: str) -> torch.device:
 
 
 def make_config(model_type: str, **shape: Any) -> Any:
-    """A transformers config of a model family with the given names and values."""
+    """A transformers config of a model family with the given values."""
     return AutoConfig.for_model(model_type, **shape)

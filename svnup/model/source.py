@@ -1,4 +1,4 @@
-"""Which model a job means: what can be known of it before any weight is loaded, and how to load it. Light to import."""
+"""The model of a job: what is known before any weight is loaded, and how to load it. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ BUILT_IN, BUILT_IN_OPT = "svnup/tiny", "svnup/tiny_opt"
 
 BUILT_IN_FOLDER = Path(__file__).parents[1] / "assets" / "tiny"
 SHIPPED = {BUILT_IN: BUILT_IN_FOLDER, BUILT_IN_OPT: BUILT_IN_FOLDER.with_name("tiny_opt")}
-FETCHED = {smollm2.NAME: smollm2.COMMAND}  # what brings a model to the user's cache, once
+FETCHED = {smollm2.NAME: smollm2.COMMAND}  # the command that installs a model in the user's cache
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 NO_FOLDER = "there is no such folder; give a checkpoint folder or a hub name (organisation/name)"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def one_block_of(config: Any) -> Any:
-    """The same transformers config with a single block."""
+    """Reduce a transformers config to a single block, in place."""
     text = config.get_text_config()
     text.num_hidden_layers = 1
     if getattr(text, "layer_types", None):
@@ -42,8 +42,8 @@ def one_block_of(config: Any) -> Any:
 
 
 def own_folder(name: str) -> Path | None:
-    """Where a model lies that svnup ships or fetches; None for other names."""
-    return smollm2.home() if name in FETCHED else SHIPPED.get(name)
+    """The folder of a model that svnup ships or installs; None for other names."""
+    return smollm2.checkpoint_folder() if name in FETCHED else SHIPPED.get(name)
 
 
 def _check_known(dense_ppl: list[dict[str, Any]]) -> None:
@@ -59,40 +59,56 @@ def _check_device_name(device: str) -> None:
 
 
 class Model(Protocol):
-    """Which model a job means; a frozen dataclass of its options. Only `load` reads weights; each `check` and what a property
-    cannot find raises ValueError with the option at fault. One whose weights were dequantized says from what by a method
-    `dequantized_from() -> dict`."""
+    """The model of a job; a frozen dataclass of its options.
+
+    Only `load` reads weights. Checks and properties raise ValueError that names the option at fault. A model with dequantized
+    weights has a method `dequantized_from() -> dict`, which says from what.
+    """
 
     dense_ppl: list[dict[str, Any]]
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name of the model in results."""
+        ...
 
     @property
-    def from_hub(self) -> bool: ...
+    def from_hub(self) -> bool:
+        """Whether the model comes from the Hub."""
+        ...
 
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers."""
+        ...
 
-    def n_blocks(self) -> int: ...
+    def n_blocks(self) -> int:
+        """Number of blocks."""
+        ...
 
-    def check_offload(self, offload: Offload) -> None: ...
+    def check_offload(self, offload: Offload) -> None:
+        """Raise ValueError if the blocks of this model cannot be offloaded to that place."""
+        ...
 
-    def check_device(self) -> None: ...
+    def check_device(self) -> None:
+        """Raise ValueError if the device does not exist."""
+        ...
 
     def fingerprint(self) -> str:
-        """Identifies the weights without loading them."""
+        """A text that identifies the weights, found without loading them."""
         ...
 
     def skeleton(self) -> LanguageModel:
-        """The model's shapes, without weights."""
+        """The model on the meta device: shapes without weights."""
         ...
 
     def one_block(self) -> LanguageModel:
-        """A model of one block of the same shape with random weights, to measure time on."""
+        """A model of one block of the same shape with random weights, to measure time."""
         ...
 
-    def load(self, offload: Offload = "none", scratch: Path | None = None) -> LanguageModel: ...
+    def load(self, offload: Offload = "none", scratch: Path | None = None) -> LanguageModel:
+        """Load the model; the arguments are those of `LanguageModel.load`."""
+        ...
 
 
 KNOWN = ("dataset", "seq_len", "ppl", "source")  # of a dense perplexity
@@ -100,12 +116,15 @@ KNOWN = ("dataset", "seq_len", "ppl", "source")  # of a dense perplexity
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """A checkpoint folder, a hub model, or one of svnup's own (`own_folder`); names as in transformers' `from_pretrained`.
+    """A checkpoint folder, a Hub model, or a model of svnup (`own_folder`); names as in transformers' `from_pretrained`.
 
-    `gguf_file` names a GGUF file of the folder or hub model, which is dequantized and read in place of a checkpoint.
-    `seq_len` is the model's default sequence length, `test_text` the data set whose perplexity is reported by default,
-    `test_tasks` the tasks whose accuracy is, and `dense_ppl` lists known dense perplexities as {dataset, seq_len, ppl, source},
-    with n_windows where it is known how many windows of that length the text has.
+    Args:
+        gguf_file: a GGUF file of the folder or Hub model, which is dequantized and read in place of a checkpoint.
+        seq_len: default sequence length in tokens.
+        test_text: the data set whose perplexity is reported by default.
+        test_tasks: the tasks whose accuracy is reported by default.
+        dense_ppl: known perplexities of the dense model, each {dataset, seq_len, ppl, source}, with n_windows if the number of
+            windows of that length is known.
     """
 
     pretrained_model_name_or_path: str
@@ -145,7 +164,7 @@ class Pretrained:
 
     @property
     def _source(self) -> str:
-        """What transformers is given."""
+        """The folder or name that transformers is given."""
         given = self.pretrained_model_name_or_path
         if (own := own_folder(given)) is not None:
             return str(own)
@@ -153,13 +172,13 @@ class Pretrained:
 
     @property
     def _is_local(self) -> bool:
-        """Whether it is a folder, or can only be meant as one."""
+        """Whether the name is a folder, or can only mean one."""
         given = self.pretrained_model_name_or_path
         return own_folder(given) is not None or means_folder(given) or Path(given).exists()
 
     @cached_property
     def _config_file(self) -> Path:
-        """What describes the model: its config.json, or the GGUF file."""
+        """The file that describes the model: its config.json, or the GGUF file."""
         given, name = f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}", self.gguf_file or "config.json"
         if self._is_local:
             folder = Path(self._source)
@@ -167,7 +186,7 @@ class Pretrained:
                 raise ValueError(f"{given}: is one file; give its folder, and gguf_file={folder.name}")
             command = FETCHED.get(self.pretrained_model_name_or_path)
             if command is not None and not (folder / "config.json").is_file():
-                raise ValueError(f"{given}: not in {folder} yet; run {command}, which brings it in about two minutes")
+                raise ValueError(f"{given}: not in {folder} yet; run {command}, which takes about two minutes")
             if not folder.is_dir():
                 raise ValueError(f"{given}: {NO_FOLDER}")
             if not (folder / name).is_file():
@@ -184,13 +203,13 @@ class Pretrained:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"{given}: neither a local folder nor to be had from the hub ({type(error).__name__}: {reason}); check the "
-                "name, go online (if gated, accept its licence and use hf auth login), or give the folder of a local copy"
+                f"{given}: is not a local folder and could not be downloaded from the Hub ({type(error).__name__}: {reason}); "
+                "check the name, go online (if gated, accept its licence and use hf auth login), or give a local folder"
             ) from None
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        """The names and values of config.json, those of the language model first."""
+        """The content of config.json, or the config of the GGUF file."""
         path = self._config_file
         if self.gguf_file is not None:
             out: dict[str, Any] = self._loader.config.to_dict()
@@ -199,31 +218,31 @@ class Pretrained:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(f"{wrong} cannot be read ({error}); see to its permissions, or copy it again") from None
+            raise ValueError(f"{wrong} cannot be read ({error}); check its permissions, or copy it again") from None
         except ValueError as error:
             from svnup.model.checkpoint import POINTS_ELSEWHERE, is_pointer
 
             what = POINTS_ELSEWHERE if is_pointer(path) else f"is not JSON ({error}); copy it again"
             raise ValueError(f"{wrong} {what}") from None
         if not isinstance(config, dict):
-            raise ValueError(f"{wrong} is no object of names and values; copy it again")
+            raise ValueError(f"{wrong} is not a JSON object; copy it again")
         return config
 
     def n_blocks(self) -> int:
-        """Number of blocks of the language model, by its configuration; raises ValueError where that has none."""
+        """Number of blocks of the language model by its configuration; raises ValueError if that does not say."""
         usual, config = "num_hidden_layers", self._config
         if type(config.get(usual)) is int and config[usual] > 0 and not any(key.endswith("_config") for key in config):
-            return int(config[usual])  # at once: importing transformers, which knows all other names, takes seconds
+            return int(config[usual])  # the fast path: transformers, which knows all other names, takes seconds to import
         depth = getattr(self._loader.config.get_text_config(), usual, None)
         if not isinstance(depth, int) or depth < 1:
             raise ValueError(
-                f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: {usual}={depth} in config.json is no "
-                "number of blocks; copy it again, or give another model"
+                f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: {usual}={depth} in config.json is "
+                "not a number of blocks; copy it again, or give another model"
             )
         return depth
 
     def check_offload(self, offload: Offload) -> None:
-        """Raise ValueError where blocks cannot wait there."""
+        """Raise ValueError if the blocks of this model cannot be offloaded to that place."""
         if offload != "none" and self.device_map is not None:
             raise ValueError(
                 f"device_map={self.device_map}: spreads the model itself; use device_map=null with offload={offload}"
@@ -233,7 +252,7 @@ class Pretrained:
 
             if is_bitmask(self._source):
                 raise ValueError(
-                    f"device_map={self.device_map}: a bitmask checkpoint is read for one device; use device_map=null, or "
+                    f"device_map={self.device_map}: a bitmask checkpoint is loaded to one device; use device_map=null, or "
                     "make a dense one with svnup-expand"
                 )
         if offload == "disk" and self.gguf_file is not None:
@@ -249,13 +268,13 @@ class Pretrained:
                 raise ValueError(f"pretrained_model_name_or_path={self.pretrained_model_name_or_path}: {reason}") from error
 
     def check_device(self) -> None:
-        """Raise ValueError where the device is not there."""
+        """Raise ValueError if the device does not exist."""
         from svnup.model.language_model import pick_device
 
         pick_device(self.device)
 
     def fingerprint(self) -> str:
-        """Identifies the weights without loading them: SHA-256 of a local checkpoint's files, the commit of a hub model."""
+        """SHA-256 of a local checkpoint's files, or the commit of a Hub model."""
         if not self._is_local:
             return f"{self.pretrained_model_name_or_path}@{self._config_file.parent.name}"
         if self.gguf_file is not None:
@@ -274,10 +293,11 @@ class Pretrained:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def dequantized_from(self) -> dict[str, Any] | None:
-        """What the weights were before they were dequantized, None where they are as they were stored.
+        """What the weights were dequantized from; None if they are used as they are stored.
 
-        Of a GGUF file its name, SHA-256 and how many tensors it has of each of its types; of another quantized checkpoint,
-        or of one that was dequantized before it was saved, what its config.json says.
+        Returns:
+            For a GGUF file its name, SHA-256 and the number of tensors of each type; for another quantized checkpoint, or one
+            that was dequantized before it was saved, what its config.json says.
         """
         if self.gguf_file is None:
             if (origin := self._config.get(smollm2.ORIGIN)) is not None:
@@ -308,7 +328,7 @@ class Pretrained:
         )
 
     def skeleton(self) -> LanguageModel:
-        """The model without weights, for its shapes; of a local checkpoint the names and shapes of its tensors are checked."""
+        """The model on the meta device; names and shapes of a local checkpoint's tensors are checked against it."""
         from svnup.model.language_model import LanguageModel
 
         lm = LanguageModel(self._loader.outline(), None, self.blocks_path)
@@ -317,7 +337,7 @@ class Pretrained:
         return lm
 
     def one_block(self) -> LanguageModel:
-        """One block of this shape with random weights, to time."""
+        """A model of one block of this shape with random weights, to measure time."""
         from svnup.model.language_model import LanguageModel
 
         config = copy.deepcopy(self._loader.config)
@@ -328,7 +348,7 @@ class Pretrained:
         from svnup.model.language_model import LanguageModel
 
         places: dict[str, Any] = {"device": self.device, "blocks_path": self.blocks_path, "offload": offload}
-        return LanguageModel.loaded(self._loader, self.tokenizer, scratch=scratch, **places)
+        return LanguageModel.from_loader(self._loader, self.tokenizer, scratch=scratch, **places)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +397,7 @@ class Random:
 
     def check_offload(self, offload: Offload) -> None:
         if offload == "disk":
-            raise ValueError("offload=disk: random weights lie in no checkpoint; use offload=cpu or none")
+            raise ValueError("offload=disk: random weights have no checkpoint on disk; use offload=cpu or none")
 
     def check_device(self) -> None:
         from svnup.model.language_model import pick_device

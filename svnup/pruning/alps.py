@@ -14,16 +14,17 @@ from svnup.pruning.sparsegpt import Hessian, cholesky
 
 @dataclass(frozen=True)
 class ALPS:
-    """Find mask and weights together by ADMM on min tr((W - D) H (W - D)^T) within the budget, then improve the weights on the
-    mask by conjugate gradients.
+    """Find mask and weights D together by ADMM, then improve the weights on the mask by conjugate gradients.
+
+    The objective is min tr((W - D) H (W - D)^T) within the budget.
 
     H = X^T X / n_tokens + damp * mean(diag) I, with inputs scaled so that its diagonal is 1. Per iteration
     B = (W H - V + rho D) (H + rho I)^-1, D = the largest of B + V / rho within the budget of the whole matrix, or of each group
     of M inputs, V += rho (B - D). Every third iteration counts the changes s of the mask since the last count: with k kept
     weights, rho grows by 1.3 where s >= 0.1 k, by 1.2 where s >= 0.005 k, else by 1.1; at s = 0 or after `iterations` it ends.
     Then `cg_iterations` of conjugate gradients on the mask, with diagonal preconditioning, all rows at once, start at D: in the
-    objective above they never do worse than that. float32, but for the eigenvectors of H in float64. Weights of dead inputs go
-    first. Raises ValueError where H cannot be factorised.
+    objective they never do worse than D. All is float32, except for the eigenvectors of H in float64. Weights of dead inputs
+    are zeroed first. Raises ValueError if H cannot be factorised.
 
     Source: Meng et al. 2024 (arXiv 2406.07831), algorithms 1 and 2 and the penalties of section 3.2. The released code also
     starts again with a smaller rho where the first masks hardly change, ends at s < 0.0003 k after 30 iterations, and takes the
@@ -52,7 +53,7 @@ class ALPS:
         stats.add(x)
 
     def workspace(self, d_out: int, d_in: int) -> int:
-        """Bytes that `prune` takes for one matrix, by measurement."""
+        """Bytes that `prune` takes for one matrix, as measured."""
         return 4 * (18 * d_out * d_in + 14 * d_in**2)
 
     def prune(self, weight: Tensor, stats: Hessian, sparsity: float) -> Tensor:
@@ -66,7 +67,7 @@ class ALPS:
         return (conjugate_gradients(w, d, gone, spectrum.h, self.cg_iterations) / spectrum.norms).to(weight.dtype)
 
     def _admm(self, w: Tensor, spectrum: Spectrum, dead: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
-        """The mask, bool (d_out, d_in), and the weights outside of it."""
+        """The pruned weights, bool (d_out, d_in), and the matrix with these zeroed."""
 
         def project(b: Tensor) -> tuple[Tensor, Tensor]:
             gone = smallest(b.abs().masked_fill(dead, -1), sparsity, self.pattern, "matrix")
@@ -93,7 +94,14 @@ class ALPS:
 
 @dataclass
 class Spectrum:
-    """H scaled by `norms` (d_in,) so that its diagonal is 1, float32, and its eigenvalues and eigenvectors, float64."""
+    """A Hessian with unit diagonal and its eigendecomposition.
+
+    Args:
+        norms: square roots of the former diagonal, float32 (d_in,).
+        h: the scaled Hessian, float32 (d_in, d_in).
+        values: eigenvalues, float64 (d_in,).
+        vectors: eigenvectors in columns, float64 (d_in, d_in).
+    """
 
     norms: Tensor
     h: Tensor
@@ -102,7 +110,7 @@ class Spectrum:
 
 
 def scaled_spectrum(h: Tensor) -> Spectrum | None:
-    """The spectrum of a Hessian, None where it has no Cholesky factor."""
+    """The spectrum of a Hessian (d_in, d_in); None if it has no Cholesky factor."""
     if cholesky(h) is None:
         return None
     norms = h.diagonal().sqrt()
@@ -111,13 +119,21 @@ def scaled_spectrum(h: Tensor) -> Spectrum | None:
 
 
 def conjugate_gradients(w: Tensor, d: Tensor, gone: Tensor, h: Tensor, iterations: int) -> Tensor:
-    """Reduce tr((W - D) H (W - D)^T) from D on, which stays zero where `gone` says; every row has a step length of its own."""
+    """Reduce tr((W - D) H (W - D)^T) over D on its support, starting at D; each row has a step length of its own.
+
+    Args:
+        w: dense weights, (d_out, d_in).
+        d: weights to start from, (d_out, d_in).
+        gone: where D stays zero, bool (d_out, d_in).
+        h: the Hessian, (d_in, d_in).
+        iterations: number of steps.
+    """
     rest = ((w - d) @ h).masked_fill_(gone, 0)
     direction, size = rest, rest.square().sum(1, keepdim=True)
     for _ in range(iterations):
         ahead = (direction @ h).masked_fill_(gone, 0)
         curvature = (direction * ahead).sum(1, keepdim=True)
-        step = torch.where(curvature > 0, size / curvature, 0)  # a row that has arrived stays
+        step = torch.where(curvature > 0, size / curvature, 0)  # a converged row stays as it is
         d = d + step * direction
         rest = rest - step * ahead
         size, last = rest.square().sum(1, keepdim=True), size

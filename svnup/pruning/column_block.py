@@ -1,4 +1,4 @@
-"""SparseGPT's inner loop: settle the columns of one block, one after the other."""
+"""SparseGPT's inner loop: prune a block of columns, one after the other."""
 
 from __future__ import annotations
 
@@ -14,27 +14,34 @@ from svnup.pruning.masks import lowest_in_columns
 STEP = 32  # columns between two matrix products: fewer make more products, more make longer sums per column
 
 
-def settle(
+def prune_columns(
     block: Tensor, factor: Tensor, mask: Tensor | None, group: tuple[int, int] | None, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Zero what goes in a block of columns and let the columns to the right make up for it: (new block, errors).
+    """Zero weights in a block of columns and let the columns to their right compensate.
 
-    `block` (rows, b) and `factor` (b, b), upper, are float32. What goes is `mask`, bool (rows, b); or, where that is None, the
-    n smallest (weight / scale)^2 of each `group` (n, m) of columns in a row, on the weights as they are when the group's turn
-    comes, the first among equals first; `scale` is (b,). `errors` (rows, b) times the rest of the factor's rows is what the
-    columns beyond the block have to lose.
+    On CUDA this is one launch of a Triton kernel if Triton can build it; otherwise `prune_columns_torch`, the reference, from
+    which the kernel differs by rounding.
 
-    On CUDA a Triton kernel does it in one launch where Triton can build one; elsewhere `settle_by_torch` does, which is the
-    reference: the two differ by rounding.
+    Args:
+        block: weights, float32 (rows, b).
+        factor: upper Cholesky factor of the inverse Hessian at these columns, float32 (b, b).
+        mask: the weights to zero, bool (rows, b); None chooses them by `group`.
+        group: (n, m): zero the n smallest (weight / scale)^2 of every m columns in a row, by the weights at the turn of the
+            group, of equal ones the first.
+        scale: float32 (b,).
+
+    Returns:
+        The new block, and errors (rows, b): these times the remaining columns of the factor's rows is what the columns beyond
+        the block have to subtract.
 
     Source: Frantar and Alistarh 2023 (arXiv 2301.00774), the inner loop of algorithm 1.
     """
-    assert (mask is None) != (group is None), "a mask, or groups to choose one by"
+    assert (mask is None) != (group is None), "give either a mask or a group"
     if block.is_cuda and can_build_kernels():
-        from svnup.pruning.column_block_triton import settle_by_triton
+        from svnup.pruning.column_block_triton import prune_columns_triton
 
-        return settle_by_triton(block, factor, mask, group, scale)
-    return settle_by_torch(block, factor, mask, group, scale)
+        return prune_columns_triton(block, factor, mask, group, scale)
+    return prune_columns_torch(block, factor, mask, group, scale)
 
 
 def can_build_kernels() -> bool:
@@ -42,11 +49,14 @@ def can_build_kernels() -> bool:
     return importlib.util.find_spec("triton") is not None and any((os.environ.get("CC"), *map(shutil.which, ("gcc", "clang"))))
 
 
-def settle_by_torch(
+def prune_columns_torch(
     block: Tensor, factor: Tensor, mask: Tensor | None, group: tuple[int, int] | None, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`settle` on any device. Columns lie in memory as rows, and each takes in what it has to make up for only when its turn
-    comes: by one matrix product for the step, by a short matrix-vector product within it."""
+    """`prune_columns` on any device.
+
+    Columns are stored as rows. Each column takes in the errors before it only when its turn comes: those of earlier steps by
+    one matrix product, those of its own step by a short matrix-vector product.
+    """
     w, lower, diagonal = block.T.clone(memory_format=torch.contiguous_format), factor.T.contiguous(), factor.diagonal()[:, None]
     errors = torch.empty_like(w)
     gone = torch.empty_like(w, dtype=torch.bool) if mask is None else mask.T.contiguous()

@@ -1,4 +1,4 @@
-"""`settle` as one Triton kernel: a tile of rows stays in registers while all its columns are settled."""
+"""`prune_columns` as one Triton kernel: a tile of rows stays in registers while all its columns are pruned."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TILE = 2048  # weights that one program holds: 16 rows of 128 columns
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _settle(  # type: ignore[no-untyped-def]
+def _prune_columns(  # type: ignore[no-untyped-def]
     block, factor, mask, scale, out, errors, rows, width, block_stride, factor_stride,
     N: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -45,10 +45,10 @@ def _settle(  # type: ignore[no-untyped-def]
     tl.store(errors + place, lost, mask=here)
 
 
-def settle_by_triton(
+def prune_columns_triton(
     block: Tensor, factor: Tensor, mask: Tensor | None, group: tuple[int, int] | None, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`svnup.pruning.column_block.settle`, in one launch."""
+    """`svnup.pruning.column_block.prune_columns` in one launch."""
     rows, width = block.shape
     block, factor = (x if x.stride(1) == 1 else x.contiguous() for x in (block, factor))
     out, errors = (torch.empty(rows, width, dtype=torch.float32, device=block.device) for _ in range(2))
@@ -57,7 +57,7 @@ def settle_by_triton(
     columns = triton.next_power_of_2(width)
     tile = max(1, TILE // columns)
     with torch.cuda.device(block.device if block.is_cuda else -1):  # the launch goes to the current device; -1: none
-        _settle[(triton.cdiv(rows, tile),)](
+        _prune_columns[(triton.cdiv(rows, tile),)](
             block, factor, flags, scale.contiguous(), out, errors, rows, width, block.stride(0), factor.stride(0),
             N=n, M=m, ROWS=tile, COLUMNS=columns, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

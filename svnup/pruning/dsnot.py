@@ -16,7 +16,14 @@ from svnup.pruning.walk import Pruner, workspace
 
 @dataclass
 class InputMoments:
-    """Per input over all observed tokens, float32 (d_in,): mean and sum of squared deviations from it; and the base's own."""
+    """Moments of each input over all observed tokens, and the statistics of the base pruner.
+
+    Args:
+        mean: float32 (d_in,).
+        deviations: sums of squared deviations from the mean, float32 (d_in,).
+        base: statistics of the base pruner.
+        n_tokens: number of observed tokens.
+    """
 
     mean: Tensor
     deviations: Tensor
@@ -30,19 +37,24 @@ class InputMoments:
 
 @dataclass(frozen=True)
 class DSnoT:
-    """Refine another pruner's mask by swaps within an output row that bring its expected output back; weights stay dense ones.
+    """Refine another pruner's mask by swaps within an output row that restore its expected output; kept weights stay dense.
 
-    The expected error of row i is the sum of W_ij E[X_j] over what is pruned. Each cycle grows the pruned weight with the
+    The expected error of row i is the sum of W_ij E[X_j] over its pruned weights. Each cycle grows the pruned weight with the
     largest sign(error) W_ij E[X_j] / Var[X_j], and prunes the kept one with the smallest Wanda score |W_ij| ||X_j||_2 among
-    those with sign(error) W_ij E[X_j] < 0. In N:M both are of one group: the best weight to grow of any group with one to
-    prune. A row ends where |error| <= threshold (in units of the output), no pair is left, a swap would not reduce |error|, or
-    after max_cycles; no weight moves twice. So the expected error never grows; the error itself can.
+    those with sign(error) W_ij E[X_j] < 0. In N:M both are of one group: the best weight to grow of any group that has one to
+    prune. A row is finished when |error| <= threshold, no pair is left, a swap would not reduce |error|, or after max_cycles;
+    no weight is swapped twice. So the expected error never grows; the reconstruction error can.
 
-    As in the paper, E and Var are over all tokens and every linear is refined. The released code takes sums over a sequence for
-    E against the same threshold of 0.1, the mean of Var within batches, no MLP by default, and goes on where the sign condition
-    leaves nothing to prune; in N:M it has no sign condition, but ends a row where the sign of the error would change. That a
-    swap must reduce |error| is ours: without it, errors near zero swing out by the largest swaps. A variance counts as at
-    least float32 eps times the mean square, so that constant inputs can be compared.
+    As in the paper, E and Var are over all tokens and every linear layer is refined. The released code takes sums over a
+    sequence for E against the same threshold of 0.1, the mean of Var within batches, and no MLP by default, and goes on if the
+    sign condition leaves nothing to prune; in N:M it has no sign condition, but ends a row where the sign of the error would
+    change. That a swap must reduce |error| is our deviation: without it, the largest swaps make errors near zero larger. A
+    variance counts as at least float32 eps times the mean square, so that constant inputs can be compared.
+
+    Args:
+        base: the pruner that makes the mask.
+        max_cycles: the most swaps of a row.
+        threshold: of |error|, in units of the output.
 
     Source: Zhang et al. 2023 (arXiv 2310.08915), section 3.2.
     """
@@ -77,7 +89,7 @@ class DSnoT:
         stats.n_tokens = total
 
     def workspace(self, d_out: int, d_in: int) -> int:
-        """Bytes that `prune` takes for one matrix, by measurement."""
+        """Bytes that `prune` takes for one matrix, as measured."""
         return max(4 * 13 * d_out * d_in, workspace(self.base, d_out, d_in))
 
     def prune(self, weight: Tensor, stats: InputMoments, sparsity: float) -> Tensor:
@@ -94,7 +106,7 @@ class DSnoT:
         return weight.masked_fill(gone, 0)
 
     def _swap(self, gone: Tensor, w: Tensor, mean: Tensor, variance: Tensor, norms: Tensor, m: int) -> None:
-        """Swap in the mask, in place, within every m consecutive inputs of a row; all rows at once."""
+        """Swap entries of the mask in place, within every m consecutive inputs of a row, in all rows at once."""
         shares = w * mean
         grow = (shares / variance).masked_fill(~gone, 0)
         shed, wanda = shares.masked_fill(gone, 0), w.abs() * norms

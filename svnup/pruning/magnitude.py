@@ -12,8 +12,9 @@ from svnup.pruning.masks import smallest
 
 @dataclass(frozen=True)
 class Magnitude:
-    """Zero the smallest |W| of each matrix, of each output row (`per=row`), or of each group of M inputs in a row; needs no
-    calibration data.
+    """Zero the smallest |W| of each matrix, of each output row (`per=row`), or of each group of M inputs in a row.
+
+    It needs no calibration text.
 
     Source: Han et al. 2015 (arXiv 1506.02626); per matrix as in the comparisons of arXiv 2306.11695.
     """

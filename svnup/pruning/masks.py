@@ -1,4 +1,4 @@
-"""Which weights go: the one rounding rule, and the smallest scores under it."""
+"""Masks: the rounding rule for the number of zeros, and the smallest scores under it."""
 
 from __future__ import annotations
 
@@ -13,24 +13,32 @@ from svnup.pattern import steps_of
 
 
 def n_zeros(sparsity: float, size: int) -> int:
-    """How many of `size` weights in a row are zeroed: floor(sparsity * size).
+    """The rounding rule: the first `size` weights of a matrix have floor(sparsity * size) zeros.
 
-    THE rounding rule: of weights counted from the first, those up to position p hold floor(sparsity * p) zeros, so group r of m
-    weights gets floor((r+1) s m) - floor(r s m) and a whole matrix is exact to one weight. Products within 1e-6 below a
-    whole number count as whole: 0.29 * 100 is 29.
+    So group r of m weights gets floor((r+1) s m) - floor(r s m) zeros, and a whole matrix is exact to one weight. A product
+    within 1e-6 below a whole number counts as whole: 0.29 * 100 is 29.
     """
     return math.floor(sparsity * size + 1e-6)
 
 
 def zeros_per_group(sparsity: float, n_groups: int, group: int, device: torch.device) -> Tensor:
-    """Zeros of each of `n_groups` groups of `group` weights by the rounding rule, int64 (n_groups,)."""
+    """Number of zeros in each of `n_groups` groups of `group` weights by the rounding rule, int64 (n_groups,)."""
     ends = torch.arange(n_groups + 1, dtype=torch.float64, device=device) * (sparsity * group)
     return torch.floor(ends + 1e-6).to(torch.int64).diff()
 
 
 def smallest(scores: Tensor, sparsity: float, pattern: str, per: Literal["row", "matrix"] = "row") -> Tensor:
-    """True at the weights that go, bool (d_out, d_in): the smallest scores of each row, of the whole matrix, or, where the
-    pattern says so, of every M consecutive inputs of a row. Raises ValueError where a score is nan or infinite."""
+    """The weights to zero, bool (d_out, d_in): those with the smallest scores under the pattern.
+
+    Args:
+        scores: (d_out, d_in).
+        sparsity: fraction of zeros.
+        pattern: N:M takes the smallest of every M consecutive inputs of a row.
+        per: whether the smallest are of each row or of the whole matrix, if unstructured.
+
+    Raises:
+        ValueError: a score is nan or infinite, or M does not divide d_in.
+    """
     if not scores.isfinite().all():
         raise ValueError("nan or infinity in the weights, in the statistics of their inputs, or in products of both")
     group = steps_of(pattern, sparsity)
@@ -40,22 +48,24 @@ def smallest(scores: Tensor, sparsity: float, pattern: str, per: Literal["row", 
 
 
 def zeroed(pruned: Tensor, sparsity: float, pattern: str) -> Tensor:
-    """The mask behind a pruned matrix, bool (d_out, d_in): as many of its zeros as the rounding rule asks for.
+    """The pruned weights of a pruned matrix, bool (d_out, d_in): as many of its zeros as the rounding rule asks for.
 
-    Weights may be zero though they were kept; which of them count as pruned makes no difference to the matrix.
+    A kept weight may be zero too; which zeros count as pruned makes no difference to the matrix.
     """
     return smallest(pruned.abs(), sparsity, pattern, "matrix")
 
 
 def lowest(scores: Tensor, sparsity: float) -> Tensor:
-    """True at the smallest scores of each row: (rows, m) to bool (rows, m); among equals the first goes first."""
+    """The smallest scores of each row, (rows, m) to bool (rows, m); of equal scores the first."""
     return lowest_counts(scores, zeros_per_group(sparsity, scores.shape[0], scores.shape[1], scores.device))
 
 
 def lowest_counts(scores: Tensor, counts: Tensor) -> Tensor:
-    """True at the `counts[r]` smallest scores of row r, which differ by at most one between rows; a sort of no row is needed.
+    """The `counts[r]` smallest scores of row r, (rows, m) to bool (rows, m); of equal scores the first.
 
-    (rows, m) to bool (rows, m); among equals the first goes first.
+    Args:
+        scores: (rows, m).
+        counts: int64 (rows,); they differ by at most one.
     """
     fewest = int(counts.min())
     mask = _lowest_of_all_rows(scores, fewest)
@@ -72,40 +82,40 @@ def _lowest_of_all_rows(scores: Tensor, count: int) -> Tensor:
     mask, ties = scores < last, scores == last
     left = count - mask.sum(1, keepdim=True)
     crowded = (ties.sum(1, keepdim=True) > left).squeeze(1).nonzero().squeeze(1)
-    if len(crowded):  # rare: of equal scores only the first go
+    if len(crowded):  # rare: more equal scores than are left to choose
         ties[crowded] &= ties[crowded].cumsum(1) <= left[crowded]
     return mask | ties
 
 
 def _kth(scores: Tensor, count: int) -> Tensor:
-    """The count-th smallest score of each row, (rows, m) to (rows, 1)."""
+    """The score of rank `count` (from 1) of each row, (rows, m) to (rows, 1)."""
     if scores.device.type != "cpu":
         return scores.sort(dim=1).values[:, count - 1 : count]
-    # numpy selects where torch sorts: 6 times faster for a matrix of 2048 x 2048
+    # numpy selects and torch sorts: 6 times faster for a matrix of 2048 x 2048
     values = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
     return torch.from_numpy(np.partition(values.numpy(), count - 1, axis=1)[:, count - 1 : count]).to(scores.dtype)
 
 
 def check_groups(n: int, m: int, d_in: int) -> None:
-    """Raises ValueError where groups of m do not fit the inputs."""
+    """Raise ValueError if m does not divide the number of inputs."""
     if d_in % m:
         raise ValueError(f"pattern {n}:{m} does not fit {d_in} inputs: {m} must divide them")
 
 
 def lowest_of_groups(scores: Tensor, n: int, m: int) -> Tensor:
-    """True at the n smallest scores of every m consecutive ones in a row: (rows, d) to bool (rows, d), d divisible by m."""
+    """The n smallest of every m consecutive scores of a row, (rows, d) to bool (rows, d); m divides d."""
     check_groups(n, m, scores.shape[1])
     return lowest_in_columns(scores.reshape(-1, m).T.contiguous(), n).T.reshape(scores.shape)
 
 
 def lowest_in_columns(scores: Tensor, n: int) -> Tensor:
-    """True at the n smallest scores of every column: (m, columns) to bool (m, columns); among equals the first goes first.
+    """The n smallest scores of every column, (m, columns) to bool (m, columns); of equal scores the first.
 
-    By comparing all pairs of rows, for small m: 20 times faster than sorting where m is 4.
+    All pairs of rows are compared, which for m = 4 is 20 times faster than sorting.
     """
-    rank = torch.zeros(scores.shape, dtype=torch.int16, device=scores.device)  # how many go before
+    rank = torch.zeros(scores.shape, dtype=torch.int16, device=scores.device)  # number of scores before this one
     for i in range(len(scores) - 1):
-        first = scores[i + 1 :] < scores[i]  # who comes later and yet goes before i
+        first = scores[i + 1 :] < scores[i]  # later rows with smaller scores
         rank[i] += first.sum(0, dtype=torch.int16)
         rank[i + 1 :] += ~first
     return rank < n

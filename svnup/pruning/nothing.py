@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Nothing:
-    """Keeps the weights; the achieved sparsity is whatever zeros the model has, and is not checked."""
+    """Keeps all weights; the achieved sparsity is that of the model and is not checked."""
 
     pattern: str = "unstructured"
     needs_inputs: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""Masks as files: a bit per weight, to keep a pruned model pruned while it is trained on."""
+"""Masks as files, one bit per weight, to keep a pruned model sparse during fine-tuning."""
 
 from __future__ import annotations
 
@@ -13,20 +13,25 @@ from svnup.model.language_model import LanguageModel
 
 
 def save_masks(lm: LanguageModel, file: str | Path) -> None:
-    """Write which weights of the linears are not zero (safetensors): packed bits by the weight's name in the state dict."""
+    """Write the masks of all prunable weights to a safetensors file: packed bits by name in the state dict."""
     names = set(lm.pruned_names())
     shapes, packed = {}, {}
-    for part in lm.parts():
-        for name in names & part.keys():
-            shapes[name], packed[name] = list(part[name].shape), pack(part[name] != 0)
+    for tensors in lm.state_dict_by_block():
+        for name in names & tensors.keys():
+            shapes[name], packed[name] = list(tensors[name].shape), pack(tensors[name] != 0)
     save_tensors(packed, Path(file), {"svnup_masks": json.dumps(shapes)})
 
 
 @torch.no_grad()
 def apply_masks(model: nn.Module | LanguageModel, file: str | Path) -> None:
-    """Zero in place every weight that a file of `save_masks` says is pruned, after fine-tuning for example.
+    """Zero every pruned weight in place, for example after fine-tuning.
 
-    Raises ValueError where the file holds no masks, or those of another model; the model is unchanged then.
+    Args:
+        model: a model of transformers, or a LanguageModel; changed.
+        file: a file of `save_masks`.
+
+    Raises:
+        ValueError: the file has no masks, or those of another model, or the weights are not in memory; the model is unchanged.
     """
     if isinstance(model, LanguageModel) and model.offloaded:
         raise ValueError("apply_masks: the weights of an offloaded model are not in memory; load it with offload=none")

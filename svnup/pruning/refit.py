@@ -1,4 +1,4 @@
-"""Another pruner's mask, with the least-squares weights on it."""
+"""The mask of another pruner with least-squares weights on it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from svnup.pruning.masks import zeroed
 from svnup.pruning.sparsegpt import Hessian, cholesky
 from svnup.pruning.walk import Pruner, workspace
 
-CHUNK = 2**25  # entries of the systems that are solved at once: 128 MiB
+CHUNK = 2**25  # entries of the linear systems that are solved at once: 128 MiB
 
 
 @dataclass
 class RefitStats:
-    """Statistics of the least squares, and those of the pruner that makes the mask."""
+    """The Hessian of the least squares, and the statistics of the pruner that makes the mask."""
 
     hessian: Hessian
     base: Any
@@ -29,11 +29,11 @@ class RefitStats:
 
 @dataclass(frozen=True)
 class Refit:
-    """Prune as `base` does, then set the kept weights of each output row to those that change its outputs least.
+    """Take the mask of `base` and set the kept weights of each output row to their least-squares values.
 
-    W' minimises tr((W - W') H (W - W')^T) on the mask of `base`, where H = X^T X / n_tokens + damp * mean(diag) I: in that
-    measure it is never worse than the mask alone, nor than any other update on it, such as SparseGPT's. Solved exactly, by one
-    Cholesky factor per row. Raises ValueError where H or a part of it cannot be factorised.
+    W' minimises tr((W - W') H (W - W')^T) on the mask, where H = X^T X / n_tokens + damp * mean(diag) I. By this measure it is
+    never worse than the mask alone or any other update on it, such as SparseGPT's. The solution is exact, by one Cholesky
+    factor per row. Raises ValueError if H or a submatrix of it cannot be factorised.
 
     Source: the normal equations; as the optimum on a fixed mask in Frantar and Alistarh 2023 (arXiv 2301.00774), equation 2.
     """
@@ -57,7 +57,7 @@ class Refit:
         self.base.observe(stats.base, x)
 
     def workspace(self, d_out: int, d_in: int) -> int:
-        """Bytes that `prune` takes for one matrix, by measurement: four times the systems that are solved at once."""
+        """Bytes that `prune` takes for one matrix, as measured: four times the systems that are solved at once."""
         own = 4 * (4 * min(CHUNK, d_out * d_in**2) + 5 * d_out * d_in + 3 * d_in**2)
         return max(own, workspace(self.base, d_out, d_in))
 
@@ -72,7 +72,7 @@ class Refit:
 
 
 def check_base(base: Pruner, pattern: str) -> None:
-    """Raises ValueError where a pruner cannot make the masks of another one."""
+    """Raise ValueError if a pruner cannot make masks of this pattern for another one."""
     if not getattr(base, "prunes", False):
         raise ValueError(f"base={base}: makes no masks; choose a pruner that does, as in +pruner@pruner.base=sparsegpt")
     if base.pattern != pattern:
@@ -80,24 +80,36 @@ def check_base(base: Pruner, pattern: str) -> None:
 
 
 def least_squares(weight: Tensor, gone: Tensor, h: Tensor) -> Tensor:
-    """The matrix that is zero where `gone` says and changes the outputs least: each row solves H_kk d = H_kg w_g for the change
-    d of its kept weights; (d_out, d_in), bool (d_out, d_in), (d_in, d_in) to (d_out, d_in).
+    """Least-squares weights on a mask: each row solves H_kk d = H_kg w_g for the change d of its kept weights.
 
-    float32: for the change, rather than the weights, it differs from float64 by less than 1e-6 of the largest weight, and takes
-    half the time.
+    It is solved in float32, which for the change (rather than the weights) differs from float64 by less than 1e-6 of the
+    largest weight and takes half the time.
+
+    Args:
+        weight: dense weights, (d_out, d_in).
+        gone: the pruned ones, bool (d_out, d_in).
+        h: the Hessian, float32 (d_in, d_in).
+
+    Returns:
+        The pruned matrix, (d_out, d_in).
+
+    Raises:
+        ValueError: the submatrix of H of a row's kept inputs cannot be factorised.
     """
     w = weight.float()
     pull = w.masked_fill(~gone, 0) @ h
     w = w.masked_fill(gone, 0)
     n_kept = (~gone).sum(1)
     kept_first = gone.to(torch.uint8).argsort(dim=1, stable=True)
-    order = n_kept.argsort(descending=True, stable=True)  # systems of nearly the same size together
+    order = n_kept.argsort(descending=True, stable=True)  # so that systems of a chunk have nearly the same size
     start = 0
     while start < len(order) and (most := int(n_kept[order[start]])):
         rows = order[start : start + max(1, CHUNK // most**2)]
         start += len(rows)
         inputs = kept_first[rows, :most]
-        beyond = torch.arange(most, device=w.device) >= n_kept[rows, None]  # smaller systems end in ones on the diagonal
+        beyond = (
+            torch.arange(most, device=w.device) >= n_kept[rows, None]
+        )  # smaller systems are padded with ones on the diagonal
         system = h[inputs[:, :, None], inputs[:, None, :]].masked_fill_(beyond[:, :, None] | beyond[:, None, :], 0)
         system.diagonal(dim1=1, dim2=2).masked_fill_(beyond, 1)
         lower, failed = torch.linalg.cholesky_ex(system)

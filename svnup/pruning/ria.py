@@ -14,12 +14,14 @@ from svnup.pruning.wanda import InputNorms
 
 @dataclass(frozen=True)
 class RIA:
-    """Zero the smallest (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||_2^a of each output row, or of each group of M
-    inputs in a row.
+    """Relative importance and activations: zero the smallest scores of each output row, or of each group of M inputs in a row.
 
-    The first factor, relative importance, is a weight's share of its input's column and of its output's row, so that no row or
-    column is pruned away as a whole. Per row as in the released code, which compares as Wanda does; without its permutation of
-    inputs for N:M.
+    The score is (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) * ||X_j||_2^a. The first factor, relative importance, is a
+    weight's share of its column and of its row, so that no row or column is pruned as a whole. Scores are compared within a
+    row, as in the released code and in Wanda; the permutation of inputs for N:M is left out.
+
+    Args:
+        a: power of the input norms.
 
     Source: Zhang et al., ICLR 2024, 'Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models'.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from svnup.pattern import parse_pattern, steps_of
-from svnup.pruning.column_block import settle
+from svnup.pruning.column_block import prune_columns
 from svnup.pruning.masks import check_groups, lowest_counts, n_zeros
 
 Factor = TypeVar("Factor")
@@ -19,30 +19,45 @@ SLAB = 512  # columns of X^T X that one matrix product makes
 
 @dataclass
 class Hessian:
-    """X^T X summed over all observed tokens, float32 (d_in, d_in); only what lies on or right of the diagonal counts."""
+    """X^T X summed over all observed tokens.
+
+    Args:
+        xtx: float32 (d_in, d_in); only its upper triangle is valid.
+        n_tokens: number of observed tokens.
+        fallback: says that more damping than asked was needed; None if it was not.
+    """
 
     xtx: Tensor
     n_tokens: int = 0
     fallback: str | None = None
-    _known: tuple[Any, Any] | None = None  # the last factor, with what it was asked for by
+    _known: tuple[Any, Any] | None = None  # the arguments of the last call of `damped` and its result
 
     @classmethod
     def empty(cls, weight: Tensor) -> Self:
         return cls(torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float32, device=weight.device))
 
     def add(self, x: Tensor) -> None:
-        """Add inputs (tokens, d_in); what is left of the diagonal's slab is the same by symmetry and not computed."""
+        """Add inputs (tokens, d_in); the entries below the diagonal's slab follow by symmetry and are not computed."""
         x, self._known = x.float(), None
         for start in range(0, x.shape[1], SLAB):
             self.xtx[start : start + SLAB, start:].addmm_(x[:, start : start + SLAB].T, x[:, start:])
         self.n_tokens += len(x)
 
     def damped(self, damp: float, factor: Callable[[Tensor], Factor | None]) -> tuple[Tensor, Factor, Tensor]:
-        """H = X^T X / n_tokens + damp * mean(diag) I (d_in, d_in), its factor, and which inputs are dead, bool (d_in,).
+        """The damped Hessian H = X^T X / n_tokens + damp * mean(diag) I and its factor.
 
-        Of a dead input, which was zero in every token, the diagonal is 1. Where `factor` fails, which it tells by None, damping
-        grows tenfold, at most 4 times, which `fallback` tells; then ValueError gives the range of the diagonal. Linears that
-        read the same input share the factor as well.
+        The diagonal of a dead input, which is zero in every token, is 1. If the factorisation fails, damping grows tenfold, at
+        most 4 times, and `fallback` says so. Linear layers that read the same input share the factor.
+
+        Args:
+            damp: fraction of the mean diagonal.
+            factor: factorises H; None means that it failed.
+
+        Returns:
+            H (d_in, d_in), its factor, and which inputs are dead, bool (d_in,).
+
+        Raises:
+            ValueError: it fails with the most damping; the message has the range of the diagonal.
         """
         if self._known is None or self._known[0] != (damp, factor):
             self._known = (damp, factor), self._factored(damp, factor)
@@ -52,7 +67,7 @@ class Hessian:
         h = (self.xtx.triu() + self.xtx.triu(1).T) / max(1, self.n_tokens)
         dead = h.diagonal() == 0
         damping = damp * (h.diagonal().mean() if not dead.all() else 1.0)
-        h.diagonal()[dead] = 1  # not before the mean: in which unit inputs are measured must not matter
+        h.diagonal()[dead] = 1  # after the mean, so that the scale of inputs does not matter
         diagonal = h.diagonal().clone()
         for tries in range(5):
             h.diagonal().copy_(diagonal + damping)
@@ -67,16 +82,16 @@ class Hessian:
 
 
 def cholesky(h: Tensor) -> Tensor | None:
-    """The lower Cholesky factor, None where there is none."""
+    """The lower Cholesky factor of H (d_in, d_in); None if it has none."""
     lower, failed = torch.linalg.cholesky_ex(h)
     return None if failed or not lower.isfinite().all() else lower
 
 
 def cholesky_of_inverse(h: Tensor) -> Tensor | None:
-    """The upper Cholesky factor U of H^-1 = U^T U, None where there is none.
+    """The upper Cholesky factor U of H^-1 = U^T U; None if it has none.
 
-    With rows and columns in reverse order Cholesky gives H = R R^T, R upper, so that U = R^-1: the inverse, whose condition is
-    no better, never exists, and it takes half the time.
+    Cholesky with rows and columns in reverse order gives H = R R^T with R upper, so that U = R^-1. H^-1 itself is not computed,
+    which takes half the time.
     """
     lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
     if failed:
@@ -87,15 +102,15 @@ def cholesky_of_inverse(h: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class SparseGPT:
-    """Prune column by column and let the kept weights to the right make up for each error.
+    """Prune column by column and let the kept weights to the right compensate each error.
 
-    H = X^T X + damp * mean(diag) I; the mask of a block of `block_size` columns takes the smallest W^2 / diag(U)^2 with U the
-    upper Cholesky factor of H^-1 (of a group of M columns for N:M, on the weights as they are by then). Weights of dead inputs
-    go first. Where the factorisation fails, damping grows tenfold, at most 4 times, then ValueError gives the range of the
-    diagonal. All in float32.
+    H = X^T X / n_tokens + damp * mean(diag) I, and U is the upper Cholesky factor of H^-1. In each block of `block_size`
+    columns the weights with the smallest W^2 / diag(U)^2 are zeroed; for N:M in each group of M columns, by the weights at its
+    turn. Weights of dead inputs are zeroed first. If the factorisation fails, damping grows tenfold, at most 4 times; then
+    ValueError has the range of the diagonal. All is float32.
 
-    Source: Frantar and Alistarh 2023 (arXiv 2301.00774), algorithm 1; exact zero counts where the released code prunes
-    one weight more per block of columns, and zeroes all weights of dead inputs even beyond the budget.
+    Source: Frantar and Alistarh 2023 (arXiv 2301.00774), algorithm 1. Our zero counts are exact; the released code prunes one
+    weight more per block of columns and zeroes all weights of dead inputs even beyond the budget.
     """
 
     pattern: str = "unstructured"
@@ -118,7 +133,7 @@ class SparseGPT:
         stats.add(x)
 
     def workspace(self, d_out: int, d_in: int) -> int:
-        """Bytes that `prune` takes for one matrix, by measurement."""
+        """Bytes that `prune` takes for one matrix, as measured."""
         return 4 * (5 * d_out * d_in + 6 * d_in**2)
 
     def prune(self, weight: Tensor, stats: Hessian, sparsity: float) -> Tensor:
@@ -128,21 +143,28 @@ class SparseGPT:
         if sparsity == 0 or (group and group[0] == 0):
             return weight
         _, u, dead = stats.damped(self.damp, cholesky_of_inverse)
-        return self.settled(weight, u, dead, sparsity)
+        return self.prune_with_factor(weight, u, dead, sparsity)
 
-    def settled(self, weight: Tensor, u: Tensor, dead: Tensor, sparsity: float) -> Tensor:
-        """The pruned matrix, given the upper Cholesky factor `u` (d_in, d_in) of H^-1 and which inputs are `dead`, (d_in,)."""
+    def prune_with_factor(self, weight: Tensor, u: Tensor, dead: Tensor, sparsity: float) -> Tensor:
+        """The pruned matrix, (d_out, d_in).
+
+        Args:
+            weight: (d_out, d_in).
+            u: upper Cholesky factor of H^-1, (d_in, d_in).
+            dead: which inputs are zero in every token, bool (d_in,).
+            sparsity: fraction of zeros.
+        """
         group = steps_of(self.pattern, sparsity)
-        w = weight.float().T.clone(memory_format=torch.contiguous_format).T  # a column's weights side by side in memory
+        w = weight.float().T.clone(memory_format=torch.contiguous_format).T  # columns contiguous in memory
         rows, columns = w.shape
         for start in range(0, columns, self.block_size):
             end = min(start + self.block_size, columns)
             block, factor, mask = w[:, start:end], u[start:end, start:end], None
-            scale = factor.diagonal().masked_fill(dead[start:end], torch.inf)  # what a dead input reads goes first
+            scale = factor.diagonal().masked_fill(dead[start:end], torch.inf)  # zeroes weights of dead inputs first
             if group is None:
                 count = n_zeros(sparsity, rows * end) - n_zeros(sparsity, rows * start)
                 scores = (block / scale).square().reshape(1, -1)
                 mask = lowest_counts(scores, torch.tensor([count])).reshape(block.shape)
-            block[:], errors = settle(block, factor, mask, group, scale)
+            block[:], errors = prune_columns(block, factor, mask, group, scale)
             w[:, end:].addmm_(errors, u[start:end, end:], alpha=-1)
         return w.to(weight.dtype).contiguous()

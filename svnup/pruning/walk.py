@@ -1,4 +1,4 @@
-"""One walk over the blocks, and small pure pruners that see one weight matrix at a time."""
+"""Prune a model block by block with a pruner, which sees one weight matrix at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from svnup.memory import peak_memory, synchronize
-from svnup.model.blocks import EnoughError
+from svnup.model.blocks import StopForward
 from svnup.model.language_model import LanguageModel, Linear, Visit, matrix
 from svnup.progress import stage
 from svnup.pruning.masks import n_zeros
@@ -31,60 +31,89 @@ ERROR_TOKENS = 2048
 class Pruner(Protocol):
     """Zeroes weights of one matrix (d_out, d_in), given statistics of its inputs; a frozen dataclass of its options.
 
-    One that takes more memory for a matrix than eight float32 copies says so by a method `workspace(d_out, d_in) -> bytes`.
-    Statistics that have a `fallback` say with it what was done otherwise than asked; None where nothing was.
+    A pruner that takes more memory for a matrix than eight float32 copies has a method `workspace(d_out, d_in) -> bytes`.
+    Statistics may have an attribute `fallback`, which says how pruning deviated from what was asked; None if it did not.
 
-    `needs_inputs` says whether statistics are wanted at all; `prunes` is False only for the control that keeps everything.
+    Attributes:
+        needs_inputs: whether it reads statistics of inputs.
+        prunes: False only for the control that keeps all weights.
     """
 
     needs_inputs: ClassVar[bool]
     prunes: ClassVar[bool]
 
     @property
-    def pattern(self) -> str: ...
+    def pattern(self) -> str:
+        """Where zeros may be: unstructured, N:M or mixed:M."""
+        ...
 
     def new_stats(self, weight: Tensor) -> Any:
-        """Empty statistics for the inputs of a matrix; linears that read the same input share one."""
+        """Empty statistics of the inputs of a matrix (d_out, d_in); linear layers that read the same input share them."""
         ...
 
     def observe(self, stats: Any, x: Tensor) -> None:
-        """Add inputs (tokens, d_in)."""
+        """Add inputs (tokens, d_in) to statistics."""
         ...
 
     def prune(self, weight: Tensor, stats: Any, sparsity: float) -> Tensor:
-        """The pruned matrix, same shape and dtype; the very same weights at sparsity 0."""
+        """The pruned matrix, of the same shape and dtype; the weights themselves at sparsity 0.
+
+        Args:
+            weight: (d_out, d_in).
+            stats: the statistics after all calibration text; None if the pruner needs none.
+            sparsity: fraction of zeros, in [0, 1].
+
+        Raises:
+            ValueError: the matrix cannot be pruned, such as for a Hessian without a factor.
+        """
         ...
 
 
 def workspace(pruner: Pruner, d_out: int, d_in: int) -> int:
-    """Bytes that pruning one matrix takes, beside the matrix and its statistics."""
+    """Bytes that pruning a matrix (d_out, d_in) takes beside the matrix and its statistics."""
     own = getattr(pruner, "workspace", None)
     return own(d_out, d_in) if own is not None else 8 * d_out * d_in * 4
 
 
 class Inputs:
-    """What the linears of one block read during a run: statistics and the first `n_first` tokens, once per distinct input."""
+    """Statistics and first tokens of the inputs of a block's linear layers, once per distinct input.
+
+    Args:
+        linears: the linear layers of the block by name.
+        pruner: makes the statistics.
+        n_first: how many of the first tokens to keep.
+    """
 
     def __init__(self, linears: dict[str, Linear], pruner: Pruner, n_first: int = ERROR_TOKENS) -> None:
         self._linears, self._pruner, self._n_first = linears, pruner, n_first
-        self._reads: dict[str, str] = {}  # linear -> the first linear that reads the same input
+        self._reads: dict[str, str] = {}  # linear layer -> the first one that reads the same input
         self._stats: dict[str, Any] = {}
         self._first: dict[str, Tensor] = {}
         self._current: list[tuple[str, Tensor]] = []
-        self._calls, self._n_calls = 0, 0  # of linears: in this batch so far, in a whole run of the block
+        self._calls, self._n_calls = 0, 0  # of linear layers: in this batch so far, in a run of the block
 
     def reads(self, name: str) -> str:
-        """The first linear that reads the same input."""
+        """The first linear layer that reads the same input."""
         return self._reads[name]
 
     def stats(self, name: str) -> Any:
+        """The statistics of a linear layer's inputs."""
         return self._stats[self._reads[name]]
 
     def first_tokens(self, name: str) -> Tensor:
+        """The first inputs of a linear layer, (at most n_first, d_in)."""
         return self._first[self._reads[name]]
 
     def collect(self, visit: Visit, advance: bool) -> None:
-        """Run the block with a hook on every linear; unless it is to advance, only as far as its last linear is called."""
+        """Run the visited block on its inputs and gather the statistics.
+
+        Args:
+            visit: the block.
+            advance: keep the outputs as inputs of the next block; if not, the block is run only up to its last linear layer.
+
+        Raises:
+            ValueError: a linear layer is never called.
+        """
         names = {module: name for name, module in self._linears.items()}
 
         def see(module: Any, args: Any) -> None:
@@ -92,7 +121,7 @@ class Inputs:
             self._calls += 1
             if self._calls == self._n_calls and not advance:
                 self._next_batch()
-                raise EnoughError
+                raise StopForward
 
         hooks = [m.register_forward_pre_hook(see) for m in names]
         hooks.append(visit.block.register_forward_hook(lambda *_: self._next_batch()))
@@ -123,11 +152,20 @@ class Inputs:
 
 @torch.inference_mode()
 def prune_model(lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor) -> PruneReport:
-    """Prune a model in place, block after block, to the profile; statistics come from the already pruned blocks before.
+    """Prune a model in place, block after block; the statistics of a block are taken behind pruned blocks.
 
-    `tokens` is the calibration text, int64 (n_seq, seq_len), unused where the pruner needs no inputs. Raises ValueError with
-    the name of the linear where a factorisation fails or a weight comes out as nan or infinity, and where the zeros that
-    were written are not those that the rounding rule asks for.
+    Args:
+        lm: the model; changed.
+        profile: the sparsity of each block, or of its linear layers.
+        pruner: prunes each matrix.
+        tokens: calibration text, int64 (n_seq, seq_len); unused if the pruner needs no inputs.
+
+    Returns:
+        Zeros, reconstruction error and time of each linear layer.
+
+    Raises:
+        ValueError: the profile does not fit the model; or, with the name of the linear layer, a factorisation fails, a weight
+            becomes nan or infinite, or the number of zeros is not that of the rounding rule.
     """
     check_profile(lm, profile)
     key = _key(profile, pruner, tokens) if lm.offloaded else ""
@@ -136,11 +174,11 @@ def prune_model(lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tok
     reports: list[LinearReport] = []
     with stage("pruning", lm.n_blocks, "blocks") as advance:
         for visit in lm.walk(tokens if pruner.needs_inputs else []):
-            note = lm.settled(visit.index, key)
+            note = lm.restore_block(visit.index, key)
             if note is None:
                 of_block = _prune_block(visit, profile, pruner, clock)
-                lm.settle(visit.index, key, json.dumps([asdict(report) for report in of_block]))
-            else:  # by a process that was interrupted
+                lm.store_block(visit.index, key, json.dumps([asdict(report) for report in of_block]))
+            else:  # pruned by a process that was interrupted
                 of_block = [LinearReport(**report) for report in json.loads(note)]
             reports += of_block
             advance(1)
@@ -150,12 +188,12 @@ def prune_model(lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tok
 
 
 def check_profile(lm: LanguageModel, profile: SparsityProfile) -> None:
-    """Raise ValueError where a profile is not one of this model's blocks and linears."""
+    """Raise ValueError if a profile does not have the blocks and linear layers of this model."""
     if len(profile.sparsity) != lm.n_blocks:
         raise ValueError(f"a profile of {len(profile.sparsity)} blocks cannot prune {lm.n_blocks} blocks")
     for index, shares in enumerate(profile.linears or ()):
         if {name: share.size for name, share in shares.items()} != _sizes(lm, index):
-            raise ValueError(f"a profile of the linears {list(shares)} cannot prune block {index} with {_sizes(lm, index)}")
+            raise ValueError(f"a profile of linear layers {list(shares)} cannot prune block {index} with {_sizes(lm, index)}")
 
 
 def _sizes(lm: LanguageModel, index: int) -> dict[str, int]:
@@ -166,14 +204,14 @@ def _prune_block(
     visit: Visit, profile: SparsityProfile, pruner: Pruner, clock: dict[str, float], errors: bool = True
 ) -> list[LinearReport]:
     sparsity = {name: profile.of(visit.index, name) for name in visit.linears}
-    if not any(sparsity.values()):  # the block stays as it is, and nobody asks for its statistics
+    if not any(sparsity.values()):  # the block stays dense, and no statistics are needed
         if pruner.needs_inputs:
             with _timed(clock, "inputs"):
                 visit.run(advance=True)
         return [_kept(visit, name, 0.0 if pruner.needs_inputs else None) for name in visit.linears]
     inputs = Inputs(visit.linears, pruner)
     if pruner.needs_inputs:
-        with _timed(clock, "inputs"):  # what is not pruned need not run twice
+        with _timed(clock, "inputs"):  # a block that stays as it is need not run twice
             inputs.collect(visit, advance=not pruner.prunes)
     with _timed(clock, "prune"):
         return [_prune_linear(visit, name, pruner, inputs, sparsity[name], errors) for name in visit.linears]
@@ -185,7 +223,7 @@ def _kept(visit: Visit, name: str, error: float | None) -> LinearReport:
 
 
 def _key(profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor) -> str:
-    """What a settled block was pruned by."""
+    """Identifies the pruning that made a stored block."""
     text = json.dumps([profile.to_dict(), repr(pruner), list(tokens.shape)])
     return hashlib.sha256(text.encode() + np.asarray(tokens, dtype=np.int64).tobytes()).hexdigest()
 
@@ -194,26 +232,26 @@ def _key(profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor) 
 def temporarily_pruned(
     lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor
 ) -> Iterator[PruneReport]:
-    """The model pruned while the block runs; afterwards it has the weights that it had before.
+    """Context in which the model is pruned; afterwards it has its former weights.
 
-    Raises ValueError where the model is offloaded, since both versions have to be in memory.
+    Args and Raises as `prune_model`; also raises ValueError if the model is offloaded, since both versions are in memory.
     """
-    with _dense_again(lm, range(lm.n_blocks)):
+    with _weights_restored(lm, range(lm.n_blocks)):
         yield prune_model(lm, profile, pruner, tokens)
 
 
 @contextmanager
 def block_pruned(visit: Visit, profile: SparsityProfile, pruner: Pruner) -> Iterator[None]:
-    """The visited block pruned, as `prune_model` prunes it, while the context lasts; its inputs leave through what it is then.
+    """Context in which the visited block is pruned as by `prune_model`; the walk goes on with the outputs of the pruned block.
 
-    Behind the last block that the profile prunes inputs are of no use, and the walk's list of them is cleared. Raises
-    ValueError as `prune_model` and `temporarily_pruned` do.
+    Behind the last block that the profile prunes, calibration inputs are no longer needed, and the batches of the walk are
+    cleared. Raises ValueError as `prune_model` and `temporarily_pruned`.
     """
     last = max((index for index in range(visit.lm.n_blocks) if any(profile.levels(index))), default=-1)
     if visit.index > last:
         visit.batches.clear()
-    with _dense_again(visit.lm, [visit.index]):
-        _prune_block(visit, profile, pruner, {"inputs": 0.0, "prune": 0.0}, errors=False)  # nobody reads them
+    with _weights_restored(visit.lm, [visit.index]):
+        _prune_block(visit, profile, pruner, {"inputs": 0.0, "prune": 0.0}, errors=False)
         if visit.index == last:
             visit.batches.clear()
         elif not visit.advanced:
@@ -222,12 +260,12 @@ def block_pruned(visit: Visit, profile: SparsityProfile, pruner: Pruner) -> Iter
 
 
 @contextmanager
-def _dense_again(lm: LanguageModel, blocks: Iterable[int]) -> Iterator[None]:
-    """Afterwards the linears of these blocks have the weights that they had before."""
+def _weights_restored(lm: LanguageModel, blocks: Iterable[int]) -> Iterator[None]:
+    """Context after which the linear layers of these blocks have their former weights."""
     if lm.offloaded:
         raise ValueError("offload: pruned and dense weights do not fit side by side; use offload=none")
     linears = [m for index in blocks for m in lm.linears(index).values()]
-    with torch.inference_mode(False):  # whose tensors no gradient could pass later
+    with torch.inference_mode(False):  # gradients cannot pass tensors of inference mode
         dense = [m.weight.detach().clone() for m in linears]
     try:
         yield
@@ -239,7 +277,7 @@ def _dense_again(lm: LanguageModel, blocks: Iterable[int]) -> Iterator[None]:
 def pruned_weights(
     lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor
 ) -> list[dict[str, Tensor]]:
-    """What pruning would make of each block: its new weights by parameter name. The model itself is left as it was."""
+    """The pruned weights of each block by parameter name; the model keeps its own. Args and Raises as `temporarily_pruned`."""
     with temporarily_pruned(lm, profile, pruner, tokens):
         return [{f"{n}.weight": m.weight.data for n, m in lm.linears(i).items()} for i in range(lm.n_blocks)]
 
@@ -259,7 +297,7 @@ def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, spars
         error_ratio = _error(inputs.first_tokens(name), weight, pruned)
     weight.copy_(pruned)
     zeros, asked = int((weight == 0).sum()), n_zeros(sparsity, weight.numel())
-    # Kept weights may have been zero before, or too small for the dtype after an update; fewer zeros than asked is a bug.
+    # More zeros than asked: kept weights were zero before, or too small for the dtype after an update. Fewer zeros are a bug.
     if pruner.prunes and not asked <= zeros <= asked + zeros_before + weight.numel() // 1000:
         raise ValueError(f"stage pruning: {full_name}: {zeros} zeros where {asked} were asked for")
     fallback = getattr(inputs.stats(name), "fallback", None) if pruner.needs_inputs else None
@@ -269,9 +307,9 @@ def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, spars
 
 
 def _error(x: Tensor, weight: Tensor, pruned: Tensor) -> float:
-    """||X (W - W')^T||^2 / ||X W^T||^2 of inputs (tokens, d_in), 0 where nothing comes out.
+    """Reconstruction error ||X (W - W')^T||^2 / ||X W^T||^2 on inputs X (tokens, d_in); 0 if the dense output is zero.
 
-    In float32, or in float64 where squares are beyond float32's range; not finite only where inputs or weights are not.
+    In float32, or in float64 if squares exceed the range of float32; it is not finite only if inputs or weights are not.
     """
     before, error = _squares(x.float(), weight.float()), _squares(x.float(), (weight - pruned).float())
     if not (before.isfinite() and error.isfinite()):

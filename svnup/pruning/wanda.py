@@ -13,7 +13,7 @@ from svnup.pruning.masks import smallest
 
 @dataclass
 class InputNorms:
-    """Sum of squares per input over all observed tokens, float32 (d_in,)."""
+    """Sum of squares of each input over all observed tokens, float32 (d_in,)."""
 
     squares: Tensor
 

@@ -1,1 +1,1 @@
-"""Results as tables, figures, pages and W&B runs; nothing in the library imports this room."""
+"""Results as tables, figures, HTML pages and W&B runs; the library does not import this package."""

@@ -1,4 +1,4 @@
-"""Figures of a run; matplotlib is imported when one is drawn."""
+"""Figures of a run; matplotlib is imported only to draw one."""
 
 from __future__ import annotations
 
@@ -18,14 +18,22 @@ UNITS = {
 
 
 def names(row: ResultRow) -> list[str]:
-    """The figures that `figures` draws of a run."""
+    """The names of the figures that `figures` draws of a run."""
     scores = [name for name in ("shapley", "scores") if getattr(row, name) and row.profile]
     tuning = ["tuning"] if row.tuning else []
     return [*scores, *tuning, *(["profile"] if (scores or tuning) and row.profile else [])]
 
 
 def figures(row: ResultRow, folder: Path) -> dict[str, Path]:
-    """Draw what a run has (`shapley.png` or `scores.png`, `tuning.png`, `profile.png`) into a folder; returns paths by name."""
+    """Draw the figures of a run: `shapley.png` or `scores.png`, `tuning.png` and `profile.png`, as far as it has them.
+
+    Args:
+        row: the result.
+        folder: where to write them.
+
+    Returns:
+        Paths by name.
+    """
     drawn: dict[str, Path] = {}
     n_blocks = len(row.profile["sparsity"]) if row.profile else 0
     if row.shapley and n_blocks:
@@ -60,24 +68,24 @@ def _axes(n: int) -> tuple[Any, Any]:
 
 
 def _bars(values: list[float], stderr: list[float] | None, n_blocks: int, name: str, unit: str, title: str, path: Path) -> Path:
-    parts = len(values) // n_blocks
+    per_block = len(values) // n_blocks
     figure, axes = _axes(n_blocks)
-    for part in range(parts):  # a block, or its attention and its MLP side by side
+    for i in range(per_block):  # a block, or its attention and its MLP side by side
         axes.bar(
-            [block + (part - (parts - 1) / 2) * 0.8 / parts for block in range(n_blocks)],
-            values[part::parts],
-            width=0.8 / parts,
-            yerr=stderr[part::parts] if stderr else None,
-            color=("#3b6ea5", "#9dbbd8")[part],
-            label=("attention", "MLP")[part],
+            [block + (i - (per_block - 1) / 2) * 0.8 / per_block for block in range(n_blocks)],
+            values[i::per_block],
+            width=0.8 / per_block,
+            yerr=stderr[i::per_block] if stderr else None,
+            color=("#3b6ea5", "#9dbbd8")[i],
+            label=("attention", "MLP")[i],
             capsize=3,
             error_kw={"elinewidth": 1},
         )
-    if parts > 1:
+    if per_block > 1:
         axes.legend(fontsize=8)
     positive = [v for v in values if v > 0]
     if positive and max(positive) > 8 * sorted(values)[len(values) // 2] > 0:
-        # The first block is often worth tens of the others, which a linear axis would flatten.
+        # The first block is often worth tens of others, which a linear axis would not show.
         axes.set_yscale("symlog", linthresh=min(positive))
         axes.set_ylabel(f"{name}\n({unit}, log scale)")
     else:
@@ -88,8 +96,7 @@ def _bars(values: list[float], stderr: list[float] | None, n_blocks: int, name: 
 
 
 def _curve(curve: list[dict[str, Any]], comparable: bool, path: Path) -> Path:
-    """Loss of each candidate on the whole selection text, those that are not finite left out; the least is marked, where all
-    have the same budget."""
+    """Plot the finite loss of each candidate on the whole selection text; mark the least if all have the same budget."""
     curve = [point for point in curve if "n_seq" not in point]
     finite = [(i, point["loss"]) for i, point in enumerate(curve) if point["loss"] is not None]
     figure, axes = _axes(len(curve))
@@ -122,5 +129,5 @@ def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
-    temporary.replace(path)  # a figure that is there is a whole one
+    temporary.replace(path)  # so that an existing figure is complete
     return path

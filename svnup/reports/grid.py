@@ -1,4 +1,4 @@
-"""A finished table as text: terminal, Markdown, LaTeX (booktabs), HTML and, cell by cell, CSV."""
+"""Tables as text: terminal, Markdown, LaTeX (booktabs), HTML, and CSV with one line per number."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STYLE = (
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell says, and whether it is the best of those it competes with."""
+    """The text of a cell, and whether it is the best of those it is compared with."""
 
     text: str
     best: bool = False
@@ -42,10 +42,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """Lines of cells below a header: `head` names each column, by one word or, outermost first, by several levels.
+    """A table: lines of cells below a header.
 
-    The first `n_first` lines (dense) are set off by a rule; `about` says in files who made the numbers; `records`
-    are what CSV gets: one mapping per number.
+    Args:
+        head: the name of each column, of one or several levels, outermost first.
+        lines: the cells.
+        title: of the table.
+        about: where the numbers come from, written to files.
+        notes: below the table.
+        n_first: number of first lines (dense) that a rule separates.
+        records: for CSV, one mapping per number.
     """
 
     head: list[tuple[str, ...]]
@@ -57,21 +63,26 @@ class Grid:
     records: list[dict[str, Any]] = field(default_factory=list)
 
     def render(self, form: str, ansi: bool = False) -> str:
-        """The table in one of FORMATS; in a terminal the best are bold where it takes `ansi`, else with an asterisk."""
+        """The table in one of FORMATS.
+
+        Args:
+            form: the format.
+            ansi: whether a terminal shows bold; if not, the best have an asterisk.
+        """
         if form == "csv":
             return csv_text(self.records)
         if form == "html":
-            return together([self], form)
+            return render_all([self], form)
         return {"markdown": self._markdown, "latex": self._latex}.get(form, lambda: self._terminal(ansi))()
 
     @property
     def _numeric(self) -> list[bool]:
-        """Columns to align to the right: their cells are numbers, or say why there is none."""
+        """Which columns are aligned to the right: those of numbers, or of words for missing ones."""
         columns = [[line[i].text for line in self.lines] for i in range(len(self.head))]
         return [any(texts) and all(_is_number(text) for text in texts) for texts in columns]
 
     def _spans(self, level: int) -> list[tuple[str, int]]:
-        """Neighbouring columns under the same header of a level, as (text, width); the innermost level has one each."""
+        """Headers of a level as (text, number of columns); at the innermost level each column has its own."""
         words = [column[: level + 1] if level < len(column) - 1 else (*column, i) for i, column in enumerate(self.head)]
         return [(str(word[level]), len(list(same))) for word, same in groupby(words)]
 
@@ -150,8 +161,8 @@ class Grid:
         return "\n".join([*top, "\n".join(lines).strip("\n"), *self.notes]) + "\n"
 
 
-def together(grids: Sequence[Grid], form: str, ansi: bool = False) -> str:
-    """Several tables below each other: in HTML as one page."""
+def render_all(grids: Sequence[Grid], form: str, ansi: bool = False) -> str:
+    """Several tables below each other, in HTML as one page; the arguments are those of `Grid.render`."""
     if form != "html":
         return "\n".join(grid.render(form, ansi) for grid in grids)
     head = ["<!doctype html>", '<html lang="en"><meta charset="utf-8">']
@@ -160,7 +171,7 @@ def together(grids: Sequence[Grid], form: str, ansi: bool = False) -> str:
 
 
 def csv_text(records: Iterable[dict[str, Any]]) -> str:
-    """Mappings as CSV: every key that occurs is a column, in the order of first sight; what is not there is empty."""
+    """Mappings as CSV: each key is a column, in the order of first occurrence; missing values are empty."""
     records = list(records)
     out = StringIO()
     names = list(dict.fromkeys(name for record in records for name in record))

@@ -1,8 +1,8 @@
 """One self-contained HTML page about the runs of a results folder.
 
-The page loads nothing: charts are inline SVG, styles and script are in it, and its content security policy lets nothing else
-in. The same results make the same bytes. Whatever comes from a result is escaped (svnup/reports/svg.py). Numbers measured under
-different protocols are columns apart in `tables.frame`, and so are apart here: each has its own charts and its own ranking.
+The page loads nothing: charts are inline SVG, style and script are embedded, and its content security policy forbids all else.
+The same results make the same bytes. Whatever comes from a result is escaped (svnup/reports/svg.py). Each protocol has its own
+column in `tables.frame`, and so has its own charts and ranking here.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from svnup.results.row import ResultRow
 from svnup.types import player_names
 
 LONGEST = 2000  # characters of a value that a run's page shows; result.json has the rest
-LEAST_ERROR = 1e-4  # an estimator that errs less stands there on the logarithmic axis
-PASSES = 4  # forward passes that a backward pass counts for: svnup/shapley/gates.py
+LEAST_ERROR = 1e-4  # smaller errors of estimators are drawn here on the logarithmic axis
+PASSES = 4  # forward passes that a backward pass counts as: svnup/shapley/gates.py
 ZEROS = "sparsity (% zeros)"
 
 
 def report(rows: list[ResultRow]) -> str:
-    """The page about some results, as HTML. Raises ValueError for none."""
+    """The HTML page about some results; raises ValueError if there are none."""
     if not rows:
         raise ValueError("no runs to report on")
     page = Page(rows)
@@ -75,18 +75,26 @@ def report(rows: list[ResultRow]) -> str:
     return f"<!DOCTYPE html>\n{element('html', element('head', *head), element('body', *body), lang='en')}\n"
 
 
-# -- what runs have in common
+# -- runs, and what they have in common
 
 
 @dataclass(frozen=True)
-class Run:
-    """A result and its line of `tables.frame`, with names that tell apart what differs."""
+class PageRun:
+    """A run on the page.
+
+    Args:
+        row: the result.
+        line: its line of `tables.frame`.
+        model: a name that is unique to the model.
+        method: a name that is unique to the allocator and its options.
+        common: the settings that it shares with runs of other seeds and sparsities.
+    """
 
     row: ResultRow
     line: dict[str, Any]
     model: str
-    method: str  # the allocator
-    common: dict[str, str]  # what it shares with repetitions under other seeds, and with other sparsities
+    method: str
+    common: dict[str, str]
 
     @property
     def pruner(self) -> str:
@@ -119,7 +127,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Stat:
-    """Mean and standard deviation (None of one) of a number over `n` seeds."""
+    """Mean and standard deviation (None for one seed) of a number over `n` seeds."""
 
     mean: float
     deviation: float | None
@@ -137,18 +145,24 @@ class Stat:
         return f"{self.mean:{form}}" + ("" if self.deviation is None else f" ± {self.deviation:{form}}")
 
     def point(self, x: float, y: float, tip: str) -> Point:
-        """At `y`, with a whisker that stays positive."""
+        """A point at (x, y) with a whisker of one standard deviation that stays positive."""
         if self.deviation is None:
             return Point(x, y, tip=tip)
         return Point(x, y, max(y - self.deviation, y / 10), y + self.deviation, tip)
 
 
 class Page:
-    """The runs as the sections need them; `metrics` are the columns of `frame` that hold them, one for each protocol."""
+    """The runs as the sections need them.
+
+    Attributes:
+        metrics: the columns of `tables.frame` with metrics, one for each protocol.
+        runs: all runs.
+        styles: for each method the style of its series.
+    """
 
     def __init__(self, rows: list[ResultRow]) -> None:
         known = {row.config_key: row for row in sorted(rows, key=lambda row: row.status == "finished")}
-        data = frame([known[key] for key in sorted(known)])  # a key is one run, however often it was copied
+        data = frame([known[key] for key in sorted(known)])  # copies of a run count once
         self.metrics = [c for c in map(str, data.columns) if "/" in c and not c.endswith(" dense")]
         self.runs = _named(known, data.to_dict("records"))
         times = Counter(run.method for run in self.runs)
@@ -156,20 +170,19 @@ class Page:
         self.styles = {method: index + ("uniform" not in times) for index, method in enumerate(order)}
 
     @cached_property
-    def settings(self) -> list[list[Run]]:
-        """Repetitions of one configuration under several seeds, together: by model, pattern and sparsity, from the best to the
-        worst by the first metric that they have."""
+    def settings(self) -> list[list[PageRun]]:
+        """Runs grouped over seeds, ordered by model, pattern and sparsity and then from best to worst by their first metric."""
 
-        def rank(runs: list[Run]) -> tuple[Any, ...]:
+        def rank(runs: list[PageRun]) -> tuple[Any, ...]:
             found = [(i, s.mean * (1 if _is_ppl(c) else -1)) for i, c in enumerate(self.metrics) if (s := self.stat(runs, c))]
             run = runs[0]
             return run.model, run.pattern != UNSTRUCTURED, run.pattern, run.sparsity, *(found or [(99, 0.0)])[0], run.name
 
-        return sorted(_together(self.runs, lambda run: (run.model, run.sparsity, run.common)), key=rank)
+        return sorted(_grouped(self.runs, lambda run: (run.model, run.sparsity, run.common)), key=rank)
 
     @cached_property
     def changes(self) -> dict[tuple[str, str], float]:
-        """Percent by which a run's perplexity, by key and column, lies above that of the uniform budget in the same setting."""
+        """Change in percent of a run's perplexity against the uniform budget in the same setting, by key and column."""
         out = {}
         for column in filter(_is_ppl, self.metrics):
             measured = [(run, value) for run in self.runs if (value := run.value(column)) is not None]
@@ -179,46 +192,46 @@ class Page:
                     out[run.row.config_key, column] = 100 * (value / uniform[run.line["setting"]] - 1)
         return out
 
-    def stat(self, runs: list[Run], column: str) -> Stat | None:
+    def stat(self, runs: list[PageRun], column: str) -> Stat | None:
         return Stat.of([v for run in runs if (v := run.value(column)) is not None])
 
-    def change(self, runs: list[Run], column: str) -> Stat | None:
+    def change(self, runs: list[PageRun], column: str) -> Stat | None:
         return Stat.of([c for run in runs if (c := self.changes.get((run.row.config_key, column))) is not None])
 
-    def dense(self, runs: list[Run], column: str) -> float | None:
+    def dense(self, runs: list[PageRun], column: str) -> float | None:
         return next((d for run in runs if (d := run.value(f"{column} dense")) is not None), None)
 
-    def column(self, run: Run, metric: str) -> str | None:
-        """Where `frame` put a run's metric; None if nowhere."""
+    def column(self, run: PageRun, metric: str) -> str | None:
+        """The column of `tables.frame` with a run's metric; None if there is none."""
         return next((c for c in self.metrics if _metric(c) == metric and run.value(c) is not None), None)
 
     @cached_property
     def protocols(self) -> dict[str, dict[str, Any]]:
-        """Of each column the protocol of its numbers."""
+        """The protocol of each column."""
         found = {c: m["protocol"] for run in self.runs for name, m in run.row.metrics.items() if (c := self.column(run, name))}
         return {column: found[column] for column in self.metrics if column in found}
 
 
-def _named(rows: dict[str, ResultRow], lines: list[dict[Any, Any]]) -> list[Run]:
-    """Runs with names for model and method; where one name stands for several, that in which they differ is added."""
+def _named(rows: dict[str, ResultRow], lines: list[dict[Any, Any]]) -> list[PageRun]:
+    """Runs with unique names of model and method: where several share a name, the settings in which they differ are added."""
     configs = [moving_numbers(rows[line["key"]].config) for line in lines]
     weights = [{"weights": str(rows[line["key"]].fingerprints.get("weights"))[:8]} for line in lines]
     nodes = [_flat(config["model"]) | prints for config, prints in zip(configs, weights, strict=True)]
-    models = _told_apart([str(line["model"]) for line in lines], nodes)
+    models = _disambiguated([str(line["model"]) for line in lines], nodes)
     common = [_flat({k: v for k, v in c.items() if k not in ("sparsity", "evaluation")}, without=("seed",)) for c in configs]
-    said = ("model.", "pruner.", "allocator.scorer.game.pruner.", "pattern")  # by other names
+    said = ("model.", "pruner.", "allocator.scorer.game.pruner.", "pattern")  # shown elsewhere
     rest = [{k.removeprefix("allocator.scorer."): v for k, v in node.items() if not k.startswith(said)} for node in common]
     labels = [re.sub(r", seed=\d+|(?<=\()seed=\d+(, )?", "", str(line["allocator"])).replace(" ()", "") for line in lines]
-    by_model = _told_apart([f"{model}\n{label}" for model, label in zip(models, labels, strict=True)], rest)
+    by_model = _disambiguated([f"{model}\n{label}" for model, label in zip(models, labels, strict=True)], rest)
     methods = [name.partition("\n")[2] for name in by_model]
     return [
-        Run(rows[line["key"]], line, model, method, shared)
+        PageRun(rows[line["key"]], line, model, method, shared)
         for line, model, method, shared in zip(lines, models, methods, common, strict=True)
     ]
 
 
-def _told_apart(names: list[str], nodes: list[dict[str, str]], form: str = "{} [{}]") -> list[str]:
-    """Names, each with those entries of its node in which it differs from others of the same name."""
+def _disambiguated(names: list[str], nodes: list[dict[str, str]], form: str = "{} [{}]") -> list[str]:
+    """Names, each with the settings in which it differs from others of the same name."""
     alike: dict[str, list[dict[str, str]]] = {}
     for name, node in zip(names, nodes, strict=True):
         alike.setdefault(name, []).append(node)
@@ -231,37 +244,37 @@ def _told_apart(names: list[str], nodes: list[dict[str, str]], form: str = "{} [
 
 
 def _flat(node: Any, prefix: str = "", without: tuple[str, ...] = ()) -> dict[str, str]:
-    """Nested values as text by dotted key."""
+    """Nested values as texts by dotted key."""
     if isinstance(node, list) and any(isinstance(item, dict) for item in node):
         node = {str(i): item for i, item in enumerate(node)}
     if not isinstance(node, dict):
         return {prefix: node if isinstance(node, str) else json.dumps(node)}
     inside = [_flat(v, f"{prefix}.{k}" if prefix else str(k), without) for k, v in node.items() if k not in without]
-    return {key: value for part in inside for key, value in part.items()}
+    return {key: value for flat in inside for key, value in flat.items()}
 
 
-def _together(runs: Iterable[Run], key: Callable[[Run], Any]) -> list[list[Run]]:
+def _grouped(runs: Iterable[PageRun], key: Callable[[PageRun], Any]) -> list[list[PageRun]]:
     """Runs with the same key, in the order in which keys appear."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[PageRun]] = {}
     for run in runs:
         groups.setdefault(json.dumps(key(run), sort_keys=True), []).append(run)
     return list(groups.values())
 
 
 def _metric(column: str) -> str:
-    """A column's name without what `frame` adds in brackets."""
+    """The metric of a column: its name without what `tables.frame` adds in brackets."""
     return re.split(r" [\[(]", column)[0]
 
 
 def _is_ppl(column: str) -> bool:
-    return _metric(column).endswith("ppl")  # of any other metric more is better
+    return _metric(column).endswith("ppl")  # of all other metrics higher is better
 
 
 def _signed(percent: float, digits: int = 1) -> str:
     return f"{percent:+.{digits}f} %".replace("-", "−")
 
 
-# -- pieces of a page
+# -- elements of the page
 
 
 def _note(*words: object) -> Markup:
@@ -292,7 +305,7 @@ def _charts(*figures: object, class_: str = "charts") -> Markup:
 
 
 def _numbers(series: Sequence[Series], x: str, show: Callable[[float], str] = "{:g}".format) -> Markup:
-    """The numbers of a chart, folded."""
+    """The numbers of a chart as a table, collapsed."""
 
     def cell(point: Point | None) -> str:
         spread = "" if point is None or point.low is None else f" ({point.low:.4g} to {point.high:.4g})"
@@ -309,14 +322,14 @@ def _legend(series: Iterable[Series]) -> Markup:
         return element("li", element("button", *words, type="button", data_s=one.name, aria_pressed="false"))
 
     items = [item(one) for one in sorted(series, key=lambda one: one.style)]
-    return element("ul", *items, class_="legend", aria_label="Press a name to bring it out")
+    return element("ul", *items, class_="legend", aria_label="Press a name to highlight it")
 
 
 def _ends(series: Iterable[Series]) -> list[float]:
     return [v for one in series for p in one.points for v in (p.y, p.low, p.high) if v is not None]
 
 
-# -- the top and the bottom
+# -- header and footer
 
 
 def _summary(page: Page) -> Markup:
@@ -352,11 +365,11 @@ def _machines(page: Page) -> str:
 
 
 def _leaderboard(page: Page) -> Markup:
-    """One line per configuration, over its seeds; of each model, pattern and sparsity the best is marked in every column."""
+    """One line per configuration, over seeds; the best of each model, pattern and sparsity is marked in every column."""
     means: dict[tuple[str, str, str], list[float]] = {}
     for runs in page.settings:
         for column in page.metrics:
-            limited = page.protocols.get(column, {}).get("limit") is not None  # part of a task: in no comparison
+            limited = page.protocols.get(column, {}).get("limit") is not None  # of part of a task: not compared
             if (stat := page.stat(runs, column)) is not None and not limited:
                 means.setdefault((runs[0].model, runs[0].budget, column), []).append(stat.mean)
     best = {at: (min if _is_ppl(at[2]) else max)(found) for at, found in means.items() if len(found) > 1}
@@ -406,7 +419,7 @@ def _number(stat: Stat | None, show: Callable[[float], str], kind: str = "") -> 
     return element("td", mark, *words, class_=classes, data_v=None if stat is None else f"{stat.mean:.10g}")
 
 
-def _link(run: Run, among: list[Run]) -> Markup:
+def _link(run: PageRun, among: list[PageRun]) -> Markup:
     seed = str(run.line["seed"])
     text = seed if [str(one.line["seed"]) for one in among].count(seed) == 1 else run.row.config_key[:6]
     link = element("a", text, href=f"#{run.anchor}", aria_label=f"{text}: run {run.row.config_key}, seed {seed}")
@@ -441,7 +454,7 @@ def _sparsity(page: Page) -> Markup:
     shown = []
     for column in filter(_is_ppl, page.metrics):
         measured = [run for run in page.runs if run.value(column) is not None]
-        for runs in _together(measured, lambda run: (run.model, run.pattern)):
+        for runs in _grouped(measured, lambda run: (run.model, run.pattern)):
             about = [column] if len(page.protocols) > 1 else []
             about += [runs[0].model] + ([] if runs[0].pattern == UNSTRUCTURED else [runs[0].pattern])
             charts = _curves(page, runs, column)
@@ -453,20 +466,22 @@ def _sparsity(page: Page) -> Markup:
     return Markup(note + element("div", *shown, class_="parts"))
 
 
-def _curves(page: Page, runs: list[Run], column: str) -> Markup:
-    """For each pruner, on the same axes: lines of the methods that were run at several sparsities; and where others were run at
-    one only, all that were run there."""
+def _curves(page: Page, runs: list[PageRun], column: str) -> Markup:
+    """For each pruner a chart of the methods that were run at several sparsities, all with the same axes.
+
+    If other methods were run at one sparsity only, a second chart ranks all methods there.
+    """
     dense = page.dense(runs, column)
     reference = (dense, f"dense {dense:.2f}") if dense else None
     spots = sorted({100 * run.sparsity for run in runs})
     y = svg.logarithmic(column, [run.line[column] for run in runs] + ([dense] if dense else []))
     figures: list[Markup] = []
     used: dict[str, Series] = {}
-    for group in _together(runs, lambda run: run.pruner):
+    for group in _grouped(runs, lambda run: run.pruner):
         pruner, series = group[0].pruner, []
-        for same in _together(sorted(group, key=lambda run: run.sparsity), lambda run: run.common):
+        for same in _grouped(sorted(group, key=lambda run: run.sparsity), lambda run: run.common):
             name, points = same[0].method, []
-            for repeated in _together(same, lambda run: run.sparsity):
+            for repeated in _grouped(same, lambda run: run.sparsity):
                 stat, budget = page.stat(repeated, column), repeated[0].budget
                 assert stat is not None
                 seeds = f" ({stat.n} seeds)" if stat.n > 1 else ""
@@ -495,13 +510,13 @@ def _curves(page: Page, runs: list[Run], column: str) -> Markup:
 
 def _layers(page: Page) -> Markup:
     shown = []
-    for runs in _together((run for run in page.runs if run.row.profile), lambda run: (run.model, _n_blocks(run))):
+    for runs in _grouped((run for run in page.runs if run.row.profile), lambda run: (run.model, _n_blocks(run))):
         plain = [run for run in runs if not run.row.shapley]
-        played = _together((run for run in runs if run.row.shapley), _game)
-        names = _told_apart([runs[0].model] * len(played), [_game(those[0]) for those in played], "{} · {}")
-        for name, those in zip(names, played, strict=True):
-            shown.append(element("h3", name) + _beside(page, [_shapley(those)], those + plain))
-        if not played:
+        games = _grouped((run for run in runs if run.row.shapley), _game)
+        names = _disambiguated([runs[0].model] * len(games), [_game(of_game[0]) for of_game in games], "{} · {}")
+        for name, of_game in zip(names, games, strict=True):
+            shown.append(element("h3", name) + _beside(page, [_shapley(of_game)], of_game + plain))
+        if not games:
             shown.append(element("h3", runs[0].model) + _beside(page, [], plain))
     if not shown:
         return _note("Left out: no finished run has a profile.")
@@ -511,8 +526,8 @@ def _layers(page: Page) -> Markup:
     return Markup(_note(note) + "".join(shown))
 
 
-def _game(run: Run) -> dict[str, str]:
-    """What makes the game that a run's Shapley values are of, flattened."""
+def _game(run: PageRun) -> dict[str, str]:
+    """The settings of the game of a run's Shapley values, with dotted keys."""
     config = moving_numbers(run.row.config)
     game = dict((config["allocator"].get("scorer") or {}).get("game") or {})
     prunes = game.get("absence", "skip") != "skip"
@@ -529,26 +544,26 @@ def _game(run: Run) -> dict[str, str]:
     )
 
 
-def _estimator(run: Run) -> str:
-    """An estimator and its options, its seed apart."""
+def _estimator(run: PageRun) -> str:
+    """A run's estimator and its options without the seed."""
     assert run.row.shapley is not None
     return re.sub(r", seed=\w+|(?<=\()seed=\w+(, )?", "", str(run.row.shapley.get("method")))
 
 
 def _estimator_names(methods: Iterable[str]) -> dict[str, str]:
-    """Short names: with those options only in which the same estimator occurs with several."""
+    """Short names of estimators, with the options in which those of one kind differ."""
     methods = list(dict.fromkeys(methods))
     names = [re.sub(r"(?<=[a-z])(?=[A-Z])", " ", method.partition("(")[0]).lower() for method in methods]
     options = [dict(re.findall(r"(\w+)=([^,()]+)", method)) for method in methods]
-    return dict(zip(methods, _told_apart(names, options, "{} {}"), strict=True))
+    return dict(zip(methods, _disambiguated(names, options, "{} {}"), strict=True))
 
 
-def _shapley(runs: list[Run]) -> Markup:
-    """The values that estimators find in one game; repetitions with other seeds are one line."""
+def _shapley(runs: list[PageRun]) -> Markup:
+    """The values of one game by each estimator, over seeds."""
     names = _estimator_names(map(_estimator, runs))
     n_blocks = _n_blocks(runs[0])
     series: list[Series] = []
-    for same in sorted(_together(runs, _estimator), key=lambda same: (-len(same), _estimator(same[0]))):
+    for same in sorted(_grouped(runs, _estimator), key=lambda same: (-len(same), _estimator(same[0]))):
         found = [run.row.shapley for run in same if run.row.shapley]
         values = np.array([one["values"] for one in found])
         error = np.array([one["stderr"] or np.zeros(values.shape[1]) for one in found]).max(axis=0)
@@ -559,23 +574,25 @@ def _shapley(runs: list[Run]) -> Markup:
     title, x, y = (
         f"Shapley values of {runs[0].model}",
         svg.layers(n_blocks),
-        svg.spread_out(UNITS.get(payoff, payoff), _ends(series)),
+        svg.symlog(UNITS.get(payoff, payoff), _ends(series)),
     )
     drawn = svg.bars(title, x, y, series[0]) if len(series) == 1 else svg.lines(title, x, y, series)
     return _figure("Shapley values", drawn, _legend(series), _numbers(series, "layer", _layer_names(series, n_blocks)))
 
 
-def _n_blocks(run: Run) -> int:
+def _n_blocks(run: PageRun) -> int:
     return len(run.row.profile["sparsity"]) if run.row.profile else 0
 
 
 def _points(values: Any, low: Any, high: Any, n_blocks: int, name: str = "") -> list[Point]:
-    """One per block; where attention and MLP are apart, two."""
-    parts = len(values) // n_blocks
-    names = player_names(n_blocks) if parts == 2 else list(map(str, range(n_blocks)))
+    """One point per block, or two if attention and MLP have values of their own."""
+    per_block = len(values) // n_blocks
+    names = player_names(n_blocks) if per_block == 2 else list(map(str, range(n_blocks)))
     tips = [f"{name}, layer {names[i]}: {v:.4g}" if name else "" for i, v in enumerate(values)]
     ends = [(float(a), float(b)) if a < b else (None, None) for a, b in zip(low, high, strict=True)]
-    return [Point(i / parts, float(v), a, b, tip) for i, (v, (a, b), tip) in enumerate(zip(values, ends, tips, strict=True))]
+    return [
+        Point(i / per_block, float(v), a, b, tip) for i, (v, (a, b), tip) in enumerate(zip(values, ends, tips, strict=True))
+    ]
 
 
 def _layer_names(series: Sequence[Series], n_blocks: int) -> Callable[[float], str]:
@@ -583,9 +600,9 @@ def _layer_names(series: Sequence[Series], n_blocks: int) -> Callable[[float], s
     return (lambda at: player_names(n_blocks)[round(2 * at)]) if halved else "{:g}".format
 
 
-def _beside(page: Page, values: list[Markup], runs: list[Run]) -> Markup:
-    """Shapley values, and beside them the profiles at the sparsity where most methods can be compared; the others folded."""
-    groups = _together(sorted(runs, key=lambda run: (run.pattern, run.sparsity)), lambda run: run.budget)
+def _beside(page: Page, values: list[Markup], runs: list[PageRun]) -> Markup:
+    """Charts of values beside the profiles at the sparsity with the most methods; profiles at others are collapsed."""
+    groups = _grouped(sorted(runs, key=lambda run: (run.pattern, run.sparsity)), lambda run: run.budget)
     main = max(groups, key=lambda group: (len({run.method for run in group}), group[0].sparsity))
     others = [group for group in groups if group is not main]
     parts = [_charts(*values, _profiles(page, main))]
@@ -595,10 +612,10 @@ def _beside(page: Page, values: list[Markup], runs: list[Run]) -> Markup:
     return element("div", *parts, class_="panel")
 
 
-def _profiles(page: Page, runs: list[Run]) -> Markup:
+def _profiles(page: Page, runs: list[PageRun]) -> Markup:
     n_blocks, title = _n_blocks(runs[0]), f"Budgets at {runs[0].budget}"
     series = []
-    for same in _together(runs, lambda run: run.method):
+    for same in _grouped(runs, lambda run: run.method):
         shares = 100 * np.array([run.row.profile["sparsity"] for run in same if run.row.profile])
         points = _points(shares.mean(axis=0), shares.min(axis=0), shares.max(axis=0), n_blocks, same[0].method)
         series.append(Series(same[0].method, points, page.styles[same[0].method]))
@@ -611,9 +628,9 @@ def _profiles(page: Page, runs: list[Run]) -> Markup:
 
 
 def _estimators(page: Page) -> Markup:
-    """Error against cost, where one game was played by the exact estimator and by others."""
-    games = _together((run for run in page.runs if run.row.shapley), _game)
-    names = _told_apart([runs[0].model for runs in games], [_game(runs[0]) for runs in games], "{} · {}")
+    """Error against cost for games that have values of the exact estimator and of others."""
+    games = _grouped((run for run in page.runs if run.row.shapley), _game)
+    names = _disambiguated([runs[0].model for runs in games], [_game(runs[0]) for runs in games], "{} · {}")
     shown = []
     for name, runs in zip(names, games, strict=True):
         others = [run for run in runs if not _estimator(run).startswith("Exact(")]
@@ -631,13 +648,13 @@ def _estimators(page: Page) -> Markup:
     return Markup(_note(note) + "".join(shown))
 
 
-def _errors(exact: dict[str, Any], runs: list[Run]) -> Markup:
+def _errors(exact: dict[str, Any], runs: list[PageRun]) -> Markup:
     truth = np.array(exact["values"])
     names = _estimator_names(map(_estimator, runs))
     points: dict[str, list[Point]] = {kind: [] for kind in sorted({method.partition("(")[0] for method in names})}
     body = []
-    for same in _together(runs, _estimator):
-        found = {str(v["method"]): v for run in same if (v := run.row.shapley)}.values()  # other pruners have the same values
+    for same in _grouped(runs, _estimator):
+        found = {str(v["method"]): v for run in same if (v := run.row.shapley)}.values()  # runs with other pruners share them
         errors = [float(np.sqrt(np.mean((np.array(v["values"]) - truth) ** 2)) / (truth.std() or 1.0)) for v in found]
         cost = statistics.fmean(v["n_block_forwards"] + PASSES * len(truth) * v["n_backward_passes"] for v in found)
         stat, method = Stat.of(errors), _estimator(same[0])
@@ -670,7 +687,7 @@ def _protocols(page: Page) -> Markup:
 
 
 def _protocol_words(protocol: dict[str, Any]) -> str:
-    """A protocol in a line."""
+    """A protocol in one line."""
     kept = {k: v for k, v in _flat(protocol).items() if k != "complete" and len(v) <= 12}
     words = ", ".join(f"{k} {v}" for k, v in kept.items())
     return words + (" (part of the text only)" if protocol.get("complete") is False else "")
@@ -680,14 +697,14 @@ def _protocol_words(protocol: dict[str, Any]) -> str:
 
 
 def _runs(page: Page) -> Markup:
-    note = _note("Every run with its numbers, the command that repeats it, what it was made of, and where.")
+    note = _note("Every run with its numbers, the command that repeats it, its inputs and its machine.")
     field = element("label", "filter ", element("input", type="search", id="run-words", autocomplete="off"))
     form = element("form", field, element("output", id="run-count", aria_live="polite"), class_="filters", hidden=True)
     runs = element("div", *(_run(page, run) for runs in page.settings for run in runs), id="all-runs")
     return Markup(note + form + runs)
 
 
-def _run(page: Page, run: Run) -> Markup:
+def _run(page: Page, run: PageRun) -> Markup:
     row, status = run.row, str(run.line["status"])
     first = next((f"{name} {m['value']:.2f}" for name, m in row.metrics.items() if m["value"] is not None), "")
     words = element("code", row.config_key), f" {run.name} · seed {run.line['seed']} ", element("span", first, class_="result")
@@ -719,7 +736,7 @@ def _trouble(row: ResultRow, status: str) -> str:
     return "No result: this run has not ended, or was ended from outside." if status == "running" else ""
 
 
-def _metrics(page: Page, run: Run) -> Markup:
+def _metrics(page: Page, run: PageRun) -> Markup:
     body = []
     for name, metric in run.row.metrics.items():
         column, value, dense = page.column(run, name), metric["value"], run.row.dense.get(name, {}).get("value")
@@ -733,7 +750,7 @@ def _metrics(page: Page, run: Run) -> Markup:
     return _table(f"Numbers of {run.row.config_key}", ["metric", "pruned", "dense", "vs uniform"], body) if body else Markup()
 
 
-def _run_figures(run: Run) -> list[Markup]:
+def _run_figures(run: PageRun) -> list[Markup]:
     row, n_blocks, figures = run.row, _n_blocks(run), []
     for kind, scores in (("Shapley value", row.shapley), ("score", row.scores)):
         if scores and n_blocks:
@@ -741,7 +758,7 @@ def _run_figures(run: Run) -> list[Markup]:
             error = np.array(scores.get("stderr") or np.zeros(len(values)))
             series = Series("", _points(values, values - error, values + error, n_blocks))
             title = f"{kind} per layer: " + ", ".join(f"{v:.3g}" for v in values)
-            drawn = svg.bars(title, svg.layers(n_blocks), svg.spread_out(kind, _ends([series])), series)
+            drawn = svg.bars(title, svg.layers(n_blocks), svg.symlog(kind, _ends([series])), series)
             figures.append(_figure(f"{kind}: {scores['method']}", drawn))
     if row.profile:
         shares, target = 100 * np.array(row.profile["sparsity"]), 100 * row.profile["target"]
@@ -755,7 +772,7 @@ def _run_figures(run: Run) -> list[Markup]:
 
 
 def _tuning(tuning: dict[str, Any]) -> list[Markup]:
-    """What was tried on the selection text; losses on part of it are left out."""
+    """The losses of candidates on the whole selection text."""
     tried = [(str(point["label"]), point["loss"]) for point in tuning["curve"] if "n_seq" not in point]
     points = [Point(i, loss, tip=f"{label}: {loss:.4f}") for i, (label, loss) in enumerate(tried) if loss is not None]
     if not points:
@@ -778,7 +795,7 @@ def _listing(title: str, node: dict[str, Any]) -> Markup:
 
 
 def _outline(node: dict[Any, Any], indent: str = "") -> str:
-    """Nested values in the manner of yaml."""
+    """Nested values in the style of YAML."""
     lines = []
     for key, value in node.items():
         if isinstance(value, list) and any(isinstance(item, dict) for item in value):

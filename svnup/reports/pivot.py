@@ -1,7 +1,7 @@
-"""Runs by their settings, and tables of them: methods down, models or tasks across.
+"""Pivot tables of runs: methods in rows, models or tasks in columns.
 
-A cell is the mean over seeds of runs that agree in everything else. What cannot be compared is refused with the way out, and
-what was not done as asked stays visible but out of every mean: nothing is averaged or dropped in silence.
+A cell is the mean over seeds of runs that agree in all other settings. Runs that cannot be compared are refused with a fix. A
+run that was not pruned as asked is named and left out of means: nothing is averaged or dropped silently.
 """
 
 from __future__ import annotations
@@ -32,17 +32,16 @@ from svnup.results.select import (
 )
 from svnup.types import LOCAL_COPY
 
-# Of a protocol: a model brings them.
+# Fields of a protocol that depend on the model.
 OF_MODEL = ("tokens_sha256", "n_windows", "n_tokens", "n_truncated", "batch_size", "add_bos_token")
 DIGESTS = ("text", "tokens_sha256", "items_sha256")
 LOWER_IS_BETTER = ("ppl", "perplexity", "nll", "loss", "bits_per_byte")
-CONDITIONS = ("model", "sparsity", "pattern", METRIC)  # methods are compared under the same of these
+CONDITIONS = ("model", "sparsity", "pattern", METRIC)  # keys under whose values methods are compared
 STATES = ("running", "fail", "fallback", "limit", "protocol")  # why a run has no number in a table
 
 
 def notes_on_inputs(rows: Iterable[ResultRow]) -> list[str]:
-    """What numbers depend on that no setting tells: which file weights were dequantized from, and the content of the local
-    copies that stood in for data sets of the hub."""
+    """Notes on inputs that no setting shows: files that weights were dequantized from, and local copies of data sets."""
     weights, texts = set(), set()
     for row in rows:
         if origin := row.provenance.get("dequantized_from"):
@@ -54,7 +53,7 @@ def notes_on_inputs(rows: Iterable[ResultRow]) -> list[str]:
 
 
 def _origin(origin: Mapping[str, Any]) -> str:
-    """A quantized file or checkpoint, in words."""
+    """A quantized file or checkpoint in words."""
     if (quantized := origin.get("quantization_config")) is not None:
         return f"a checkpoint in {quantized.get('quant_method')}"
     file = " of ".join(filter(None, (origin.get("file") or origin.get("gguf_file"), origin.get("package"))))
@@ -63,15 +62,22 @@ def _origin(origin: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Summary:
-    """The numbers of one cell, one per seed, and why other runs of it have none."""
+    """The numbers of one cell.
+
+    Args:
+        values: one per seed.
+        states: why other runs have no number.
+        seeds: the seeds of each value's job, without those of methods.
+        errors: the standard error over items of each value.
+    """
 
     values: tuple[float, ...] = ()
     states: tuple[str, ...] = ()
-    seeds: tuple[Label, ...] = ()  # of the jobs that the values are of, without those of methods
-    errors: tuple[float | None, ...] = ()  # standard errors over items, of each value
+    seeds: tuple[Label, ...] = ()
+    errors: tuple[float | None, ...] = ()
 
     def against(self, base: Summary) -> float | None:
-        """Relative change of the mean over the seeds of jobs and texts that both have; None where they share none."""
+        """Relative change of the mean over the seeds that both have; None if they share none."""
         common = set(self.seeds) & set(base.seeds)
         mine, other = (
             [v for v, seed in zip(summary.values, summary.seeds, strict=True) if seed in common] for summary in (self, base)
@@ -88,28 +94,40 @@ class Summary:
 
     @property
     def std(self) -> float | None:
-        """Standard deviation over the seeds as a sample; None of a single one."""
+        """Sample standard deviation over seeds; None for a single one."""
         return statistics.stdev(self.values) if self.n > 1 else None
 
     @property
     def spread(self) -> float | None:
-        """What stands behind ±: the standard deviation over seeds, or of a single number its standard error over items."""
+        """The number after ±: the standard deviation over seeds, or the standard error over items of a single number."""
         return self.std if self.n > 1 else next(iter(self.errors), None)
 
     @property
     def state(self) -> str:
-        """Why there is no number: of several reasons the gravest."""
+        """Why there is no number: the last of STATES that applies."""
         return next((state for state in reversed(STATES) if state in self.states), MISSING)
 
 
 @dataclass(frozen=True)
 class Pivot:
-    """Runs by row and column: `cells[row, column]`; `dense` by the labels of the models, `order` sorts the values of a key."""
+    """A pivot table of runs.
+
+    Args:
+        by: the keys of the rows.
+        across: the keys of the columns.
+        metrics: the metrics.
+        units: the metrics with their units.
+        cells: by the labels of row and column.
+        dense: numbers of dense models by their labels.
+        baseline: the keys and values that changes are relative to.
+        notes: below the table.
+        where: for a key, the order of its values.
+    """
 
     by: tuple[str, ...]
     across: tuple[str, ...]
     metrics: tuple[str, ...]
-    units: tuple[str, ...]  # the metrics with their units
+    units: tuple[str, ...]
     cells: Mapping[tuple[Label, Label], Summary]
     dense: Mapping[Label, Summary]
     baseline: Mapping[str, str] = field(default_factory=dict)
@@ -125,7 +143,7 @@ class Pivot:
         return self._sorted({column for _, column in self.cells}, self.across)
 
     def _sorted(self, labels: Iterable[Label], keys: Sequence[str]) -> list[Label]:
-        """As --where or --metric name the values, then the baseline, then numbers by size, then words."""
+        """Labels in the order of --where or --metric, then the baseline, then numbers by size, then words."""
         given = {**self.where, METRIC: self.metrics}
 
         def place(key: str, text: str) -> tuple[int, bool, float, str]:
@@ -139,19 +157,25 @@ class Pivot:
         return sorted(labels, key=lambda label: [place(k, t) for k, t in zip(keys, label, strict=True)])
 
     def labels(self, row: Label, column: Label) -> dict[str, str]:
+        """The labels of a cell by key."""
         return dict(zip(self.by + self.across, row + column, strict=True))
 
     def metric(self, row: Label, column: Label) -> str:
+        """The metric of a cell."""
         return self.labels(row, column).get(METRIC, self.metrics[0] if self.metrics else "")
 
     def dense_of(self, row: Label, column: Label) -> Summary:
-        """The numbers of the dense model of a cell."""
+        """The numbers of a cell's dense model."""
         return self.dense.get(tuple(t for k, t in self.labels(row, column).items() if _of_dense(k)), Summary())
 
     def change(self, row: Label, column: Label) -> float | None:
-        """Relative change of a cell against its baseline, which differs from it in the baseline's keys alone, by common seeds.
+        """Relative change of a cell against its baseline over common seeds; None if there is none.
 
-        Options of these keys' groups (`allocator.lam` of `allocator`) may differ. Raises ValueError where several would do.
+        The baseline differs from the cell only in the baseline's keys and in options of their groups (`allocator.lam` of
+        `allocator`).
+
+        Raises:
+            ValueError: several cells qualify.
         """
         if not self.baseline or not self.cells[row, column].n:
             return None
@@ -164,16 +188,16 @@ class Pivot:
                 found.append(((r, c), summary))
         if len(found) > 1:
             free = [k for k in mine if k not in self.baseline and k not in fixed]
-            raise ValueError(f"--baseline: {len(found)} cells would do; name {', '.join(free)} in it too")
+            raise ValueError(f"--baseline: {len(found)} cells qualify; name {', '.join(free)} in it too")
         return self.cells[row, column].against(found[0][1]) if found else None
 
     @property
     def down(self) -> bool:
-        """Whether methods are compared down the columns: so, unless only conditions go down."""
+        """Whether methods are compared within a column, which they are unless rows have only conditions."""
         return any(not _condition(key) for key in self.by)
 
     def best(self) -> set[tuple[Label, Label]]:
-        """The cells with the best number, as it is shown, of each column, or of each row."""
+        """The cells with the best number, after rounding, of each column, or of each row if methods are in columns."""
         down = self.down
         groups: dict[Label, list[tuple[Label, Label]]] = {}
         for row, column in self.cells:
@@ -195,6 +219,7 @@ class Pivot:
 
 
 def lower_is_better(metric: str) -> bool:
+    """Whether a lower value of a metric is better, by its name."""
     return metric.rpartition("/")[2] in LOWER_IS_BETTER
 
 
@@ -203,7 +228,7 @@ def _condition(key: str) -> bool:
 
 
 def _within(key: str, group: str) -> bool:
-    """Whether a key is an option of a group; those of the estimator and of the selection text are the allocator's."""
+    """Whether a key is an option of a group; the estimator and the selection text belong to the allocator."""
     return key.startswith(f"{group}.") or (group == "allocator" and key.partition(".")[0] in ("shapley", "selection"))
 
 
@@ -216,10 +241,19 @@ def pivot(
     where: Where | None = None,
     baseline: Mapping[str, str] | None = None,
 ) -> Pivot:
-    """Sort runs into the cells of a table with the keys `by` down and `across` across.
+    """Make a pivot table.
 
-    Raises ValueError where runs differ in a key that is
-    neither row, column nor seed, and where a metric was measured under several protocols.
+    Args:
+        runs: the runs.
+        by: the keys of the rows.
+        across: the keys of the columns.
+        metrics: the metrics.
+        where: for a key, the order of its values.
+        baseline: the keys and values that changes are relative to.
+
+    Raises:
+        ValueError: runs differ in a key that is neither row, column nor seed, a metric was measured under several protocols,
+            or an option names a key or value that no run has.
     """
     by, across = tuple(by), tuple(across)
     if METRIC not in by + across and (len(metrics) > 1 or not across):
@@ -231,7 +265,9 @@ def pivot(
         raise ValueError(f"--rows, --columns: {twice} is there twice; name each key once")
     for key, value in (baseline or {}).items():
         if key not in by + across:
-            raise ValueError(f"--baseline {key}={value}: {key} is no row or column; add it to --rows, or choose one of them")
+            raise ValueError(
+                f"--baseline {key}={value}: {key} is neither a row nor a column; add it to --rows, or choose one of them"
+            )
         there = set(metrics) if key == METRIC else {run.settings.get(key, MISSING) for run in runs}
         if not any(same(key, text, value) for text in there):
             raise ValueError(f"--baseline {key}={value}: no run has it; there {listed(there, value)}")
@@ -267,9 +303,13 @@ def _dense(entries: Iterable[tuple[Run, str]]) -> Summary:
 
 
 def summarize(entries: Sequence[tuple[Run, str]]) -> Summary:
-    """The numbers of runs that differ in their seeds alone.
+    """The numbers of runs that differ only in their seeds.
 
-    A number that lies there twice, bit for bit, counts once; raises ValueError where one seed has two numbers.
+    Args:
+        entries: runs, each with the metric to take.
+
+    Raises:
+        ValueError: one seed has two different numbers; two equal ones count once.
     """
     values: dict[Label, tuple[float, str, Label, float | None]] = {}
     states: dict[Label, str] = {}
@@ -294,10 +334,10 @@ def summarize(entries: Sequence[tuple[Run, str]]) -> Summary:
 
 
 def check_settings(runs: Sequence[Run], by: Sequence[str], across: Sequence[str]) -> None:
-    """Raise ValueError where runs differ in a key that the table does not show.
+    """Raise ValueError if runs differ in a key that the table does not show.
 
-    Options of a row's or column's group may differ between its methods (Wanda has other options than SparseGPT), and a model
-    brings its own texts and lengths; `evaluation` is left to the protocols.
+    Options of a group in rows or columns may differ between methods (Wanda has other options than SparseGPT), and texts and
+    lengths between models; `evaluation` is compared by its protocols.
     """
     shown = (*by, *across)
     names = {key: None for run in runs for key in run.settings}
@@ -306,7 +346,7 @@ def check_settings(runs: Sequence[Run], by: Sequence[str], across: Sequence[str]
     differing = []
     for key in hidden:
         if any(columns[key] == columns[other] for other in shown if other in columns):
-            continue  # a copy of what is shown
+            continue  # equal to a shown key in all runs
         owners = [k for k in shown if _within(key, k) or (k == "model" and _comes_with_model(key))]
         values: dict[Label, set[str]] = {}
         for index, text in enumerate(columns[key]):
@@ -328,7 +368,7 @@ def check_settings(runs: Sequence[Run], by: Sequence[str], across: Sequence[str]
 
 
 def check_inputs(runs: Sequence[Run]) -> None:
-    """Raise ValueError where runs with the same settings read other weights or texts, by their fingerprints."""
+    """Raise ValueError if runs with the same settings read different weights or texts by their fingerprints."""
     first: dict[tuple[str, ...], tuple[str, str]] = {}
     for run in (r for r in runs if r.row.status == "finished"):
         for name, digest in run.row.fingerprints.items():
@@ -354,7 +394,7 @@ def _by_size(text: str) -> tuple[float, str]:
 
 
 def check_protocols(runs: Sequence[Run], metric: str) -> None:
-    """Raise ValueError where protocols of a metric differ in more than follows from the models."""
+    """Raise ValueError if protocols of a metric differ in more than what depends on the model."""
     entries = [
         (run.settings["model"], flatten(of[metric]["protocol"]))
         for run in runs
@@ -383,7 +423,7 @@ def check_protocols(runs: Sequence[Run], metric: str) -> None:
 
 
 def _notes(runs: Sequence[Run], metrics: Sequence[str]) -> Iterable[str]:
-    """What is left out of the numbers and why, and how exactly the sparsity was met."""
+    """Runs that are left out and why, standard errors, and how exactly the sparsity was met."""
     actual: dict[float, list[float]] = {}
     errors: dict[str, list[float]] = {}
     for run in sorted(runs, key=lambda run: run.row.config_key):
@@ -413,12 +453,12 @@ def _notes(runs: Sequence[Run], metrics: Sequence[str]) -> Iterable[str]:
 
 
 def number(value: float) -> str:
-    """A metric as papers print it: perplexities, and accuracies in percent, with two digits."""
+    """A metric with two digits, as papers print perplexities and accuracies in percent."""
     return f"{value:.2f}"
 
 
 def shown(summary: Summary, change: float | None = None, with_n: bool = False) -> str:
-    """A cell in words: mean, spread, number of seeds, change against the baseline; or why there is none."""
+    """The text of a cell: mean, spread, number of seeds and change against the baseline, or why there is no number."""
     if summary.mean is None:
         return summary.state
     parts = [number(summary.mean)]
@@ -431,7 +471,7 @@ def shown(summary: Summary, change: float | None = None, with_n: bool = False) -
 
 
 def grid(table: Pivot, title: str | None = None, about: str = "") -> Grid:
-    """A pivoted table as a grid: dense first (a column where models go down), the best of each column marked."""
+    """A pivot table as a grid with the dense numbers first (in a column if models are in rows) and the best marked."""
     counts = {s.n for s in table.cells.values() if s.n}
     with_n = len(counts) > 1
     best = table.best()
@@ -486,6 +526,6 @@ def grid(table: Pivot, title: str | None = None, about: str = "") -> Grid:
 
 
 def _header(key: str, text: str) -> str:
-    """A column's label, with the name of its key where it would be a bare number."""
+    """A column's label, with the name of its key if it would be a number alone."""
     bare = not any(c.isalpha() for c in text) or text in ("true", "false", "null")
     return f"{key.rpartition('.')[2]} {text}" if bare and key != "pattern" else text

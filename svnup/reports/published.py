@@ -1,4 +1,4 @@
-"""Our numbers beside published ones, cell by cell: under the same protocol or not at all."""
+"""Our numbers beside published ones, cell by cell, and only under the same protocol."""
 
 from __future__ import annotations
 
@@ -28,22 +28,33 @@ DENSE = {"pruner": "none", "allocator": "none", "sparsity": "0.0", "pattern": UN
 
 @dataclass(frozen=True)
 class Number:
-    """A published number; an implied one is computed from others, as its source says."""
+    """A published number with its source; an implied one is computed from others, as its source says."""
 
     value: float
     source: str
     implied: bool
 
 
-Theirs = Mapping[tuple[Label, Label], tuple[Number, ...]]  # by place in the table
+Theirs = Mapping[tuple[Label, Label], tuple[Number, ...]]  # published numbers by the labels of row and column
 
 
 @dataclass(frozen=True)
 class Published:
-    """A table of the field: the keys that go down and across with the values that they have there (none: whatever was run).
+    """A table of the literature.
 
-    `where` holds for all of it; `numbers` are all that are known, by IDENTITY and sequence length. Several sources may have
-    reported a number of one cell, each measured by its own code: these stand side by side, and are compared within a source.
+    Several sources may report a number for one cell, each measured with its own code: they are shown side by side, and compared
+    only within a source.
+
+    Args:
+        about: what the table shows.
+        metrics: its metrics.
+        rows: the keys of the rows with their values; an empty list takes all values that were run.
+        columns: the same of the columns.
+        where: settings of all its runs.
+        seq_len: tokens of a window.
+        published_as: names of patterns under which numbers were published.
+        checkpoints: paths on the Hub by the name of the model.
+        numbers: all known numbers, by IDENTITY and sequence length.
     """
 
     about: str
@@ -58,7 +69,7 @@ class Published:
 
     @classmethod
     def load(cls, name: str, models: Sequence[str] = (), metrics: Sequence[str] = ()) -> Published:
-        """A table by its name, of other models or metrics if given; raises ValueError where there is no such table."""
+        """Load a table by its name, with other models or metrics if given; raises ValueError if there is no such table."""
         spec = json.loads((FOLDER / "tables.json").read_text(encoding="utf-8"))
         if name not in spec["tables"]:
             near = difflib.get_close_matches(name, spec["tables"], n=1)
@@ -85,9 +96,14 @@ class Published:
         )
 
     def ours(self, rows: Iterable[ResultRow], where: Mapping[str, Sequence[str]]) -> Ours:
-        """The runs that belong into the table, and its cells: also those that nobody has run.
+        """Our part of the table, with empty cells for what has not been run.
 
-        Raises ValueError for a model of which there is neither a run nor a published number.
+        Args:
+            rows: results to choose from.
+            where: settings to choose them by.
+
+        Raises:
+            ValueError: a model has neither a run nor a published number.
         """
         names = {_file(path): name for name, path in self.checkpoints.items()}
         known = dict.fromkeys((*self.rows, *self.columns), MISSING)
@@ -97,9 +113,9 @@ class Published:
             model = names.get(_file(path), run.settings["model"])
             runs.append(replace(run, settings={**known, **run.settings, "model": model}))
         models = {run.settings["model"] for run in runs} | set(self.checkpoints)
-        if strangers := [name for name in self.columns.get("model", ()) if name not in models]:
+        if unknown := [name for name in self.columns.get("model", ()) if name not in models]:
             raise ValueError(
-                f"--model {strangers[0]}: no run here is of it, and no published number; choose {', '.join(sorted(models))}"
+                f"--model {unknown[0]}: no run here is of it, and no published number; choose {', '.join(sorted(models))}"
             )
         chosen = newest(choose(runs, where)) if runs else []
         wanted = {k: v for k, v in {**self.rows, **self.columns, **self.where}.items() if v and k != METRIC}
@@ -114,7 +130,7 @@ class Published:
         return Ours(replace(table, cells=cells, baseline={"allocator": "uniform"}), inside, len(chosen) - len(inside), self)
 
     def key(self, labels: Mapping[str, str]) -> Label | None:
-        """Under what a cell would be published; None where it is more particular than that."""
+        """Lookup key of a cell in the published numbers; None if it sets options that papers do not report."""
         asked = {METRIC: self.metrics[0], "pattern": UNSTRUCTURED} | {k: v[0] for k, v in self.where.items()} | dict(labels)
         if any(text != MISSING for k, text in asked.items() if k not in IDENTITY):
             return None
@@ -124,7 +140,14 @@ class Published:
 
 @dataclass(frozen=True)
 class Ours:
-    """Our part of a table: its cells, the runs that they are made of, how many others there are, and how they were measured."""
+    """Our part of a published table.
+
+    Args:
+        table: its cells.
+        runs: the runs in them.
+        n_others: number of runs that do not belong to the table.
+        field: the published table.
+    """
 
     table: Pivot
     runs: list[Run]
@@ -133,37 +156,39 @@ class Ours:
 
     @cached_property
     def protocols(self) -> list[dict[str, Any]]:
+        """The protocols of our numbers."""
         return [r.metrics[m]["protocol"] for r in self.runs for m in self.field.metrics if r.state(m) is None]
 
     @property
     def seq_len(self) -> int | None:
-        """That of our numbers, or else of the table."""
+        """Tokens of a window, of our numbers or else of the table."""
         return next((p["seq_len"] for p in self.protocols if "seq_len" in p), self.field.seq_len)
 
     @property
-    def whole(self) -> bool:
-        """Whether ours were measured as the field does, on all of the test text."""
+    def on_whole_text(self) -> bool:
+        """Whether ours were measured on the whole test text, as in the literature."""
         return all(p.get("complete") and p.get("role") == "test" for p in self.protocols)
 
     @cached_property
-    def otherwise(self) -> str:
-        """In what our runs were not calibrated and divided as those of published numbers are; empty where they were."""
+    def calibration_differences(self) -> str:
+        """Settings of calibration and split in which our runs differ from published ones; empty if in none."""
         usual = CALIBRATION | {"dataset.seq_len": str(self.seq_len)}
         there = {key: sorted({run.settings.get(key, MISSING) for run in self.runs}) for key in usual}
         return ", ".join(f"{key} {' or '.join(there[key])}" for key, text in usual.items() if there[key] not in ([], [text]))
 
     def published(self, labels: Mapping[str, str]) -> tuple[Number, ...]:
-        """The published numbers of a cell under our sequence length, one of each source."""
+        """The published numbers of a cell at our sequence length, one of each source."""
         key = self.field.key(labels)
         return () if key is None else self.field.numbers.get((key, str(self.seq_len)), ())
 
     def change(self, ours: float | None, theirs: float | None, dense: bool = False) -> float | None:
-        same = self.whole and (dense or not self.otherwise)
+        """Relative difference of our number to a published one; None if they cannot be compared."""
+        same = self.on_whole_text and (dense or not self.calibration_differences)
         return ours / theirs - 1 if same and ours is not None and theirs else None
 
     @property
-    def uniform_after_all(self) -> list[str]:
-        """The cells whose allocator gave every block the same: what they have is no number of that allocator."""
+    def came_out_uniform(self) -> list[str]:
+        """The cells whose allocator returned the uniform budget, so that their numbers say nothing of the allocator."""
         keys = [key for key in (*self.table.by, *self.table.across) if key != METRIC]
         found = []
         for run in self.runs:
@@ -175,11 +200,15 @@ class Ours:
 
     @property
     def calibration(self) -> list[str]:
-        """Why pruned models have no differences, where it is not how much text was read."""
+        """A note on why pruned models are not compared, if their calibration or split differs."""
         usual = (
             f"The field calibrates on C4, {CALIBRATION['dataset.n_seq']} sequences as long as the windows, and divides no block"
         )
-        return [f"{usual}; ours have {self.otherwise}: no differences of pruned models."] if self.otherwise else []
+        return (
+            [f"{usual}; ours have {self.calibration_differences}: no differences of pruned models."]
+            if self.calibration_differences
+            else []
+        )
 
 
 def _file(path: str) -> str:
@@ -192,7 +221,7 @@ def _lines(name: str) -> list[dict[str, str]]:
 
 
 def _expected(values: Mapping[str, Sequence[str]], there: Sequence[Label]) -> list[Label]:
-    """The labels of a table: those that there are, and the others that its values ask for."""
+    """The labels of a table: those of runs, and the others that the table has."""
     out = list(there)
     wanted: list[Sequence[str | None]] = [of or [None] for of in values.values()]
     for asked in product(*wanted):
@@ -202,7 +231,10 @@ def _expected(values: Mapping[str, Sequence[str]], there: Sequence[Label]) -> li
 
 
 def side_by_side(field: Published, ours: Ours, title: str | None = None, about: str = "") -> Grid:
-    """Ours, published and the relative difference of each cell; a column of which nothing is published has ours alone."""
+    """A grid with our number, the published ones and the relative difference of each cell.
+
+    A column without published numbers has ours alone.
+    """
     table = replace(ours.table, baseline={})
     lines = [(table.labels(row, column), (row, column)) for row in table.rows for column in table.columns]
     theirs = {place: found for labels, place in lines if (found := ours.published(labels))}
@@ -258,7 +290,7 @@ def side_by_side(field: Published, ours: Ours, title: str | None = None, about: 
 
 
 def _best_of_each_source(table: Pivot, theirs: Theirs) -> set[tuple[tuple[Label, Label], str]]:
-    """Places and sources whose number is the best of several that the source reports in the column; implied ones apart."""
+    """Cells and sources whose number is the best of several that the source reports in a column, implied ones left out."""
     out: set[tuple[tuple[Label, Label], str]] = set()
     for source in dict.fromkeys(one.source for found in theirs.values() for one in found if not one.implied):
         cells = {place: Summary((one.value,)) for place, found in theirs.items() for one in found if one.source == source}
@@ -273,7 +305,7 @@ def _implied(source: str, theirs: Theirs) -> bool:
 
 
 def _left_out(ours: Ours, theirs: Theirs) -> list[str]:
-    """What is not compared, and why."""
+    """Notes on what is not compared and why."""
     seq_len = ours.seq_len
     under = f" at seq_len {seq_len}" if seq_len else ""
     notes = [] if theirs else [f"No published numbers of these cells are known{under}."]
@@ -284,15 +316,15 @@ def _left_out(ours: Ours, theirs: Theirs) -> list[str]:
         notes.append(
             f"Not compared: {len(other)} published numbers at seq_len {', '.join(dict.fromkeys(other))}; ours is {seq_len}."
         )
-    notes += [] if ours.whole else [f"{PARTIAL}: no differences."]
+    notes += [] if ours.on_whole_text else [f"{PARTIAL}: no differences."]
     notes += ours.calibration if theirs else []
-    if even := ours.uniform_after_all:
+    if even := ours.came_out_uniform:
         notes.append(f"Not compared with uniform, because the budget came out uniform: {'; '.join(even)}.")
     return notes + ([f"Runs in this folder that are not of this table: {ours.n_others}."] if ours.n_others else [])
 
 
 def headline(field: Published, ours: Ours, title: str | None = None) -> Grid:
-    """What SV-NUP brings to SparseGPT: the relative change against the uniform budget per model, beside the abstract's."""
+    """The relative change of SparseGPT's perplexity by SV-NUP against the uniform budget per model, beside the abstract's."""
     abstract = {line["model"]: line for line in _lines("headline.csv")}
     body, records = [], []
     for column in ours.table.columns:
@@ -312,6 +344,6 @@ def headline(field: Published, ours: Ours, title: str | None = None) -> Grid:
     head: list[tuple[str, ...]] = [("model",), ("uniform",), ("SV-NUP",), ("change",), ("published change",)]
     sources = ", ".join(sorted({line["source"] for line in abstract.values()}))
     notes = [f"SparseGPT at 70 %, {field.metrics[0]}: SV-NUP against the uniform budget. Published: {sources}."]
-    notes += [] if ours.whole else [f"{PARTIAL}."]
+    notes += [] if ours.on_whole_text else [f"{PARTIAL}."]
     notes += ours.calibration if any(r["change"] is not None and r["published_change"] is not None for r in records) else []
     return Grid(head, body, title, "", notes, 0, records)

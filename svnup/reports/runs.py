@@ -1,4 +1,4 @@
-"""One run for people, and all runs for other programs."""
+"""One run as text, and all runs as records for other programs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,25 @@ from svnup.types import player_names
 
 
 def find(rows: Iterable[ResultRow], prefix: str) -> ResultRow:
-    """The run whose key begins so; raises ValueError where none or several do."""
+    """The run whose key has this prefix; raises ValueError if none or several have it."""
     rows = list(rows)
     found = {row.config_key: row for row in rows if row.config_key.startswith(prefix)}
     if len(found) == 1:
         return next(iter(found.values()))
     keys = sorted(found or {row.config_key for row in rows})
     shown = ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
-    raise ValueError(f"{prefix}: {'several runs begin so' if found else 'no run has a key that begins so; there are'}: {shown}")
+    raise ValueError(
+        f"{prefix}: {'several runs have this prefix' if found else 'no run has a key with this prefix; there are'}: {shown}"
+    )
 
 
 def show(row: ResultRow, defaults: Mapping[str, Any]) -> str:
-    """All that is known of a run, section by section; `defaults` is the configuration without any override."""
+    """A run in sections: settings, metrics, sparsity, layers, cost, provenance and inputs.
+
+    Args:
+        row: the result.
+        defaults: the configuration without overrides; only settings that differ from it are shown.
+    """
     fallback = fallback_of(row)
     out = [f"run {row.config_key}: {row.status}" + (f", pruning fell back: {fallback}" if fallback else "")]
     out += [f"  {row.error}"] if row.error else []
@@ -48,7 +55,7 @@ def show(row: ResultRow, defaults: Mapping[str, Any]) -> str:
 
 
 def _provenance(row: ResultRow) -> dict[str, str]:
-    """All of it but the text of the difference to the commit, which result.json has."""
+    """The provenance without the text of the difference to the commit, which is in result.json."""
     found = dict(row.provenance)
     diff = found.pop("diff", None)
     shown = {k: word(v) for k, v in flatten(found).items() if v is not None}
@@ -74,7 +81,7 @@ def _metrics(row: ResultRow) -> Grid | None:
 
 
 def _layers(row: ResultRow) -> Grid | None:
-    """Score, standard error and sparsity per block; scores of attention and MLP apart stand in lines of their own."""
+    """Score, standard error and sparsity of each block; scores of attention and MLP have a line each."""
     if row.profile is None:
         return None
     sparsity, scores = row.profile["sparsity"], row.shapley or row.scores
@@ -84,12 +91,12 @@ def _layers(row: ResultRow) -> Grid | None:
     if scores is not None:
         values = scores["values"]
         errors = scores.get("stderr") or [None] * len(values)
-        parts = len(values) // n
+        per_block = len(values) // n
         columns = {
-            "layer": range(n) if parts == 1 else player_names(n),
+            "layer": range(n) if per_block == 1 else player_names(n),
             "Shapley value" if row.shapley else "score": values,
             **({"stderr": errors} if any(e is not None for e in errors) else {}),
-            **{name: [x for x in column for _ in range(parts)] for name, column in columns.items() if name != "layer"},
+            **{name: [x for x in column for _ in range(per_block)] for name, column in columns.items() if name != "layer"},
         }
     texts = [
         [MISSING if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in line]
@@ -109,7 +116,7 @@ def _cost(row: ResultRow) -> dict[str, str]:
 
 
 def records(rows: Iterable[ResultRow]) -> list[dict[str, Any]]:
-    """One flat mapping per run and metric, one per run that has none: values, protocol and the whole configuration."""
+    """One flat mapping per run and metric (one per run without metrics): values, protocol and the whole configuration."""
     out = []
     for row in sorted(rows, key=lambda row: row.config_key):
         common: dict[str, Any] = {"key": row.config_key, "status": row.status, "fallback": fallback_of(row), "error": row.error}
@@ -126,4 +133,5 @@ def records(rows: Iterable[ResultRow]) -> list[dict[str, Any]]:
 
 
 def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Mappings as JSON lines."""
     return "".join(json.dumps(row, sort_keys=False) + "\n" for row in rows)

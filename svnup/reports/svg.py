@@ -1,4 +1,4 @@
-"""Small charts as inline SVG, whose colours and fonts are the page's; and markup that escapes whatever is put into it."""
+"""Small charts as inline SVG in the colours and fonts of the page, and markup that escapes its content."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ WIDTH, HEIGHT = 480, 290
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 30, 44
 
 
-LONGEST_NAME = 48  # characters of the name of a row, on a phone; the mark's words have it all
-N_COLOURS = 8  # of the style sheet, beside the neutral one
+LONGEST_NAME = 48  # characters of a row's name that fit a phone; the tooltip has the whole name
+N_COLOURS = 8  # of the style sheet, without the neutral one
 MARKERS = (
     "m-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0-7.2 0z",
     "m-3.3-3.3h6.6v6.6h-6.6z",
@@ -25,15 +25,19 @@ MARKERS = (
 
 
 class Markup(str):
-    """Text that is markup already; any other is escaped where it is put into an element."""
+    """Text that is markup; any other text is escaped when it is put into an element."""
 
     __slots__ = ()
 
 
 def element(name: str, /, *children: object, **attributes: object) -> Markup:
-    """An element; children that are not Markup are escaped, attributes that are None or False left out.
+    """An HTML or SVG element.
 
-    A trailing underscore of an attribute's name is dropped, others become hyphens: `class_`, `aria_label`.
+    Args:
+        name: of the element.
+        children: escaped unless they are Markup.
+        attributes: None and False are left out; a trailing underscore of a name is dropped and others become hyphens, as in
+            `class_` and `aria_label`.
     """
     given = "".join(
         f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(str(value))}"')
@@ -46,7 +50,7 @@ def element(name: str, /, *children: object, **attributes: object) -> Markup:
 
 @dataclass(frozen=True)
 class Point:
-    """A mark at `x`, `y` with its error from `low` to `high`, and the words shown beside it."""
+    """A mark at (x, y) with an error from `low` to `high` and a tooltip."""
 
     x: float
     y: float
@@ -57,7 +61,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points under one name; `style` 0 is the neutral one of a baseline, others are told apart by colour, marker and dashes."""
+    """Named points; style 0 is the neutral one of a baseline, others differ in colour, marker and dashes."""
 
     name: str
     points: Sequence[Point]
@@ -79,7 +83,16 @@ def _plain(value: float) -> float:
 
 @dataclass(frozen=True)
 class Axis:
-    """From `low` to `high`, with ticks; `scale` makes distances even."""
+    """An axis from `low` to `high` with ticks.
+
+    Args:
+        label: its name.
+        low: value at its beginning.
+        high: value at its end.
+        ticks: values with a tick.
+        scale: maps values to positions, such as the logarithm.
+        show: the text of a tick.
+    """
 
     label: str
     low: float
@@ -89,12 +102,13 @@ class Axis:
     show: Callable[[float], str] = "{:g}".format
 
     def at(self, value: float) -> float:
-        """Where a value lies, as a share of the axis."""
+        """The position of a value as a fraction of the axis."""
         low, high = self.scale(self.low), self.scale(self.high)
         return (self.scale(value) - low) / ((high - low) or 1.0)
 
 
 def linear(label: str, values: Sequence[float], *, zero: bool = False) -> Axis:
+    """A linear axis for values, which includes 0 if `zero`."""
     low, high = min(values), max(values)
     if zero:
         low, high = min(0.0, low), max(0.0, high)
@@ -109,14 +123,14 @@ def _steps(base: float) -> list[float]:
 
 
 def logarithmic(label: str, values: Sequence[float]) -> Axis:
-    """For positive values."""
+    """A logarithmic axis for positive values."""
     low, high = min(values), max(values)
     low, high = (low / 1.2, high * 1.2) if high < 1.2 * low else (low / 1.06, high * 1.06)
     return Axis(f"{label}, log scale", low, high, _decade_ticks(low, high, 4), math.log10)
 
 
 def _decade_ticks(low: float, high: float, wanted: int) -> list[float]:
-    """Round numbers between two, of the coarsest kind of which there are as many as wanted; eight at most."""
+    """Round numbers between two, of the coarsest kind with at least `wanted` of them; at most eight."""
     if high < 3 * low:
         return [tick for tick in linear("", [low, high]).ticks if low <= tick <= high]
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -128,8 +142,8 @@ def _decade_ticks(low: float, high: float, wanted: int) -> list[float]:
     return few[:: 1 + len(few) // 8]
 
 
-def spread_out(label: str, values: Sequence[float]) -> Axis:
-    """Linear where that shows the values; beyond the least positive one logarithmic, where few of them dwarf the others."""
+def symlog(label: str, values: Sequence[float]) -> Axis:
+    """A linear axis, or a symmetric logarithmic one if the largest value is more than eight times the median."""
     positive = sorted(v for v in values if v > 0)
     if not positive or not positive[-1] > 8 * sorted(values)[len(values) // 2] > 0:
         return linear(label, values, zero=True)
@@ -144,18 +158,18 @@ def spread_out(label: str, values: Sequence[float]) -> Axis:
 
 
 def layers(n: int) -> Axis:
-    """Of the blocks of a model, counted from 0."""
+    """The axis of a model's blocks, counted from 0."""
     step = next(s for s in _steps(1) if n / s <= 13)
     return Axis("layer", -0.7, n - 0.3, range(0, n, int(step)))
 
 
 def lines(title: str, x: Axis, y: Axis, series: Sequence[Series], reference: tuple[float, str] | None = None) -> Markup:
-    """One line per series with its markers, and a band (around a point alone: a whisker) from low to high."""
+    """A line chart: each series with its markers and a band from low to high, or a whisker for a single point."""
     return _chart(title, x, y, [_line(s, x, y) for s in series], reference)
 
 
 def scatter(title: str, x: Axis, y: Axis, series: Sequence[Series], upright: tuple[float, str] | None = None) -> Markup:
-    """The markers alone, with whiskers; `upright` is a vertical line with its name."""
+    """A scatter chart with whiskers; `upright` is a named vertical line."""
     drawn = [_line(s, x, y, joined=False) for s in series]
     if upright is not None:
         px = _x(x, upright[0])
@@ -165,7 +179,7 @@ def scatter(title: str, x: Axis, y: Axis, series: Sequence[Series], upright: tup
 
 
 def bars(title: str, x: Axis, y: Axis, series: Series, reference: tuple[float, str] | None = None) -> Markup:
-    """Bars from zero, as one path, with whiskers."""
+    """A bar chart with whiskers."""
     half = 0.36 * (WIDTH - LEFT - RIGHT) / (x.high - x.low)
     zero = _y(y, 0.0)
     d = "".join(f"M{_x(x, p.x) - half:.1f} {zero:.1f}V{_y(y, p.y):.1f}h{2 * half:.1f}V{zero:.1f}z" for p in series.points)
@@ -174,7 +188,7 @@ def bars(title: str, x: Axis, y: Axis, series: Series, reference: tuple[float, s
 
 
 def ranking(title: str, x: Axis, series: Sequence[Series], reference: tuple[float, str] | None = None) -> Markup:
-    """One row per series, its name above its first point: for what is compared at one place only."""
+    """One row per series with its first point below its name, to compare series at one place."""
     row, top = 34, 22 if reference else 8
     height = top + row * len(series) + BOTTOM
     drawn = []
@@ -186,19 +200,19 @@ def ranking(title: str, x: Axis, series: Sequence[Series], reference: tuple[floa
     for i, one in enumerate(series):
         point, cy = one.points[0], top + row * i + 25
         px = _x(x, point.x, 14)
-        parts = [element("path", class_="rule", d=f"M14 {cy}H{WIDTH - RIGHT}")]
+        marks = [element("path", class_="rule", d=f"M14 {cy}H{WIDTH - RIGHT}")]
         if point.low is not None and point.high is not None:
-            parts.append(element("path", class_="whisker", d=f"M{_x(x, point.low, 14):.1f} {cy}H{_x(x, point.high, 14):.1f}"))
-        parts.append(element("path", class_="m", d=f"M{px:.1f} {cy}{one.marker}", data_tip=point.tip))
+            marks.append(element("path", class_="whisker", d=f"M{_x(x, point.low, 14):.1f} {cy}H{_x(x, point.high, 14):.1f}"))
+        marks.append(element("path", class_="m", d=f"M{px:.1f} {cy}{one.marker}", data_tip=point.tip))
         words = one.name if len(one.name) <= LONGEST_NAME else f"{one.name[: LONGEST_NAME - 1]}…"
         name = element("tspan", f"{point.x:.2f}  ", class_="value") + element("tspan", words)
-        parts.append(element("text", Markup(name), class_="rowname", x=14, y=cy - 8))
-        drawn.append(element("g", *parts, class_=one.classes, data_s=one.name))
+        marks.append(element("text", Markup(name), class_="rowname", x=14, y=cy - 8))
+        drawn.append(element("g", *marks, class_=one.classes, data_s=one.name))
     return _svg(title, height, [_x_axis(x, height, 14), *drawn])
 
 
 def swatch(series: Series) -> Markup:
-    """The key of a series for a legend."""
+    """The symbol of a series in a legend."""
     drawn = element("path", class_="line", d="M1 7H27") + element("path", class_="m", d=f"M14 7{series.marker}")
     return element("svg", element("g", Markup(drawn), class_=series.classes), viewBox="0 0 28 14", aria_hidden="true")
 

@@ -1,4 +1,4 @@
-"""The flat table of results, one line per run. Numbers measured under different protocols never share a column."""
+"""The flat table of results, one line per run; numbers of different protocols never share a column."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from svnup.reports.pivot import notes_on_inputs
 from svnup.results.row import ResultRow
 from svnup.results.select import fallback_of, model_of, short_names
 
-LIMITED = " (limit "  # such numbers stand in columns of their own, without a change
+LIMITED = " (limit "  # in names of columns with numbers of part of a task, which have no change
 IDENTITY = ["model", "pruner", "allocator", "sparsity", "pattern", "seed"]
 
 
 def frame(rows: list[ResultRow]) -> pd.DataFrame:
-    """One line per run: what was run, target and actual sparsity, each metric dense and pruned, one column per protocol."""
+    """One line per run: settings, target and actual sparsity, and each metric, pruned and dense, in a column per protocol."""
     names = _metric_columns(rows)
     lines = []
     for row, pruner in zip(rows, _pruners(rows), strict=True):
         line: dict[str, Any] = describe(row) | {"pruner": pruner, "status": row.status, "setting": _setting(row)}
         if fallback_of(row):
             lines.append(line | {"status": "fallback", "seconds": round(row.seconds, 1), "key": row.config_key})
-            continue  # something was not done as asked: its numbers are in its result, and in no table
+            continue  # not pruned as asked: its numbers are in its result, and in no table
         if row.sparsity is not None:
             line |= {"actual": row.sparsity["actual"]}
         for name, metric in row.metrics.items():
             if metric.get("secondary"):
                 continue
             if metric["value"] is None:
-                line["status"] = "failed"  # it ended, and there is no such number
+                line["status"] = "failed"  # the run is finished, but the metric has no value
             column = names[name, _digest(metric["protocol"])]
             line |= {
                 column: metric["value"],
@@ -48,7 +48,7 @@ def frame(rows: list[ResultRow]) -> pd.DataFrame:
 
 
 def _pruners(rows: list[ResultRow]) -> list[str]:
-    """The pruner of each run, with those options in which runs of the same pruner differ."""
+    """The pruner of each run, with the options in which runs of the same pruner differ."""
     nodes = [{k: v for k, v in row.config["pruner"].items() if k not in ("_target_", "pattern", "base")} for row in rows]
     names = [method_name(row.config["pruner"]) for row in rows]
     values: dict[tuple[str, str], set[str]] = {}
@@ -60,10 +60,10 @@ def _pruners(rows: list[ResultRow]) -> list[str]:
 
 
 def describe(row: ResultRow) -> dict[str, Any]:
-    """The names by which people know a run."""
+    """The display names of a run's model, pruner and allocator, with its sparsity, pattern and seed."""
     config = row.config
     scorer = config["allocator"].get("scorer")
-    shared = config["allocator"].items()  # what a scorer has from its allocator is said once
+    shared = config["allocator"].items()  # options that a scorer takes from its allocator are shown once
     own = {k: v for k, v in (scorer or {}).items() if (k, v) not in shared}
     words = [_method(scorer) if "game" in scorer else _options(own)] if scorer else []
     split = config.get("split", {"_target_": "UniformSplit"})  # results of earlier versions have none
@@ -83,7 +83,7 @@ def describe(row: ResultRow) -> dict[str, Any]:
 
 
 def _options(node: dict[str, Any]) -> str:
-    """What is set of a node's options but for texts: words as they are, numbers with their name."""
+    """A node's options in words: texts as they are, numbers with their name."""
     hidden = ("_target_", "scorer", "path", "granularity")  # the last is in the method's name
     options = {
         k: v for k, v in node.items() if k not in hidden and v is not None and v is not False and not isinstance(v, dict)
@@ -100,7 +100,7 @@ def _value(value: Any) -> str:
 
 
 def _method(scorer: dict[str, Any]) -> str:
-    """Estimator and game in a few words: what is not said is as by default."""
+    """Estimator and game in a few words; defaults are left out."""
     words = [scorer["_target_"].rpartition(".")[2].lower()]
     words += [f"w={scorer['window']}"] if "window" in scorer else []
     words += [f"{k}={scorer[k]}" for k in ("budget", "nodes", "sampling", "approximator") if k in scorer]
@@ -113,14 +113,21 @@ def _method(scorer: dict[str, Any]) -> str:
 
 
 def _setting(row: ResultRow) -> str:
-    """What a run has in common with its uniform counterpart: all of its configuration that can move a number but the budget,
-    and its weights by content."""
+    """A hash of all that a run shares with its uniform counterpart: settings without the budget, and weights."""
     config = {k: v for k, v in moving_numbers(row.config).items() if k not in ("allocator", "split")}
     return hashlib.sha256(json.dumps([config, row.fingerprints.get("weights")], sort_keys=True).encode()).hexdigest()
 
 
 def render(rows: list[ResultRow], form: str, title: str | None = None, command: str | None = None, ansi: bool = False) -> str:
-    """The table of some runs as text; columns that say the same in every line and no more are left out except in CSV."""
+    """The table of some runs as text.
+
+    Args:
+        rows: the results.
+        form: one of `grid.FORMATS`; except in CSV, seed, pattern and status are left out if they are the default in all lines.
+        title: of the table.
+        command: that makes it.
+        ansi: whether a terminal shows bold.
+    """
     data = frame(rows)
     if form == "csv":
         return data.drop(columns="setting").to_csv(index=False)
@@ -130,9 +137,14 @@ def render(rows: list[ResultRow], form: str, title: str | None = None, command: 
 
 
 def listing(rows: list[ResultRow], sort: str | None = None) -> Grid:
-    """One line per run, failed and running ones too, in the order of what they are or of a column `sort`.
+    """One line per run, with failed and running ones.
 
-    Raises ValueError where there is no such column.
+    Args:
+        rows: the results.
+        sort: the column to sort by; None sorts by settings.
+
+    Raises:
+        ValueError: there is no such column.
     """
     data = frame(rows)
     if sort is not None and sort not in data.columns:
@@ -145,7 +157,7 @@ def listing(rows: list[ResultRow], sort: str | None = None) -> Grid:
 
 
 def flat(data: pd.DataFrame, title: str | None = None, about: str = "", notes: Sequence[str] = ()) -> Grid:
-    """Lines and columns of data as they are."""
+    """A data frame as a grid."""
     shown = data.astype(object)
     lines = [[Cell(_cell(c, v)) for c, v in zip(shown.columns, line, strict=True)] for line in shown.itertuples(index=False)]
     records: list[dict[str, Any]] = shown.to_dict("records")  # type: ignore[assignment]
@@ -153,7 +165,7 @@ def flat(data: pd.DataFrame, title: str | None = None, about: str = "", notes: S
 
 
 def _with_change(data: pd.DataFrame) -> pd.DataFrame:
-    """Beside each metric its change against the uniform budget under the same setting, allocator apart."""
+    """The data with a column beside each metric: its change in percent against the uniform budget in the same setting."""
     out = data.copy()
     for column in [c for c in data.columns if "/" in c and not c.endswith("dense") and LIMITED not in c]:
         uniform = (
@@ -178,7 +190,7 @@ def _cell(column: str, value: Any) -> str:
 
 
 def about(rows: list[ResultRow], command: str | None = None) -> str:
-    """Who made the numbers: command, machines, versions and protocols."""
+    """Where the numbers come from: command, machines, versions and protocols."""
     machines = [r.provenance["hardware"] for r in rows if "hardware" in r.provenance]
     hardware = {f"{machine['cpu']}, {machine['cores']} cores" for machine in machines}
     hardware |= {gpu for machine in machines for gpu in machine["gpus"]}
@@ -195,7 +207,7 @@ def _in_words(name: str, protocol: dict[str, Any]) -> str:
         return f"{name}: {n} windows of {protocol['seq_len']} tokens ({protocol['role']} text{which})"
     limit = "" if protocol["complete"] else f", limit {protocol['limit']}"
     what = f"mean over {', '.join(protocol['tasks'])}" if "tasks" in protocol else f"{protocol['n_items']} items"
-    bos = {True: ", with BOS", False: ", without BOS", None: ""}[protocol.get("add_bos_token")]  # older results do not tell
+    bos = {True: ", with BOS", False: ", without BOS", None: ""}[protocol.get("add_bos_token")]  # unknown in older results
     return f"{name}: {what}, {protocol['num_fewshot']}-shot{bos}, in %{limit}"
 
 
@@ -204,7 +216,7 @@ def _digest(protocol: dict[str, Any]) -> str:
 
 
 def _metric_columns(rows: list[ResultRow]) -> dict[tuple[str, str], str]:
-    """Column of a metric under a protocol: its name, with the protocol's digest where there are several, and its limit."""
+    """The column of each metric and protocol: its name, with the protocol's hash if there are several, and its limit."""
     seen: dict[str, dict[str, Any]] = {}
     for row in rows:
         for name, metric in row.metrics.items():

@@ -1,4 +1,4 @@
-"""Weights & Biases or nothing; wandb is imported only when a run is tracked."""
+"""Weights & Biases; wandb is imported only when a run is tracked."""
 
 from __future__ import annotations
 
@@ -31,11 +31,18 @@ MARK = "wandb.json"  # in the run folder: the id of its W&B run, and the result 
 
 @dataclass(frozen=True)
 class WandbTracker:
-    """A W&B run per job: its configuration, numbers, tables and bar charts per layer, figures, and the result as an artifact.
+    """Logs each job as a W&B run: configuration, numbers, tables and charts per layer, figures, and the result as an artifact.
 
-    With `stages`, scores and budget have runs of their own, job types `shapley` (or `score`) and `allocate`, so that artifacts
-    tell where a number came from: values -> profile -> result. `group` None is the sweep, `mode` None follows WANDB_MODE;
-    offline needs no account.
+    Args:
+        project: of W&B.
+        entity: user or team; None is the default of the account.
+        group: None is the sweep.
+        job_type: of the run.
+        tags: beside those of the methods.
+        name: of the run; None is made from the methods.
+        mode: None follows WANDB_MODE; offline needs no account.
+        stages: scores and budget have runs of their own, of job types `shapley` (or `score`) and `allocate`, so that artifacts
+            have a lineage: values -> profile -> result.
     """
 
     project: str = "svnup"
@@ -48,7 +55,7 @@ class WandbTracker:
     stages: bool = True
 
     def check(self) -> None:
-        """Raise ValueError where wandb is not installed."""
+        """Raise ValueError if wandb is not installed."""
         from importlib.util import find_spec
 
         if find_spec("wandb") is None:
@@ -56,29 +63,39 @@ class WandbTracker:
 
     @property
     def awaited(self) -> bool:
-        """Whether an agent of a W&B sweep waits for this job's numbers, be it finished already or not."""
+        """Whether an agent of a W&B sweep waits for this job's numbers, even if the job is already finished."""
         return "WANDB_SWEEP_ID" in os.environ
 
     @contextmanager
     def run(self, folder: Path, row: ResultRow, fresh: bool) -> Iterator[Log]:
-        """The W&B run of a run folder; yields what logs its result. It is finished in any case, with the state of the job.
+        """Context of the W&B run of a run folder, which ends with the state of the job.
 
-        Its id is made once and kept in the folder: an interrupted job goes on in the same run; a `fresh` execution (force, or
-        changed inputs) gets its own, and so do two users of one project. Raises ValueError where W&B refuses to start.
+        The id of the W&B run is kept in the folder, so that an interrupted job goes on in the same run.
+
+        Args:
+            folder: the run folder.
+            row: the result so far.
+            fresh: start another W&B run, for an execution with force or changed inputs.
+
+        Yields:
+            A function that logs the result and its figures.
+
+        Raises:
+            ValueError: W&B does not start.
         """
         mark = {} if fresh else _mark(folder)
         mark = {"id": mark.get("id") or uuid.uuid4().hex[:12]}
         _write_mark(folder, mark)
         finished: list[ResultRow] = []
-        places: list[str] = []  # folders that are on this disk only, in the order in which to upload them
+        places: list[str] = []  # folders of offline runs, in the order in which to upload them
         try:
             with self._open(folder, row, self.job_type, mark["id"], places) as run:
-                if run.id != mark["id"] and not run.disabled:  # the agent of a W&B sweep has chosen another
+                if run.id != mark["id"] and not run.disabled:  # chosen by the agent of a W&B sweep
                     mark["id"] = run.id
                     _write_mark(folder, mark)
 
                 def log(row: ResultRow, figures: dict[str, Path]) -> None:
-                    if self.stages and not self.awaited:  # a W&B sweep sees one run a job
+                    if self.stages and not self.awaited:  # a W&B sweep expects one run per job
                         self._log_stages(folder, row, mark["id"], places)
                         if row.profile is not None:
                             _use(run, _profile(row))
@@ -107,14 +124,14 @@ class WandbTracker:
         made = {k: row.provenance.get(k) for k in ("command", "git", "dirty", "versions", "hardware", "seeds")}
         setting = {"setting": " ".join(names.values())}
         config = {"config_key": row.config_key, "names": names | setting, "provenance": made, **row.config}
-        argv = sys.argv  # which W&B notes
-        mode: Any = self.mode or os.environ.get("WANDB_MODE") or None  # as it is now: wandb keeps what it found first
+        argv = sys.argv  # which W&B records
+        mode: Any = self.mode or os.environ.get("WANDB_MODE") or None  # its current value: wandb keeps the first one
         try:
             sys.argv = [redact(word) for word in argv]
             run = wandb.init(
                 id=run_id,
                 resume="allow",
-                dir=str(folder.resolve()),  # wandb's service outlives a run and would take a relative one as of its first
+                dir=str(folder.resolve()),  # absolute: wandb's service outlives a run and its directory
                 project=redact(self.project),
                 entity=self.entity,
                 group=redact(self.group or row.provenance.get("sweep") or "") or None,
@@ -142,7 +159,7 @@ class WandbTracker:
                 places.append(Path(run.dir).parent.name)
 
     def _log_stages(self, folder: Path, row: ResultRow, run_id: str, places: list[str]) -> None:
-        """What the result came from, each in a W&B run of its own."""
+        """Log scores and profile, each in a W&B run of its own."""
         values, profile = _values(row), _profile(row)
         if values is not None:
             with self._open(folder, row, "shapley" if row.shapley else "score", f"{run_id}-scores", places) as run:
@@ -157,17 +174,29 @@ class WandbTracker:
 
 
 def upload(folder: Path, row: ResultRow, plots: Figures, force: bool, **given: Any) -> str:
-    """Log a finished run as if it had been tracked, unless its folder says that this result has been; says what was done.
+    """Log a finished run as if it had been tracked, unless it already was.
 
-    `given` are options of the tracker, others are those of the run's own configuration; `force` logs it again, as another
-    W&B run. Raises ValueError where wandb is not installed or does not start.
+    Args:
+        folder: the run folder.
+        row: the result.
+        plots: draws its figures.
+        force: log it again, as another W&B run.
+        given: options of the tracker; others are those of the run's configuration.
+
+    Returns:
+        What was done, in words.
+
+    Raises:
+        ValueError: wandb is not installed or does not start.
     """
     mark = _mark(folder)
     if mark.get("logged") == _digest(row) and not force:
         return f"is there already as {mark['id']}" + (f"; it was offline: {_sync(folder, mark)}" if "offline" in mark else "")
     own = row.config.get("tracker", {})
     own = own if own.get("_target_") == TARGET else {"_target_": TARGET}
-    tracker: WandbTracker = construct(own | {"mode": None} | given, "tracker", WandbTracker)  # whoever wrote it: it is checked
+    tracker: WandbTracker = construct(
+        own | {"mode": None} | given, "tracker", WandbTracker
+    )  # checked: the result may come from an untrusted source
     tracker.check()
     with tracker.run(folder, row, fresh=force or "logged" in mark) as log:
         log(row, plots.figures(row, folder / "figures"))
@@ -201,7 +230,7 @@ def _digest(row: ResultRow) -> str:
 
 
 def _names(config: dict[str, Any]) -> dict[str, str]:
-    """The few words by which people filter and group, among them those of the model and of the methods."""
+    """The names of model and methods by which runs are filtered and grouped."""
     model = config["model"]
     path = model.get("pretrained_model_name_or_path")
     pattern = {} if config["pattern"] == UNSTRUCTURED else {"pattern": str(config["pattern"])}
@@ -214,15 +243,15 @@ def _names(config: dict[str, Any]) -> dict[str, str]:
     }
 
 
-# -- what is logged: numbers by plain names, and tables per layer, all in one step
+# -- what is logged, all in one step: numbers, and tables per layer
 
 
 def _numbers(row: ResultRow) -> dict[str, Any]:
-    """Numbers only, so that columns sort: what could not be measured is absent, and its reason is told beside it."""
+    """The numbers of a result, so that columns sort; a metric without a value has a `reason/` instead."""
     record: dict[str, Any] = {}
     for prefix, metrics in (("", row.metrics), ("dense/", row.dense)):
         for name, metric in metrics.items():
-            name = name.replace(".", "/")  # a dot would make it a nested key there
+            name = name.replace(".", "/")  # W&B reads dots as nested keys
             if metric["value"] is None:
                 record[f"reason/{prefix}{name}"] = metric.get("reason")
             else:
@@ -243,7 +272,7 @@ def _numbers(row: ResultRow) -> dict[str, Any]:
 
 
 def _comparable(row: ResultRow) -> bool:
-    """Whether all numbers are of whole test texts and tasks, and pruning did as asked."""
+    """Whether all numbers are of whole test texts and tasks and pruning did not fall back."""
     protocols = [metric["protocol"] for metric in row.metrics.values()]
     return not fallback_of(row) and all(p.get("complete", True) and p.get("role", "test") == "test" for p in protocols)
 
@@ -295,18 +324,18 @@ def _images(figures: dict[str, Path]) -> dict[str, Any]:
 
 
 def _bars(name: str, columns: list[str], lines: list[list[Any]], title: str) -> dict[str, Any]:
-    """A table and its bar chart: layers are labels, not steps."""
+    """A table per layer and its bar chart."""
     import wandb
 
     table = wandb.Table(columns, lines)
     return {f"layers/{name}": table, f"charts/{name}": wandb.plot.bar(table, columns[0], columns[1], title=title)}
 
 
-# -- artifacts: the same content under the same name is the same version, whichever run logs it
+# -- artifacts: equal content under one name is one version, whichever run logs it
 
 
 def _values(row: ResultRow) -> Any:
-    """The scores without what they cost, so that jobs that share them share the artifact; None where there are none."""
+    """The scores without their cost, so that jobs that share them share the artifact; None if there are none."""
     scores = row.shapley or row.scores
     if scores is None:
         return None
@@ -331,8 +360,11 @@ def _artifact(name: str, kind: str, file: str, content: str) -> Any:
 
 
 def _use(run: Any, artifact: Any) -> None:
-    """Declare an input. Offline `use_artifact` refuses even an artifact that is at hand; what it would do online before it
-    waits for the server is done here instead, and the later `wandb sync` does the rest."""
+    """Declare an artifact as input of a run.
+
+    Offline, `use_artifact` refuses any artifact; this does what it does online before it waits for the server, and the later
+    `wandb sync` does the rest.
+    """
     if run.offline:
         run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
     else:

@@ -1,4 +1,4 @@
-"""What measures blocks: a Shapley value or a published heuristic."""
+"""Scores of blocks: Shapley values and published heuristics."""
 
 from __future__ import annotations
 
@@ -9,31 +9,38 @@ from typing import TYPE_CHECKING, Protocol
 from svnup.types import BlockScores, Ints
 
 if TYPE_CHECKING:
-    from svnup.game.layer_game import StandIns
+    from svnup.game.layer_game import Replacements
     from svnup.model.language_model import LanguageModel
     from svnup.pruning.walk import Pruner
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a job offers its scorer: calibration tokens (n_seq, seq_len), the cache folder, and what makes stand-ins for
-    absent blocks with a pruner."""
+    """What a job gives its scorer.
+
+    Args:
+        tokens: calibration text, int64 (n_seq, seq_len).
+        cache_dir: the folder of cached payoffs; None for none.
+        replacements: makes the pruned replacements of absent blocks with a pruner.
+    """
 
     tokens: Ints
     cache_dir: str | None
-    stand_ins: Callable[[Pruner], StandIns]
+    replacements: Callable[[Pruner], Replacements]
 
 
 class Scorer(Protocol):
-    """Scores the blocks of a model, as it is before pruning; a frozen dataclass of its options."""
+    """Scores the blocks of a dense model; a frozen dataclass of its options."""
 
     @property
     def needs_inputs(self) -> bool:
-        """Whether it reads the calibration tokens."""
+        """Whether it reads the calibration text."""
         ...
 
     def plan(self, n_blocks: int) -> dict[str, int]:
-        """What the scores cost, in the units of `Cost`."""
+        """The cost of the scores in the units of `Cost`, by name."""
         ...
 
-    def score(self, lm: LanguageModel, context: Context) -> BlockScores: ...
+    def score(self, lm: LanguageModel, context: Context) -> BlockScores:
+        """The scores of the blocks, or of their sublayers, with their cost."""
+        ...

@@ -21,16 +21,20 @@ if TYPE_CHECKING:
 BINS = 100
 
 
-# -- scores that are no Shapley values: one small class each, all of the dense model
+# -- one small class for each heuristic; all score the dense model
 
 
 @dataclass(frozen=True)
 class Owl:
-    """Outlier ratio of each block: the share of its Wanda scores above `m` times their mean; blocks with more are kept denser.
+    """Outlier ratio of each block: the fraction of its Wanda scores above `m` times their mean; higher: denser.
 
-    Scores |W_ij| ||X_j||_2 of all linears of a block together, on dense activations. Source: arXiv 2310.05175 section 3;
-    the released code as well compares with the mean of the block. What follows from the ratio: `ScoreBudget` with scale raw
-    and amplitude 0.08, as the code has it.
+    The Wanda scores |W_ij| ||X_j||_2 of all linear layers of a block are taken together, on dense activations. The budget is
+    `ScoreBudget` with scale raw and amplitude 0.08, as in the released code.
+
+    Args:
+        m: outliers exceed this multiple of the mean.
+
+    Source: arXiv 2310.05175, section 3; the released code compares with the mean of the block too.
     """
 
     m: float = 5.0
@@ -54,10 +58,14 @@ class Owl:
 
 @dataclass(frozen=True)
 class Dlp:
-    """Relative importance of each block, 1 - u_l / sum(u), with u_l the mean (or median) of its Wanda scores; higher: denser.
+    """Relative importance of each block, 1 - u_l / sum(u), with u_l the mean or median of its Wanda scores; higher: denser.
 
-    Scores as for `Owl`. Source: arXiv 2505.23807 section 3: the text has the median, the released code the mean, which we
-    follow by default. The median is the lower one of an even number. What follows: `ScoreBudget`, scale raw, amplitude 0.15.
+    Wanda scores are as for `Owl`. The budget is `ScoreBudget` with scale raw and amplitude 0.15.
+
+    Args:
+        statistic: mean, or median (of an even number the lower one).
+
+    Source: arXiv 2505.23807, section 3. The text has the median and the released code the mean, which is our default.
     """
 
     statistic: Literal["mean", "median"] = "mean"
@@ -80,11 +88,14 @@ class Dlp:
 
 @dataclass(frozen=True)
 class BlockInfluence:
-    """How far each block turns the hidden state: 1 - mean over tokens of cos(h_l, h_(l+1)); higher: denser.
+    """Block influence, 1 - the mean over tokens of cos(h_l, h_(l+1)) of hidden states before and after a block; higher: denser.
 
-    `granularity=sublayer`: how far its attention turns it, and how far its MLP then does; raises ValueError where a block does
-    not run the one after the other. Source: ShortGPT, arXiv 2403.03853, equation 1: there blocks of low influence are removed;
-    the budget from it, and the influence of sublayers, are ours.
+    Args:
+        granularity: `sublayer` scores attention and MLP of each block; raises ValueError unless a block runs the one and then
+            the other.
+
+    Source: ShortGPT, arXiv 2403.03853, equation 1, which removes blocks of low influence. Our deviation: a budget is made of
+    it, and sublayers have an influence.
     """
 
     granularity: Players = "block"
@@ -100,7 +111,7 @@ class BlockInfluence:
         from svnup.model.blocks import hidden_of
 
         def cosine(before: Tensor, after: Tensor) -> Tensor:
-            """Mean over the tokens of each sequence, (b, s, d) to float64 (b,)."""
+            """Mean cosine over the tokens of each sequence, (b, s, d) to float64 (b,)."""
             return cosine_similarity(before.float(), after.float(), dim=-1).double().mean(1).cpu()
 
         def of_block(visit: Visit) -> list[float]:
@@ -120,8 +131,8 @@ class BlockInfluence:
             cosines: tuple[list[Tensor], list[Tensor]] = ([], [])
             ends: list[Tensor] = []
             for batch in visit.batches:
-                middle = lm.run_block(visit.index, batch, part="attention")
-                end = lm.run_block(visit.index, middle, part="mlp")
+                middle = lm.run_block(visit.index, batch, unit="attention")
+                end = lm.run_block(visit.index, middle, unit="mlp")
                 cosines[0].append(cosine(batch.hidden, middle.hidden))
                 cosines[1].append(cosine(middle.hidden, end.hidden))
                 ends = ends or [end.hidden]
@@ -132,7 +143,7 @@ class BlockInfluence:
                     f"allocator.granularity=sublayer: block {visit.index} does not run attention, then MLP; use "
                     "allocator.granularity=block"
                 )
-            return [float(1 - torch.cat(part).mean()) for part in cosines]
+            return [float(1 - torch.cat(of_sublayer).mean()) for of_sublayer in cosines]
 
         measure = of_sublayers if self.granularity == "sublayer" else of_block
         return _walked(lm, context, "BlockInfluence", measure, self.plan(lm.n_blocks)["block_forwards"])
@@ -140,9 +151,11 @@ class BlockInfluence:
 
 @dataclass(frozen=True)
 class AlphaPruning:
-    """Mean over each block's linears of the power-law exponent of the spectrum of W^T W (`hill`); higher: sparser. No data.
+    """Mean over each block's linear layers of the power-law exponent of the spectrum of W^T W (`hill`); higher: sparser.
 
-    Source: arXiv 2410.10912 section 3: heavy tails, small exponents, mark well-trained blocks. What follows: `Ratios`.
+    Heavy tails, with small exponents, mark well-trained blocks. It reads no text. The budget is `Ratios`.
+
+    Source: arXiv 2410.10912, section 3.
     """
 
     needs_inputs: ClassVar[bool] = False
@@ -156,7 +169,7 @@ class AlphaPruning:
         start = time.perf_counter()
         values = []
         for index in range(lm.n_blocks):
-            lm.bring(index)
+            lm.load_block(index)
             exponents = []
             for name, linear in lm.linears(index).items():
                 spectrum = torch.linalg.svdvals(linear.weight.detach().float()).double().square().cpu().numpy()
@@ -170,11 +183,19 @@ class AlphaPruning:
 
 
 def hill(eigenvalues: Floats) -> float:
-    """Exponent of the power law in the tail of a spectrum: 1 + k / sum over the k tail values of ln(x_i / x_min).
+    """Hill estimate of the power-law exponent in the tail of a spectrum: 1 + k / sum over the k tail values of ln(x_i / x_min).
 
-    x_min is the smallest eigenvalue in or above the fullest of 100 equal bins of log10(x), the 'fix-finger' of arXiv 2410.10912
-    section 3. The released code searches further, for the smallest Kolmogorov-Smirnov distance among eigenvalues up to 1.5
-    times that peak; we follow the text. Numerically zero eigenvalues are left out. Raises ValueError where no tail is left.
+    x_min is the smallest eigenvalue in or above the fullest of 100 equal bins of log10(x). Eigenvalues that are numerically
+    zero are left out.
+
+    Args:
+        eigenvalues: float64 (n,).
+
+    Raises:
+        ValueError: all eigenvalues, or all of the tail, are equal.
+
+    Source: the fix-finger of arXiv 2410.10912, section 3. The released code searches further, for the smallest
+    Kolmogorov-Smirnov distance among eigenvalues up to 1.5 times that peak; we follow the text.
     """
     x = np.sort(np.asarray(eigenvalues, dtype=np.float64))
     x = x[x > 1e-12 * x[-1]]
@@ -190,7 +211,7 @@ def hill(eigenvalues: Floats) -> float:
 
 
 def wanda_scores(visit: Visit) -> dict[str, Tensor]:
-    """|W_ij| ||X_j||_2 of each linear of the visited block by name, float32 (d_out, d_in); the block is run once for it."""
+    """Wanda scores |W_ij| ||X_j||_2 of each linear layer of a visited block by name, float32 (d_out, d_in); runs the block."""
     from svnup.model.language_model import matrix
     from svnup.pruning.walk import Inputs
     from svnup.pruning.wanda import Wanda
@@ -207,7 +228,13 @@ def _walked(
     measure: Callable[[Visit], list[float]],
     n_block_forwards: int | None = None,
 ) -> BlockScores:
-    """Numbers per block from a walk over the dense model; `measure` runs the block that it is given, once unless said."""
+    """Scores from a walk over the dense model.
+
+    Args:
+        method: its name and options.
+        measure: the scores of a visited block, which it runs.
+        n_block_forwards: what all calls of `measure` cost; None is one block-forward each.
+    """
     import torch
 
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Scores by Shapley values of a game between blocks."""
+"""Scores by Shapley values of a game whose players are blocks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from svnup.types import CHOICES, Bools, Players, ShapleyValues
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from svnup.game.layer_game import LayerGame, StandIns
+    from svnup.game.layer_game import LayerGame, Replacements
     from svnup.model.language_model import LanguageModel
     from svnup.pruning.walk import Pruner
 
@@ -28,10 +28,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class GameOptions:
-    """The layer game of a job: its payoff text, and the options of `svnup.game.layer_game.LayerGame`.
+    """The game of a job: its payoff text, and the options of `svnup.game.LayerGame`.
 
-    The default payoff is the one that led to the best budgets on selection text (docs/choosing.md).
-    `absence=prune`: an absent block is that block pruned uniformly at the job's sparsity by `pruner`.
+    Args:
+        data: the payoff text.
+        payoff: the default gave the best budgets on selection text (docs/choosing.md).
+        cap: as in LayerGame.
+        absence: an absent block is skipped, or pruned: uniformly at the job's sparsity by `pruner`.
+        players: blocks or sublayers.
+        pruner: of absent blocks.
     """
 
     data: TokenSource
@@ -39,14 +44,14 @@ class GameOptions:
     cap: Literal["none", "chance"] = "none"
     absence: Literal["skip", "prune"] = "skip"
     players: Players = "block"
-    pruner: Annotated[Any, "pruner"] = None  # whose protocol cannot be imported here without torch
+    pruner: Annotated[Any, "pruner"] = None  # a Pruner; importing that protocol would import torch
 
     def __post_init__(self) -> None:
         if self.payoff == "accuracy" and (self.data.n_seq or CHOICES) < CHOICES:
             raise ValueError(f"data.n_seq={self.data.n_seq}: payoff=accuracy needs at least {CHOICES} sequences")
 
     def check_gates(self) -> None:
-        """Raise ValueError where the payoff is no smooth function of gates on blocks."""
+        """Raise ValueError unless the payoff is a smooth function of gates on blocks."""
         for key, fitting in (
             ("payoff", ("neg_nll", "neg_ppl", "recip_ppl")),
             ("cap", ("none",)),
@@ -59,12 +64,19 @@ class GameOptions:
                 )
 
     def n_players(self, n_blocks: int) -> int:
+        """Number of players of the game on a model of so many blocks."""
         return n_blocks if self.players == "block" else 2 * n_blocks
 
 
 @dataclass(frozen=True)
 class ShapleyScorer:
-    """Shapley values of the blocks by an estimator on a layer game; `shard` k/n evaluates only that part of its coalitions."""
+    """Shapley values of the blocks by an estimator on a layer game.
+
+    Args:
+        estimator: how the values are computed.
+        game: the options of the game.
+        shard: k/n evaluates only share k of n of the coalitions, and computes no values.
+    """
 
     estimator: Estimator
     game: GameOptions
@@ -89,29 +101,34 @@ class ShapleyScorer:
         return getattr(self.estimator, "gated", False)
 
     def check(self, n_blocks: int) -> None:
-        """Raise ValueError where estimator, game and number of blocks do not go together."""
+        """Raise ValueError unless estimator, game and number of blocks fit together."""
         if self._gated:
             self.game.check_gates()
         if self._gated and self.shard is not None:
-            raise ValueError(f"shard={self.shard}: gates evaluate no list of coalitions that could be shared; use shard=null")
+            raise ValueError(f"shard={self.shard}: gates evaluate no list of coalitions that could be divided; use shard=null")
         self.estimator.check(self.game.n_players(n_blocks))
 
-    def part(self, n_blocks: int) -> Bools:
-        """The coalitions of the shard: neighbours in lexicographic order, so that they share prefixes."""
+    def shard_coalitions(self, n_blocks: int) -> Bools:
+        """The coalitions of the shard, bool (m, n_players): neighbours in lexicographic order, so that they share prefixes."""
         coalitions = self.estimator.plan(self.game.n_players(n_blocks))
         k, n = map(int, (self.shard or "0/1").split("/"))
         return np.array_split(coalitions, n)[k]
 
     def plan(self, n_blocks: int) -> dict[str, int]:
-        """What the values (or the shard) cost when nothing is known yet, and how many hidden states are held for it."""
+        """The cost of the values (or the shard) with an empty cache, and the most hidden states held, by name."""
         from svnup.game.walk_plan import WalkPlan
 
-        walk = WalkPlan.of(self.part(n_blocks), absent_costs=self.game.absence == "prune")
+        walk = WalkPlan.of(self.shard_coalitions(n_blocks), absent_costs=self.game.absence == "prune")
         counts = {"evaluations": walk.n_evaluations, "block_forwards": walk.n_block_forwards, "peak_states": walk.peak_states}
         return counts | ({"backward_passes": self.estimator.nodes} if self._gated else {})  # type: ignore[attr-defined]
 
     def seconds(self, probe: LanguageModel, n_blocks: int) -> float:
-        """Time that the plan will take, from one block-forward and one head pass of a one-block model of the same shape."""
+        """Seconds that the plan will take, from the time of a block-forward and of the head.
+
+        Args:
+            probe: a model of one block of the same shape.
+            n_blocks: of the model itself.
+        """
         import torch
 
         plan, data = self.plan(n_blocks), self.game.data
@@ -125,13 +142,19 @@ class ShapleyScorer:
                 share * _time(lambda: probe.run_block(0, batch)),
                 share * _time(lambda: probe.token_nll(after)),
             )
-        parts = 2 if self.game.players == "sublayer" else 1
+        per_block = 2 if self.game.players == "sublayer" else 1
         forward_equivalents = 4 * plan.get("backward_passes", 0)  # forward, recomputation, and twice that for the backward
         whole = n_blocks * block + head
-        return plan["block_forwards"] * block / parts + plan["evaluations"] * head + forward_equivalents * whole
+        return plan["block_forwards"] * block / per_block + plan["evaluations"] * head + forward_equivalents * whole
 
-    def play(self, lm: LanguageModel, stand_ins: Callable[[Pruner], StandIns], cache_dir: str | None) -> LayerGame:
-        """The game itself; `stand_ins` makes what stands in for absent blocks with a pruner."""
+    def build_game(self, lm: LanguageModel, replacements: Callable[[Pruner], Replacements], cache_dir: str | None) -> LayerGame:
+        """Build the game on a model.
+
+        Args:
+            lm: the model.
+            replacements: makes the pruned replacements of absent blocks with a pruner.
+            cache_dir: the folder of cached payoffs; None for none.
+        """
         from svnup.game.layer_game import LayerGame
 
         options = self.game
@@ -141,29 +164,35 @@ class ShapleyScorer:
             payoff=options.payoff,
             cap=options.cap,
             players=options.players,
-            pruned=stand_ins(options.pruner) if options.absence == "prune" else None,
+            pruned=replacements(options.pruner) if options.absence == "prune" else None,
             cache_dir=cache_dir,
         )
 
     def score(self, lm: LanguageModel, context: Context) -> ShapleyValues:
-        """Estimate the values. What the cache knows is not computed again."""
-        game = self.play(lm, context.stand_ins, context.cache_dir)
+        """Estimate the values; payoffs in the cache are not computed again."""
+        game = self.build_game(lm, context.replacements, context.cache_dir)
         values = self.estimator.estimate(game)
         if len(game.kinds) > 1:
             logger.warning("the Shapley values mix coalition values from several kinds of device: %s", game.kinds)
-        return values.on(game.kinds)
+        return values.with_kinds(game.kinds)
 
-    def again(self, lm: LanguageModel, absent: list[dict[str, Tensor]], cache_dir: str | None) -> ShapleyValues:
-        """The values of the players as they are now, with `absent` for absent ones: same text and estimator, -NLL."""
+    def reestimate(self, lm: LanguageModel, absent: list[dict[str, Tensor]], cache_dir: str | None) -> ShapleyValues:
+        """Estimate the values in a model that has changed, on the same text with the same estimator and the payoff -NLL.
+
+        Args:
+            lm: the model; present players have its current weights.
+            absent: for each block, the weights of absent players by parameter name.
+            cache_dir: the folder of cached payoffs; None for none.
+        """
         from svnup.game.layer_game import LayerGame
 
         tokens = self.game.data.tokens(lm.tokenizer)
         game = LayerGame(lm, tokens, players=self.game.players, pruned=absent, cache_dir=cache_dir)
-        return self.estimator.estimate(game).on(game.kinds)
+        return self.estimator.estimate(game).with_kinds(game.kinds)
 
 
 def _time(work: Callable[[], Any]) -> float:
-    """Seconds of a call, the least of three."""
+    """Seconds that a call takes, the least of three."""
     from svnup.memory import synchronize
 
     taken = []

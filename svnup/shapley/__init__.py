@@ -1,4 +1,4 @@
-"""Shapley values of any game on a bool matrix: pure numpy on a callable, one file per estimator."""
+"""Shapley values of any cooperative game, in pure numpy: one file per estimator."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 from svnup.types import Bools, Cost, Floats, Ints, ShapleyValues
 
-MAX_PLAYERS = 20  # whose coalitions are enumerated
+MAX_PLAYERS = 20  # of a game whose coalitions are enumerated
 
 
 class Game(Protocol):
-    """A cooperative game: payoffs of coalitions, bool (m, n_players) to float64 (m,).
+    """A cooperative game: maps coalitions, bool (m, n_players), to payoffs, float64 (m,).
 
-    Optional attributes that estimators use where they exist: `v_empty` (the payoff of nobody as a reference point),
-    `n_evaluations` and `n_block_forwards` (the work done so far), `absent_costs` (an absent player costs a block-forward too).
+    Estimators use these attributes if a game has them: `v_empty`, the payoff of the empty coalition; `n_evaluations` and
+    `n_block_forwards`, the work done so far; `absent_costs`, whether an absent player costs a block-forward too.
     """
 
     n_players: int
@@ -25,17 +25,19 @@ class Game(Protocol):
 
 
 class Estimator(Protocol):
-    """A way to estimate the Shapley values of a game; a frozen dataclass of its options."""
+    """Estimates the Shapley values of a game; a frozen dataclass of its options."""
 
     def check(self, n_players: int) -> None:
-        """Raise ValueError where the method cannot work with so many players, naming the option and the way out."""
+        """Raise ValueError if the method does not work with this number of players; it names the option and the fix."""
         ...
 
     def plan(self, n_players: int) -> Bools:
-        """The coalitions it evaluates, bool (m, n_players), known before the first is: for plans, shards and costs."""
+        """The coalitions that it evaluates, bool (m, n_players), for plans, shards and costs."""
         ...
 
-    def estimate(self, game: Game) -> ShapleyValues: ...
+    def estimate(self, game: Game) -> ShapleyValues:
+        """The values of the players and what they cost; raises ValueError as `check`."""
+        ...
 
 
 def all_coalitions(n: int) -> Bools:
@@ -44,23 +46,31 @@ def all_coalitions(n: int) -> Bools:
 
 
 def branch_points(ordered: Bools | Ints) -> np.ndarray:
-    """For distinct rows, those that begin alike together: the index at which each departs from the one before (or 0)."""
+    """The first index at which each row differs from the one before, int64 (m,); 0 for the first row.
+
+    Args:
+        ordered: distinct rows (m, n), in an order that keeps rows with a common prefix together.
+    """
     departs = np.argmax(ordered[1:] != ordered[:-1], axis=1)
     return np.concatenate([np.zeros(min(1, len(ordered))), departs]).astype(np.int64)
 
 
 def block_forwards(coalitions: Bools, absent_costs: bool = False) -> int:
-    """Block-forwards of one depth-first walk over shared prefixes: a present block costs one, an absent one nothing
-    (or one as well, where absent means pruned)."""
+    """Block-forwards of a depth-first walk over shared prefixes.
+
+    Args:
+        coalitions: bool (m, n).
+        absent_costs: whether an absent block costs a block-forward like a present one, as a pruned replacement does.
+    """
     ordered = np.unique(coalitions, axis=0)
     fresh = np.arange(ordered.shape[1]) >= branch_points(ordered)[:, None]
     return int((fresh if absent_costs else fresh & ordered).sum())
 
 
 class Ledger:
-    """A game as an estimator sees it: passes coalitions on and keeps the books, so that every method reports cost alike.
+    """A game that counts what an estimator asks of it, so that all methods report their cost in the same way.
 
-    The full cost is that of the same calls on a game that knows nothing yet, whatever a memo saved this time.
+    The full cost is that of the same calls on a game with an empty memo.
     """
 
     def __init__(self, game: Game) -> None:
@@ -92,8 +102,18 @@ class Ledger:
         stopped: str | None = None,
         n_backward: int = 0,
     ) -> ShapleyValues:
-        """Values with their cost. What the method did not ask of nobody and of all is asked last, as a reference that is no
-        part of its cost."""
+        """The values with their cost.
+
+        Payoffs of the empty and the full coalition that the method did not ask for are evaluated last and are not counted.
+
+        Args:
+            method: the name and options of the method.
+            values: Shapley values, float64 (n_players,).
+            v_full: payoff of the full coalition; None evaluates it.
+            stderr: standard errors, float64 (n_players,).
+            stopped: why a converging method stopped.
+            n_backward: backward passes that it took.
+        """
         seconds = time.perf_counter() - self._start
         full = (len(self._asked), self._forwards)
         after = self._work()
@@ -112,7 +132,13 @@ class Ledger:
 
 
 def exact_values(payoffs: Floats) -> Floats:
-    """Shapley values (n,) from the payoffs (2^n,) of all coalitions in lexicographic order (Shapley 1953)."""
+    """Exact Shapley values, float64 (n,).
+
+    Args:
+        payoffs: of all coalitions in lexicographic order, float64 (2^n,).
+
+    Source: Shapley 1953.
+    """
     n = int(payoffs.size).bit_length() - 1
     sizes = all_coalitions(n).sum(axis=1)
     weight = _coalition_weights(n)
@@ -125,7 +151,7 @@ def exact_values(payoffs: Floats) -> Floats:
 
 
 def _coalition_weights(n: int) -> Floats:
-    """|Q|! (n - |Q| - 1)! / n! for |Q| = 0..n-1."""
+    """The weights |Q|! (n - |Q| - 1)! / n! for |Q| = 0..n-1."""
     weights = np.empty(n)
     weights[0] = 1 / n
     for size in range(1, n):
@@ -134,6 +160,6 @@ def _coalition_weights(n: int) -> Floats:
 
 
 def describe(estimator: Any) -> str:
-    """A method and its options in one line, as results name it."""
+    """The name and options of an estimator in one line, as results have it."""
     options = ", ".join(f"{k}={v}" for k, v in vars(estimator).items() if not k.startswith("_"))
     return f"{type(estimator).__name__}({options})"

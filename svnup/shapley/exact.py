@@ -10,9 +10,11 @@ from svnup.types import Bools, ShapleyValues
 
 @dataclass(frozen=True)
 class Exact:
-    """phi_l = sum over Q without l of |Q|! (n-|Q|-1)! / n! [v(Q + l) - v(Q)]: 2^n evaluations, 2^n - 1 block-forwards.
+    """Exact values, phi_l = sum over Q without l of |Q|! (n-|Q|-1)! / n! [v(Q + l) - v(Q)].
 
-    Source: Shapley 1953; arXiv 2505.01731 takes transformer blocks as the players.
+    Cost: 2^n evaluations and 2^n - 1 block-forwards.
+
+    Source: Shapley 1953; arXiv 2505.01731 takes blocks as players.
     """
 
     def check(self, n_players: int) -> None:

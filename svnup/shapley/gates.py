@@ -12,20 +12,23 @@ from svnup.types import Bools, Floats, ShapleyValues
 
 
 class GatedGame(Game, Protocol):
-    """A game whose players can be present to a degree."""
+    """A game whose players can be present in degrees."""
 
     def gate_gradient(self, gate: float) -> Floats:
-        """Derivative (n_players,) of the payoff by each player's degree of presence, where all are `gate`."""
+        """Derivative of the payoff by each player's degree of presence where all degrees are `gate`, (n_players,)."""
         ...
 
 
 @dataclass(frozen=True)
 class Gates:
-    """Integral over t in [0, 1] of d v / d g_l where every gate g is t, by `nodes` Gauss-Legendre nodes.
+    """Aumann-Shapley values: the integral over t in [0, 1] of dv / dg_l where every gate g is t.
 
-    A gate scales a block's residual update. The cost is `nodes` backward passes, whatever the number of blocks; one is
-    a forward pass, the recomputation of each block and its backward, about 4 forward passes. The two evaluations are those
-    of nobody and of all, for the efficiency gap, which here measures the error of the quadrature.
+    A gate scales a block's residual update. The cost is `nodes` backward passes for any number of blocks; each is a forward
+    pass, the recomputation of each block and its backward, about 4 forward passes. The empty and the full coalition are
+    evaluated for the efficiency gap, which here is the error of the quadrature.
+
+    Args:
+        nodes: number of Gauss-Legendre nodes.
 
     Source: Aumann and Shapley 1974; for gates on network units: Integrated gradients, Sundararajan et al. 2017
     (arXiv 1703.01365).

@@ -16,12 +16,17 @@ GROUPS = 10
 
 @dataclass(frozen=True)
 class Kernel:
-    """Least squares of payoffs on membership with the values' sum fixed to v(all) - v(nobody), at most `budget` evaluations.
+    """Least squares of payoffs on membership, with the sum of the values fixed to v(full) - v(empty).
 
-    Coalitions come in complementary pairs, drawn with replacement: `kernel` draws sizes s with the Shapley kernel,
-    proportional to 1 / (s (n - s)), and weighs all alike; `leverage` draws all sizes alike and weighs by 1 / (s (n - s)).
-    Within a size all coalitions are alike. The standard error is a jackknife over ten groups of pairs. `stop` ends early:
-    {stderr: x} or {rank_tau: x}, judged after each tenth.
+    Coalitions are drawn in complementary pairs, with replacement; within a size all are equally likely. The standard error is
+    a jackknife over ten groups of pairs.
+
+    Args:
+        budget: the most evaluations.
+        seed: of the sample.
+        sampling: `kernel` draws the size s with probability proportional to 1 / (s (n - s)) and gives all coalitions one
+            weight; `leverage` draws all sizes equally often and weighs by 1 / (s (n - s)).
+        stop: {stderr: x} or {rank_tau: x} ends early, checked after each tenth of the sample.
 
     Source: Lundberg and Lee 2017 (arXiv 1705.07874); pairing and the constrained solution: Covert and Lee 2021
     (arXiv 2012.01536); leverage scores: Musco and Witter 2024 (arXiv 2410.01917).
@@ -98,9 +103,18 @@ class Kernel:
 
 
 def constrained_least_squares(x: Floats, y: Floats, weights: Floats, total: float) -> Floats:
-    """argmin over phi (n,) with sum phi = total of sum_i weights_i (y_i - x_i phi)^2; of several the one of least norm.
+    """Minimise sum_i weights_i (y_i - x_i phi)^2 over phi with sum phi = total; of several minima the one of least norm.
 
-    The sum is split off evenly, and the rest is solved in the space of vectors whose entries sum to 0.
+    phi is total / n in each entry plus the solution among vectors whose entries sum to 0.
+
+    Args:
+        x: (m, n).
+        y: (m,).
+        weights: (m,).
+        total: the sum of phi.
+
+    Returns:
+        phi, float64 (n,).
     """
     n = x.shape[1]
     even = np.full(n, total / n)

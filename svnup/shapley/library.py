@@ -1,4 +1,4 @@
-"""Any sampler of the library shapiq (an optional extra: pip install '.[shapiq]')."""
+"""Approximators of the library shapiq (an optional extra: pip install '.[shapiq]')."""
 
 from __future__ import annotations
 
@@ -14,9 +14,17 @@ from svnup.types import Bools, ShapleyValues
 
 @dataclass(frozen=True)
 class Shapiq:
-    """Shapley values by the shapiq approximator of this class name (KernelSHAP, SVARM, StratifiedSamplingSV, ...).
+    """Shapley values by an approximator of shapiq.
 
-    Raises ValueError where shapiq is not installed or has no such approximator. Source: Muschalik et al. 2024 (shapiq).
+    Args:
+        approximator: name of its class (KernelSHAP, SVARM, StratifiedSamplingSV, ...).
+        budget: the most evaluations.
+        seed: of its sample.
+
+    Raises:
+        ValueError: shapiq is not installed, or has no such approximator.
+
+    Source: Muschalik et al. 2024 (shapiq).
     """
 
     approximator: str
@@ -42,7 +50,7 @@ class Shapiq:
             raise ValueError(f"budget={self.budget}: choose at least {2 * n_players}, twice the number of players")
 
     def plan(self, n_players: int) -> Bools:
-        """Recorded on a game of zeros; a sampler that looks at payoffs will ask for others."""
+        """The coalitions that it evaluates on a game of zeros; an adaptive approximator evaluates others on a real game."""
         asked: list[Bools] = []
 
         def zeros(coalitions: Bools) -> Any:

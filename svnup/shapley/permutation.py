@@ -15,13 +15,18 @@ ROUNDS = 10
 
 @dataclass(frozen=True)
 class Permutation:
-    """Mean marginal contribution over random orders of the players, with at most `budget` evaluations.
+    """Mean marginal contribution over random orders of the players.
 
-    An order costs n - 1 evaluations besides the empty and the full coalition. With `antithetic` each order is followed by
-    its reverse, and the pair counts as one independent sample of the standard error. With `truncation` t, an order is left
-    once a coalition's payoff is within t * |v(all) - v(nobody)| of that of all: the players after it count as 0, which
-    saves evaluations, biases the values, and shares fewer prefixes, since orders then grow step by step. `stop` ends early,
-    judged after each tenth of the samples: {stderr: x} or {rank_tau: x}.
+    An order costs n - 1 evaluations besides the empty and the full coalition.
+
+    Args:
+        budget: the most evaluations.
+        seed: of the orders.
+        antithetic: follow each order by its reverse; a pair is one independent sample of the standard error.
+        truncation: a fraction t: an order ends at the first coalition whose payoff is within t * |v(full) - v(empty)| of
+            v(full), and the players after it contribute 0. This saves evaluations and biases the values; prefixes are shared
+            less, since orders then grow step by step.
+        stop: {stderr: x} or {rank_tau: x} ends early, checked after each tenth of the samples.
 
     Source: Castro, Gomez, Tejada 2009; antithetic pairs: Mitchell et al. 2022 (arXiv 2104.12199); truncation: Ghorbani
     and Zou 2019 (arXiv 1904.02868).
@@ -38,7 +43,7 @@ class Permutation:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: choose 0 or more")
         if self.truncation is not None and not 0 < self.truncation < 1:
-            raise ValueError(f"truncation={self.truncation}: a fraction of v(all) - v(nobody) in (0, 1), such as 0.01, or null")
+            raise ValueError(f"truncation={self.truncation}: a fraction of v(full) - v(empty) in (0, 1), such as 0.01, or null")
 
     def check(self, n_players: int) -> None:
         least = 2 + 2 * self._orders_per_sample * max(1, n_players - 1)
@@ -60,7 +65,7 @@ class Permutation:
         return np.stack([forward, forward[:, ::-1]], axis=1) if self.antithetic else forward[:, None]
 
     def _chains(self, orders: Ints) -> Bools:
-        """Per order the n + 1 growing coalitions from nobody to everybody, bool (..., n + 1, n)."""
+        """For each order its n + 1 coalitions from the empty to the full one, bool (..., n + 1, n)."""
         n = orders.shape[-1]
         rank = np.argsort(orders, axis=-1)
         return rank[..., None, :] < np.arange(n + 1)[:, None]
@@ -73,13 +78,13 @@ class Permutation:
         self.check(n)
         ledger = Ledger(game)
         orders = self._orders(n)
-        # Without a rule to stop by, one call: the more coalitions at a time, the more prefixes are shared.
+        # Without a stopping rule, one call: the more coalitions at a time, the more prefixes are shared.
         n_rounds = min(ROUNDS, len(orders) // 2) if self.stop is not None else 1
         stopping, samples = Stopping(self.stop), np.zeros((0, n))
-        for part in np.array_split(orders, n_rounds):
-            payoffs = self._payoffs(ledger, self._chains(part))
-            marginals = np.empty(part.shape)
-            np.put_along_axis(marginals, part, np.diff(payoffs, axis=-1), axis=-1)
+        for chunk in np.array_split(orders, n_rounds):
+            payoffs = self._payoffs(ledger, self._chains(chunk))
+            marginals = np.empty(chunk.shape)
+            np.put_along_axis(marginals, chunk, np.diff(payoffs, axis=-1), axis=-1)
             samples = np.concatenate([samples, marginals.mean(axis=1)])
             values, stderr = samples.mean(axis=0), samples.std(axis=0, ddof=1) / np.sqrt(len(samples))
             if stopping.enough(values, stderr):
@@ -87,7 +92,7 @@ class Permutation:
         return ledger.report(describe(self), values, payoffs[0, 0, -1], stderr, stopping.reason)
 
     def _payoffs(self, ledger: Ledger, chains: Bools) -> Floats:
-        """Payoffs along chains (..., n + 1, n) -> (..., n + 1); a truncated chain keeps the payoff of all from there on."""
+        """Payoffs along chains (..., n + 1, n) -> (..., n + 1); a truncated chain keeps the payoff of the full coalition."""
         n = chains.shape[-1]
         if self.truncation is None:
             return ledger(chains.reshape(-1, n)).reshape(chains.shape[:-1])

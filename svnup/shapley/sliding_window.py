@@ -13,12 +13,16 @@ from svnup.types import Bools, Ints, ShapleyValues
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """Exact Shapley values of the `window`-player game of each window of neighbouring blocks, averaged over windows.
+    """Exact Shapley values of the game of each window of neighbouring blocks, averaged over windows.
 
-    Blocks outside a window are all present or all absent (`context`). `aggregation` takes the mean over the windows that
-    contain a block, at the edges over the fewer that exist, or only the window centred on it. Windows start every `stride`
-    blocks, and one ends at the last block. window=1 is leave-one-out, window=n is exact. With present context and stride 1:
-    (n-w+2) 2^(w-1) evaluations and 2^(w-1) - 1 + 2^(w-2) (n-w+1)(n-w+2) block-forwards.
+    window=1 is leave-one-out, window=n is exact. With present context and stride 1 it takes (n-w+2) 2^(w-1) evaluations and
+    2^(w-1) - 1 + 2^(w-2) (n-w+1)(n-w+2) block-forwards.
+
+    Args:
+        window: number of blocks w of a window.
+        context: whether the blocks outside a window are present or absent.
+        aggregation: `mean` over the windows that contain a block (fewer at the edges), or the window `centred` on it.
+        stride: blocks between the starts of windows; one window ends at the last block in any case.
 
     Source: the sliding-window approximation of arXiv 2505.01731 by its abstract; its window size and aggregation are not
     public, so these options and defaults are ours.
@@ -42,7 +46,7 @@ class SlidingWindow:
         return np.unique([*range(0, last, self.stride), last])
 
     def _coalitions(self, n: int) -> Bools:
-        """Per window its 2^w coalitions, bool (n_windows, 2^w, n)."""
+        """The 2^w coalitions of each window, bool (n_windows, 2^w, n)."""
         starts = self._starts(n)
         coalitions = np.full((len(starts), 2**self.window, n), self.context == "present")
         for one, start in zip(coalitions, starts, strict=True):
@@ -62,7 +66,7 @@ class SlidingWindow:
         return ledger.report(describe(self), self._aggregate(local, n), v_full)
 
     def _aggregate(self, local: np.ndarray, n: int) -> np.ndarray:
-        """Window values (n_windows, w) to block values (n,)."""
+        """Values of windows (n_windows, w) to values of blocks (n,)."""
         starts = self._starts(n)
         if self.aggregation == "centred":
             centres = starts + (self.window - 1) / 2

@@ -1,4 +1,4 @@
-"""When a converging estimator has seen enough."""
+"""Stopping rules of estimators that converge."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from svnup.types import Floats
 
 
 def check_stop(stop: dict[str, float] | None) -> None:
-    """Raise ValueError for a rule that is not {stderr: x} with x > 0 or {rank_tau: x} with 0 < x <= 1."""
+    """Raise ValueError unless the rule is None, {stderr: x} with x > 0, or {rank_tau: x} with 0 < x <= 1."""
     if stop is None:
         return
     text = f"stop={stop}: choose {{stderr: 0.01}} (the largest standard error) or {{rank_tau: 0.95}} (Kendall's tau)"
@@ -23,10 +23,12 @@ def check_stop(stop: dict[str, float] | None) -> None:
 
 @dataclass
 class Stopping:
-    """Decides after each round of samples; `reason` says why the estimator stopped.
+    """Decides after each round of samples whether to stop.
 
-    stderr: the largest standard error is small enough. rank_tau: Kendall's tau between the rankings of this round and each of
-    the two before it reaches the target.
+    Args:
+        stop: {stderr: x} stops when the largest standard error is at most x; {rank_tau: x} when Kendall's tau between the
+            rankings of this round and of each of the two before is at least x; None never.
+        reason: why the estimator stopped.
     """
 
     stop: dict[str, float] | None
@@ -34,6 +36,7 @@ class Stopping:
     _rounds: list[Floats] = field(default_factory=list)
 
     def enough(self, values: Floats, stderr: Floats) -> bool:
+        """Whether to stop after a round with these values and standard errors, both (n_players,)."""
         self._rounds.append(values)
         if self.stop is None:
             return False
