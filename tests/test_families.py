@@ -15,6 +15,7 @@ from test_language_model import FAMILIES as WALKED
 from test_language_model import GROUPED, MIXED, OPT, SHAPE
 from transformers import AutoModelForCausalLM
 
+from svnup.allocation import Budget
 from svnup.allocation.maps import ScoreBudget
 from svnup.cli.run import main
 from svnup.data import Docs
@@ -111,7 +112,7 @@ def test_a_family_goes_the_whole_way(family, way, tmp_path):
     if way == "2:4":
         profile = SparsityProfile(np.full(4, 0.5), lm.block_params, 0.5, "2:4")
     else:
-        profile = ScoreBudget(scale="rank", lam=0.1).allocate(scores, lm.block_params, sparsity)
+        profile = ScoreBudget(scale="rank", lam=0.1).allocate(Budget(lm.block_params, sparsity), scores)
         assert np.argmin(profile.sparsity) == np.argmax(scores.values)
         assert np.ptp(profile.sparsity) > 0.1
     report = prune_model(lm, profile, pruner, TEXT)

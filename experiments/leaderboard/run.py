@@ -36,10 +36,11 @@ from hydra.core.global_hydra import GlobalHydra
 
 from experiments.study import figure, parse, parser, publish
 from svnup import NUMBERS_VERSION, config
-from svnup.allocation.maps import Tuned, Uniform
+from svnup.allocation import Budget
+from svnup.allocation.maps import Tuned
 from svnup.config import CONF, Job
 from svnup.language_model import LanguageModel
-from svnup.pipeline import held_out_loss, stand_ins
+from svnup.pipeline import stand_ins, trial_of
 from svnup.pruning.walk import temporarily_pruned
 from svnup.results.provenance import hardware
 from svnup.scoring import Context
@@ -199,15 +200,15 @@ class Bench:
         for seed in sizes.seeds:
             job = self.job(cell, allocator, seed, *overrides)
             lm, tokens = self.model(job, cell[0]), job.tokens()
-            params = lm.budget_params("sublayer") if job.granularity == "sublayer" else lm.block_params
+            budget = job.budget(lm)
             scores, cost_of_scores = None, 0.0
             if job.scorer is not None:
                 found = job.scorer.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm)))
-                scores, cost_of_scores = found.per_part(len(params)), score_cost(job, found, lm.n_blocks, sizes)
+                scores, cost_of_scores = found.per_part(budget.n_parts), score_cost(job, found, lm.n_blocks, sizes)
             if seed == sizes.seeds[0]:
-                loss = held_out_loss(job, lm, tokens)
-                profile = job.allocator.allocate(scores, params, job.sparsity, job.pattern, loss)
-                tuning = loss.to_dict()
+                trial = trial_of(job, lm, tokens)
+                profile = job.allocator.allocate(budget, scores, trial)
+                tuning = trial.to_dict()
                 cost = cost_of_scores + sum(
                     loss_cost(cell[1], call.get("n_seq", sizes.n_selection), sizes)
                     for call in (tuning or {"curve": []})["curve"]
@@ -217,10 +218,10 @@ class Bench:
                     assert tuning is not None
                     chosen = min(tuning["curve"], key=lambda call: math.inf if call["loss"] is None else call["loss"])["label"]
             elif isinstance(job.allocator, Tuned):
-                fixed = job.allocator.candidates(lm.n_blocks, job.sparsity)[chosen]
-                profile = fixed.allocate(scores, params, job.sparsity, job.pattern)
+                fixed = job.allocator.candidates(budget)[chosen]
+                profile = fixed.allocate(budget, scores)
             elif allocator not in PROFILED:
-                profile = job.allocator.allocate(scores, params, job.sparsity, job.pattern)
+                profile = job.allocator.allocate(budget, scores)
             profile = job.split.divide(lm, profile, job.pruner, tokens)
             losses.append(self._test(job, lm, profile))
             profiles.append(profile.sparsity.tolist())
@@ -591,7 +592,7 @@ def main(argv: list[str] | None = None) -> None:
     for model in models:
         job = bench.job((model, "none", 0.7), "uniform", 0)
         lm = bench.model(job, model)
-        dense[model] = math.exp(np.mean(bench._test(job, lm, Uniform().allocate(None, lm.block_params, 0.0))))
+        dense[model] = math.exp(np.mean(bench._test(job, lm, Budget(lm.block_params, 0.0).uniform())))
     publish(options, "leaderboard", report(board, dense, models, best, sizes))
     (options.output / "results" / "tables" / "leaderboard.csv").write_text(csv(board, sizes.seeds), encoding="utf-8")
     draw_front(board, models, figure(options, "leaderboard"), sizes)

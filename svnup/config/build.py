@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from svnup.allocation import Allocator, Chooser
-from svnup.allocation.maps import FromFile, Ratios, ScoreBudget, Tuned
-from svnup.allocation.rounds import ShapleyRounds
+from svnup.allocation import Allocator, Budget
+from svnup.allocation.maps import Tuned
 from svnup.allocation.splits import Split
 from svnup.config.checks import (
     blame_omegaconf,
@@ -42,7 +41,7 @@ from svnup.data import NAMED, TokenSource
 from svnup.evaluation.protocol import Evaluation
 from svnup.files import at_home, default_cache_dir
 from svnup.model.source import Model
-from svnup.pattern import parse_pattern
+from svnup.pattern import Pattern
 from svnup.results.tracker import Tracker
 from svnup.scoring import Scorer
 from svnup.scoring.shapley import GameOptions, ShapleyScorer
@@ -82,15 +81,16 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     given = {k: v for k, v in config["shapley"].items() if k not in ("game", "shard") and v != "???"}
     check_node(given, "shapley", "estimator")  # a misspelt key is one where the group is not used, too
     allocator = _allocator({k: v for k, v in config["allocator"].items() if k != "scorer"})
-    chooses = isinstance(allocator, Chooser)
-    key = config_key(config, chooses)
+    with blame("allocator"):
+        needs = allocator.needs
+    key = config_key(config, needs.selection)
     selection: TokenSource = construct(config["selection"], "selection", "text")
     split: Split = construct(config["split"], "split", "split")
     if config["allocator"].get("granularity", "block") != "block":
         check_finer(config, scorer, split)
-    if isinstance(allocator, ShapleyRounds):
+    if needs.n_games is not None:
         check_rounds(shapley)
-    if scorer is None and isinstance(getattr(allocator, "allocator", allocator), (ScoreBudget, Ratios)):
+    if scorer is None and needs.scores:
         raise ValueError("allocator.scorer=null: this allocator needs scores; leave its scorer as its yaml has it")
     evaluation: Evaluation = _evaluation(config["evaluation"], known)
     with blame("evaluation"):
@@ -98,20 +98,21 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     tracker: Tracker = construct(config["tracker"], "tracker", "tracker")
     with blame("tracker", ("tracker",)):
         tracker.check()
-    texts = texts_of(dataset, shapley, allocator, _shared(selection, known, "selection") if chooses else None, evaluation)
+    texts = texts_of(
+        dataset, shapley, allocator, _shared(selection, known, "selection") if needs.selection else None, evaluation
+    )
     check_roles(texts)
     if online or model.from_hub or any(source.from_hub for source in texts.values()):
         _go_offline_if_unreachable()
     with blame("model"):
         n_blocks = model.n_blocks()
     with blame("allocator", ("sparsity", "pattern")):
-        allocator.check(n_blocks, config["sparsity"], config["pattern"])
-    group = parse_pattern(config["pattern"])
-    if isinstance(allocator, FromFile) and allocator.divided and not split.uniform:
+        allocator.check(Budget.of_equal(n_blocks, config["sparsity"], config["pattern"]))
+    if not needs.whole_blocks and not split.uniform:
         raise ValueError(
-            f"split={option_of(config, 'split')}: {allocator.path} divides blocks among their linears; use split=uniform"
+            f"split={option_of(config, 'split')}: the allocator's profile divides blocks among their linears; use split=uniform"
         )
-    if group is not None and not split.uniform:
+    if Pattern.parse(config["pattern"]).group is not None and not split.uniform:
         raise ValueError(f"pattern={config['pattern']}: the linears of a block share its N; add split=uniform")
     with blame("model", ("offload",)):
         model.check_offload(config["offload"])
@@ -131,7 +132,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
         raise ValueError(
             f"offload={config['offload']}: lm-eval needs the whole model in memory; use offload=none, or evaluation=ppl"
         )
-    check_memory(config, pruner, split, shapley, chooses)
+    check_memory(config, pruner, split, shapley, needs.selection)
     with blame("model"):
         model.check_device()
     scalars = {k: config[k] for k in Schema.__annotations__ if not isinstance(config[k], dict)}

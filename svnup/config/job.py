@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from svnup import NUMBERS_VERSION
-from svnup.allocation import Allocator, Chooser
+from svnup.allocation import Allocator, Budget
 from svnup.allocation.splits import Split
 from svnup.config.construction import blame
 from svnup.data import TokenSource
 from svnup.evaluation.protocol import Evaluation
 from svnup.model.source import Model
 from svnup.naming import allocator_name, code_from_outside, method_name, moving_numbers, named
-from svnup.pattern import parse_pattern
+from svnup.pattern import Pattern
 from svnup.results.tracker import Tracker
 from svnup.scoring import Scorer
 from svnup.scoring.shapley import ShapleyScorer
@@ -107,6 +107,10 @@ class Job:
         """What has a budget of its own."""
         return typing.cast(Granularity, self.config["allocator"].get("granularity", "block"))
 
+    def budget(self, lm: LanguageModel) -> Budget:
+        """What the allocator divides among the parts of a model."""
+        return Budget(lm.budget_params(self.granularity), self.sparsity, self.pattern)
+
     @property
     def game_prunes(self) -> bool:
         return self.shapley is not None and self.shapley.game.absence == "prune"
@@ -157,16 +161,16 @@ class Job:
 
         lm = self.skeleton
         self._check_lengths(lm)
-        group = parse_pattern(self.pattern)
+        group = Pattern.parse(self.pattern).group
         linears = [(i, name, m) for i in range(lm.n_blocks) for name, m in lm.linears(i).items()]
         if not linears:
             raise ValueError(f"model={self.model.name}: its blocks have no linears to prune; choose another model")
-        for index, name, linear in linears if group else []:
-            if (width := matrix(linear).shape[1]) % group[1]:  # type: ignore[index]
+        for index, name, linear in linears if group is not None else []:
+            if (width := matrix(linear).shape[1]) % group:  # type: ignore[operator]
                 raise ValueError(_does_not_divide(self.pattern, f"the {width} inputs of block {index}, {name}"))
-        if self.scorer is None and not isinstance(self.allocator, Chooser):
+        if self.scorer is None and not self.allocator.needs.selection:
             with blame("allocator"):
-                check_profile(lm, self.allocator.allocate(None, lm.block_params, self.sparsity, self.pattern))
+                check_profile(lm, self.allocator.allocate(self.budget(lm)))
         if getattr(self.scorer, "granularity", "block") == "sublayer":
             key = "shapley.game.players" if self.shapley is not None else "allocator.granularity"
             try:
