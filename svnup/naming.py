@@ -19,7 +19,7 @@ from svnup.outside import of_ours, outside_code
 # names it as its scorer, `selection` and `selection_loss` where it is tuned).
 NOT_IN_KEY = (
     *("results_dir", "cache_dir", "force", "dry_run", "save_model", "save_masks", "save_format", "offload"),
-    *("tracker", "protocol_gate", "shapley", "selection", "selection_loss"),
+    *("tracker", "protocol_gate", "shapley", "selection", "selection_loss", "compare_uniform"),
 )
 NOT_IN_MODEL_KEY = ("device", "device_map", "trust_remote_code", "test_text", "test_tasks", "dense_ppl")
 PLACES = ("datasets_dir",)  # of any node: where its files lie, which by themselves are in the fingerprints

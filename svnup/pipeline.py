@@ -62,6 +62,8 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
         )
 
     budget, trial = job.budget(lm), trial_of(job, lm, tokens)
+    if job.not_compared is not None:
+        logger.warning("%s; the budget is not compared with the uniform one", job.not_compared)
     profile = job.allocator.allocate(budget, scores.per_part(budget.n_parts) if scores is not None else None, trial)
     profile = job.split.divide(lm, profile, job.pruner, tokens)
     ended("allocation", lm.device)
@@ -81,6 +83,7 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     if job.save_model or job.save_masks:
         ended("saving", lm.device)
 
+    not_compared = {"not_compared": job.not_compared} if job.not_compared is not None else {}
     stored: dict[str, Any] = {scores.stored_as: scores.to_dict()} if scores is not None else {}
     return replace(
         blank,
@@ -88,7 +91,7 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
         metrics=metrics.to_dict(),
         dense=dense.to_dict(),
         sparsity={"target": job.sparsity, "actual": report.sparsity, "pattern": job.pattern},
-        profile=profile.to_dict() | {"actual": report.block_sparsity(lm.n_blocks).tolist()},
+        profile=profile.to_dict() | {"actual": report.block_sparsity(lm.n_blocks).tolist()} | not_compared,
         **stored,
         tuning=trial.to_dict(),
         pruning=report.to_dict(),
@@ -100,9 +103,17 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
 
 def trial_of(job: Job, lm: LanguageModel, tokens: Ints) -> Trial:
     """What a profile costs where this job prunes by it, with calibration `tokens`, on its selection text."""
-    payoff = job.sources().get("allocator.data")
-    texts: dict[str, Any] = {"payoff": payoff, "shapley": job.shapley, "kind": job.selection_loss}
-    return Trial(lm, job.pruner, job.split, tokens, job.selection, job.cache_dir, **texts)
+    return Trial(
+        lm,
+        job.pruner,
+        job.split,
+        tokens,
+        job.selection,
+        job.cache_dir,
+        payoff=job.sources().get("allocator.data"),
+        shapley=job.shapley,
+        kind=job.selection_loss,
+    )
 
 
 def run_shard(job: Job) -> int:

@@ -65,7 +65,8 @@ def plan(job: Job) -> dict[str, int]:
         read = job.selection.tokens(job.model.tokenizer).size * config.hidden_size * size
         per_state = read + states * job.pruner.needs_inputs
         room = state_bytes(device) - (0 if here else weights // 2)
-        out["bytes of tuning states, at most"] = tuning = per_state * min(lm.n_blocks + 1, max(2, room // per_state))
+        held = 2 if needs.once else min(lm.n_blocks + 1, max(2, room // per_state))
+        out["bytes of tuning states, at most"] = tuning = per_state * held
         stages["tuning"] = tuning + max(stages["pruning"] - states + block, stages["evaluation"])
     if job.scorer is not None:
         named, cost = "scores'" if job.shapley is None else "shapley", job.scorer.plan(lm.n_blocks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from cli import last_row
 from games import Given, LossOf
 from hydra import compose, initialize_config_dir
+from rows import run as made_up
 
 from svnup import NUMBERS_VERSION, config
 from svnup.allocation import Budget
@@ -28,8 +30,10 @@ from svnup.pruning.nothing import Nothing
 from svnup.pruning.sparsegpt import SparseGPT
 from svnup.pruning.walk import prune_model, temporarily_pruned
 from svnup.pruning.wanda import Wanda
-from svnup.reports.tables import render
+from svnup.reports.runs import show
+from svnup.reports.tables import describe, render
 from svnup.results.row import ResultRow
+from svnup.results.select import uniform_taken
 from svnup.types import BlockScores, SparsityProfile
 
 WHOLE = UniformSplit()
@@ -148,13 +152,15 @@ def test_losses_of_another_kind_of_device_are_named(random_model, tokens, tmp_pa
         (["pruner=wanda", "selection_loss=kl", "split=error"], "99342c50580bde650f36d35f26db6731"),
     ],
 )
-def test_losses_lie_where_they_lay(options, folder, tiny, tmp_path):
+def test_losses_lie_where_they_lay(options, folder, tiny, tmp_path, monkeypatch):
     """Losses of hours are looked up by model, texts, pruner, split and kind: a folder that moves is work that is lost."""
     config.register()
     texts = [f"{text}.{size}" for text in ("dataset", "selection") for size in ("n_seq=2", "seq_len=32")]
     overrides = ["allocator=atp", "allocator.beta=auto", "evaluation=none", *texts, f"cache_dir={tmp_path}", *options]
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
         job = config.build(compose("config", overrides=overrides))
+    monkeypatch.setattr(Trial, "_divide", lambda _, profile: profile)  # what the losses are does not matter here
+    monkeypatch.setattr(Trial, "_measure", lambda self, keys, *_: self._memo.add(keys[0], 1.0))
     trial = trial_of(job, tiny, job.tokens())
     trial.loss(job.budget(tiny).uniform(), "uniform")
     (found,) = (tmp_path / "losses").iterdir()
@@ -382,3 +388,120 @@ def test_mistakes(svnup, args, said):
     assert code == 2
     assert said in err.rstrip("\n").splitlines()[-1]
     assert not Path("results").exists()
+
+
+# -- compared with the uniform budget
+
+
+class Told(LossOf):
+    """Keeps what was asked and which was taken."""
+
+    def __init__(self, of_scores, of_uniform):
+        self.asked, self.taken, self._of = [], None, {"scores": of_scores, "uniform": of_uniform}
+
+    def loss(self, profile, label="", n_seq=None, in_advance=False):
+        self.asked.append((label, in_advance))
+        return self._of[label]
+
+    def took(self, label):
+        self.taken = label
+
+
+@pytest.mark.parametrize(
+    ("of_scores", "of_uniform", "taken"),
+    [
+        (2.0, 3.0, "scores"),
+        (3.0, 2.0, "uniform"),
+        (2.0, 2.0, "uniform"),
+        (math.inf, math.inf, "uniform"),
+    ],
+)
+def test_a_budget_that_is_no_better_than_uniform_gives_way(of_scores, of_uniform, taken, caplog):
+    budget, trial = Budget(PARAMS, 0.6), Told(of_scores, of_uniform)
+    alone = ScoreBudget("raw").allocate(budget, SCORES)
+    profile = ScoreBudget("raw", compare_uniform="trial").allocate(budget, SCORES, trial)
+    assert trial.asked == [("scores", True), ("uniform", True)]
+    assert trial.taken == taken
+    assert profile.sparsity.tolist() == (alone if taken == "scores" else budget.uniform()).sparsity.tolist()
+    assert ("the uniform budget is taken" in caplog.text) == (taken == "uniform")
+
+
+def test_nothing_is_tried_where_the_budget_is_uniform_already(caplog):
+    trial = Told(1.0, 1.0)
+    for method, scores in ((ScoreBudget(lam=0.0), SCORES), (ScoreBudget(), BlockScores([2.0, 2.0, 2.0], "x"))):
+        replace(method, compare_uniform="trial").allocate(Budget(PARAMS, 0.6), scores, trial)
+    assert (trial.asked, trial.taken, caplog.text) == ([], None, "")
+
+
+@pytest.mark.parametrize("pruner", [Magnitude(), Wanda(), SparseGPT(block_size=16)], ids=lambda p: type(p).__name__)
+def test_losses_in_passing_are_those_of_statistics_that_are_kept(random_model, tokens, tmp_path, pruner):
+    lm = random_model(3)
+    before, tried = lm.fingerprint(), [(f"{i}", profile) for i, profile in enumerate(some_profiles(lm, 4))]
+    kept = Trial(lm, pruner, WHOLE, tokens, Given(tokens), tmp_path / "kept")
+    passing = Trial(lm, pruner, WHOLE, tokens, Given(tokens), tmp_path / "passing")
+    assert passing.losses(tried, in_advance=True, keep=False) == kept.losses(tried, in_advance=True)
+    assert lm.fingerprint() == before
+    assert passing.to_dict()["n_selection_block_forwards"] == 3 * len(tried)
+    assert "taken" not in passing.to_dict()
+
+
+def test_a_job_compares_its_shapley_budget_with_the_uniform_one(svnup):
+    options = ("pruner=magnitude", "allocator=shapley")
+    assert svnup(*options, "compare_uniform=off")[0] == 0
+    alone = last_row()
+    node = {k: v for k, v in alone["config"]["allocator"].items() if k != "compare_uniform"}
+    node["scorer"] = {k: v for k, v in node["scorer"].items() if k != "shard"}
+    text = json.dumps([NUMBERS_VERSION, named(moving_numbers(alone["config"] | {"allocator": node}))], sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest()[:12] == alone["config_key"], "as before there was a choice"
+    assert alone["tuning"] is None
+    assert svnup(*options, "compare_uniform=trial")[0] == 0
+    row = last_row()
+    assert row["config_key"] != alone["config_key"]
+    tuning = row["tuning"]
+    assert [(call["label"], call["trial"]) for call in tuning["curve"]] == [("scores", True), ("uniform", True)]
+    scored, even = (call["loss"] for call in tuning["curve"])
+    assert tuning["taken"] == ("scores" if scored < even else "uniform")
+    assert row["profile"]["sparsity"] == ([0.7] * 3 if even <= scored else alone["profile"]["sparsity"])
+    assert "not_compared" not in row["profile"]
+    assert "selection" in row["fingerprints"]
+    assert "tuning evaluations" in svnup(*options, "compare_uniform=trial", "dry_run=true")[1]
+    assert "tuning evaluations" not in svnup(*options, "dry_run=true")[1]
+    shown = render([ResultRow.from_json(json.dumps(row))], "csv")
+    assert ("uniform taken" in shown) == (tuning["taken"] == "uniform")
+
+
+def test_where_no_comparison_is_possible_the_job_is_as_without_it(svnup):
+    assert svnup("pruner=magnitude", "compare_uniform=off")[0] == 0
+    key = last_row()["config_key"]
+    code, out, err = svnup("pruner=magnitude", "offload=cpu", "force=true", "compare_uniform=trial")
+    assert code == 0, err
+    assert "offload=cpu: weights pruned in advance and the dense ones need both in memory; the budget is not comp" in out + err
+    assert last_row()["config_key"] == key
+    assert last_row()["profile"]["not_compared"].startswith("offload=cpu")
+    assert svnup("pruner=none", "compare_uniform=trial")[0] == 0  # every budget leaves the same model
+    assert last_row()["tuning"] is None
+    assert np.ptp(last_row()["profile"]["sparsity"]) > 0
+    code, _, err = svnup("pruner=magnitude", "selection.n_seq=1000000", "compare_uniform=trial")
+    assert code == 2
+    assert "add compare_uniform=off" in err
+
+
+@pytest.mark.parametrize("allocator", ["owl", "dlp", "block_influence", "leave_one_out", "random", "reversed"])
+def test_methods_that_are_compared_are_left_as_they_are(allocator):
+    config.register()
+    with initialize_config_dir(str(config.CONF), version_base="1.3"):
+        node = compose("config", overrides=[f"allocator={allocator}"]).allocator
+    assert node.compare_uniform == "off"
+
+
+def test_tables_and_pages_mark_a_run_whose_uniform_budget_was_taken():
+    calls = [{"label": "scores", "loss": 3.25, "trial": True}, {"label": "uniform", "loss": 3.125, "trial": True}]
+    taken = replace(made_up(20.0, allocator="shapley"), tuning={"curve": calls, "taken": "uniform"})
+    said = "the uniform budget was taken, which loses 3.1250 nats per token by trial, by scores 3.2500"
+    assert uniform_taken(taken) == said
+    assert "uniform taken" in describe(taken)["allocator"]
+    assert said in show(taken, taken.config)
+    for tuning in (None, {"curve": calls, "taken": "scores"}, {"curve": calls}):
+        other = replace(taken, tuning=tuning)
+        assert uniform_taken(other) is None
+        assert "uniform taken" not in describe(other)["allocator"]

@@ -152,7 +152,12 @@ class Bench:
         texts |= {"shapley.game.data": sizes.n_payoff}
         named = {LONG: SEARCH, SUBLAYERS: "shapley"}.get(allocator, allocator)
         base = [f"model={model}", f"pruner={pruner}", f"sparsity={sparsity}", f"allocator={named}", f"seed={seed}"]
-        base += ["model.device=cpu", f"cache_dir={self.cache}", *(f"{text}.n_seq={n}" for text, n in texts.items())]
+        base += [
+            "compare_uniform=off",
+            "model.device=cpu",
+            f"cache_dir={self.cache}",
+            *(f"{text}.n_seq={n}" for text, n in texts.items()),
+        ]
         base += [f"model.seq_len={sizes.seq_len}"] if sizes.seq_len != FULL.seq_len else []
         cfg = compose("config", [*base, *overrides])
         return self.jobs.setdefault(asked, config.build(cfg, self.texts))

@@ -24,10 +24,18 @@ class Trial(Protocol):
         ...
 
     def losses(
-        self, tried: Sequence[tuple[str, SparsityProfile]], n_seq: int | None = None, in_advance: bool = False
+        self,
+        tried: Sequence[tuple[str, SparsityProfile]],
+        n_seq: int | None = None,
+        in_advance: bool = False,
+        keep: bool = True,
     ) -> list[float]:
-        """The losses of labelled profiles, in their order: at less cost together than one after the other."""
+        """The losses of labelled profiles, in their order: at less cost together than one after the other. Who asks but once
+        says so by `keep` False: of the statistics by which weights are pruned in advance, those of one block are then held."""
         return [self.loss(profile, label, n_seq, in_advance) for label, profile in tried]
+
+    def took(self, label: str) -> None:
+        """Put on record which of the labelled profiles was taken."""
 
     def shapley_values(self, denser: SparsityProfile, sparser: SparsityProfile) -> Floats:
         """Shapley values (n_parts,) in the model pruned by `denser`, where an absent part is pruned by `sparser`."""
@@ -47,6 +55,7 @@ class Needs:
 
     scores: bool = False
     selection: bool = False  # text to try profiles on, and the model in memory: it is a `Chooser`
+    once: bool = False  # it asks for losses together, once, by weights pruned in advance
     n_games: int | None = None  # of blocks in the models that it prunes, after the first; None: any scores will do
     whole_blocks: bool = True  # it leaves to a split what the linears of a block get
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from svnup.allocation.budget import Scale, project, rescale
 from svnup.pattern import UNSTRUCTURED
 from svnup.types import BlockScores, Players, SparsityProfile
 
+logger = logging.getLogger(__name__)
+Compare = Literal["trial", "off"]  # with the uniform budget
 GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # as many for every knob, so that none is tuned at more cost
 
 
@@ -41,6 +44,10 @@ class ScoreBudget:
     seed by which scores are dealt to the blocks at random. `granularity` says what has scores and a budget of its own: each
     block, or its attention and its MLP; these then are the l above.
 
+    `compare_uniform=trial` guards against scores that mislead: the profile and the uniform one are tried on the selection text,
+    by weights that one pass over the calibration text prunes in advance, and where the uniform profile loses no more it is
+    taken, with a warning.
+
     Source: the amplitude form (2 lam, mean restored) is that of OWL's released code, arXiv 2310.05175; its text bounds s_l by
     S +- lam instead. Scales, bounds and the exact projection are ours, since the budget map of arXiv 2505.01731 is not public.
     """
@@ -52,7 +59,7 @@ class ScoreBudget:
     reverse: bool = False
     shuffle: int | None = None
     granularity: Players = "block"
-    needs: ClassVar[Needs] = Needs(scores=True)
+    compare_uniform: Compare = "off"
     knob: ClassVar[str] = "lam"
 
     def __post_init__(self) -> None:
@@ -61,8 +68,16 @@ class ScoreBudget:
         if self.shuffle is not None and self.shuffle < 0:
             raise ValueError(f"shuffle={self.shuffle}: a seed; choose 0 or more, or null")
 
+    @property
+    def needs(self) -> Needs:
+        compares = self.compare_uniform == "trial"
+        return Needs(scores=True, selection=compares, once=compares)
+
     def grid(self, budget: Budget) -> tuple[float, ...]:
         return GRID
+
+    def n_losses(self, budget: Budget) -> int:
+        return 2 if self.compare_uniform == "trial" else 0
 
     def check(self, budget: Budget) -> None:
         budget.check_pattern(uniform=False, granularity=self.granularity)
@@ -76,9 +91,13 @@ class ScoreBudget:
             z = 1 - z
         wish = 1 - (2 * self.lam * (z - np.average(z, weights=budget.params)) + 1 - budget.sparsity)
         bounds = budget.bounds(self.lower, self.upper)
-        if not self.reverse:
-            return budget.project(wish, bounds)
-        return budget.project(2 * budget.sparsity - project(wish, budget.params, budget.sparsity, *bounds))
+        if self.reverse:
+            wish, bounds = 2 * budget.sparsity - project(wish, budget.params, budget.sparsity, *bounds), (0.0, 1.0)
+        profile = budget.project(wish, bounds)
+        if self.compare_uniform == "off":
+            return profile
+        assert trial is not None
+        return _no_worse_than_uniform(profile, budget, trial)
 
 
 @dataclass(frozen=True)
@@ -197,6 +216,24 @@ class FromFile:
             ) from None
 
 
+def _no_worse_than_uniform(profile: SparsityProfile, budget: Budget, trial: Trial) -> SparsityProfile:
+    """The profile, or the uniform one where that loses no more by trial."""
+    uniform = budget.uniform()
+    if np.allclose(profile.sparsity, uniform.sparsity, rtol=0, atol=1e-9):
+        return profile
+    scored, even = trial.losses([("scores", profile), ("uniform", uniform)], in_advance=True, keep=False)
+    trial.took("scores" if scored < even else "uniform")
+    if scored < even:
+        return profile
+    logger.warning(
+        "allocator.compare_uniform=trial: the uniform budget is taken, which loses %.4f nats per token on selection text, by "
+        "trial, where the budget by scores loses %.4f; to prune by the scores all the same, add compare_uniform=off",
+        even,
+        scored,
+    )
+    return uniform
+
+
 def _needed(scores: BlockScores | None) -> BlockScores:
     if scores is None:
         raise ValueError("scorer=null: this allocator needs scores; leave its scorer as its yaml has it")
@@ -213,7 +250,7 @@ class Tuned:
     @property
     def needs(self) -> Needs:
         needs: Needs = self.allocator.needs
-        return replace(needs, selection=True)
+        return replace(needs, selection=True, once=False)
 
     def check(self, budget: Budget) -> None:
         self.allocator.check(budget)

@@ -27,7 +27,7 @@ from svnup.memo import Memo
 from svnup.model.language_model import LanguageModel, MicroBatch
 from svnup.naming import identity
 from svnup.progress import stage
-from svnup.pruning.advance import PrunedInAdvance
+from svnup.pruning.advance import PrunedInAdvance, pruned_in_passing
 from svnup.pruning.walk import Pruner, block_pruned, check_profile, pruned_weights, temporarily_pruned
 from svnup.scoring.shapley import ShapleyScorer
 from svnup.types import Floats, Ints, SelectionLoss, SparsityProfile
@@ -87,6 +87,7 @@ class Trial:
         self._n_new, self._seconds = 0, 0.0
         self._n_calibration, self._n_selection = 0, 0.0  # block-forwards
         self._n_payoff = 0  # sequences through a backward pass
+        self._taken: str | None = None
 
     @cached_property
     def _tokens(self) -> Ints:
@@ -114,9 +115,13 @@ class Trial:
         return self.losses([(label, profile)], n_seq, in_advance)[0]
 
     def losses(
-        self, tried: Sequence[tuple[str, SparsityProfile]], n_seq: int | None = None, in_advance: bool = False
+        self,
+        tried: Sequence[tuple[str, SparsityProfile]],
+        n_seq: int | None = None,
+        in_advance: bool = False,
+        keep: bool = True,
     ) -> list[float]:
-        """The losses of labelled profiles, in their order."""
+        """The losses of labelled profiles, in their order; unless `keep`, statistics of one block at a time are held."""
         start = time.perf_counter()
         tokens = self._tokens[:n_seq]
         part: dict[str, Any] = {"n_seq": len(tokens)} if len(tokens) < len(self._tokens) else {}
@@ -125,7 +130,11 @@ class Trial:
         new = {key: profile for key, (_, profile) in zip(keys, tried, strict=True) if key not in self._memo.values}
         if new:
             before = self._lm.n_block_runs
-            self._measure(list(new), [self._divide(profile) for profile in new.values()], tokens, in_advance)
+            divided = [self._divide(profile) for profile in new.values()]
+            if in_advance and not keep:
+                self._measure_in_passing(list(new), divided, tokens)
+            else:
+                self._measure(list(new), divided, tokens, in_advance)
             self._n_calibration += self._lm.n_block_runs - before
         losses = [self._memo.values[key] for key in keys]
         if not (kinds := {self._memo.kinds[key] for key in keys}) <= self._kinds:
@@ -138,6 +147,10 @@ class Trial:
             self._targets.add(round(profile.target, 9))
         self._seconds += time.perf_counter() - start
         return losses
+
+    def took(self, label: str) -> None:
+        """Put on record which of the labelled profiles was taken."""
+        self._taken = label
 
     def shapley_values(self, denser: SparsityProfile, sparser: SparsityProfile) -> Floats:
         """Shapley values (n_parts,) where a present block or sublayer is pruned by `denser` and an absent one by `sparser`."""
@@ -215,6 +228,24 @@ class Trial:
                 self._n_new += 1
                 advance(1)
 
+    @torch.inference_mode()
+    def _measure_in_passing(self, keys: list[str], profiles: list[SparsityProfile], tokens: Ints) -> None:
+        """By weights pruned in advance, in one pass over the calibration text, with states of every profile beside it."""
+        lm = self._lm
+        for profile in profiles:
+            check_profile(lm, profile)
+        selection = list(lm.micro_batches(tokens))
+        states = [selection for _ in profiles]
+        for index, pruned in pruned_in_passing(lm, self._pruner, self._calibration):
+            for i, profile in enumerate(profiles):
+                weights = pruned(profile)
+                states[i] = [lm.run_block(index, batch, weights=weights) for batch in states[i]]
+                self._n_selection += len(tokens) / len(self._tokens)
+        for key, of_profile in zip(keys, states, strict=True):
+            loss = self._loss(of_profile, selection)
+            self._memo.add(key, loss if math.isfinite(loss) else math.inf)
+            self._n_new += 1
+
     def _blocks(
         self, profile: SparsityProfile, inputs: list[MicroBatch], start: int, in_advance: bool
     ) -> Iterator[tuple[int, dict[str, Tensor] | None]]:
@@ -250,7 +281,8 @@ class Trial:
         Losses on part of the text carry its `n_seq`, those by weights pruned in advance `trial`; `best` is the least of the
         others by the end of each label, none where profiles of different budgets were tried, of which none is best;
         `n_full_evaluations` weighs evaluations by their share of the text; `rounds` has the values of pruned models that were
-        asked for, with the cost of their games. Block-forwards are those that were made, for what was new: a block on the whole
+        asked for, with the cost of their games; `taken` is the label of the profile that was taken, where one was compared with
+        the uniform one. Block-forwards are those that were made, for what was new: a block on the whole
         text, or a share of one; with the calibration of rounds and of trial prunings.
         """
         if not self._calls:
@@ -269,6 +301,7 @@ class Trial:
             "n_full_evaluations": n_read / len(self._tokens),
             "n_calibration_block_forwards": self._n_calibration,
             "n_selection_block_forwards": self._n_selection,
+            **({"taken": self._taken} if self._taken is not None else {}),
             **({"n_payoff_sequences": self._n_payoff} if self._n_payoff else {}),
             "seconds": self._seconds,
             "kinds": sorted(self._kinds),

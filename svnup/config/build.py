@@ -80,10 +80,10 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     shapley = scorer if isinstance(scorer, ShapleyScorer) else None
     given = {k: v for k, v in config["shapley"].items() if k not in ("game", "shard") and v != "???"}
     check_node(given, "shapley", "estimator")  # a misspelt key is one where the group is not used, too
-    allocator = _allocator({k: v for k, v in config["allocator"].items() if k != "scorer"})
+    not_compared = _leave_out_comparison(config)
+    allocator = _allocator(config["allocator"])
     with blame("allocator"):
         needs = allocator.needs
-    key = config_key(config, needs.selection)
     selection: TokenSource = construct(config["selection"], "selection", "text")
     split: Split = construct(config["split"], "split", "split")
     if config["allocator"].get("granularity", "block") != "block":
@@ -121,6 +121,10 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
             shapley.check(n_blocks)
     refuse_mixed_roles(texts)
     pruner: Pruner = construct(config["pruner"], "pruner", "pruner")  # the first that imports torch
+    if needs.once and not pruner.prunes:  # every budget leaves the same model
+        config["allocator"]["compare_uniform"] = "off"
+        allocator = _allocator(config["allocator"])
+        needs, _ = allocator.needs, texts.pop("selection")
     if shapley is not None and shapley.game.absence == "prune":
         stand_in = shapley.game.pruner
         if stand_in is None or not stand_in.prunes or config["sparsity"] == 0:
@@ -149,7 +153,8 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
         evaluation=evaluation,
         tracker=tracker,
         config=config,
-        key=key,
+        key=config_key(config, needs.selection),
+        not_compared=not_compared,
         **scalars,
     )
 
@@ -220,6 +225,7 @@ def _resolves(host: str | None, found: list[bool]) -> None:
 
 def _allocator(node: dict[str, Any]) -> Allocator:
     """An allocator, to be tuned where its knob is `auto`."""
+    node = {k: v for k, v in node.items() if k != "scorer"}
     tuned = [k for k, v in node.items() if v == "auto"]
     allocator: Any = construct({k: v for k, v in node.items() if k not in tuned}, "allocator", "allocator")
     if not tuned:
@@ -228,6 +234,18 @@ def _allocator(node: dict[str, Any]) -> Allocator:
     if tuned != [knob]:
         raise ValueError(f"allocator.{tuned[0]}=auto: cannot be tuned{f', only {knob} can' if knob else ''}; give a value")
     return Tuned(allocator)
+
+
+def _leave_out_comparison(config: dict[str, Any]) -> str | None:
+    """Turn `allocator.compare_uniform` off where the uniform budget is tried anyway, or cannot be; returns why it cannot."""
+    node, reason = config["allocator"], None
+    if node.get("compare_uniform") != "trial":
+        return None
+    if config["offload"] != "none":
+        reason = f"offload={config['offload']}: weights pruned in advance and the dense ones need both in memory"
+    if reason is not None or "auto" in node.values():
+        config["allocator"] = node | {"compare_uniform": "off"}
+    return reason
 
 
 def _scorer(node: Any, known: Texts) -> Scorer | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf.errors import OmegaConfBaseException
 
+from svnup.allocation.maps import Compare
 from svnup.allocation.splits import Split
 from svnup.config.construction import did_you_mean, type_complaint
 from svnup.config.job import Gate
@@ -99,6 +100,7 @@ def check_scalars(config: dict[str, Any]) -> None:
         raise ValueError(f"sparsity={sparsity:g}: must be a fraction of zeros in [0, 1){hint}")
     Pattern.parse(config["pattern"])
     closed = {"protocol_gate": Gate, "offload": Offload, "save_format": SaveFormat, "selection_loss": SelectionLoss}
+    closed["compare_uniform"] = Compare
     for name, options in closed.items():
         choices = typing.get_args(options)
         if config[name] not in choices:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 
 from svnup import NUMBERS_VERSION
 from svnup.allocation import Allocator, Budget
+from svnup.allocation.maps import Compare
 from svnup.allocation.splits import Split
 from svnup.config.construction import blame
 from svnup.data import TokenSource
@@ -51,6 +54,7 @@ class Job:
     seed: int
     protocol_gate: Gate
     selection_loss: SelectionLoss
+    compare_uniform: Compare
     results_dir: str
     cache_dir: str
     datasets_dir: str | None
@@ -62,6 +66,7 @@ class Job:
     save_masks: bool
     config: dict[str, Any]
     key: str
+    not_compared: str | None = None  # why the budget is not compared with the uniform one, where that was asked
 
     @property
     def name(self) -> str:
@@ -144,7 +149,7 @@ class Job:
             tokenizer = self.model.tokenizer
         known = self.skeleton.n_embeddings
         for key, source in self.sources().items():
-            with blame(key):
+            with blame(key), self._or_not_compared(key):
                 highest = int(source.tokens(tokenizer).max())
             if highest >= known:
                 raise ValueError(
@@ -153,6 +158,16 @@ class Job:
                 )
         with blame("evaluation"):
             self.evaluation.check(self.skeleton, tokenizer)
+
+    @contextlib.contextmanager
+    def _or_not_compared(self, key: str) -> Iterator[None]:
+        """A text that only a comparison reads can be done without."""
+        try:
+            yield
+        except ValueError as error:
+            if key == "selection" and self.allocator.needs.once:
+                raise ValueError(f"{error}; or add compare_uniform=off, which reads no selection text") from error
+            raise
 
     def check_shapes(self) -> LanguageModel:
         """Check pattern, budget and lengths against the real shapes of the model; returns the skeleton that has them."""
@@ -229,6 +244,8 @@ def _counting(config: dict[str, Any]) -> dict[str, Any]:
     kept = moving_numbers(config)
     if scorer := kept["allocator"].get("scorer"):
         kept["allocator"] = kept["allocator"] | {"scorer": {k: v for k, v in scorer.items() if k != "shard"}}
+    if kept["allocator"].get("compare_uniform") == "off":  # as it was before there was a choice
+        kept["allocator"] = {k: v for k, v in kept["allocator"].items() if k != "compare_uniform"}
     return kept
 
 
