@@ -1,7 +1,7 @@
-"""Token sources: the built-in text, a local file, WikiText2, C4; each gives int64 tokens (n_seq, seq_len).
+"""Token sources: the built-in text, a text file, WikiText-2 and C4; each gives int64 tokens (n_seq, seq_len).
 
-Four roles of text are never mixed: calibration (statistics of pruners), payoff (the game), selection (tuning) and test
-(reported numbers only). Every source knows which part of its text serves which role.
+Four roles of text are never mixed: calibration (statistics of pruners), payoff (the game), selection (validation: options and
+profiles are chosen on it) and test (reported numbers only). Each source has different text for each role.
 """
 
 from __future__ import annotations
@@ -23,18 +23,25 @@ from svnup.types import LOCAL_COPY, Ints
 
 Role = Literal["calibration", "payoff", "selection", "test"]
 Sampler = Literal["distinct", "literature"]
-MAX_TEXT = 2**30  # bytes of a text file, unpacked: all of it is tokenized at once
+MAX_TEXT = 2**30  # bytes of a text file, decompressed: all of it is tokenized at once
 CHUNK = 2**20
-DRAWN = ("calibration", "payoff")  # roles for which windows are drawn with the seed
+DRAWN = ("calibration", "payoff")  # roles whose windows are sampled by the seed
 TEXTS = Path(__file__).parent / "assets" / "text"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSource(ABC):
-    """Where tokens come from: `n_seq` sequences of `seq_len` tokens for one role; `n_seq` None means all there are, in order.
+    """A text for one role, as token sequences of one length.
 
-    `skip`: so many windows at the beginning of a text that is read in order are left out. Raises ValueError on construction
-    where the numbers make no sense.
+    Args:
+        n_seq: number of sequences; None is all, in order.
+        seq_len: tokens of a sequence.
+        seed: of sampling, for roles whose windows are sampled.
+        role: what the text is for.
+        skip: windows to leave out at the beginning, of a text that is read in order.
+
+    Raises:
+        ValueError: an option is out of range.
     """
 
     n_seq: int | None
@@ -43,7 +50,7 @@ class TokenSource(ABC):
     role: Role = "calibration"
     skip: int = 0
     name: ClassVar[str]
-    complete: ClassVar[bool] = True  # without an option that only the user can give
+    complete: ClassVar[bool] = True  # False: needs an option from the user
     from_hub: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -59,8 +66,8 @@ class TokenSource(ABC):
             raise ValueError(f"skip={self.skip}: {self.role} text is drawn by its seed, not read in order; use skip=0")
 
     def tokens(self, tokenizer: Any) -> Ints:
-        """int64 tokens (n_seq, seq_len), read once per tokenizer; raises ValueError where text is missing or too short."""
-        known = self.__dict__.setdefault("_tokens", {})  # frozen means the fields: this is what they already determine
+        """Tokens, int64 (n_seq, seq_len), read once per tokenizer; raises ValueError if the text is missing or too short."""
+        known = self.__dict__.setdefault("_tokens", {})  # a cache; the fields, which determine it, are frozen
         name = (type(tokenizer).__name__, tokenizer.name_or_path)
         if name not in known:
             known[name] = self.read(tokenizer)
@@ -68,11 +75,12 @@ class TokenSource(ABC):
         return out
 
     @abstractmethod
-    def read(self, tokenizer: Any) -> Ints: ...
+    def read(self, tokenizer: Any) -> Ints:
+        """Read and tokenize the text, int64 (n_seq, seq_len)."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """What identifies the text, without tokenizing it."""
+        """A text that identifies the content, found without tokenizing it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +99,7 @@ class Docs(TokenSource):
 
 @dataclass(frozen=True, kw_only=True)
 class TextFile(TokenSource):
-    """A UTF-8 text file (.txt or .txt.gz) at `path`, all of it for the role that it is given for."""
+    """A UTF-8 text file (.txt or .txt.gz), all of it for one role."""
 
     path: str
     name = "text_file"
@@ -123,7 +131,7 @@ class TextFile(TokenSource):
         return _windows(_encode(tokenizer, text), self)
 
     def _chunks(self) -> Iterator[bytes]:
-        """The bytes of the text, unpacked and without a byte-order mark, a piece at a time; raises ValueError at the bound."""
+        """The decompressed text without its byte-order mark, in chunks; raises ValueError if it is too large."""
         size = 0
         try:
             with (gzip.open if self.path.endswith(".gz") else open)(Path(self.path).expanduser(), "rb") as file:
@@ -131,7 +139,7 @@ class TextFile(TokenSource):
                 while chunk:
                     size += len(chunk)
                     if size > MAX_TEXT:
-                        raise ValueError(f"path={self.path}: more than {MAX_TEXT >> 20} MiB of text; give a part of it")
+                        raise ValueError(f"path={self.path}: more than {MAX_TEXT >> 20} MiB of text; give less of it")
                     yield chunk
                     chunk = file.read(CHUNK)
         except (OSError, EOFError, zlib.error) as error:
@@ -140,8 +148,11 @@ class TextFile(TokenSource):
 
 @dataclass(frozen=True, kw_only=True)
 class WikiText2(TokenSource):
-    """WikiText-2 raw: test and selection are its test and validation splits; of train, the first 80 % of the lines are
-    calibration and the rest payoff. Lines are joined by two newlines and tokenized once, as the field's scripts do."""
+    """WikiText-2 raw, with lines joined by two newlines and tokenized once, as in the released scripts of SparseGPT and Wanda.
+
+    Test and selection are the test and validation splits; calibration is the first 80 % of the lines of the training split,
+    payoff the rest.
+    """
 
     path: str = "Salesforce/wikitext"
     revision: str | None = None
@@ -162,12 +173,16 @@ class WikiText2(TokenSource):
 
 @dataclass(frozen=True, kw_only=True)
 class C4(TokenSource):
-    """C4 (en): calibration, payoff and selection are random crops of documents longer than seq_len from the first, second and
-    third training file; test is the field's protocol: the first 1,100 validation documents joined by a space, 256 windows.
+    """C4 (en).
 
-    `sampler`: `distinct` takes no document twice; `literature` draws as `get_c4` of Wanda (lib/data.py) does, so that the
-    calibration text of a seed is its sample. That of SparseGPT (datautils.py), too: there a document of just seq_len tokens
-    is not passed over, but ends the program.
+    Calibration, payoff and selection are random crops of documents longer than seq_len, from the first, second and third
+    training file. Test is the usual protocol of SparseGPT and Wanda: the first 1,100 validation documents joined by a space,
+    cut into 256 windows.
+
+    Args:
+        sampler: `distinct` takes no document twice; `literature` samples as `get_c4` of Wanda (lib/data.py), so that a seed has
+            the same calibration text. SparseGPT (datautils.py) samples so too, but fails on a document of exactly seq_len
+            tokens, which is skipped here.
     """
 
     path: str = "allenai/c4"
@@ -198,19 +213,19 @@ NAMED: dict[str, type[TokenSource]] = {source.name: source for source in (Docs, 
 
 
 def local_copy(path: str, datasets_dir: str | None) -> Path | None:
-    """The folder with a copy of a data set of the hub: of its name, below `datasets_dir` or the working directory."""
+    """The folder with a copy of a data set of the Hub: its name below `datasets_dir` or the working directory; else None."""
     places = [Path(folder).expanduser() / path for folder in (datasets_dir, ".") if folder is not None]
     return next((place for place in places if place.is_dir()), None)
 
 
 def _hub_fingerprint(path: str, revision: str | None, datasets_dir: str | None) -> str:
-    """The name of a data set of the hub with its revision, or with the content of a local copy that is read instead."""
+    """The name of a data set of the Hub with its revision, or with the hash of a local copy that is read instead."""
     copy = local_copy(path, datasets_dir)
     return f"{path}{LOCAL_COPY}{folder_digest(copy)}" if copy is not None else f"{path}@{revision or 'main'}"
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over names and contents of all files below a folder but Python's caches."""
+    """SHA-256 of names and contents of all files below a folder, except Python's caches."""
     total = hashlib.sha256()
     for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.parent.name != "__pycache__"):
         with file.open("rb") as data:
@@ -219,7 +234,7 @@ def folder_digest(folder: Path) -> str:
 
 
 def _distinct_crops(documents: Any, tokenizer: Any, source: TokenSource) -> Ints:
-    """Crops of documents in an order by the seed, none twice."""
+    """Crops of documents in a random order, no document twice."""
     wanted, rng = _n_sampled(source), np.random.default_rng(source.seed)
     rows: list[Ints] = []
     for index in rng.permutation(len(documents)):
@@ -233,7 +248,7 @@ def _distinct_crops(documents: Any, tokenizer: Any, source: TokenSource) -> Ints
 
 
 def _literature_crops(documents: Any, tokenizer: Any, source: TokenSource) -> Ints:
-    """Crops of documents drawn with replacement by Python's generator, as the published scripts draw them."""
+    """Crops of documents sampled with replacement by Python's generator, as in the released scripts."""
     wanted, rng = _n_sampled(source), random.Random(source.seed)
     rows: list[Ints] = []
     short: set[int] = set()
@@ -243,7 +258,7 @@ def _literature_crops(documents: Any, tokenizer: Any, source: TokenSource) -> In
             continue
         ids = _encode(tokenizer, documents[index]["text"])
         if len(ids) > source.seq_len:
-            start = rng.randint(0, len(ids) - source.seq_len - 1)  # so there, which never draws the last crop
+            start = rng.randint(0, len(ids) - source.seq_len - 1)  # as in the scripts, which never sample the last crop
             rows.append(ids[start : start + source.seq_len])
             continue
         short.add(index)
@@ -261,7 +276,7 @@ def _n_sampled(source: TokenSource) -> int:
 
 
 def _windows(ids: Ints, source: TokenSource) -> Ints:
-    """Cut into non-overlapping windows, remainder dropped; calibration and payoff draw theirs with the seed."""
+    """Cut tokens into non-overlapping windows, without the remainder; calibration and payoff sample theirs by the seed."""
     available = len(ids) // source.seq_len
     left = available - source.skip
     wanted = source.n_seq if source.n_seq is not None else left
@@ -280,7 +295,7 @@ def _windows(ids: Ints, source: TokenSource) -> Ints:
 def _encode(tokenizer: Any, text: str) -> Ints:
     try:
         return np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
-    except Exception as error:  # tokenizers are other people's code and data
+    except Exception as error:  # tokenizers are third-party code and data
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         name = tokenizer.name_or_path
         raise ValueError(f"the tokenizer of {name} cannot encode the text ({reason}); check its files") from error
@@ -288,11 +303,11 @@ def _encode(tokenizer: Any, text: str) -> Ints:
 
 def _load(source: WikiText2 | C4, *args: Any, **kwargs: Any) -> Any:
     copy = local_copy(source.path, source.datasets_dir) if source.path else None
-    if copy is None and source.path.count("/") != 1:  # a lone word would choose one of the library's own readers
+    if copy is None and source.path.count("/") != 1:  # a single word would name a builder of the library
         raise ValueError(
-            f"path={source.path}: no such folder, and no name on the hub; give organisation/name, as {type(source).path}"
+            f"path={source.path}: no such folder, and not a name on the Hub; give organisation/name, as {type(source).path}"
         )
-    import datasets  # a second that only these sources pay
+    import datasets  # takes a second to import
 
     try:
         return datasets.load_dataset(str(copy or source.path), *args, revision=source.revision, **kwargs)

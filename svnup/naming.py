@@ -19,7 +19,7 @@ from svnup.outside import is_ours, outside_code
 # `selection` and `selection_loss` where the allocator reads selection text).
 NOT_IN_KEY = (
     *("results_dir", "cache_dir", "force", "dry_run", "save_model", "save_masks", "save_format", "offload"),
-    *("tracker", "protocol_gate", "shapley", "selection", "selection_loss"),
+    *("tracker", "protocol_gate", "shapley", "selection", "selection_loss", "compare_uniform"),
 )
 NOT_IN_MODEL_KEY = ("device", "device_map", "trust_remote_code", "test_text", "test_tasks", "dense_ppl")
 PLACES = ("datasets_dir",)  # keys of any node that name folders; the files in them are in the fingerprints

@@ -3,33 +3,61 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 UNSTRUCTURED = "unstructured"
 
 
-def parse_pattern(pattern: str) -> tuple[int | None, int] | None:
-    """Read a sparsity pattern: None for 'unstructured', (N, M) for 'N:M' (N zeros in every M consecutive inputs), (None, M)
-    for 'mixed:M' (each block has an N of its own, by its budget).
+class Steps(NamedTuple):
+    """`zeros` of every `group` consecutive inputs of a row go."""
 
-    Raises ValueError for anything else; unquoted 2:4 in yaml arrives as the number 124 and is explained.
+    zeros: int
+    group: int
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A sparsity pattern as its text says it: 'unstructured', 'N:M' (N zeros in every M consecutive inputs) or 'mixed:M' (each
+    block has an N of its own, by its budget).
+
+    `group` is M, None where the pattern is unstructured; `zeros` is N, None where no N is fixed.
     """
-    pattern = str(pattern)  # yaml and JSON may hold a number
-    if pattern == UNSTRUCTURED:
-        return None
-    if match := re.fullmatch(r"mixed:([2-9]|[1-9]\d+)", pattern):
-        return None, int(match[1])
-    if pattern.isdigit():
-        raise ValueError(f"pattern={pattern}: unquoted N:M in yaml is a number in base 60; write it as '2:4', in quotes")
-    match = re.fullmatch(r"(\d+):(\d+)", pattern)
+
+    text: str
+    group: int | None = None
+    zeros: int | None = None
+
+    @classmethod
+    def parse(cls, text: object) -> Pattern:
+        """Read a pattern, once for each text.
+
+        Raises ValueError for what is none; unquoted 2:4 in yaml arrives as the number 124 and is explained.
+        """
+        return _parsed(str(text))  # yaml and JSON may hold a number
+
+    @property
+    def mixed(self) -> bool:
+        """Whether each block has an N of its own."""
+        return self.group is not None and self.zeros is None
+
+    def steps(self, sparsity: float) -> Steps | None:
+        """How many of every M consecutive inputs go at a sparsity: of 'mixed:M' the N nearest to it. None: unstructured."""
+        if self.group is None:
+            return None
+        return Steps(round(sparsity * self.group) if self.zeros is None else self.zeros, self.group)
+
+
+@cache
+def _parsed(text: str) -> Pattern:
+    if text == UNSTRUCTURED:
+        return Pattern(text)
+    if match := re.fullmatch(r"mixed:([2-9]|[1-9]\d+)", text):
+        return Pattern(text, group=int(match[1]))
+    if text.isdigit():
+        raise ValueError(f"pattern={text}: unquoted N:M in yaml is a number in base 60; write it as '2:4', in quotes")
+    match = re.fullmatch(r"(\d+):(\d+)", text)
     if not match or not 0 < int(match[1]) < int(match[2]):
-        raise ValueError(f"pattern={pattern}: choose 'unstructured' or N:M with 0 < N < M, such as '2:4', or 'mixed:8'")
-    return int(match[1]), int(match[2])
-
-
-def steps_of(pattern: str, sparsity: float) -> tuple[int, int] | None:
-    """(N, M): how many of every M consecutive inputs go at a sparsity; of 'mixed:M' the N nearest to it. None: unstructured."""
-    group = parse_pattern(pattern)
-    if group is None:
-        return None
-    n, m = group
-    return (round(sparsity * m) if n is None else n), m
+        raise ValueError(f"pattern={text}: choose 'unstructured' or N:M with 0 < N < M, such as '2:4', or 'mixed:8'")
+    return Pattern(text, group=int(match[2]), zeros=int(match[1]))

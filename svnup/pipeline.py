@@ -11,19 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svnup import NUMBERS_VERSION
-from svnup.allocation.held_out_loss import HeldOutLoss
-from svnup.allocation.maps import Uniform
+from svnup.allocation import Budget
+from svnup.allocation.trial import Trial
 from svnup.evaluation.gate import check_dense
 from svnup.game.layer_game import Replacements
 from svnup.memory import Stages, peak_memory
 from svnup.naming import identity
 from svnup.pruning import save_masks
-from svnup.pruning.walk import prune_model, pruned_weights, temporarily_pruned
+from svnup.pruning.walk import prune_model, pruned_weights
 from svnup.results.row import ResultRow
 from svnup.results.store import SCRATCH, RunFolder
 from svnup.scoring import Context
-from svnup.types import Ints, ShapleyValues, SparsityProfile
+from svnup.types import Ints
 
 if TYPE_CHECKING:
     from svnup.config import Job
@@ -62,10 +61,10 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
             cost.seconds,
         )
 
-    params = lm.budget_params(job.granularity)
-    per_unit = scores.per_unit(len(params)) if scores is not None else None
-    loss = held_out_loss(job, lm, tokens)
-    profile = job.allocator.allocate(per_unit, params, job.sparsity, job.pattern, loss)
+    budget, trial = job.budget(lm), trial_of(job, lm, tokens)
+    if job.not_compared is not None:
+        logger.warning("%s; the budget is not compared with the uniform one", job.not_compared)
+    profile = job.allocator.allocate(budget, scores.per_unit(budget.n_units) if scores is not None else None, trial)
     profile = job.split.divide(lm, profile, job.pruner, tokens)
     ended("allocation", lm.device)
     report = prune_model(lm, profile, job.pruner, tokens)
@@ -84,6 +83,7 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     if job.save_model or job.save_masks:
         ended("saving", lm.device)
 
+    not_compared = {"not_compared": job.not_compared} if job.not_compared is not None else {}
     stored: dict[str, Any] = {scores.stored_as: scores.to_dict()} if scores is not None else {}
     return replace(
         blank,
@@ -91,9 +91,9 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
         metrics=metrics.to_dict(),
         dense=dense.to_dict(),
         sparsity={"target": job.sparsity, "actual": report.sparsity, "pattern": job.pattern},
-        profile=profile.to_dict() | {"actual": report.block_sparsity(lm.n_blocks).tolist()},
+        profile=profile.to_dict() | {"actual": report.block_sparsity(lm.n_blocks).tolist()} | not_compared,
         **stored,
-        tuning=loss.to_dict(),
+        tuning=trial.to_dict(),
         pruning=report.to_dict(),
         peak_memory_bytes=peak_memory(lm.device),
         stages=ended.done,
@@ -101,29 +101,19 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     )
 
 
-def held_out_loss(job: Job, lm: LanguageModel, tokens: Ints) -> HeldOutLoss:
-    """The loss of a profile as this job would prune by it, on its selection text; nothing is read before it is asked for."""
-
-    def divide(profile: SparsityProfile) -> SparsityProfile:
-        return job.split.divide(lm, profile, job.pruner, tokens)
-
-    def text() -> Ints:
-        assert job.selection is not None
-        return job.selection.tokens(lm.tokenizer)
-
-    def play(denser: SparsityProfile, sparser: SparsityProfile) -> ShapleyValues:
-        assert job.shapley is not None
-        absent = pruned_weights(lm, sparser, job.pruner, tokens)
-        with temporarily_pruned(lm, denser, job.pruner, tokens):
-            return job.shapley.reestimate(lm, absent, job.cache_dir)
-
-    def payoff() -> Ints:
-        return job.sources()["allocator.data"].tokens(lm.tokenizer)
-
-    calibration = hashlib.sha256(tokens.tobytes()).hexdigest()
-    name = f"{identity(job.pruner)} {identity(job.split)} {calibration} {NUMBERS_VERSION}"
-    of_loss: dict[str, Any] = {"kind": job.selection_loss, "play": play, "payoff": payoff}
-    return HeldOutLoss(lm, job.pruner, tokens, text, name, job.cache_dir, divide, **of_loss)
+def trial_of(job: Job, lm: LanguageModel, tokens: Ints) -> Trial:
+    """What a profile costs where this job prunes by it, with calibration `tokens`, on its selection text."""
+    return Trial(
+        lm,
+        job.pruner,
+        job.split,
+        tokens,
+        job.selection,
+        job.cache_dir,
+        payoff=job.sources().get("allocator.data"),
+        shapley=job.shapley,
+        kind=job.selection_loss,
+    )
 
 
 def run_shard(job: Job) -> int:
@@ -143,7 +133,7 @@ def replacements(job: Job, lm: LanguageModel) -> Callable[[Pruner], Replacements
 
     def make(pruner: Pruner) -> Replacements:
         tokens = job.tokens()
-        uniform = Uniform().allocate(None, lm.block_params, job.sparsity, job.pattern)
+        uniform = Budget(lm.block_params, job.sparsity, job.pattern).uniform()
         name = f"{identity(pruner)} {job.sparsity!r} {job.pattern} {hashlib.sha256(tokens.tobytes()).hexdigest()}"
         return Replacements(pruned_weights(lm, uniform, pruner, tokens), name)
 

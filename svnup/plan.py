@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from svnup.allocation import Chooser
-from svnup.allocation.rounds import ShapleyRounds
 from svnup.game.layer_game import state_bytes
 from svnup.memory import resident
 from svnup.model.language_model import BATCH_TOKENS, HEAD_TOKENS, LanguageModel, matrix, pick_device
@@ -59,13 +58,15 @@ def plan(job: Job) -> dict[str, int]:
     of_token = 2 * int(lm.block_params.sum())  # operations in all blocks, but for the products of attention
     if n_calibration:
         out["GFLOP of pruning's passes"] = 2 * n_calibration * of_token // 10**9
-    if isinstance(job.allocator, Chooser):
-        out["tuning evaluations"] = job.allocator.n_losses(lm.n_blocks, job.sparsity)
+    needs = job.allocator.needs
+    if needs.selection:
+        out["tuning evaluations"] = cast(Chooser, job.allocator).n_losses(job.budget(lm))
         assert job.selection is not None
         read = job.selection.tokens(job.model.tokenizer).size * config.hidden_size * size
         per_state = read + states * job.pruner.needs_inputs
         room = state_bytes(device) - (0 if here else weights // 2)
-        out["bytes of tuning states, at most"] = tuning = per_state * min(lm.n_blocks + 1, max(2, room // per_state))
+        held = 2 if needs.once else min(lm.n_blocks + 1, max(2, room // per_state))
+        out["bytes of tuning states, at most"] = tuning = per_state * held
         stages["tuning"] = tuning + max(stages["pruning"] - states + block, stages["evaluation"])
     if job.scorer is not None:
         named, cost = "scores'" if job.shapley is None else "shapley", job.scorer.plan(lm.n_blocks)
@@ -79,12 +80,11 @@ def plan(job: Job) -> dict[str, int]:
         out["bytes of shapley states"] = cost["peak_states"] * (data.n_seq or 0) * data.seq_len * config.hidden_size * size
         if job.offload == "disk":
             out["bytes that shapley reads"] = cost["block_forwards"] * block
-        rounds = job.allocator.rounds if isinstance(job.allocator, ShapleyRounds) else 1
-        if rounds > 1:
+        if needs.n_games:
             again = job.shapley.estimator.plan(job.shapley.game.n_players(lm.n_blocks))
-            out["evaluations of later rounds"] = (rounds - 1) * len(again)
-            out["block forwards of later rounds"] = (rounds - 1) * block_forwards(again, absent_costs=True)
-        replacements = int(lm.block_params.sum()) * size * (2 if rounds > 1 else job.game_prunes)
+            out["evaluations of later rounds"] = needs.n_games * len(again)
+            out["block forwards of later rounds"] = needs.n_games * block_forwards(again, absent_costs=True)
+        replacements = int(lm.block_params.sum()) * size * (2 if needs.n_games else job.game_prunes)
         out |= {"bytes of pruned stand-ins": replacements} if replacements else {}
         stages["shapley"] = out["bytes of shapley states"] + replacements + stages["evaluation"]
     if job.scorer is not None and job.scorer.needs_inputs:  # which may hold a score of every weight of a block

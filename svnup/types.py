@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from svnup.pattern import UNSTRUCTURED, parse_pattern
+from svnup.pattern import UNSTRUCTURED, Pattern
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -152,12 +152,12 @@ class SparsityProfile:
         if (self.sparsity < 0).any() or (self.sparsity > 1).any():
             raise ValueError(f"sparsities must lie in [0, 1]: {self.sparsity}")
         tolerance = 1e-6
-        group = parse_pattern(self.pattern)
-        if group is not None and group[0] is None:
-            steps = self.sparsity * group[1]
+        pattern = Pattern.parse(self.pattern)
+        if pattern.group is not None and pattern.mixed:
+            steps = self.sparsity * pattern.group
             if self.requested is None or np.abs(steps - steps.round()).max() > 1e-9:
-                raise ValueError(f"pattern={self.pattern}: needs sparsities in steps of 1/{group[1]}: {self.sparsity}")
-            tolerance = float(params.max()) / (group[1] * float(params.sum()))
+                raise ValueError(f"pattern={self.pattern}: needs sparsities in steps of 1/{pattern.group}: {self.sparsity}")
+            tolerance = float(params.max()) / (pattern.group * float(params.sum()))
         if self.requested is not None:
             object.__setattr__(self, "requested", _vector(self.requested, "a requested sparsity profile"))
             if self.requested.shape != self.sparsity.shape:
@@ -174,7 +174,7 @@ class SparsityProfile:
     def _check_linears(self) -> None:
         if self.linears is None:
             return
-        if parse_pattern(self.pattern) is not None:
+        if Pattern.parse(self.pattern).group is not None:
             raise ValueError(f"pattern={self.pattern}: the linears of a block share its N; use pattern=unstructured")
         if len(self.linears) != len(self.sparsity):
             raise ValueError(f"linears of {len(self.linears)} blocks in a profile of {len(self.sparsity)}")

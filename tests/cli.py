@@ -33,6 +33,7 @@ SMALL = [
     "dataset.n_seq=4",
     "evaluation.n_seq=4",
     "shapley.game.data.n_seq=2",
+    "compare_uniform=off",  # which tests of it turn on
 ]
 SMALL_W2 = [*SMALL, "shapley.window=2"]
 HERE = ["results_dir=results", "cache_dir=cache"]

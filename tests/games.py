@@ -1,6 +1,6 @@
 """Toy games with known Shapley values: `n_players`, `__call__(bool (m, n)) -> float64 (m,)`, closed form in `values`.
 
-And losses of functions.
+Trials of functions, and text that is given.
 """
 
 from __future__ import annotations
@@ -9,31 +9,41 @@ from itertools import permutations
 
 import numpy as np
 
-from svnup.allocation import Loss
+from svnup.allocation import Trial
 from svnup.types import SparsityProfile
 
 
-class LossOf(Loss):
-    """The held-out loss that a function of a profile, its label and a number of sequences makes up."""
+class Given:
+    """A text of tokens (n_seq, seq_len) that are there."""
+
+    def __init__(self, tokens):
+        self._tokens = tokens
+
+    def tokens(self, tokenizer):
+        return self._tokens
+
+
+class LossOf(Trial):
+    """Trials whose loss is what a function of a profile, its label and a number of sequences makes up."""
 
     def __init__(self, function):
         self._function = function
 
-    def __call__(self, profile, label="", n_seq=None, trial=False):
+    def loss(self, profile, label="", n_seq=None, in_advance=False):
         return self._function(profile, label, n_seq)
 
-    def values(self, denser, sparser):
+    def shapley_values(self, denser, sparser):
         """What each block's step from one profile to the other loses while the others stay: where losses add up, its value."""
 
         def at(sparsity):
             mean = float(np.average(sparsity, weights=denser.params))
-            return self(SparsityProfile(sparsity, denser.params, mean))
+            return self.loss(SparsityProfile(sparsity, denser.params, mean))
 
         alone = np.where(np.eye(len(denser.params), dtype=bool), sparser.sparsity, denser.sparsity)
         return np.array([at(row) for row in alone]) - at(denser.sparsity)
 
-    def margins(self, denser, sparser, first, n_seq, nodes=1):
-        return self.values(denser, sparser)
+    def marginal_values(self, denser, sparser, first, n_seq, nodes=1):
+        return self.shapley_values(denser, sparser)
 
 
 class Additive:

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from svnup import config
+from svnup.allocation import Budget
+from svnup.allocation.budget import project, rescale, split_block
 from svnup.allocation.maps import Atp, FromFile, Ratios, ScoreBudget, Uniform
-from svnup.allocation.projection import check_pattern, in_steps, project, rescale, split_block
 from svnup.allocation.rounds import ShapleyRounds
 from svnup.naming import allocator_name
 from svnup.types import BlockScores, SparsityProfile
@@ -154,7 +155,7 @@ def test_bounds_that_make_no_sense(lower, upper):
     with pytest.raises(ValueError, match="0 <= lower <= upper <= 1"):
         project(np.array([0.5]), np.array([1]), 0.5, lower, upper)
     with pytest.raises(ValueError, match="0 <= lower <= upper <= 1"):
-        ScoreBudget(lower=lower, upper=upper).check(4, 0.5, "unstructured")
+        ScoreBudget(lower=lower, upper=upper).check(Budget.of_equal(4, 0.5))
 
 
 # -- budgets from scores
@@ -165,34 +166,33 @@ PARAMS = np.array([100, 200, 100])
 
 def test_the_budget_of_the_method_page_by_hand():
     # z = 0, 0.5, 1; 2 lam z = 0, 0.1, 0.2, its weighted mean (0 + 20 + 20) / 400 = 0.1; k = 2 lam z - 0.1 + 0.4
-    profile = ScoreBudget("raw", lam=0.1).allocate(BlockScores([1.0, 2.0, 3.0], "x"), PARAMS, 0.6)
+    profile = ScoreBudget("raw", lam=0.1).allocate(Budget(PARAMS, 0.6), BlockScores([1.0, 2.0, 3.0], "x"))
     assert profile.sparsity.tolist() == pytest.approx([0.7, 0.6, 0.5], abs=1e-12)
     assert (profile.target, profile.pattern) == (0.6, "unstructured")
     assert profile.params.tolist() == PARAMS.tolist()
     # unequal: params 100, 100, 200: mean (0 + 10 + 40) / 400 = 0.125
-    profile = ScoreBudget("raw", lam=0.1).allocate(BlockScores([1.0, 2.0, 3.0], "x"), np.array([100, 100, 200]), 0.6)
+    profile = ScoreBudget("raw", lam=0.1).allocate(Budget(np.array([100, 100, 200]), 0.6), BlockScores([1.0, 2.0, 3.0], "x"))
     assert profile.sparsity.tolist() == pytest.approx([0.725, 0.625, 0.525], abs=1e-12)
 
 
 def test_bounds_default_to_the_method_page():
-    assert ScoreBudget().bounds(0.7) == pytest.approx((0.4, 0.9))
-    assert ScoreBudget().bounds(0.2) == pytest.approx((0.0, 0.4))
-    assert ScoreBudget().bounds(0.8) == pytest.approx((0.5, 0.95))
-    assert ScoreBudget(lower=0.1, upper=0.75).bounds(0.7) == (0.1, 0.75)
+    for sparsity, bounds in ((0.7, (0.4, 0.9)), (0.2, (0.0, 0.4)), (0.8, (0.5, 0.95))):
+        assert Budget(PARAMS, sparsity).bounds() == pytest.approx(bounds)
+    assert Budget(PARAMS, 0.7).bounds(0.1, 0.75) == (0.1, 0.75)
     assert ScoreBudget().scale == "log"
     assert ScoreBudget().lam == 0.15
 
 
 def test_wide_amplitudes_stop_at_the_bounds_and_the_budget_holds():
     # wish = 0.6 + 0.5 - z: 1.1, 0.6, 0.1; the bounds are 0.3 and 0.8; 80 + 200 s_1 + 30 = 240 gives s_1 = 0.65
-    profile = ScoreBudget("raw", lam=0.5).allocate(BlockScores([1.0, 2.0, 3.0], "x"), PARAMS, 0.6)
+    profile = ScoreBudget("raw", lam=0.5).allocate(Budget(PARAMS, 0.6), BlockScores([1.0, 2.0, 3.0], "x"))
     assert profile.sparsity.tolist() == pytest.approx([0.8, 0.65, 0.3], abs=1e-12)
 
 
 @given(SCORES, st.floats(0.05, 0.9), st.floats(0, 1), st.sampled_from(["clip", "rank", "raw"]))
 def test_budgets_hold_and_scores_decide_the_order(scores, sparsity, lam, scale):
     params = np.arange(1, len(scores) + 1) * 1000
-    profile = ScoreBudget(scale, lam).allocate(BlockScores(scores, "x"), params, sparsity)
+    profile = ScoreBudget(scale, lam).allocate(Budget(params, sparsity), BlockScores(scores, "x"))
     assert abs(float(profile.sparsity @ params) / params.sum() - sparsity) < 1e-12
     assert (np.diff(profile.sparsity[np.argsort(scores, kind="stable")]) <= 1e-12).all()
     assert profile.sparsity.min() >= max(0, sparsity - 0.3)
@@ -205,7 +205,7 @@ def test_no_amplitude_and_equal_scores_are_uniform(scale):
         for direction in ("denser", "sparser"):
             if scale == "log" and direction == "sparser" and lam == 0:
                 continue  # test_scores_that_ask_for_sparsity_turn_the_profile_round
-            profile = ScoreBudget(scale, lam).allocate(BlockScores(scores, "x", direction), PARAMS, 0.6)
+            profile = ScoreBudget(scale, lam).allocate(Budget(PARAMS, 0.6), BlockScores(scores, "x", direction))
             np.testing.assert_allclose(profile.sparsity, 0.6, atol=1e-12)
 
 
@@ -220,8 +220,8 @@ def test_no_amplitude_and_equal_scores_are_uniform(scale):
 )
 def test_scores_that_ask_for_sparsity_turn_the_profile_round(scale):
     scores, params = [1.0, 4.0, 2.0, 16.0], np.array([5, 5, 5, 5])
-    denser = ScoreBudget(scale, 0.05).allocate(BlockScores(scores, "x", "denser"), params, 0.5).sparsity
-    sparser = ScoreBudget(scale, 0.05).allocate(BlockScores(scores, "x", "sparser"), params, 0.5).sparsity
+    denser = ScoreBudget(scale, 0.05).allocate(Budget(params, 0.5), BlockScores(scores, "x", "denser")).sparsity
+    sparser = ScoreBudget(scale, 0.05).allocate(Budget(params, 0.5), BlockScores(scores, "x", "sparser")).sparsity
     assert np.argmin(denser) == 3
     assert np.argmax(sparser) == 3
     np.testing.assert_allclose(denser + sparser, 1.0, atol=1e-12)  # mirrored at the mean
@@ -229,7 +229,7 @@ def test_scores_that_ask_for_sparsity_turn_the_profile_round(scale):
 
 def test_scores_are_needed():
     with pytest.raises(ValueError, match="needs scores"):
-        ScoreBudget().allocate(None, PARAMS, 0.5)
+        ScoreBudget().allocate(Budget(PARAMS, 0.5))
 
 
 @pytest.mark.parametrize("lam", [-0.1, 1.5, math.nan])
@@ -239,12 +239,12 @@ def test_amplitudes_are_checked(lam):
 
 
 def test_uniform_is_uniform():
-    profile = Uniform().allocate(None, PARAMS, 0.37)
+    profile = Budget(PARAMS, 0.37).uniform()
     assert profile.sparsity.tolist() == [0.37] * 3
-    assert Uniform().allocate(None, PARAMS, 0.5, "2:4").pattern == "2:4"
-    Uniform().check(3, 0.5, "4:8")
+    assert Budget(PARAMS, 0.5, "2:4").uniform().pattern == "2:4"
+    Uniform().check(Budget.of_equal(3, 0.5, "4:8"))
     with pytest.raises(ValueError, match=r"pattern=2:4.*0\.5.*sparsity=0\.6"):
-        Uniform().check(3, 0.6, "2:4")
+        Uniform().check(Budget.of_equal(3, 0.6, "2:4"))
 
 
 # -- published values
@@ -258,7 +258,7 @@ def test_alphapruning_s_exponents_of_llama_7b_give_its_published_sparsities():
     exponents, published = table("alphapruning_llama_7b.csv"), table("alphapruning_llama_7b_expected.csv")[-32:]
     assert exponents.shape == (32 * 7, 3)
     scores = BlockScores(exponents[:, 2].reshape(32, 7).mean(axis=1), "alpha", "sparser")
-    profile = Ratios(epsilon=0.2).allocate(scores, np.full(32, 202_375_168), 0.7)
+    profile = Ratios(epsilon=0.2).allocate(Budget(np.full(32, 202_375_168), 0.7), scores)
     np.testing.assert_allclose(profile.sparsity, published[:, 1], atol=1e-6)
 
 
@@ -267,7 +267,9 @@ def test_dlp_s_densities_of_llama2_7b_follow_from_their_importance(direction):
     """What is published is the result; any affine image of it, as importance or unimportance, has to give it back."""
     densities = table("dlp_llama2_7b_densities.csv")[-32:, 1]
     values = 1 - 0.001 * (5 - densities) if direction == "denser" else 40 - 3 * densities
-    profile = ScoreBudget("raw", lam=0.15).allocate(BlockScores(values, "dlp", direction), np.full(32, 202_375_168), 0.7)
+    profile = ScoreBudget("raw", lam=0.15).allocate(
+        Budget(np.full(32, 202_375_168), 0.7), BlockScores(values, "dlp", direction)
+    )
     np.testing.assert_allclose(1 - profile.sparsity, densities, atol=1e-6)
 
 
@@ -276,18 +278,18 @@ def test_dlp_s_densities_of_llama2_7b_follow_from_their_importance(direction):
 
 def test_ratios_by_hand():
     # epsilon 0.2: r = 0.8, 1, 1.2; its weighted mean (80 + 200 + 120) / 400 = 1
-    profile = Ratios(0.2).allocate(BlockScores([1.0, 2.0, 3.0], "x", "sparser"), PARAMS, 0.6)
+    profile = Ratios(0.2).allocate(Budget(PARAMS, 0.6), BlockScores([1.0, 2.0, 3.0], "x", "sparser"))
     assert profile.sparsity.tolist() == pytest.approx([0.48, 0.6, 0.72], abs=1e-12)
-    profile = Ratios(0.2).allocate(BlockScores([1.0, 2.0, 3.0], "x", "denser"), PARAMS, 0.6)
+    profile = Ratios(0.2).allocate(Budget(PARAMS, 0.6), BlockScores([1.0, 2.0, 3.0], "x", "denser"))
     assert profile.sparsity.tolist() == pytest.approx([0.72, 0.6, 0.48], abs=1e-12)
     # params 100, 100, 200: mean (80 + 100 + 240) / 400 = 1.05
-    profile = Ratios(0.2).allocate(BlockScores([1.0, 2.0, 3.0], "x", "sparser"), np.array([100, 100, 200]), 0.63)
+    profile = Ratios(0.2).allocate(Budget(np.array([100, 100, 200]), 0.63), BlockScores([1.0, 2.0, 3.0], "x", "sparser"))
     assert profile.sparsity.tolist() == pytest.approx([0.48, 0.6, 0.72], abs=1e-12)
 
 
 def test_ratios_stop_at_1_and_the_budget_holds():
     # 0.9 * (0.7, 1, 1.3): the last would be 1.17; at 1 the others rise by the rest, 0.17 / 3 each, weights 1, 2, 1
-    profile = Ratios(0.3).allocate(BlockScores([1.0, 2.0, 3.0], "x", "sparser"), PARAMS, 0.9)
+    profile = Ratios(0.3).allocate(Budget(PARAMS, 0.9), BlockScores([1.0, 2.0, 3.0], "x", "sparser"))
     assert profile.sparsity.tolist() == pytest.approx([0.63 + 0.17 / 3, 0.9 + 0.17 / 3, 1.0], abs=1e-12)
     for epsilon in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match=r"epsilon=.*0\.2 to 0\.3"):
@@ -295,30 +297,30 @@ def test_ratios_stop_at_1_and_the_budget_holds():
 
 
 def test_atp_is_an_arithmetic_progression():
-    profile = Atp(0.1).allocate(None, np.array([7, 7, 7, 7]), 0.6)
+    profile = Atp(0.1).allocate(Budget(np.array([7, 7, 7, 7]), 0.6))
     assert profile.sparsity.tolist() == pytest.approx([0.45, 0.55, 0.65, 0.75], abs=1e-12)
-    assert Atp(0.0).allocate(None, PARAMS, 0.6).sparsity.tolist() == pytest.approx([0.6] * 3, abs=1e-12)
-    half = Atp().allocate(None, np.array([7, 7, 7]), 0.7)  # differences of 0.3 / 2
+    assert Atp(0.0).allocate(Budget(PARAMS, 0.6)).sparsity.tolist() == pytest.approx([0.6] * 3, abs=1e-12)
+    half = Atp().allocate(Budget(np.array([7, 7, 7]), 0.7))  # differences of 0.3 / 2
     assert half.sparsity.tolist() == pytest.approx([0.55, 0.7, 0.85], abs=1e-12)
-    assert Atp().allocate(None, np.array([7]), 0.7).sparsity.tolist() == [0.7]
+    assert Atp().allocate(Budget(np.array([7]), 0.7)).sparsity.tolist() == [0.7]
     # weighted mean of 0.5, 0.6, 0.7 with 100, 100, 200 is 0.625: all move by 0.025
-    profile = Atp(0.1).allocate(None, np.array([100, 100, 200]), 0.6)
+    profile = Atp(0.1).allocate(Budget(np.array([100, 100, 200]), 0.6))
     assert profile.sparsity.tolist() == pytest.approx([0.475, 0.575, 0.675], abs=1e-12)
 
 
 def test_atp_s_beta_must_keep_sparsities_between_0_and_1():
-    Atp(0.2).check(4, 0.7, "unstructured")
-    Atp(-0.2).check(4, 0.7, "unstructured")
+    Atp(0.2).check(Budget.of_equal(4, 0.7))
+    Atp(-0.2).check(Budget.of_equal(4, 0.7))
     for beta in (0.21, -0.21, math.nan):
         with pytest.raises(ValueError, match=r"beta=.*4 blocks at sparsity=0\.7.*choose at most 0\.2, or null"):
-            Atp(beta).check(4, 0.7, "unstructured")
+            Atp(beta).check(Budget.of_equal(4, 0.7))
 
 
 @pytest.mark.parametrize("scores", [[1.0, 2.0, 3.0, 9.0], [5.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 400.0]])
 def test_reversed_is_the_mirror_of_the_shapley_budget(scores):
     scores, params = BlockScores(scores, "x"), np.array([10, 30, 20, 40])
-    upright = ScoreBudget("raw", lam=0.15).allocate(scores, params, 0.7).sparsity
-    mirrored = ScoreBudget("raw", lam=0.15, reverse=True).allocate(scores, params, 0.7).sparsity
+    upright = ScoreBudget("raw", lam=0.15).allocate(Budget(params, 0.7), scores).sparsity
+    mirrored = ScoreBudget("raw", lam=0.15, reverse=True).allocate(Budget(params, 0.7), scores).sparsity
     np.testing.assert_allclose(upright + mirrored, 1.4, atol=1e-12)  # also where the first stopped at a bound
     assert np.ptp(upright) > 0.1
 
@@ -356,29 +358,29 @@ def test_contract_of_every_allocator(allocator, direction):
             continue  # a file is made for the blocks of one model
         for values in ([3.0, 1.0, 2.0], [0.01, 0.02, 90.0], [1.0, 1.0, 1.0]):
             scores = BlockScores(values, "x", direction) if scored else None
-            profile = method.allocate(scores, np.array(params), 0.6, loss=toy_loss)
+            profile = method.allocate(Budget(np.array(params), 0.6), scores, toy_loss)
             mean = math.fsum(s * p for s, p in zip(profile.sparsity, params, strict=True)) / sum(params)
             assert abs(mean - 0.6) < 1e-12
             assert profile.sparsity.min() >= 0
             assert profile.sparsity.max() <= 1
-            again = method.allocate(scores, np.array(params), 0.6, loss=toy_loss)
+            again = method.allocate(Budget(np.array(params), 0.6), scores, toy_loss)
             assert profile.sparsity.tolist() == again.sparsity.tolist()
             if scored and np.ptp(values) == 0 and not isinstance(method, ShapleyRounds):  # which measures more
                 np.testing.assert_allclose(profile.sparsity, 0.6, atol=1e-12)
     if scored:
         with pytest.raises(ValueError, match=r"scorer=null: .*needs scores"):
-            method.allocate(None, np.array([50, 50, 50]), 0.6)
+            method.allocate(Budget(np.array([50, 50, 50]), 0.6))
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS, indirect=True)
 def test_only_uniform_serves_a_fixed_pattern(allocator):
     method, _, _ = allocator
-    method.check(3, 0.6, "unstructured")
-    if method.uniform_only:
-        assert np.ptp(method.allocate(None, np.array([50, 70, 50]), 0.6, "3:5").sparsity) == 0
+    method.check(Budget.of_equal(3, 0.6))
+    if isinstance(method, Uniform):
+        assert np.ptp(method.allocate(Budget(np.array([50, 70, 50]), 0.6, "3:5")).sparsity) == 0
         return
     with pytest.raises(ValueError, match=r"pattern=3:5: .*allocator=uniform"):
-        method.check(3, 0.6, "3:5")
+        method.check(Budget.of_equal(3, 0.6, "3:5"))
 
 
 @pytest.mark.parametrize("allocator", ALLOCATORS, indirect=True)
@@ -392,17 +394,17 @@ def test_allocators_have_names_of_their_own(allocator, request):
 
 
 def test_patterns_and_budgets():
-    assert check_pattern(0.123, "unstructured", False) is None
-    assert check_pattern(0.5, "2:4", True) is None
-    assert check_pattern(0.25, "1:4", True) is None
+    assert Budget.of_equal(2, 0.123, "unstructured").check_pattern(uniform=False) is None
+    assert Budget.of_equal(2, 0.5, "2:4").check_pattern(uniform=True) is None
+    assert Budget.of_equal(2, 0.25, "1:4").check_pattern(uniform=True) is None
     with pytest.raises(ValueError, match=r"pattern=1:4: prunes 0\.25 .*sparsity=0\.5; add sparsity=0\.25"):
-        check_pattern(0.5, "1:4", True)
+        Budget.of_equal(2, 0.5, "1:4").check_pattern(uniform=True)
     with pytest.raises(ValueError, match=r"pattern=2:4.*allocator=uniform"):
-        check_pattern(0.5, "2:4", False)
+        Budget.of_equal(2, 0.5, "2:4").check_pattern(uniform=False)
     with pytest.raises(ValueError, match="pattern=3:2"):
-        check_pattern(0.5, "3:2", True)
+        Budget.of_equal(2, 0.5, "3:2").check_pattern(uniform=True)
     with pytest.raises(ValueError, match="allocator=uniform"):
-        ScoreBudget().check(3, 0.5, "2:4")
+        ScoreBudget().check(Budget.of_equal(3, 0.5, "2:4"))
 
 
 # -- profiles from files
@@ -410,17 +412,17 @@ def test_patterns_and_budgets():
 
 def test_a_profile_of_a_run_is_used_as_it_is(write):
     path = write(SparsityProfile([0.4, 0.6], [10, 10], 0.5).to_dict())
-    FromFile(path).check(2, 0.5, "unstructured")
-    profile = FromFile(path).allocate(None, np.array([70, 70]), 0.5)
+    FromFile(path).check(Budget.of_equal(2, 0.5))
+    profile = FromFile(path).allocate(Budget(np.array([70, 70]), 0.5))
     assert profile.sparsity.tolist() == [0.4, 0.6]
     assert profile.params.tolist() == [70, 70]
 
 
 def test_a_uniform_file_serves_fixed_patterns(write):
     path = write(GOOD | {"sparsity": [0.5, 0.5]})
-    assert FromFile(path).allocate(None, np.array([3, 4]), 0.5, "2:4").pattern == "2:4"
+    assert FromFile(path).allocate(Budget(np.array([3, 4]), 0.5, "2:4")).pattern == "2:4"
     with pytest.raises(ValueError, match="allocator=uniform"):
-        FromFile(write(GOOD)).check(2, 0.5, "2:4")
+        FromFile(write(GOOD)).check(Budget.of_equal(2, 0.5, "2:4"))
 
 
 @pytest.mark.parametrize(
@@ -444,20 +446,20 @@ def test_a_uniform_file_serves_fixed_patterns(write):
 def test_files_that_will_not_do(write, data, message):
     path = write(data)
     with pytest.raises(ValueError, match=rf"path={re.escape(path)}: .*{message}"):
-        FromFile(path).check(2, 0.5, "unstructured")
+        FromFile(path).check(Budget.of_equal(2, 0.5))
 
 
 def test_files_that_are_not_there(tmp_path):
     for path, named in ((str(tmp_path / "no.json"), r"path=.*no\.json"), (str(tmp_path), "path="), ("", "path=''")):
         with pytest.raises(ValueError, match=rf"{named}.*profile\.json"):
-            FromFile(path).check(2, 0.5, "unstructured")
+            FromFile(path).check(Budget.of_equal(2, 0.5))
 
 
 def test_a_profile_that_does_not_fit_the_blocks_of_this_model(write):
     with pytest.raises(ValueError, match=r"path=.*does not fit the blocks of this model.*mean sparsity"):
-        FromFile(write(GOOD)).allocate(None, np.array([10, 30]), 0.5)
+        FromFile(write(GOOD)).allocate(Budget(np.array([10, 30]), 0.5))
     with pytest.raises(ValueError, match="3"):
-        FromFile(write(GOOD)).allocate(None, np.array([10, 10, 10]), 0.5)
+        FromFile(write(GOOD)).allocate(Budget(np.array([10, 10, 10]), 0.5))
 
 
 # -- steps
@@ -479,7 +481,7 @@ def step_budgets(draw):
 @given(step_budgets())
 def test_steps_are_as_near_to_the_target_as_single_steps_allow(case):
     budget, params, target, m, equal = case
-    profile = in_steps(budget, params, target, f"mixed:{m}")
+    profile = Budget(params, target, f"mixed:{m}").in_steps(budget)
     steps = np.round(profile.sparsity * m)
     np.testing.assert_allclose(profile.sparsity * m, steps, atol=1e-9)
     assert steps.min() >= 0
@@ -501,7 +503,7 @@ def test_steps_move_no_block_further_than_they_must(case):
     """Among blocks of one size, each has the nearest step, or all that moved on did so towards the target."""
     budget, params, target, m, equal = case
     assume(equal)
-    steps = np.round(in_steps(budget, params, target, f"mixed:{m}").sparsity * m)
+    steps = np.round(Budget(params, target, f"mixed:{m}").in_steps(budget).sparsity * m)
     nearest = np.clip(np.floor(budget * m + 0.5), 0, m - 1)
     moved = steps - nearest
     excess = params @ (nearest - target * m)
@@ -510,21 +512,19 @@ def test_steps_move_no_block_further_than_they_must(case):
 
 def test_steps_by_hand():
     one = np.ones(4, dtype=int)
-    profile = in_steps(np.array([0.50, 0.70, 0.72, 0.88]), one, 0.7, "mixed:8")
+    profile = Budget(one, 0.7, "mixed:8").in_steps(np.array([0.50, 0.70, 0.72, 0.88]))
     # eighths wanted: 4, 5.6, 5.76, 7.04; nearest 4, 6, 6, 7 = 23 where 22.4 are asked for: 22 is nearer, and 5.6 was moved most
     assert (profile.sparsity * 8).tolist() == [4, 5, 6, 7]
-    profile = in_steps(
-        np.array([0.8, 0.8, 0.8, 0.8]), one, 0.8, "mixed:8"
-    )  # 6.4 each: 24 where 25.6 are asked for, so two more
+    profile = Budget(one, 0.8, "mixed:8").in_steps(np.full(4, 0.8))  # 6.4 each: 24 where 25.6 are asked for, so two more
     assert (profile.sparsity * 8).tolist() == [6, 6, 7, 7], "among equals the first keeps more"
-    profile = in_steps(np.full(4, 0.7), one, 0.7, "mixed:8")  # 5.6 each, 24 where 22.4: two less, or one (0.6 over, 0.4 under)
+    profile = Budget(one, 0.7, "mixed:8").in_steps(np.full(4, 0.7))  # 5.6 each, 24 where 22.4: two less, or one
     assert (profile.sparsity * 8).tolist() == [5, 5, 6, 6]
 
 
 def test_other_patterns_have_no_steps_to_take():
     budget = np.array([0.45, 0.55])
     for pattern in ("unstructured", "2:4"):
-        profile = in_steps(budget, np.array([1, 1]), 0.5, pattern)
+        profile = Budget(np.array([1, 1]), 0.5, pattern).in_steps(budget)
         assert profile.sparsity.tolist() == [0.45, 0.55]
         assert profile.requested is None
 
@@ -532,38 +532,38 @@ def test_other_patterns_have_no_steps_to_take():
 def test_every_allocator_takes_steps(write):
     params = np.array([10, 10, 20])
     profiles = [
-        Uniform().allocate(None, params, 0.7, "mixed:8"),
-        ScoreBudget(lam=0.2).allocate(BlockScores([1.0, 2.0, 3.0], "m"), params, 0.7, "mixed:8"),
-        FromFile(write(SparsityProfile([0.8, 0.6, 0.7], params, 0.7).to_dict())).allocate(None, params, 0.7, "mixed:8"),
+        Budget(params, 0.7, "mixed:8").uniform(),
+        ScoreBudget(lam=0.2).allocate(Budget(params, 0.7, "mixed:8"), BlockScores([1.0, 2.0, 3.0], "m")),
+        FromFile(write(SparsityProfile([0.8, 0.6, 0.7], params, 0.7).to_dict())).allocate(Budget(params, 0.7, "mixed:8")),
     ]
     for profile in profiles:
         assert profile.pattern == "mixed:8"
         assert np.average(profile.requested, weights=params) == pytest.approx(0.7, abs=1e-9)
     path = write(profiles[1].to_dict())
-    FromFile(path).check(3, 0.7, "mixed:8")
-    assert FromFile(path).allocate(None, params, 0.7, "mixed:8").to_dict() == profiles[1].to_dict()
-    free = FromFile(path).allocate(None, params, 0.7)
+    FromFile(path).check(Budget.of_equal(3, 0.7, "mixed:8"))
+    assert FromFile(path).allocate(Budget(params, 0.7, "mixed:8")).to_dict() == profiles[1].to_dict()
+    free = FromFile(path).allocate(Budget(params, 0.7))
     assert free.pattern == "unstructured"
     assert free.sparsity.tolist() == profiles[1].requested.tolist(), "without steps what was requested"
 
 
 def test_mixed_patterns_leave_a_weight_in_every_group():
     for sparsity in (0.875, 0.2, 0.0):
-        Uniform().check(4, sparsity, "mixed:8")
+        Uniform().check(Budget.of_equal(4, sparsity, "mixed:8"))
     with pytest.raises(ValueError, match=r"pattern=mixed:8: .*sparsity=0\.9; choose at most 0\.875"):
-        Uniform().check(4, 0.9, "mixed:8")
+        Uniform().check(Budget.of_equal(4, 0.9, "mixed:8"))
 
 
 def test_profiles_of_linears_from_files(write):
     linears = [{"a": {"sparsity": 0.3, "size": 5}, "b": {"sparsity": 0.5, "size": 5}}, {"a": {"sparsity": 0.6, "size": 10}}]
     path = write(GOOD | {"linears": linears})
-    profile = FromFile(path).allocate(None, np.array([10, 10]), 0.5)
+    profile = FromFile(path).allocate(Budget(np.array([10, 10]), 0.5))
     assert profile.of(0, "b") == 0.5
     with pytest.raises(ValueError, match=r"does not fit.*among their linears"):
-        FromFile(path).allocate(None, np.array([70, 70]), 0.5)  # dropping what it says of linears would be another profile
+        FromFile(path).allocate(Budget(np.array([70, 70]), 0.5))  # dropping what it says of linears would be another profile
     half = [{"a": {"sparsity": 0.5, "size": 10}}] * 2
     with pytest.raises(ValueError, match=r"pattern=2:4: .*pattern=unstructured"):
-        FromFile(write(GOOD | {"sparsity": [0.5, 0.5], "linears": half})).check(2, 0.5, "2:4")
+        FromFile(write(GOOD | {"sparsity": [0.5, 0.5], "linears": half})).check(Budget.of_equal(2, 0.5, "2:4"))
 
 
 # -- inside a block

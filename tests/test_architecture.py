@@ -35,7 +35,7 @@ PURE = {
     "results/stored": set(),
     **{
         f"allocation/{name}": {"types", "pattern", "naming", "allocation"}
-        for name in ("__init__", "projection", "maps", "search")
+        for name in ("__init__", "budget", "maps", "search", "rounds", "curves")
     },
     **{name: {"types", "shapley"} for name in MODULES if name.startswith("shapley/")},
 }

@@ -13,6 +13,7 @@ from models import FAMILIES as WALKED
 from models import GROUPED, MIXED, OPT, SHAPE
 from transformers import AutoModelForCausalLM
 
+from svnup.allocation import Budget
 from svnup.allocation.maps import ScoreBudget
 from svnup.game import LayerGame
 from svnup.model.language_model import LanguageModel, make_config, matrix
@@ -107,7 +108,7 @@ def test_a_family_goes_the_whole_way(family, way, tmp_path):
     if way == "2:4":
         profile = SparsityProfile(np.full(4, 0.5), lm.block_params, 0.5, "2:4")
     else:
-        profile = ScoreBudget(scale="rank", lam=0.1).allocate(scores, lm.block_params, sparsity)
+        profile = ScoreBudget(scale="rank", lam=0.1).allocate(Budget(lm.block_params, sparsity), scores)
         assert np.argmin(profile.sparsity) == np.argmax(scores.values)
         assert np.ptp(profile.sparsity) > 0.1
     report = prune_model(lm, profile, pruner, TEXT)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from svnup.allocation.maps import Uniform
+from svnup.allocation import Budget
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
 from svnup.model.source import Random
@@ -57,7 +57,7 @@ def test_games_agree_with_the_cpu(dtype: str, tolerance: float) -> None:
 def test_pruning(name: str, dtype: str, pattern: str) -> None:
     pruner = made(yaml.safe_load((PRUNERS / f"{name}.yaml").read_text(encoding="utf-8")), pattern)
     lm = model("cuda", dtype, n_blocks=2)
-    report = prune_model(lm, Uniform().allocate(None, lm.block_params, 0.5, pattern), pruner, TOKENS)
+    report = prune_model(lm, Budget(lm.block_params, 0.5, pattern).uniform(), pruner, TOKENS)
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
     assert report.peak_memory_bytes > 0
 
@@ -73,7 +73,7 @@ def test_an_offloaded_model_is_the_same(offload: str, dtype: str, tmp_path: Path
         Exact().estimate(LayerGame(lm, TOKENS)).values, Exact().estimate(LayerGame(plain, TOKENS)).values
     )
     for each in (lm, plain):
-        prune_model(each, Uniform().allocate(None, each.block_params, 0.5), SparseGPT(), TOKENS)
+        prune_model(each, Budget(each.block_params, 0.5).uniform(), SparseGPT(), TOKENS)
     assert lm.fingerprint() == plain.fingerprint()
     on_device = {p.device.type for block in lm.blocks for p in block.parameters()}
     assert on_device == {"cuda", "cpu" if offload == "cpu" else "meta"}
@@ -84,6 +84,6 @@ def test_an_offloaded_model_is_the_same(offload: str, dtype: str, tmp_path: Path
 
 def test_the_pruned_game_and_bounded_memory() -> None:
     lm = model("cuda")
-    replacements = pruned_weights(lm, Uniform().allocate(None, lm.block_params, 0.5), Wanda(), TOKENS)
+    replacements = pruned_weights(lm, Budget(lm.block_params, 0.5).uniform(), Wanda(), TOKENS)
     free, tight = LayerGame(lm, TOKENS, pruned=replacements), LayerGame(lm, TOKENS, pruned=replacements, state_bytes=1)
     np.testing.assert_array_equal(Exact().estimate(free).values, Exact().estimate(tight).values)

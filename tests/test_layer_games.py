@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from svnup.allocation.maps import Uniform
+from svnup.allocation import Budget
 from svnup.game.layer_game import LayerGame
 from svnup.game.walk_plan import WalkPlan
 from svnup.language_model import LanguageModel
@@ -41,7 +41,7 @@ def lm() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def replacements(lm: LanguageModel) -> list[dict[str, torch.Tensor]]:
-    uniform = Uniform().allocate(None, lm.block_params, 0.6)
+    uniform = Budget(lm.block_params, 0.6).uniform()
     return pruned_weights(lm, uniform, Wanda(), TOKENS)
 
 

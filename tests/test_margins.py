@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from cli import last_row
+from games import Given
 from test_search import C, Toy
 
-from svnup.allocation.held_out_loss import HeldOutLoss
+from svnup.allocation import Budget
 from svnup.allocation.margins import marginal_values
 from svnup.allocation.rounds import ShapleyMargins
 from svnup.allocation.splits import UniformSplit
+from svnup.allocation.trial import Trial
 from svnup.game import LayerGame
 from svnup.pruning.advance import PrunedInAdvance
 from svnup.pruning.magnitude import Magnitude
@@ -35,8 +37,7 @@ def profile_of(lm, *sparsity, granularity="block"):
 
 def held_out(lm, pruner, tokens, cache_dir, kind="nll"):
     text = np.random.default_rng(3).integers(5, 2048, size=(4, 24))
-    divide = partial(UniformSplit().divide, lm, pruner=pruner, tokens=tokens)
-    return HeldOutLoss(lm, pruner, tokens, lambda: text, "test", cache_dir, divide, kind=kind, payoff=lambda: text[:3])
+    return Trial(lm, pruner, UniformSplit(), tokens, Given(text), cache_dir, payoff=Given(text[:3]), kind=kind)
 
 
 # -- weights pruned in advance
@@ -87,14 +88,14 @@ def test_a_conv1d_keeps_its_shape(tokens):
 @pytest.mark.parametrize("kind", ["nll", "kl"])
 def test_a_trial_is_the_loss_of_the_weights_pruned_in_advance_and_shares_prefixes(random_model, tokens, tmp_path, kind):
     lm = random_model()
-    loss = held_out(lm, Magnitude(), tokens, tmp_path, kind)  # whose weights depend on no statistics
+    trial = held_out(lm, Magnitude(), tokens, tmp_path, kind)  # whose weights depend on no statistics
     rows = [(0.5, 0.5, 0.5, 0.5), (0.5, 0.5, 0.25, 0.75), (0.75, 0.25, 0.5, 0.5)]
     tried = [(str(row), profile_of(lm, *row)) for row in rows]
-    assert loss.many(tried, trial=True) == loss.many(tried)
-    assert loss.to_dict()["n_new_evaluations"] == 6  # trials and real losses are kept apart
-    assert loss.to_dict()["n_selection_block_forwards"] == 2 * (4 + 2 + 4)
+    assert trial.losses(tried, in_advance=True) == trial.losses(tried)
+    assert trial.to_dict()["n_new_evaluations"] == 6  # trials and real losses are kept apart
+    assert trial.to_dict()["n_selection_block_forwards"] == 2 * (4 + 2 + 4)
     again = held_out(lm, Magnitude(), tokens, tmp_path, kind)
-    assert again.many(tried, trial=True) == loss.many(tried, trial=True)
+    assert again.losses(tried, in_advance=True) == trial.losses(tried, in_advance=True)
     assert again.to_dict()["n_new_evaluations"] == 0
 
 
@@ -157,26 +158,26 @@ def test_a_value_is_the_derivative_by_the_degree_of_presence(random_model, token
 
 def test_rounds_reach_the_budget_at_which_another_weight_costs_the_same_everywhere():
     class Smooth(Toy):
-        def margins(self, denser, sparser, first, n_seq, nodes=1):
-            return self.values(denser, sparser)
+        def marginal_values(self, denser, sparser, first, n_seq, nodes=1):
+            return self.shapley_values(denser, sparser)
 
     a, params = np.array([8.0, 1.0, 2.0, 0.5]), np.array([10, 10, 20, 10])
-    loss = Smooth(a)
+    trial = Smooth(a)
     margins = ShapleyMargins(data=None, rounds=40, lower=0.0, upper=1.0, step=0.1)
-    profile = margins.allocate(None, params, 0.6, loss=loss)
+    profile = margins.allocate(Budget(params, 0.6), trial=trial)
     cost = a * np.exp(C * profile.sparsity) / params
     assert np.ptp(np.log(cost)) < 1e-3
     assert float(np.average(profile.sparsity, weights=params)) == pytest.approx(0.6, abs=1e-9)
-    assert loss.calls[-2][1] == "uniform", "for real, at the end"
-    assert re.fullmatch(r"round \d+", loss.calls[-1][1])
+    assert trial.calls[-2][1] == "uniform", "for real, at the end"
+    assert re.fullmatch(r"round \d+", trial.calls[-1][1])
 
 
 def test_where_no_round_is_better_the_uniform_profile_stays():
     class Wrong(Toy):
-        def margins(self, denser, sparser, first, n_seq, nodes=1):
-            return 1 / self.values(denser, sparser)
+        def marginal_values(self, denser, sparser, first, n_seq, nodes=1):
+            return 1 / self.shapley_values(denser, sparser)
 
-    profile = ShapleyMargins(data=None, rounds=3).allocate(None, np.array([10] * 4), 0.6, loss=Wrong([8.0, 1.0, 2.0, 0.5]))
+    profile = ShapleyMargins(data=None, rounds=3).allocate(Budget(np.array([10] * 4), 0.6), trial=Wrong([8.0, 1.0, 2.0, 0.5]))
     assert profile.sparsity.tolist() == [0.6] * 4
 
 

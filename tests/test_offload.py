@@ -579,10 +579,10 @@ def test_the_pages_of_a_block_go_back_to_the_system(tmp_path):
 
     def visit_all():
         lm = load(tmp_path / "model", "disk")
-        lm.bring(0)
+        lm.load_block(0)
         before = resident()
         for index in range(lm.n_blocks):
-            lm.bring(index)
+            lm.load_block(index)
         block = sum(p.numel() * p.element_size() for p in lm.blocks[0].parameters())
         (tmp_path / "grown").write_text(str((resident() - before) / block))
 

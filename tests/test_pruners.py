@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from svnup.config.construction import construct
 from svnup.memory import STATUS
 from svnup.naming import method_name
-from svnup.pattern import steps_of
+from svnup.pattern import Pattern
 from svnup.pruning import prune_model
 from svnup.pruning.alps import ALPS
 from svnup.pruning.dsnot import DSnoT
@@ -69,7 +69,7 @@ def lowest(scores, sparsity, pattern, per="row"):
     """The mask of the lowest scores, by sorting."""
     rows, columns = scores.shape
     mask = np.zeros(scores.shape, dtype=bool)
-    if group := steps_of(pattern, sparsity):
+    if group := Pattern.parse(pattern).steps(sparsity):
         for row in range(rows):
             for start in range(0, columns, group[1]):
                 mask[row, start + np.argsort(scores[row, start : start + group[1]], kind="stable")[: group[0]]] = True
@@ -208,7 +208,7 @@ def test_a_hessian_that_cannot_be_factorised_is_an_error(pruner):
 def dsnot(w, x, sparsity, pattern, max_cycles, threshold):
     """The mask of arXiv 2310.08915, section 3.2, on Wanda's, a row and a swap at a time."""
     mask = wanda(w, x, sparsity, pattern)
-    group = steps_of(pattern, sparsity)
+    group = Pattern.parse(pattern).steps(sparsity)
     m = group[1] if group else w.shape[1]
     mean, norms = x.mean(axis=0), np.sqrt((x**2).sum(axis=0))
     variance = np.maximum(x.var(axis=0), np.finfo(np.float32).eps * (x**2).mean(axis=0))

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from svnup.model.language_model import BATCH_TOKENS, LanguageModel, make_config
-from svnup.pattern import parse_pattern
+from svnup.pattern import Pattern
 from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.nothing import Nothing
 from svnup.pruning.sparsegpt import Hessian, SparseGPT
@@ -82,7 +82,7 @@ def test_contract_of_pruning(name, pattern, sparsity, dtype):
         assert torch.equal(pruned, weight)
         return
     assert int((pruned == 0).sum()) == exact_zeros(sparsity, weight.numel())
-    if group := parse_pattern(pattern):
+    if group := Pattern.parse(pattern).steps(sparsity):
         zeros = (pruned == 0).reshape(len(pruned), -1, group[1]).sum(-1)
         assert (zeros == group[0]).all()
 
@@ -147,7 +147,7 @@ def smallest(scores, sparsity, pattern, whole_matrix=False):
     """The mask by sorting in float64, row by row with the shares of the rounding rule."""
     rows, columns = scores.shape
     mask = np.zeros(scores.shape, dtype=bool)
-    if group := parse_pattern(pattern):
+    if group := Pattern.parse(pattern).steps(sparsity):
         for row in range(rows):
             for start in range(0, columns, group[1]):
                 mask[row, start + np.argsort(scores[row, start : start + group[1]])[: group[0]]] = True
@@ -201,7 +201,7 @@ def surgeon(weight, x, sparsity, pattern="unstructured", block_size=128, damp=0.
     w[:, dead] = 0
     h += damping * np.eye(columns)
     gone = np.zeros(w.shape, dtype=bool)
-    group = parse_pattern(pattern)
+    group = Pattern.parse(pattern).steps(sparsity)
     inverse = np.linalg.inv(h)
 
     def eliminated(inverse):

@@ -13,7 +13,7 @@ import torch
 from cli import last_row
 
 from svnup import pipeline
-from svnup.allocation.maps import Uniform
+from svnup.allocation import Budget
 from svnup.outside import code_hash
 from svnup.pruning import prune_model
 from svnup.pruning import walk as pruning
@@ -152,7 +152,7 @@ def test_errors_of_large_weights_are_those_of_small_ones(factor, random_model):
     with torch.no_grad():
         lm.blocks[1].mlp.down_proj.weight.mul_(factor)
     tokens = np.random.default_rng(3).integers(5, 2000, size=(2, 16))
-    profile = Uniform().allocate(None, lm.block_params, 0.5, "unstructured")
+    profile = Budget(lm.block_params, 0.5).uniform()
     errors = {(r.block, r.name): r.error for r in prune_model(lm, profile, Wanda(), tokens).per_linear}
     assert errors[1, "mlp.down_proj"] == pytest.approx(0.0556, rel=0.5)
     assert all(0 < error < 1 for error in errors.values())

@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 import torch
 from cli import command, last_row
-from games import LossOf
+from games import Given, LossOf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svnup.allocation import Chooser, Loss
+from svnup.allocation import Budget
+from svnup.allocation import maps as allocation
 from svnup.allocation.curves import Curves, water_fill
-from svnup.allocation.held_out_loss import HeldOutLoss
 from svnup.allocation.maps import Uniform
-from svnup.allocation.projection import bounds_of
 from svnup.allocation.rounds import ShapleyRounds
 from svnup.allocation.search import Search
+from svnup.allocation.splits import UniformSplit
+from svnup.allocation.trial import Trial
 from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.walk import pruned_weights, temporarily_pruned
 from svnup.pruning.wanda import Wanda
@@ -38,18 +39,18 @@ A = np.array([8.0, 1.0, 2.0, 0.5])  # of the toy losses: how much each block mat
 C = 4.0
 
 
-class Toy(Loss):
+class Toy(allocation.Trial):
     """A separable convex loss, sum of a_l exp(c s_l); on few sequences it is off by a little of its own for each profile."""
 
     def __init__(self, a, noise=0.0):
         self.a, self.noise, self.calls = np.asarray(a), noise, []
 
-    def __call__(self, profile, label="", n_seq=None, trial=False):
+    def loss(self, profile, label="", n_seq=None, in_advance=False):
         self.calls.append((profile, label, n_seq))
         off = 0.0 if n_seq is None else self.noise * math.sin(1e4 * float(profile.sparsity @ np.arange(1, len(self.a) + 1)))
         return float(self.a @ np.exp(C * profile.sparsity)) * (1 + off / (n_seq or 1))
 
-    def values(self, denser, sparser):
+    def shapley_values(self, denser, sparser):
         return self.a * (np.exp(C * sparser.sparsity) - np.exp(C * denser.sparsity))
 
 
@@ -62,43 +63,44 @@ PARAMS = st.lists(st.integers(1, 1000), min_size=1, max_size=6)
 @settings(max_examples=20)
 @given(PARAMS, st.floats(0, 0.94), st.integers(0, 5), st.sampled_from([0.02, 0.1]))
 def test_every_candidate_keeps_the_exact_budget_inside_the_bounds(params, sparsity, seed, step):
-    loss, params = Toy(np.arange(1, len(params) + 1)), np.array(params)
+    trial, params = Toy(np.arange(1, len(params) + 1)), np.array(params)
     search = Search(generations=4, offspring=6, sequences=[1, 2], survivors=[3, 2], step=step, seed=seed)
-    chosen = search.allocate(None, params, sparsity, loss=loss)
-    lower, upper = bounds_of(sparsity)
-    for profile, _, _ in loss.calls:
+    chosen = search.allocate(Budget(params, sparsity), trial=trial)
+    lower, upper = Budget(params, sparsity).bounds()
+    for profile, _, _ in trial.calls:
         assert (
             abs(math.fsum(s * int(p) for s, p in zip(profile.sparsity, params, strict=True)) / params.sum() - sparsity) < 1e-12
         )
         assert profile.sparsity.min() >= lower - 1e-12
         assert profile.sparsity.max() <= upper + 1e-12
-    assert len(loss.calls) <= search.n_losses(len(params), sparsity)
-    assert loss(chosen) <= loss(Uniform().allocate(None, params, sparsity)) + 1e-12
+    assert len(trial.calls) <= search.n_losses(Budget(params, sparsity))
+    assert trial.loss(chosen) <= trial.loss(Budget(params, sparsity).uniform()) + 1e-12
 
 
 def test_stages_measure_fewer_candidates_on_more_text():
-    loss = Toy(A)
+    trial = Toy(A)
     search = Search(generations=3, offspring=8, sequences=[2, 5], survivors=[4, 2])
-    search.allocate(None, np.full(4, 10), 0.7, loss=loss)
+    search.allocate(Budget(np.full(4, 10), 0.7), trial=trial)
     first = [("uniform", None)]
     for generation in (1, 2, 3):
         first += [(f"generation {generation}", n) for n in [2] * 8 + [5] * 4 + [None] * 2]
-    assert [(label, n_seq) for _, label, n_seq in loss.calls] == first
+    assert [(label, n_seq) for _, label, n_seq in trial.calls] == first
     assert len(first) == search.n_losses(4, 0.7)
     for stage in (2, 5, None):  # who goes on is who was best before
-        asked = [p.sparsity.tolist() for p, label, n in loss.calls if (label, n) == ("generation 2", stage)]
+        asked = [p.sparsity.tolist() for p, label, n in trial.calls if (label, n) == ("generation 2", stage)]
         assert len({tuple(s) for s in asked}) == len(asked), "none twice"
-    by_stage = {n: [p for p, label, m in loss.calls if (label, m) == ("generation 1", n)] for n in (2, 5, None)}
+    by_stage = {n: [p for p, label, m in trial.calls if (label, m) == ("generation 1", n)] for n in (2, 5, None)}
     best = sorted(by_stage[2], key=lambda p: Toy(A)(p, n_seq=2))
     assert [p.sparsity.tolist() for p in by_stage[5]] == [p.sparsity.tolist() for p in best[:4]]
     assert [p.sparsity.tolist() for p in by_stage[None]] == [p.sparsity.tolist() for p in best[:2]]
 
 
 def test_moves_are_steps_of_the_smaller_block():
-    loss = Toy([1.0, 1.0])
-    Search(generations=1, offspring=2, sequences=[], survivors=[], step=0.1).allocate(None, np.array([10, 40]), 0.5, loss=loss)
-    assert len(loss.calls) > 1
-    for profile, _, _ in loss.calls[1:]:
+    trial = Toy([1.0, 1.0])
+    Search(generations=1, offspring=2, sequences=[], survivors=[], step=0.1).allocate(
+        Budget(np.array([10, 40]), 0.5), trial=trial
+    )
+    for profile, _, _ in trial.calls[1:]:
         steps = (profile.sparsity - 0.5) / [0.1, -0.025]
         assert steps[0] == pytest.approx(steps[1])
         assert steps[0] == pytest.approx(round(steps[0]))
@@ -107,9 +109,9 @@ def test_moves_are_steps_of_the_smaller_block():
 def test_blocks_that_did_not_move_keep_their_sparsity_to_the_last_bit():
     """Or candidates would not begin alike."""
     params, rng = np.array([17, 30, 23, 40, 31, 29]), np.random.default_rng(0)
-    parent = Uniform().allocate(None, params, 0.7)
+    parent = Budget(params, 0.7).uniform()
     for _ in range(5):
-        mutants = Search()._offspring(parent, rng)
+        mutants = Search()._offspring(Budget(params, 0.7), parent, rng)
         for mutant in mutants:
             off = np.abs(mutant.sparsity - parent.sparsity)
             assert ((off == 0) | (off > 1e-3)).all()
@@ -126,37 +128,37 @@ def test_it_comes_near_the_optimum_and_is_never_worse_than_its_start(params, noi
         last = (0.7 * params.sum() - params[:3] @ first) / params[3]
         if 0.4 - 1e-9 <= last <= 0.9 + 1e-9:
             best = min(best, float(A @ np.exp(C * np.array([*first, last]))))
-    loss = Toy(A, noise)
-    start = loss(Uniform().allocate(None, params, 0.7))
-    found = loss(Search().allocate(None, params, 0.7, loss=loss))
+    trial = Toy(A, noise)
+    start = trial.loss(Budget(params, 0.7).uniform())
+    found = trial.loss(Search().allocate(Budget(params, 0.7), trial=trial))
     assert found <= start
     assert found - best < 0.05 * (start - best)
 
 
 def test_a_start_that_nothing_beats_stays():
     spread, broken = LossOf(lambda profile, *_: float(np.ptp(profile.sparsity))), LossOf(lambda *_: math.inf)
-    assert Search(generations=3).allocate(None, np.full(4, 10), 0.7, loss=spread).sparsity.tolist() == [0.7] * 4
-    assert Search(generations=3).allocate(None, np.array([10]), 0.7, loss=broken).sparsity.tolist() == [0.7]
-    assert Search().allocate(None, np.array([10, 10]), 0.0, loss=Toy([1, 1])).sparsity.tolist() == [0.0, 0.0]
+    assert Search(generations=3).allocate(Budget(np.full(4, 10), 0.7), trial=spread).sparsity.tolist() == [0.7] * 4
+    assert Search(generations=3).allocate(Budget(np.array([10]), 0.7), trial=broken).sparsity.tolist() == [0.7]
+    assert Search().allocate(Budget(np.array([10, 10]), 0.0), trial=Toy([1, 1])).sparsity.tolist() == [0.0, 0.0]
 
 
 def test_the_seed_decides():
     def asked(seed):
-        loss = Toy(A)
-        Search(seed=seed, generations=3).allocate(None, np.array([10, 30, 20, 40]), 0.7, loss=loss)
-        return [(p.sparsity.tolist(), label, n) for p, label, n in loss.calls]
+        trial = Toy(A)
+        Search(seed=seed, generations=3).allocate(Budget(np.array([10, 30, 20, 40]), 0.7), trial=trial)
+        return [(p.sparsity.tolist(), label, n) for p, label, n in trial.calls]
 
     assert asked(0) == asked(0)
     assert asked(0) != asked(1)
 
 
 def test_search_takes_steps_of_mixed_patterns():
-    loss = Toy(A)
-    chosen = Search(generations=5).allocate(None, np.array([10, 30, 20, 40]), 0.7, "mixed:8", loss)
-    assert loss(chosen) < loss(loss.calls[0][0])
-    for profile, _, _ in loss.calls:
+    trial = Toy(A)
+    chosen = Search(generations=5).allocate(Budget(np.array([10, 30, 20, 40]), 0.7, "mixed:8"), trial=trial)
+    assert trial.loss(chosen) < trial.loss(trial.calls[0][0])
+    for profile, _, _ in trial.calls:
         np.testing.assert_allclose(profile.sparsity * 8, np.round(profile.sparsity * 8), atol=1e-9)
-    levels = [tuple(p.sparsity) for p, label, n in loss.calls if (label, n) == ("generation 1", 4)]
+    levels = [tuple(p.sparsity) for p, label, n in trial.calls if (label, n) == ("generation 1", 4)]
     assert len(set(levels)) == len(levels)
 
 
@@ -164,16 +166,16 @@ def test_a_search_that_was_interrupted_goes_on(random_model, tokens, tmp_path):
     lm = random_model(3)
 
     def held_out():
-        return HeldOutLoss(lm, Magnitude(), tokens, lambda: tokens, "a", tmp_path)
+        return Trial(lm, Magnitude(), UniformSplit(), tokens, Given(tokens), tmp_path)
 
-    def run(loss, generations):
+    def run(trial, generations):
         search = Search(generations=generations, offspring=4, sequences=[1], survivors=[2])
-        return search.allocate(None, lm.block_params, 0.6, loss=loss)
+        return search.allocate(Budget(lm.block_params, 0.6), trial=trial)
 
     killed, resumed, again = held_out(), held_out(), held_out()
     run(killed, 2)
     profile = run(resumed, 4)
-    reports = [loss.to_dict() for loss in (killed, resumed, again) if loss.to_dict()]
+    reports = [trial.to_dict() for trial in (killed, resumed, again) if trial.to_dict()]
     assert reports[1]["n_new_evaluations"] <= reports[1]["n_evaluations"] - reports[0]["n_evaluations"]
     assert run(again, 4).sparsity.tolist() == profile.sparsity.tolist()
     assert again.to_dict()["n_new_evaluations"] == 0
@@ -184,14 +186,14 @@ def test_a_search_that_was_interrupted_goes_on(random_model, tokens, tmp_path):
 
 
 def test_a_search_killed_within_a_generation_ends_as_if_it_had_not_been(random_model, tokens, tmp_path, monkeypatch):
-    lm, measured, left = random_model(3), HeldOutLoss._loss, iter(range(7))
+    lm, measured, left = random_model(3), Trial._loss, iter(range(7))
 
     def search(cache):
-        loss = HeldOutLoss(lm, Magnitude(), tokens, lambda: tokens, "a", tmp_path / cache)
+        trial = Trial(lm, Magnitude(), UniformSplit(), tokens, Given(tokens), tmp_path / cache)
         profile = Search(generations=3, offspring=4, sequences=[1], survivors=[2]).allocate(
-            None, lm.block_params, 0.6, loss=loss
+            Budget(lm.block_params, 0.6), trial=trial
         )
-        return profile.sparsity.tolist(), loss.to_dict()
+        return profile.sparsity.tolist(), trial.to_dict()
 
     def killed(self, *args):
         if next(left, None) is None:
@@ -200,7 +202,7 @@ def test_a_search_killed_within_a_generation_ends_as_if_it_had_not_been(random_m
 
     profile, report = search("whole")
     with monkeypatch.context() as patch:
-        patch.setattr(HeldOutLoss, "_loss", killed)
+        patch.setattr(Trial, "_loss", killed)
         with pytest.raises(KeyboardInterrupt):
             search("killed")
     again, resumed = search("killed")
@@ -263,9 +265,9 @@ def test_mistakes_of_search(svnup, args, said):
 
 
 def test_only_those_that_ask_for_losses_choose():
-    assert isinstance(Search(), Chooser)
-    assert isinstance(Curves(), Chooser)
-    assert not isinstance(Uniform(), Chooser)
+    assert Search().needs.selection
+    assert Curves().needs.selection
+    assert not Uniform().needs.selection
 
 
 # -- rounds
@@ -275,59 +277,58 @@ def test_only_those_that_ask_for_losses_choose():
 @given(PARAMS, st.floats(0.1, 0.94), st.integers(1, 6), st.integers(0, 5))
 def test_rounds_keep_the_budget_and_never_lose_to_uniform(params, sparsity, rounds, seed):
     params, rng = np.array(params), np.random.default_rng(seed)
-    loss, scores = Toy(rng.random(len(params)) + 0.01), BlockScores(rng.random(len(params)) + 0.01, "any")
+    trial, scores = Toy(rng.random(len(params)) + 0.01), BlockScores(rng.random(len(params)) + 0.01, "any")
     method = ShapleyRounds(rounds=rounds)
-    profile = method.allocate(scores, params, sparsity, loss=loss)
+    profile = method.allocate(Budget(params, sparsity), scores, trial)
     assert profile.mean == pytest.approx(sparsity, abs=1e-9)
-    lower, upper = bounds_of(sparsity)
+    lower, upper = Budget(params, sparsity).bounds()
     assert ((profile.sparsity >= lower - 1e-12) & (profile.sparsity <= upper + 1e-12)).all()
-    assert 3 <= len(loss.calls) <= method.n_losses(len(params), sparsity)
-    least = min(Toy(loss.a)(tried) for tried, _, _ in loss.calls)
-    assert Toy(loss.a)(profile) == least
-    assert least <= Toy(loss.a)(Uniform().allocate(None, params, sparsity)) * (1 + 1e-12)  # that of equal blocks, but for a bit
+    assert 3 <= len(trial.calls) <= method.n_losses(Budget(params, sparsity))
+    least = min(Toy(trial.a).loss(tried) for tried, _, _ in trial.calls)
+    assert Toy(trial.a).loss(profile) == least <= Toy(trial.a).loss(Budget(params, sparsity).uniform())
 
 
 def test_rounds_leave_a_budget_whose_blocks_cost_the_same():
     """Per weight that differs: near 0 and 1, where a block has less to gain or lose, as well."""
 
     class Level(Toy):
-        def values(self, denser, sparser):
+        def shapley_values(self, denser, sparser):
             return denser.params * (sparser.sparsity - denser.sparsity)
 
     for sparsity in (0.05, 0.5, 0.93):
-        loss, params = Level([1.0, 2.0, 4.0]), np.array([10, 30, 20])
+        trial, params = Level([1.0, 2.0, 4.0]), np.array([10, 30, 20])
         scores = BlockScores(np.array([1.0, 2.0, 9.0]), "any")
-        ShapleyRounds(rounds=2).allocate(scores, params, sparsity, loss=loss)
-        first = min((profile for profile, _, _ in loss.calls[:3]), key=Toy(loss.a))
-        for profile, _, _ in loss.calls[3:5]:
+        ShapleyRounds(rounds=2).allocate(Budget(params, sparsity), scores, trial)
+        first = min((profile for profile, _, _ in trial.calls[:3]), key=Toy(trial.a).loss)
+        for profile, _, _ in trial.calls[3:5]:
             np.testing.assert_allclose(profile.sparsity, first.sparsity, atol=1e-9)
 
 
 def test_rounds_correct_a_budget_that_misleading_scores_gave():
     """In the toy the least loss has equal slopes a_l exp(c s_l) per weight, from which scores that know nothing lead away."""
-    loss, params = Toy(A), np.array([10, 20, 10, 10])
+    trial, params = Toy(A), np.array([10, 20, 10, 10])
     scores = BlockScores(np.array([1.0, 3.0, 1.5, 4.0]), "misleading")
 
     def spread(rounds):
-        profile = ShapleyRounds(rounds=rounds, step=0.2, lower=0.0, upper=1.0).allocate(scores, params, 0.6, loss=loss)
-        return np.ptp(np.log(A * np.exp(C * profile.sparsity) / params)), loss(profile)
+        profile = ShapleyRounds(rounds=rounds, step=0.2, lower=0.0, upper=1.0).allocate(Budget(params, 0.6), scores, trial)
+        return np.ptp(np.log(A * np.exp(C * profile.sparsity) / params)), trial.loss(profile)
 
     (first, before), (second, after), (last, best) = spread(1), spread(2), spread(8)
     assert first > 2 * second > 4 * last
     assert before > after > best
-    assert [label for _, label, _ in loss.calls[:3]] == ["lam=0", "lam=0.1", "lam=0.2"]
+    assert [label for _, label, _ in trial.calls[:3]] == ["lam=0", "lam=0.1", "lam=0.2"]
 
 
 def test_rounds_end_where_neither_step_helps():
     class Flat(Toy):
-        def values(self, denser, sparser):
+        def shapley_values(self, denser, sparser):
             return np.array([-1.0, -2.0])
 
-    for loss in (Toy([1.0, 1.0]), Flat([1.0, 1.0])):
+    for trial in (Toy([1.0, 1.0]), Flat([1.0, 1.0])):
         method = ShapleyRounds(rounds=9)
-        profile = method.allocate(BlockScores(np.array([1.0, 1.0]), "equal"), np.array([5, 5]), 0.5, loss=loss)
+        profile = method.allocate(Budget(np.array([5, 5]), 0.5), BlockScores(np.array([1.0, 1.0]), "equal"), trial)
         assert profile.sparsity.tolist() == [0.5, 0.5]
-        assert len(loss.calls) == (3 if isinstance(loss, Flat) else 5)
+        assert len(trial.calls) == (3 if isinstance(trial, Flat) else 5)
 
 
 @pytest.mark.parametrize("players", ["block", "sublayer"])
@@ -412,11 +413,11 @@ def test_gates_give_no_rounds():
 
 
 def test_each_block_is_pruned_alone():
-    loss = Toy(A)
+    trial = Toy(A)
     params = np.array([10, 30, 20, 40])
-    Curves(levels=3).allocate(None, params, 0.7, loss=loss)
-    assert len(loss.calls) == Curves(levels=3).n_losses(4, 0.7) == 12 + 2
-    for k, (profile, label, n_seq) in enumerate(loss.calls[:12]):
+    Curves(levels=3).allocate(Budget(params, 0.7), trial=trial)
+    assert len(trial.calls) == Curves(levels=3).n_losses(Budget(params, 0.7)) == 12 + 2
+    for k, (profile, label, n_seq) in enumerate(trial.calls[:12]):
         wanted = np.zeros(4)
         wanted[k // 3] = (0.4, 0.65, 0.9)[k % 3]
         np.testing.assert_allclose(profile.sparsity, wanted)
@@ -432,9 +433,9 @@ def test_the_optimum_of_a_separable_convex_loss(params):
     best += 0.6 - np.average(best, weights=params)
     assert best.min() > 0
     assert best.max() < 1.0
-    found = Curves(levels=201, lower=0.0, upper=1.0).allocate(None, params, 0.6, loss=Toy(A)).sparsity
+    found = Curves(levels=201, lower=0.0, upper=1.0).allocate(Budget(params, 0.6), trial=Toy(A)).sparsity
     np.testing.assert_allclose(found, best, atol=0.01)
-    coarse = Curves(levels=6, lower=0.0, upper=1.0).allocate(None, params, 0.6, loss=Toy(A)).sparsity
+    coarse = Curves(levels=6, lower=0.0, upper=1.0).allocate(Budget(params, 0.6), trial=Toy(A)).sparsity
     np.testing.assert_allclose(coarse, best, atol=0.2)
 
 
@@ -477,10 +478,10 @@ def test_water_meets_any_budget_inside_the_grid(case):
 @given(PARAMS, st.floats(0, 0.94), st.sampled_from(["unstructured", "mixed:8"]))
 def test_the_budget_of_curves_is_exact(params, sparsity, pattern):
     sparsity, params = min(sparsity, 0.875), np.array(params)
-    profile = Curves().allocate(None, params, sparsity, pattern, Toy(np.arange(1, len(params) + 1)))
+    profile = Curves().allocate(Budget(params, sparsity, pattern), trial=Toy(np.arange(1, len(params) + 1)))
     budget = profile.sparsity if profile.requested is None else profile.requested
     assert np.average(budget, weights=params) == pytest.approx(sparsity, abs=1e-12)
-    equal = Curves().allocate(None, np.full(len(params), 7), sparsity, loss=Toy(np.ones(len(params))))
+    equal = Curves().allocate(Budget(np.full(len(params), 7), sparsity), trial=Toy(np.ones(len(params))))
     np.testing.assert_allclose(equal.sparsity, sparsity, atol=1e-9)  # nothing tells the blocks apart
 
 
@@ -496,26 +497,26 @@ def test_curves_that_mislead_lead_to_the_uniform_budget(pattern):
         return LossOf(loss)
 
     asked, params = [], np.array([10, 30, 20, 40])
-    uniform = Uniform().allocate(None, params, 0.7, pattern)
+    uniform = Budget(params, 0.7, pattern).uniform()
     for filled, of_uniform in ((2.0, 1.0), (1.0, 1.0), (math.inf, 1.0), (math.inf, math.inf), (1.0, 2.0)):
-        loss = misleading({"water-filling": filled, "uniform": of_uniform})
-        chosen = Curves(levels=3).allocate(None, params, 0.7, pattern, loss)
+        trial = misleading({"water-filling": filled, "uniform": of_uniform})
+        chosen = Curves(levels=3).allocate(Budget(params, 0.7, pattern), trial=trial)
         assert (chosen.sparsity.tolist() == uniform.sparsity.tolist()) == (filled >= of_uniform)
     assert asked[-2:] == ["water-filling", "uniform"]
 
 
 def test_curves_that_are_not_finite_are_refused():
-    loss = LossOf(lambda profile, *_: math.inf if profile.sparsity[1] > 0.8 else 1.0)
+    trial = LossOf(lambda profile, *_: math.inf if profile.sparsity[1] > 0.8 else 1.0)
     with pytest.raises(ValueError, match=r"allocator.upper=0.9: the loss with layer 1 alone at 0.9 is not finite"):
-        Curves().allocate(None, np.array([5, 5]), 0.7, loss=loss)
+        Curves().allocate(Budget(np.array([5, 5]), 0.7), trial=trial)
 
 
 def test_what_curves_cost(random_model, tokens, tmp_path):
     """One block is pruned per point, and blocks run from there on; those before it once for all points."""
     lm, n, points = random_model(4), 4, 3
-    loss = HeldOutLoss(lm, Wanda(), tokens, lambda: tokens, "a", tmp_path)
-    Curves(levels=points).allocate(None, lm.block_params, 0.7, loss=loss)
-    report = loss.to_dict()
+    trial = Trial(lm, Wanda(), UniformSplit(), tokens, Given(tokens), tmp_path)
+    Curves(levels=points).allocate(Budget(lm.block_params, 0.7), trial=trial)
+    report = trial.to_dict()
     assert report["n_new_evaluations"] == n * points + 2
     assert report["n_calibration_block_forwards"] == n * points + n - 1 + 2 * (2 * n - 1)
     assert report["n_selection_block_forwards"] == points * n * (n + 1) / 2 + n - 1 + 2 * n

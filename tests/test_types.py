@@ -9,27 +9,30 @@ import math
 import numpy as np
 import pytest
 
-from svnup.pattern import parse_pattern, steps_of
+from svnup.pattern import Pattern
 from svnup.results.row import SCHEMA_VERSION, ResultRow
 from svnup.types import BlockScores, Cost, LinearReport, Metric, Metrics, PruneReport, ShapleyValues, Share, SparsityProfile
 
 
 @pytest.mark.parametrize(
-    ("pattern", "group"), [("unstructured", None), ("2:4", (2, 4)), ("4:8", (4, 8)), ("1:2", (1, 2)), ("10:16", (10, 16))]
+    ("text", "zeros", "group"),
+    [("unstructured", None, None), ("2:4", 2, 4), ("4:8", 4, 8), ("1:2", 1, 2), ("10:16", 10, 16)],
 )
-def test_patterns_that_exist(pattern, group):
-    assert parse_pattern(pattern) == group
+def test_patterns_that_exist(text, zeros, group):
+    pattern = Pattern.parse(text)
+    assert (pattern.text, pattern.zeros, pattern.group, pattern.mixed) == (text, zeros, group, False)
+    assert Pattern.parse(text) is pattern, "parsed once"
 
 
 @pytest.mark.parametrize("pattern", ["4:4", "5:4", "0:4", "2:4:8", "two:four", "", "-1:4", "2:", "2:4 "])
 def test_patterns_that_do_not(pattern):
     with pytest.raises(ValueError, match=r"pattern=.*unstructured.*N:M"):
-        parse_pattern(pattern)
+        Pattern.parse(pattern)
 
 
 def test_the_pattern_that_yaml_turned_into_a_number_is_explained():
     with pytest.raises(ValueError, match=r"pattern=124.*in quotes"):
-        parse_pattern("124")
+        Pattern.parse("124")
 
 
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf], [[1.0, 2.0]], 3.0])
@@ -184,21 +187,21 @@ def test_result_rows_survive_json_and_carry_their_version():
 # -- steps, and linears
 
 
-@pytest.mark.parametrize(("pattern", "group"), [("mixed:8", (None, 8)), ("mixed:2", (None, 2)), ("mixed:16", (None, 16))])
-def test_mixed_patterns(pattern, group):
-    assert parse_pattern(pattern) == group
+@pytest.mark.parametrize(("text", "group"), [("mixed:8", 8), ("mixed:2", 2), ("mixed:16", 16)])
+def test_mixed_patterns(text, group):
+    assert (Pattern.parse(text).zeros, Pattern.parse(text).group, Pattern.parse(text).mixed) == (None, group, True)
 
 
 @pytest.mark.parametrize("pattern", ["mixed:1", "mixed:0", "mixed:", "mixed", "mixed:2:4", "mixed:08", "2:mixed", "mixed:-8"])
 def test_mixed_patterns_that_do_not_exist(pattern):
     with pytest.raises(ValueError, match=r"pattern=.*unstructured.*N:M.*mixed:8"):
-        parse_pattern(pattern)
+        Pattern.parse(pattern)
 
 
 def test_the_steps_of_a_pattern():
-    assert steps_of("unstructured", 0.5) is None
-    assert steps_of("2:4", 0.5) == (2, 4)
-    assert [steps_of("mixed:8", n / 8) for n in range(9)] == [(n, 8) for n in range(9)]
+    assert Pattern.parse("unstructured").steps(0.5) is None
+    assert Pattern.parse("2:4").steps(0.5) == (2, 4)
+    assert [Pattern.parse("mixed:8").steps(n / 8) for n in range(9)] == [(n, 8) for n in range(9)]
 
 
 def test_a_mixed_profile_is_in_steps_and_keeps_what_was_requested():

@@ -288,7 +288,7 @@ def model(results: Results, options: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    from svnup.allocation.maps import Uniform
+    from svnup.allocation import Budget
     from svnup.game import LayerGame
     from svnup.model.language_model import LanguageModel, make_config
     from svnup.pruning import prune_model
@@ -343,7 +343,7 @@ def model(results: Results, options: argparse.Namespace) -> None:
             continue
         with results.stage(name) as found:
             lm = lm or build()
-            report = prune_model(lm, Uniform().allocate(None, params, SPARSITY), pruner, text(shape.n_calibration))
+            report = prune_model(lm, Budget(params, SPARSITY).uniform(), pruner, text(shape.n_calibration))
             reading, pruning = report.seconds["inputs"] + report.seconds["rerun"], report.seconds["prune"]
             found |= {"seconds": report.seconds["total"], "sequences": shape.n_calibration, "sparsity": report.sparsity}
             found |= {"fallbacks": sum(linear.fallback is not None for linear in report.per_linear)}

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from svnup.allocation.maps import Uniform
+from svnup.allocation import Budget
 from svnup.data import Docs
 from svnup.language_model import LanguageModel
 from svnup.memory import synchronize
@@ -244,7 +244,7 @@ def whole_model(lm: LanguageModel, pruners: dict[str, Pruner], tokens: Any, repe
     for repeat in range(repeats + 1):
         for name, pruner in pruners.items():
             watched, bare = Timed(pruner), bare_forwards(lm, tokens)
-            profile = Uniform().allocate(None, lm.block_params, SPARSITY, pruner.pattern)
+            profile = Budget(lm.block_params, SPARSITY, pruner.pattern).uniform()
             with temporarily_pruned(lm, profile, watched, tokens) as report:
                 whole, parts = report.seconds, watched.seconds
             row = {

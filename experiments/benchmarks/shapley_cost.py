@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from experiments.study import built_in, text
-from svnup.allocation.maps import Uniform
+from svnup.allocation import Budget
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
 from svnup.pruning.magnitude import Magnitude
@@ -136,7 +136,7 @@ def compare(
 
 def pruned_game(lm: LanguageModel, tokens: torch.Tensor, repeats: int) -> list[str]:
     """The game in which absent means pruned: the count, and wall time over its floor."""
-    uniform = Uniform().allocate(None, lm.block_params, 0.7)
+    uniform = Budget(lm.block_params, 0.7).uniform()
     replacements = pruned_weights(lm, uniform, Magnitude(), tokens)
     ratios = []
     for _ in range(repeats):

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from experiments.study import built_in, figure, parse, parser, publish, text
-from svnup.allocation.maps import Uniform
+from svnup.allocation import Budget
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
 from svnup.pruning.walk import pruned_weights
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     n_seq, seq_len = options.n_seq or sizes.n_payoff, sizes.seq_len
     lm = built_in(sizes.n_blocks)
     tokens = torch.as_tensor(text("payoff", n_seq, seq_len))
-    uniform = Uniform().allocate(None, lm.block_params, 0.7)
+    uniform = Budget(lm.block_params, 0.7).uniform()
     pruned = pruned_weights(lm, uniform, Wanda(), text("calibration", sizes.n_calibration, seq_len))
     games: dict[str, Any] = {
         "skip, -NLL": LayerGame(lm, tokens, cache_dir=options.cache),

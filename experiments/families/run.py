@@ -39,7 +39,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import svnup
-from svnup.allocation.maps import Uniform
+from svnup.allocation import Budget
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
 from svnup.pruning.magnitude import Magnitude
@@ -187,7 +187,7 @@ def load(folder: Path, **options: Any) -> LanguageModel:
 
 def pruned(folder: Path, pruner: Pruner) -> LanguageModel:
     lm = load(folder)
-    prune_model(lm, Uniform().allocate(None, lm.block_params, 0.5, "unstructured"), pruner, TOKENS)
+    prune_model(lm, Budget(lm.block_params, 0.5).uniform(), pruner, TOKENS)
     return lm
 
 

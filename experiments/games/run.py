@@ -24,7 +24,8 @@ import torch
 
 from experiments.study import built_in, figure, parse, parser, publish, text
 from svnup import NUMBERS_VERSION
-from svnup.allocation.maps import ScoreBudget, Uniform
+from svnup.allocation import Budget
+from svnup.allocation.maps import ScoreBudget
 from svnup.data import Role
 from svnup.evaluation import perplexity
 from svnup.game.layer_game import LayerGame, Payoff
@@ -183,7 +184,7 @@ class Bench:
         if key not in self.games:
             replacements = None
             if absence == "prune":
-                uniform = Uniform().allocate(None, self.lm.block_params, sparsity)
+                uniform = Budget(self.lm.block_params, sparsity).uniform()
                 replacements = pruned_weights(self.lm, uniform, PRUNERS[pruner], self.calibration(seed))
             self.games[key] = LayerGame(
                 self.lm, self.payoff_tokens, payoff=payoff, players=players, pruned=replacements, cache_dir=self.cache
@@ -208,10 +209,10 @@ class Bench:
         """None where the scale cannot be applied: the logarithm of values none of which is positive."""
         params = self.lm.block_params
         if setting is None:
-            return Uniform().allocate(None, params, sparsity)
+            return Budget(params, sparsity).uniform()
         scores = BlockScores(self.values(setting, pruner, sparsity, seed), "study")
         try:
-            return ScoreBudget(scale=scale).allocate(scores, params, sparsity)
+            return ScoreBudget(scale=scale).allocate(Budget(params, sparsity), scores)
         except ValueError:
             return None
 

@@ -21,7 +21,7 @@ import torch
 from experiments.leaderboard import run
 from experiments.leaderboard.run import OF_SUBLAYERS, Bench, Cell, Sizes, workers
 from experiments.study import parse, parser, publish
-from svnup.pipeline import held_out_loss, replacements
+from svnup.pipeline import replacements, trial_of
 from svnup.results.provenance import hardware
 from svnup.scoring import Context
 from svnup.shapley import Game, all_coalitions, exact_values
@@ -161,10 +161,9 @@ def tuned(*options: str, scores: Callable[[Game], Floats] | None = None, allocat
             values = job.shapley.score(lm, Context(tokens, job.cache_dir, replacements(job, lm)))
         else:
             values = BlockScores(scores(job.shapley.build_game(lm, replacements(job, lm), job.cache_dir)), "study")
-        params = lm.budget_params("sublayer") if job.granularity == "sublayer" else lm.block_params
-        loss = held_out_loss(job, lm, tokens)
-        job.allocator.allocate(values.per_unit(len(params)), params, job.sparsity, job.pattern, loss)
-        curve = loss.to_dict()
+        budget, trial = job.budget(lm), trial_of(job, lm, tokens)
+        job.allocator.allocate(budget, values.per_unit(budget.n_units), trial)
+        curve = trial.to_dict()
         assert curve is not None
         best = min(curve["curve"], key=lambda call: math.inf if call["loss"] is None else call["loss"])
         return best["loss"], best["label"]

@@ -23,10 +23,11 @@ import torch
 from experiments.leaderboard import run
 from experiments.leaderboard.run import MODELS, OF_SUBLAYERS, Bench, Cell, Sizes, allocation_cost, score_cost
 from experiments.study import parse, parser, publish
-from svnup.allocation.maps import Tuned, Uniform
+from svnup.allocation import Budget
+from svnup.allocation.maps import Tuned
 from svnup.config import Job
 from svnup.language_model import LanguageModel
-from svnup.pipeline import held_out_loss, stand_ins
+from svnup.pipeline import replacements, trial_of
 from svnup.results.provenance import hardware
 from svnup.scoring import Context
 from svnup.types import BlockScores, Floats, Granularity, SparsityProfile
@@ -146,12 +147,12 @@ class Result:
 Board = dict[tuple[Cell, str], Result]
 
 
-def scored(bench: Bench, job: Job, lm: LanguageModel, n_parts: int) -> tuple[BlockScores | None, float]:
+def scored(bench: Bench, job: Job, lm: LanguageModel, n_units: int) -> tuple[BlockScores | None, float]:
     """The scores of a job's parts, where its allocator goes by scores, and what they cost."""
     if job.scorer is None:
         return None, 0.0
-    found = job.scorer.score(lm, Context(job.tokens(), job.cache_dir, stand_ins(job, lm)))
-    return found.per_part(n_parts), score_cost(job, found, lm.n_blocks, bench.sizes)
+    found = job.scorer.score(lm, Context(job.tokens(), job.cache_dir, replacements(job, lm)))
+    return found.per_unit(n_units), score_cost(job, found, lm.n_blocks, bench.sizes)
 
 
 def profiles(bench: Bench, cell: Cell, row: Row, seed: int) -> tuple[dict[str, SparsityProfile], float]:
@@ -162,14 +163,14 @@ def profiles(bench: Bench, cell: Cell, row: Row, seed: int) -> tuple[dict[str, S
         lm = bench.model(job, cell[0])
         params = lm.budget_params(job.granularity)
         if not made:
-            made["uniform"] = Uniform().allocate(None, params, sparsity)
+            made["uniform"] = Budget(params, sparsity).uniform()
         scores, taken = scored(bench, job, lm, len(params))
         cost += taken
         assert isinstance(job.allocator, Tuned)
         said = "".join(f"{option.rpartition('.')[2]}, " for option in extra)
         for value in values:
             allocator = replace(job.allocator.allocator, **{row.knob: value})
-            made[f"{said}{row.knob}={value:g}"] = allocator.allocate(scores, params, sparsity)
+            made[f"{said}{row.knob}={value:g}"] = allocator.allocate(Budget(params, sparsity), scores)
     return made, cost
 
 
@@ -182,18 +183,18 @@ def choose(bench: Bench, cell: Cell, row: Row) -> Choice:
     what = ["fair", repr(row), job.key, lm.fingerprint()]
     if (known := bench.remembered(what)) is not None:
         return Choice(**known)
-    loss = held_out_loss(job, lm, job.tokens())
+    trial = trial_of(job, lm, job.tokens())
     label = "-"
     if row.tries:
         tried, cost = profiles(bench, cell, row, seed)
-        losses = loss.many([*tried.items()])
+        losses = trial.losses([*tried.items()])
         label = [*tried][int(np.argmin(losses))]
         profile = tried[label]
     else:
         params = lm.budget_params(row.parts or job.granularity)
         scores, cost = scored(bench, job, lm, len(params))
-        profile = job.allocator.allocate(scores, params, job.sparsity, job.pattern, loss)
-    tuning = loss.to_dict() or {"curve": []}
+        profile = job.allocator.allocate(Budget(params, job.sparsity, job.pattern), scores, trial)
+    tuning = trial.to_dict() or {"curve": []}
     if not row.tries and tuning["curve"]:
         whole = [c for c in tuning["curve"] if not {"trial", "n_seq"} & c.keys() and not c["label"].startswith("layer ")]
         label = min(whole, key=lambda c: math.inf if c["loss"] is None else c["loss"])["label"]

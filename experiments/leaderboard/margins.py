@@ -21,7 +21,7 @@ import torch
 from experiments.leaderboard import run
 from experiments.leaderboard.run import MODELS, OF_SUBLAYERS, Bench, Cell, Sizes, allocation_cost
 from experiments.study import parse, parser, publish
-from svnup.pipeline import held_out_loss, stand_ins
+from svnup.pipeline import replacements, trial_of
 from svnup.results.provenance import hardware
 from svnup.scoring import Context
 
@@ -74,12 +74,10 @@ def measure(bench: Bench, cell: Cell, allocator: str, options: tuple[str, ...]) 
     if (known := bench.remembered(what)) is not None:
         return Found(**known)
     began = time.process_time()
-    params = lm.budget_params(job.granularity)
-    scores = job.scorer.score(lm, Context(tokens, job.cache_dir, stand_ins(job, lm))) if job.scorer is not None else None
-    per_part = scores.per_part(len(params)) if scores is not None else None
-    loss = held_out_loss(job, lm, tokens)
-    job.allocator.allocate(per_part, params, job.sparsity, job.pattern, loss)
-    tuning = loss.to_dict()
+    budget, trial = job.budget(lm), trial_of(job, lm, tokens)
+    scores = job.scorer.score(lm, Context(tokens, job.cache_dir, replacements(job, lm))) if job.scorer is not None else None
+    job.allocator.allocate(budget, scores.per_unit(budget.n_units) if scores is not None else None, trial)
+    tuning = trial.to_dict()
     assert tuning is not None
     calls: list[dict[str, Any]] = tuning["curve"]
     seconds = time.process_time() - began

@@ -35,10 +35,11 @@ from hydra import compose, initialize_config_dir
 
 from experiments.study import figure, parse, parser, publish
 from svnup import NUMBERS_VERSION, config
-from svnup.allocation.maps import Tuned, Uniform
+from svnup.allocation import Budget
+from svnup.allocation.maps import Tuned
 from svnup.config import CONF, Job
 from svnup.language_model import LanguageModel
-from svnup.pipeline import held_out_loss, replacements
+from svnup.pipeline import replacements, trial_of
 from svnup.pruning.walk import temporarily_pruned
 from svnup.results.provenance import hardware
 from svnup.scoring import Context
@@ -150,7 +151,8 @@ class Bench:
         texts |= {"shapley.game.data": sizes.n_payoff}
         named = {LONG: SEARCH, SUBLAYERS: "shapley"}.get(allocator, allocator)
         base = [f"model={model}", f"pruner={pruner}", f"sparsity={sparsity}", f"allocator={named}", f"seed={seed}"]
-        base += ["model.device=cpu", f"cache_dir={self.cache}", *(f"{text}.n_seq={n}" for text, n in texts.items())]
+        base += ["compare_uniform=off", "model.device=cpu", f"cache_dir={self.cache}"]
+        base += [f"{text}.n_seq={n}" for text, n in texts.items()]
         base += [f"model.seq_len={sizes.seq_len}"] if sizes.seq_len != FULL.seq_len else []
         config.register()
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -200,22 +202,24 @@ class Bench:
         for seed in sizes.seeds:
             job = self.job(cell, allocator, seed, *overrides)
             lm, tokens = self.model(job, cell[0]), job.tokens()
-            params = lm.budget_params("sublayer") if job.granularity == "sublayer" else lm.block_params
-            found = job.scorer.score(lm, Context(tokens, job.cache_dir, replacements(job, lm))) if job.scorer is not None else None
-            scores = found.per_unit(len(params)) if found is not None else None
+            budget = job.budget(lm)
+            found = (
+                job.scorer.score(lm, Context(tokens, job.cache_dir, replacements(job, lm))) if job.scorer is not None else None
+            )
+            scores = found.per_unit(budget.n_units) if found is not None else None
             if seed == sizes.seeds[0]:
-                loss = held_out_loss(job, lm, tokens)
-                profile = job.allocator.allocate(scores, params, job.sparsity, job.pattern, loss)
-                tuning = loss.to_dict()
+                trial = trial_of(job, lm, tokens)
+                profile = job.allocator.allocate(budget, scores, trial)
+                tuning = trial.to_dict()
                 cost = allocation_cost(job, cell[1], found, tuning, lm.n_blocks, sizes)
                 if allocator == ROUNDS or isinstance(job.allocator, Tuned):
                     assert tuning is not None
                     chosen = min(tuning["curve"], key=lambda call: math.inf if call["loss"] is None else call["loss"])["label"]
             elif isinstance(job.allocator, Tuned):
-                fixed = job.allocator.candidates(lm.n_blocks, job.sparsity)[chosen]
-                profile = fixed.allocate(scores, params, job.sparsity, job.pattern)
+                fixed = job.allocator.candidates(budget)[chosen]
+                profile = fixed.allocate(budget, scores)
             elif allocator not in PROFILED:
-                profile = job.allocator.allocate(scores, params, job.sparsity, job.pattern)
+                profile = job.allocator.allocate(budget, scores)
             profile = job.split.divide(lm, profile, job.pruner, tokens)
             losses.append(self.read(job, lm, profile))
             profiles.append(profile.sparsity.tolist())
@@ -595,7 +599,7 @@ def main(argv: list[str] | None = None) -> None:
     for model in models:
         job = bench.job((model, "none", 0.7), "uniform", 0)
         lm = bench.model(job, model)
-        dense[model] = math.exp(np.mean(bench.read(job, lm, Uniform().allocate(None, lm.block_params, 0.0))))
+        dense[model] = math.exp(np.mean(bench.read(job, lm, Budget(lm.block_params, 0.0).uniform())))
     publish(options, "leaderboard", report(board, dense, models, best, sizes))
     (options.output / "results" / "tables" / "leaderboard.csv").write_text(csv(board, sizes.seeds), encoding="utf-8")
     draw_front(board, models, figure(options, "leaderboard"), sizes)

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from experiments.study import built_in, parse, parser, publish, text
-from svnup.allocation.maps import Uniform
+from svnup.allocation import Budget
 from svnup.config import CONF
 from svnup.evaluation import perplexity
 from svnup.model.language_model import LanguageModel, matrix
@@ -137,7 +137,7 @@ def on_model(lm: LanguageModel, sizes: Sizes) -> list[str]:
     for name in pruners("unstructured", sizes.pruners):
         cells = []
         for pattern, sparsity in ON_MODEL.values():
-            pruner, profile = pruners(pattern)[name], Uniform().allocate(None, lm.block_params, sparsity, pattern)
+            pruner, profile = pruners(pattern)[name], Budget(lm.block_params, sparsity, pattern).uniform()
             found = []
             for tokens in calibration if pruner.needs_inputs else calibration[:1]:
                 with temporarily_pruned(lm, profile, pruner, tokens):

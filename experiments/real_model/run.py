@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from experiments.study import built_in, parse, parser, publish, text
-from svnup.allocation.maps import Uniform
+from svnup.allocation import Budget
 from svnup.allocation.margins import marginal_values
 from svnup.data import C4
 from svnup.game.walk_plan import WalkPlan
@@ -161,7 +161,7 @@ def study(lm: LanguageModel, calibration: Ints, tokens: Ints, options: argparse.
     losses = Losses(lm, tokens, options.cache)
 
     def at(sparsity: float) -> Versions:
-        profile = Uniform().allocate(None, lm.block_params, min(sparsity, 0.99))
+        profile = Budget(lm.block_params, min(sparsity, 0.99)).uniform()
         return partial(advance.block, profile=profile)
 
     dense: Versions = lambda index: {}  # noqa: E731

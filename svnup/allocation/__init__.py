@@ -3,58 +3,85 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Protocol
 
-from svnup.pattern import UNSTRUCTURED
-from svnup.types import BlockScores, Floats, Ints, SparsityProfile
+from svnup.allocation.budget import Budget
+from svnup.types import BlockScores, Floats, SparsityProfile
+
+__all__ = ["Allocator", "Budget", "Chooser", "Needs", "Trial"]
 
 
-class Loss(Protocol):
-    """How bad the model pruned by a profile is on held-out text, in nats per token (NLL or KL); `label` says what is tried.
+class Trial(Protocol):
+    """What a profile costs on held-out text: all that an allocator knows of `svnup.allocation.trial.Trial`.
 
-    `n_seq`: on the first so many sequences of the text only, or on all where it has fewer. `trial`: by weights that are pruned
-    in advance, which is cheap and a little off.
+    `n_seq`: on the first so many sequences of the text only, or on all where it has fewer. `in_advance`: by weights that are
+    pruned in advance, which is cheap and a little off.
     """
 
-    def __call__(self, profile: SparsityProfile, label: str = "", n_seq: int | None = None, trial: bool = False) -> float: ...
-
-    def many(self, tried: Sequence[tuple[str, SparsityProfile]], n_seq: int | None = None, trial: bool = False) -> list[float]:
-        """The losses of labelled profiles, in their order: at less cost together than one after the other."""
-        return [self(profile, label, n_seq, trial) for label, profile in tried]
-
-    def values(self, denser: SparsityProfile, sparser: SparsityProfile) -> Floats:
-        """Shapley values of the blocks in the model pruned by `denser`, where an absent block is pruned by `sparser`."""
+    def loss(self, profile: SparsityProfile, label: str = "", n_seq: int | None = None, in_advance: bool = False) -> float:
+        """How bad the model pruned by a profile is, in nats per token (NLL or KL); `label` says what is tried."""
         ...
 
-    def margins(self, denser: SparsityProfile, sparser: SparsityProfile, first: int, n_seq: int, nodes: int = 1) -> Floats:
-        """Aumann-Shapley values of all that has a budget of its own, between the models pruned by `denser` and by `sparser`,
-        on `n_seq` sequences of the payoff text from number `first` on."""
+    def losses(
+        self,
+        tried: Sequence[tuple[str, SparsityProfile]],
+        n_seq: int | None = None,
+        in_advance: bool = False,
+        keep: bool = True,
+    ) -> list[float]:
+        """The losses of labelled profiles, in their order: at less cost together than one after the other. Who asks but once
+        says so by `keep` False: of the statistics by which weights are pruned in advance, those of one block are then held."""
+        return [self.loss(profile, label, n_seq, in_advance) for label, profile in tried]
+
+    def took(self, label: str) -> None:
+        """Put on record which of the labelled profiles was taken."""
+
+    def shapley_values(self, denser: SparsityProfile, sparser: SparsityProfile) -> Floats:
+        """Shapley values (n_units,) in the model pruned by `denser`, where an absent part is pruned by `sparser`."""
         ...
+
+    def marginal_values(
+        self, denser: SparsityProfile, sparser: SparsityProfile, first: int, n_seq: int, nodes: int = 1
+    ) -> Floats:
+        """Aumann-Shapley values (n_units,) between the models pruned by `denser` and by `sparser`, on `n_seq` sequences of the
+        payoff text from number `first` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an allocator asks of a job beside the budget."""
+
+    scores: bool = False
+    selection: bool = False  # text to try profiles on, and the model in memory: it is a `Chooser`
+    once: bool = False  # it asks for losses together, once, by weights pruned in advance
+    n_games: int | None = None  # of blocks in the models that it prunes, after the first; None: any scores will do
+    whole_blocks: bool = True  # it leaves to a split what the linears of a block get
 
 
 class Allocator(Protocol):
-    """Turns scores into a profile; `uniform_only` says that it can serve a fixed N:M pattern.
+    """Turns scores into a profile.
 
-    `params` has the weights of what gets a budget: of blocks (n,), or of attention and MLP by turns (2n,) where scores and
-    budgets are theirs. `loss` is for those that tune or search. One whose option can be `auto` names it as `knob` and has a
-    `grid` for it, of which the first value gives the uniform profile.
+    One whose option can be `auto` names it as `knob` and has a `grid(budget)` for it, of which the first value gives the
+    uniform profile. One that plays on a text of its own has it as `data`.
     """
 
-    uniform_only: ClassVar[bool]
+    @property
+    def needs(self) -> Needs: ...
 
-    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
-        """Raise ValueError where the budget cannot be met, before any weight is loaded."""
+    def check(self, budget: Budget) -> None:
+        """Raise ValueError where the budget cannot be met, before any weight is loaded: all parts are of one size there."""
         ...
 
-    def allocate(
-        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
-    ) -> SparsityProfile: ...
+    def allocate(self, budget: Budget, scores: BlockScores | None = None, trial: Trial | None = None) -> SparsityProfile:
+        """Divide the budget by the scores, where there are some, or by trials of what it makes of the model."""
+        ...
 
 
-@runtime_checkable
 class Chooser(Allocator, Protocol):
-    """An allocator that asks for losses: it needs selection text, and the model in memory."""
+    """An allocator that needs selection text."""
 
-    def n_losses(self, n_blocks: int, sparsity: float) -> int:
+    def n_losses(self, budget: Budget) -> int:
         """How many losses it asks for, at most."""
         ...

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
 
-from svnup.allocation import Loss
-from svnup.allocation.maps import Uniform
-from svnup.allocation.projection import bounds_of, check_bounds, check_pattern, in_steps, to_budget
-from svnup.pattern import UNSTRUCTURED, parse_pattern
+from svnup.allocation import Budget, Needs, Trial
+from svnup.pattern import Pattern
 from svnup.types import BlockScores, Floats, Ints, SparsityProfile
 
 
@@ -32,48 +30,44 @@ class Curves:
     levels: int = 5
     lower: float | None = None
     upper: float | None = None
-    uniform_only: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs(selection=True)
 
     def __post_init__(self) -> None:
         if self.levels < 2:
             raise ValueError(f"levels={self.levels}: a curve has at least 2 points; choose 5, for example")
 
-    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
-        check_pattern(sparsity, pattern, self.uniform_only)
-        check_bounds(*bounds_of(sparsity, self.lower, self.upper), sparsity)
+    def check(self, budget: Budget) -> None:
+        budget.check_pattern(uniform=False)
+        budget.check_bounds(self.lower, self.upper)
 
-    def n_losses(self, n_blocks: int, sparsity: float) -> int:
-        return n_blocks * self.levels + 2  # the budget that follows, and the uniform one
+    def n_losses(self, budget: Budget) -> int:
+        return budget.n_units * self.levels + 2  # the budget that follows, and the uniform one
 
-    def allocate(
-        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
-    ) -> SparsityProfile:
-        assert loss is not None
-        grid = self._grid(sparsity, pattern)
+    def allocate(self, budget: Budget, scores: BlockScores | None = None, trial: Trial | None = None) -> SparsityProfile:
+        assert trial is not None
+        grid, n = self._grid(budget), budget.n_units
         tried = []
-        for block, level in np.ndindex(len(params), len(grid)):
-            alone = np.where(np.arange(len(params)) == block, grid[level], 0.0)
-            mean = float(np.average(alone, weights=params))
-            tried.append((f"layer {block} at {grid[level]:.3g}", in_steps(alone, params, mean, pattern)))
-        curves = np.reshape(loss.many(tried), (len(params), len(grid)))
+        for block, level in np.ndindex(n, len(grid)):
+            alone = np.where(np.arange(n) == block, grid[level], 0.0)
+            own = replace(budget, sparsity=float(np.average(alone, weights=budget.params)))
+            tried.append((f"layer {block} at {grid[level]:.3g}", own.in_steps(alone)))
+        curves = np.reshape(trial.losses(tried), (n, len(grid)))
         if not np.isfinite(curves).all():
             block, level = np.argwhere(~np.isfinite(curves))[0]
             raise ValueError(
                 f"allocator.upper={grid[-1]:g}: the loss with layer {block} alone at {grid[level]:.3g} is not finite; "
                 "choose a smaller upper"
             )
-        wish = water_fill(grid, curves, params, sparsity)
-        filled = to_budget(wish, params, sparsity, pattern, (float(grid[0]), float(grid[-1])))
-        uniform = Uniform().allocate(None, params, sparsity, pattern)
-        of_filled, of_uniform = loss.many([("water-filling", filled), ("uniform", uniform)])
+        wish = water_fill(grid, curves, budget.params, budget.sparsity)
+        filled, uniform = budget.project(wish, (float(grid[0]), float(grid[-1]))), budget.uniform()
+        of_filled, of_uniform = trial.losses([("water-filling", filled), ("uniform", uniform)])
         return filled if of_filled < of_uniform else uniform
 
-    def _grid(self, sparsity: float, pattern: str) -> Floats:
-        lower, upper = bounds_of(sparsity, self.lower, self.upper)
-        grid, group = np.linspace(lower, upper, self.levels), parse_pattern(pattern)
-        if group is None:
+    def _grid(self, budget: Budget) -> Floats:
+        lower, upper = budget.bounds(self.lower, self.upper)
+        grid, m = np.linspace(lower, upper, self.levels), Pattern.parse(budget.pattern).group
+        if m is None:
             return np.unique(grid)
-        m = group[1]
         steps = np.round(grid * m)
         steps[0], steps[-1] = np.floor(lower * m), np.ceil(upper * m)
         return np.unique(np.clip(steps, 0, m - 1)) / m

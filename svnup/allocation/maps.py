@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from svnup.allocation import Allocator, Loss
-from svnup.allocation.projection import Scale, bounds_of, check_bounds, check_pattern, in_steps, project, rescale, to_budget
+from svnup.allocation import Allocator, Budget, Needs, Trial
+from svnup.allocation.budget import Scale, project, rescale
 from svnup.pattern import UNSTRUCTURED
-from svnup.types import BlockScores, Ints, Players, SparsityProfile
+from svnup.types import BlockScores, Players, SparsityProfile
 
+logger = logging.getLogger(__name__)
+Compare = Literal["trial", "off"]  # with the uniform budget
 GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # as many for every knob, so that none is tuned at more cost
 
 
@@ -22,15 +25,13 @@ GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # as many for every knob, so that
 class Uniform:
     """Every block gets the target sparsity."""
 
-    uniform_only: ClassVar[bool] = True
+    needs: ClassVar[Needs] = Needs()
 
-    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
-        check_pattern(sparsity, pattern, self.uniform_only)
+    def check(self, budget: Budget) -> None:
+        budget.check_pattern(uniform=True)
 
-    def allocate(
-        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
-    ) -> SparsityProfile:
-        return in_steps(np.full(len(params), sparsity), params, sparsity, pattern)
+    def allocate(self, budget: Budget, scores: BlockScores | None = None, trial: Trial | None = None) -> SparsityProfile:
+        return budget.uniform()
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class ScoreBudget:
     seed by which scores are dealt to the blocks at random. `granularity` says what has scores and a budget of its own: each
     block, or its attention and its MLP; these then are the l above.
 
+    `compare_uniform=trial` guards against scores that mislead: the profile and the uniform one are tried on the selection text,
+    by weights that one pass over the calibration text prunes in advance, and where the uniform profile loses no more it is
+    taken, with a warning.
+
     Source: the amplitude form (2 lam, mean restored) is that of OWL's released code, arXiv 2310.05175; its text bounds s_l by
     S +- lam instead. Scales, bounds and the exact projection are ours, since the budget map of arXiv 2505.01731 is not public.
     """
@@ -54,7 +59,7 @@ class ScoreBudget:
     reverse: bool = False
     shuffle: int | None = None
     granularity: Players = "block"
-    uniform_only: ClassVar[bool] = False
+    compare_uniform: Compare = "off"
     knob: ClassVar[str] = "lam"
 
     def __post_init__(self) -> None:
@@ -63,33 +68,36 @@ class ScoreBudget:
         if self.shuffle is not None and self.shuffle < 0:
             raise ValueError(f"shuffle={self.shuffle}: a seed; choose 0 or more, or null")
 
-    def grid(self, n_blocks: int, sparsity: float) -> tuple[float, ...]:
+    @property
+    def needs(self) -> Needs:
+        compares = self.compare_uniform == "trial"
+        return Needs(scores=True, selection=compares, once=compares)
+
+    def grid(self, budget: Budget) -> tuple[float, ...]:
         return GRID
 
-    def bounds(self, sparsity: float) -> tuple[float, float]:
-        return bounds_of(sparsity, self.lower, self.upper)
+    def n_losses(self, budget: Budget) -> int:
+        return 2 if self.compare_uniform == "trial" else 0
 
-    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
-        check_pattern(sparsity, pattern, self.uniform_only)
-        if self.granularity == "sublayer" and pattern != UNSTRUCTURED:
-            raise ValueError(
-                f"pattern={pattern}: the linears of a block share its N; add allocator.granularity=block, or use "
-                "pattern=unstructured"
-            )
-        check_bounds(*self.bounds(sparsity), sparsity)
+    def check(self, budget: Budget) -> None:
+        budget.check_pattern(uniform=False, granularity=self.granularity)
+        budget.check_bounds(self.lower, self.upper)
 
-    def allocate(
-        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
-    ) -> SparsityProfile:
+    def allocate(self, budget: Budget, scores: BlockScores | None = None, trial: Trial | None = None) -> SparsityProfile:
         z = rescale(_needed(scores).values, self.scale)
         if self.shuffle is not None:
             z = np.random.default_rng(self.shuffle).permutation(z)
         if _needed(scores).higher_is == "sparser":
             z = 1 - z
-        wish = 1 - (2 * self.lam * (z - np.average(z, weights=params)) + 1 - sparsity)
-        if not self.reverse:
-            return to_budget(wish, params, sparsity, pattern, self.bounds(sparsity))
-        return to_budget(2 * sparsity - project(wish, params, sparsity, *self.bounds(sparsity)), params, sparsity, pattern)
+        wish = 1 - (2 * self.lam * (z - np.average(z, weights=budget.params)) + 1 - budget.sparsity)
+        bounds = budget.bounds(self.lower, self.upper)
+        if self.reverse:
+            wish, bounds = 2 * budget.sparsity - project(wish, budget.params, budget.sparsity, *bounds), (0.0, 1.0)
+        profile = budget.project(wish, bounds)
+        if self.compare_uniform == "off":
+            return profile
+        assert trial is not None
+        return _no_worse_than_uniform(profile, budget, trial)
 
 
 @dataclass(frozen=True)
@@ -102,27 +110,25 @@ class Ratios:
     """
 
     epsilon: float = 0.2
-    uniform_only: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs(scores=True)
     knob: ClassVar[str] = "epsilon"
 
     def __post_init__(self) -> None:
         if not 0 <= self.epsilon < 1:
             raise ValueError(f"epsilon={self.epsilon}: sparsities lie between 1 - epsilon and 1 + epsilon; choose 0.2 to 0.3")
 
-    def grid(self, n_blocks: int, sparsity: float) -> tuple[float, ...]:
+    def grid(self, budget: Budget) -> tuple[float, ...]:
         return GRID
 
-    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
-        check_pattern(sparsity, pattern, self.uniform_only)
+    def check(self, budget: Budget) -> None:
+        budget.check_pattern(uniform=False)
 
-    def allocate(
-        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
-    ) -> SparsityProfile:
+    def allocate(self, budget: Budget, scores: BlockScores | None = None, trial: Trial | None = None) -> SparsityProfile:
         z = rescale(_needed(scores).values, "raw")
         if _needed(scores).higher_is == "denser":
             z = 1 - z
         ratios = 1 - self.epsilon + 2 * self.epsilon * z
-        return to_budget(ratios * sparsity / np.average(ratios, weights=params), params, sparsity, pattern)
+        return budget.project(ratios * budget.sparsity / np.average(ratios, weights=budget.params))
 
 
 @dataclass(frozen=True)
@@ -135,28 +141,26 @@ class Atp:
     """
 
     beta: float | None = None
-    uniform_only: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs()
     knob: ClassVar[str] = "beta"
 
-    def grid(self, n_blocks: int, sparsity: float) -> tuple[float, ...]:
-        largest = 2 * min(sparsity, 1 - sparsity) / max(1, n_blocks - 1)
+    def grid(self, budget: Budget) -> tuple[float, ...]:
+        largest = 2 * min(budget.sparsity, 1 - budget.sparsity) / max(1, budget.n_units - 1)
         return tuple(largest * step / (len(GRID) - 1) for step in range(len(GRID)))
 
-    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
-        check_pattern(sparsity, pattern, self.uniform_only)
-        largest = self.grid(n_blocks, sparsity)[-1]
+    def check(self, budget: Budget) -> None:
+        budget.check_pattern(uniform=False)
+        largest = self.grid(budget)[-1]
         if self.beta is not None and not abs(self.beta) <= largest + 1e-12:
             raise ValueError(
-                f"beta={self.beta}: with {n_blocks} blocks at sparsity={sparsity:g} sparsities would leave [0, 1]; "
-                f"choose at most {largest:.4g}, or null"
+                f"beta={self.beta}: with {budget.n_units} blocks at sparsity={budget.sparsity:g} sparsities would leave "
+                f"[0, 1]; choose at most {largest:.4g}, or null"
             )
 
-    def allocate(
-        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
-    ) -> SparsityProfile:
-        n = len(params)
-        beta = self.grid(n, sparsity)[-1] / 2 if self.beta is None else self.beta
-        return to_budget(sparsity + beta * (np.arange(n, dtype=np.float64) - (n - 1) / 2), params, sparsity, pattern)
+    def allocate(self, budget: Budget, scores: BlockScores | None = None, trial: Trial | None = None) -> SparsityProfile:
+        n = budget.n_units
+        beta = self.grid(budget)[-1] / 2 if self.beta is None else self.beta
+        return budget.project(budget.sparsity + beta * (np.arange(n, dtype=np.float64) - (n - 1) / 2))
 
 
 @dataclass(frozen=True)
@@ -164,12 +168,10 @@ class FromFile:
     """A profile from a JSON file as runs write it (`profile.json`): sparsity per block, params, target, pattern."""
 
     path: str
-    uniform_only: ClassVar[bool] = False
 
     @property
-    def divided(self) -> bool:
-        """Whether the profile says what the linears of a block get."""
-        return self._read().linears is not None
+    def needs(self) -> Needs:
+        return Needs(whole_blocks=self._read().linears is None)
 
     def _read(self) -> SparsityProfile:
         if not self.path or not Path(self.path).expanduser().is_file():
@@ -181,38 +183,55 @@ class FromFile:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"path={self.path}: not a sparsity profile ({reason}); use a profile.json of a run") from None
 
-    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
+    def check(self, budget: Budget) -> None:
         profile = self._read()
-        if len(profile.sparsity) != n_blocks:
+        if len(profile.sparsity) != budget.n_units:
             raise ValueError(
-                f"path={self.path}: a profile of {len(profile.sparsity)} blocks, and the model has {n_blocks}; "
+                f"path={self.path}: a profile of {len(profile.sparsity)} blocks, and the model has {budget.n_units}; "
                 "use one of this model"
             )
-        if abs(profile.target - sparsity) > 1e-6:
+        if abs(profile.target - budget.sparsity) > 1e-6:
             raise ValueError(
-                f"path={self.path}: its target is {profile.target:g}, but sparsity={sparsity:g}; "
+                f"path={self.path}: its target is {profile.target:g}, but sparsity={budget.sparsity:g}; "
                 f"add sparsity={profile.target:g}"
             )
-        check_pattern(sparsity, pattern, bool(np.ptp(profile.sparsity) < 1e-9))
-        if profile.linears is not None and pattern != UNSTRUCTURED:
-            raise ValueError(f"pattern={pattern}: {self.path} divides blocks among their linears; use pattern=unstructured")
+        budget.check_pattern(uniform=bool(np.ptp(profile.sparsity) < 1e-9))
+        if profile.linears is not None and budget.pattern != UNSTRUCTURED:
+            raise ValueError(
+                f"pattern={budget.pattern}: {self.path} divides blocks among their linears; use pattern=unstructured"
+            )
 
-    def allocate(
-        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
-    ) -> SparsityProfile:
-        self.check(len(params), sparsity, pattern)
+    def allocate(self, budget: Budget, scores: BlockScores | None = None, trial: Trial | None = None) -> SparsityProfile:
+        self.check(budget)
         profile = self._read()
         try:
-            if profile.pattern != pattern or profile.params.tolist() != params.tolist():
+            if profile.pattern != budget.pattern or profile.params.tolist() != budget.params.tolist():
                 if profile.linears is not None:
                     raise ValueError(f"it divides blocks of {profile.params.tolist()} weights among their linears")
-                budget = profile.sparsity if profile.requested is None else profile.requested
-                return in_steps(budget, params, sparsity, pattern)
+                return budget.in_steps(profile.sparsity if profile.requested is None else profile.requested)
             return profile
         except ValueError as error:
             raise ValueError(
                 f"path={self.path}: does not fit the blocks of this model: {error}; use one of this model"
             ) from None
+
+
+def _no_worse_than_uniform(profile: SparsityProfile, budget: Budget, trial: Trial) -> SparsityProfile:
+    """The profile, or the uniform one where that loses no more by trial."""
+    uniform = budget.uniform()
+    if np.allclose(profile.sparsity, uniform.sparsity, rtol=0, atol=1e-9):
+        return profile
+    scored, even = trial.losses([("scores", profile), ("uniform", uniform)], in_advance=True, keep=False)
+    trial.took("scores" if scored < even else "uniform")
+    if scored < even:
+        return profile
+    logger.warning(
+        "allocator.compare_uniform=trial: the uniform budget is taken, which loses %.4f nats per token on selection text, by "
+        "trial, where the budget by scores loses %.4f; to prune by the scores all the same, add compare_uniform=off",
+        even,
+        scored,
+    )
+    return uniform
 
 
 def _needed(scores: BlockScores | None) -> BlockScores:
@@ -227,30 +246,31 @@ class Tuned:
     where none beats it."""
 
     allocator: Any
-    uniform_only: ClassVar[bool] = False
 
-    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
-        self.allocator.check(n_blocks, sparsity, pattern)
+    @property
+    def needs(self) -> Needs:
+        needs: Needs = self.allocator.needs
+        return replace(needs, selection=True, once=False)
 
-    def candidates(self, n_blocks: int, sparsity: float) -> dict[str, Allocator]:
+    def check(self, budget: Budget) -> None:
+        self.allocator.check(budget)
+
+    def candidates(self, budget: Budget) -> dict[str, Allocator]:
         """The allocators to try, by what tells them apart."""
         knob = self.allocator.knob
-        return {f"{knob}={v:.4g}": replace(self.allocator, **{knob: v}) for v in self.allocator.grid(n_blocks, sparsity)}
+        return {f"{knob}={v:.4g}": replace(self.allocator, **{knob: v}) for v in self.allocator.grid(budget)}
 
-    def n_losses(self, n_blocks: int, sparsity: float) -> int:
-        return len(self.candidates(n_blocks, sparsity))
+    def n_losses(self, budget: Budget) -> int:
+        return len(self.candidates(budget))
 
-    def allocate(
-        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
-    ) -> SparsityProfile:
-        assert loss is not None
-        candidates = self.candidates(len(params), sparsity).items()
-        profiles = [(label, candidate.allocate(scores, params, sparsity, pattern)) for label, candidate in candidates]
-        return best_of(profiles, loss)[1]
+    def allocate(self, budget: Budget, scores: BlockScores | None = None, trial: Trial | None = None) -> SparsityProfile:
+        assert trial is not None
+        profiles = [(label, candidate.allocate(budget, scores)) for label, candidate in self.candidates(budget).items()]
+        return best_of(profiles, trial)[1]
 
 
-def best_of(tried: Sequence[tuple[str, SparsityProfile]], loss: Loss) -> tuple[float, SparsityProfile]:
+def best_of(tried: Sequence[tuple[str, SparsityProfile]], trial: Trial) -> tuple[float, SparsityProfile]:
     """The least loss of labelled profiles and the one that has it, the first of equals."""
-    losses = loss.many(tried)
+    losses = trial.losses(tried)
     index = int(np.argmin(losses))
     return losses[index], tried[index][1]

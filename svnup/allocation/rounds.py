@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
-from svnup.allocation import Loss
-from svnup.allocation.maps import ScoreBudget, Uniform, best_of
-from svnup.allocation.projection import Scale, bounds_of, check_bounds, check_pattern, to_budget
+from svnup.allocation import Budget, Needs, Trial
+from svnup.allocation.budget import Scale
+from svnup.allocation.maps import ScoreBudget, best_of
 from svnup.pattern import UNSTRUCTURED
-from svnup.types import BlockScores, Granularity, Ints, Players, SparsityProfile
+from svnup.types import BlockScores, Granularity, Players, SparsityProfile
 
 FLOOR = 1e-3  # of the largest value, for those near 0 or below it
 FLOOR_OF_MEDIAN = 0.02
@@ -38,7 +38,6 @@ class ShapleyRounds:
     lower: float | None = None
     upper: float | None = None
     granularity: Players = "block"
-    uniform_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -47,39 +46,38 @@ class ShapleyRounds:
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a difference of sparsities; choose one above 0, at most 1")
 
-    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
-        self._first(self.lam).check(n_blocks, sparsity, pattern)
-        if pattern != UNSTRUCTURED:
-            raise ValueError(
-                f"pattern={pattern}: rounds move budgets by less than its steps; use allocator=shapley, or pattern=unstructured"
-            )
+    @property
+    def needs(self) -> Needs:
+        return Needs(scores=True, selection=True, n_games=self.rounds - 1)
 
-    def n_losses(self, n_blocks: int, sparsity: float) -> int:
+    def check(self, budget: Budget) -> None:
+        self._first(self.lam).check(budget)
+        _refuse_steps(budget)
+
+    def n_losses(self, budget: Budget) -> int:
         return 3 + 2 * (self.rounds - 1)
 
     def _first(self, lam: float) -> ScoreBudget:
         return ScoreBudget(self.scale, lam, self.lower, self.upper)
 
-    def allocate(
-        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
-    ) -> SparsityProfile:
+    def allocate(self, budget: Budget, scores: BlockScores | None = None, trial: Trial | None = None) -> SparsityProfile:
         amplitudes = (0.0, self.lam / 2, self.lam)
-        tried = [(f"lam={lam:.4g}", self._first(lam).allocate(scores, params, sparsity, pattern)) for lam in amplitudes]
-        assert loss is not None
-        least, profile = best_of(tried, loss)
+        tried = [(f"lam={lam:.4g}", self._first(lam).allocate(budget, scores)) for lam in amplitudes]
+        assert trial is not None
+        least, profile = best_of(tried, trial)
+        params, bounds = budget.params, budget.bounds(self.lower, self.upper)
         for number in range(2, self.rounds + 1):
             denser, sparser = (_shifted(profile, by) for by in (-self.delta, self.delta))
-            values = loss.values(denser, sparser) / (params * (sparser.sparsity - denser.sparsity))
+            values = trial.shapley_values(denser, sparser) / (params * (sparser.sparsity - denser.sparsity))
             if values.max() <= 0:  # more weights help no block
                 break
             z = np.log(np.maximum(values, FLOOR * values.max()))
             z -= np.average(z, weights=params)
-            bounds = bounds_of(sparsity, self.lower, self.upper)
             tried = [
-                (f"round {number}, step={step:.4g}", to_budget(profile.sparsity - step * z, params, sparsity, pattern, bounds))
+                (f"round {number}, step={step:.4g}", budget.project(profile.sparsity - step * z, bounds))
                 for step in (self.step / 2, self.step)
             ]
-            reached, moved_to = best_of(tried, loss)
+            reached, moved_to = best_of(tried, trial)
             if reached >= least:
                 break
             least, profile = reached, moved_to
@@ -113,7 +111,7 @@ class ShapleyMargins:
     lower: float | None = None
     upper: float | None = None
     granularity: Granularity = "block"
-    uniform_only: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs(selection=True)
 
     def __post_init__(self) -> None:
         for name in ("rounds", "nodes", "n_seq"):
@@ -127,37 +125,41 @@ class ShapleyMargins:
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a difference of sparsities; choose one above 0, at most 1")
 
-    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
-        check_pattern(sparsity, pattern, self.uniform_only)
-        if pattern != UNSTRUCTURED:
-            raise ValueError(
-                f"pattern={pattern}: rounds move budgets by less than its steps; use allocator=shapley, or pattern=unstructured"
-            )
-        check_bounds(*bounds_of(sparsity, self.lower, self.upper), sparsity)
+    def check(self, budget: Budget) -> None:
+        budget.check_pattern(uniform=False)
+        _refuse_steps(budget)
+        budget.check_bounds(self.lower, self.upper)
 
-    def n_losses(self, n_blocks: int, sparsity: float) -> int:
+    def n_losses(self, budget: Budget) -> int:
         return 2
 
-    def allocate(
-        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
-    ) -> SparsityProfile:
-        assert loss is not None
-        profile = uniform = Uniform().allocate(None, params, sparsity, pattern)
-        bounds, tried = bounds_of(sparsity, self.lower, self.upper), []
+    def allocate(self, budget: Budget, scores: BlockScores | None = None, trial: Trial | None = None) -> SparsityProfile:
+        assert trial is not None
+        profile = uniform = budget.uniform()
+        params, bounds = budget.params, budget.bounds(self.lower, self.upper)
+        tried = []
         for number in range(self.rounds):
             denser, sparser = (_shifted(profile, by) for by in (-self.delta, self.delta))
-            values = loss.margins(denser, sparser, number * self.n_seq, self.n_seq, self.nodes)
+            values = trial.marginal_values(denser, sparser, number * self.n_seq, self.n_seq, self.nodes)
             values /= params * (sparser.sparsity - denser.sparsity)
             if values.max() <= 0:  # more weights help no part
                 break
             least = FLOOR * values.max() if np.median(values) <= 0 else FLOOR_OF_MEDIAN * np.median(values)
             z = np.log(np.maximum(values, least))
             z -= np.average(z, weights=params)
-            profile = to_budget(profile.sparsity - self.step * np.clip(z, -2, 2), params, sparsity, pattern, bounds)
+            profile = budget.project(profile.sparsity - self.step * np.clip(z, -2, 2), bounds)
             label = f"round {number + 1}"
-            tried.append((loss(profile, label, self.trial_n_seq, trial=True), label, profile))
+            tried.append((trial.loss(profile, label, self.trial_n_seq, in_advance=True), label, profile))
         best = min(tried, key=lambda one: one[0])[1:] if tried else ("uniform", uniform)
-        return best_of([("uniform", uniform), best], loss)[1]
+        return best_of([("uniform", uniform), best], trial)[1]
+
+
+def _refuse_steps(budget: Budget) -> None:
+    if budget.pattern != UNSTRUCTURED:
+        raise ValueError(
+            f"pattern={budget.pattern}: rounds move budgets by less than its steps; use allocator=shapley, or "
+            "pattern=unstructured"
+        )
 
 
 def _shifted(profile: SparsityProfile, by: float) -> SparsityProfile:

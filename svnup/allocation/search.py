@@ -8,11 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from svnup.allocation import Loss
-from svnup.allocation.maps import Uniform, best_of
-from svnup.allocation.projection import bounds_of, check_bounds, check_pattern, in_steps
-from svnup.pattern import UNSTRUCTURED, parse_pattern
-from svnup.types import BlockScores, Floats, Granularity, Ints, SparsityProfile
+from svnup.allocation import Budget, Needs, Trial
+from svnup.allocation.maps import best_of
+from svnup.pattern import Pattern
+from svnup.types import BlockScores, Floats, Granularity, SparsityProfile
 
 MOVES = 3  # the most in one mutation, as in EvoPress
 
@@ -49,7 +48,7 @@ class Search:
     seed: int = 0
     trial: bool = False
     granularity: Granularity = "block"
-    uniform_only: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs(selection=True)
 
     def __post_init__(self) -> None:
         for name in ("generations", "offspring"):
@@ -69,61 +68,54 @@ class Search:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: must be at least 0")
 
-    def check(self, n_blocks: int, sparsity: float, pattern: str) -> None:
-        check_pattern(sparsity, pattern, self.uniform_only)
-        if self.granularity != "block" and pattern != UNSTRUCTURED:
-            raise ValueError(
-                f"pattern={pattern}: the linears of a block share its N; add allocator.granularity=block, or use "
-                "pattern=unstructured"
-            )
-        check_bounds(*bounds_of(sparsity, self.lower, self.upper), sparsity)
+    def check(self, budget: Budget) -> None:
+        budget.check_pattern(uniform=False, granularity=self.granularity)
+        budget.check_bounds(self.lower, self.upper)
 
-    def n_losses(self, n_blocks: int, sparsity: float) -> int:
+    def n_losses(self, budget: Budget) -> int:
         return 1 + self.generations * (self.offspring + sum(self.survivors)) + 2 * self.trial
 
-    def allocate(
-        self, scores: BlockScores | None, params: Ints, sparsity: float, pattern: str = UNSTRUCTURED, loss: Loss | None = None
-    ) -> SparsityProfile:
-        assert loss is not None
+    def allocate(self, budget: Budget, scores: BlockScores | None = None, trial: Trial | None = None) -> SparsityProfile:
+        assert trial is not None
         rng = np.random.default_rng(self.seed)
-        parent = uniform = Uniform().allocate(None, params, sparsity, pattern)
-        least = loss(parent, "uniform", trial=self.trial)
+        parent = uniform = budget.uniform()
+        least = trial.loss(parent, "uniform", in_advance=self.trial)
         for generation in range(1, self.generations + 1):
             label = f"generation {generation}"
-            left = self._offspring(parent, rng)
+            left = self._offspring(budget, parent, rng)
             for n_seq, n_left in zip(self.sequences, self.survivors, strict=True):
-                losses = loss.many([(label, profile) for profile in left], n_seq, self.trial)
+                losses = trial.losses([(label, profile) for profile in left], n_seq, self.trial)
                 left = [left[i] for i in np.argsort(losses, kind="stable")[:n_left]]
-            reached = loss.many([(label, profile) for profile in left], trial=self.trial)
+            reached = trial.losses([(label, profile) for profile in left], in_advance=self.trial)
             for profile, value in zip(left, reached, strict=True):
                 if value < least:
                     parent, least = profile, value
-        return best_of([("uniform", uniform), ("best", parent)], loss)[1] if self.trial else parent
+        return best_of([("uniform", uniform), ("best", parent)], trial)[1] if self.trial else parent
 
-    def _offspring(self, parent: SparsityProfile, rng: np.random.Generator) -> list[SparsityProfile]:
+    def _offspring(self, budget: Budget, parent: SparsityProfile, rng: np.random.Generator) -> list[SparsityProfile]:
         """Mutants of a profile, none twice; fewer where so many could not be found."""
-        budget = parent.sparsity if parent.requested is None else parent.requested
+        current = parent.sparsity if parent.requested is None else parent.requested
         mutants: dict[bytes, SparsityProfile] = {}
-        tried = {_levels(budget)}
+        tried = {_levels(current)}
         for _ in range(10 * self.offspring):
-            moved = self._mutant(budget, parent, rng)
+            moved = self._mutant(budget, current, rng)
             if _levels(moved) in tried:
                 continue
             tried.add(_levels(moved))
-            mutant = in_steps(np.clip(moved, *self._bounds(parent)), parent.params, parent.target, parent.pattern)
+            mutant = budget.in_steps(np.clip(moved, *budget.bounds(self.lower, self.upper)))
             if _levels(mutant.sparsity) != _levels(parent.sparsity):  # under steps of a pattern
                 mutants.setdefault(_levels(mutant.sparsity), mutant)
             if len(mutants) == self.offspring:
                 break
         return list(mutants.values())
 
-    def _mutant(self, budget: Floats, parent: SparsityProfile, rng: np.random.Generator) -> Floats:
-        lower, upper = self._bounds(parent)
-        group, params = parse_pattern(parent.pattern), parent.params
-        step = self.step if group is None else max(self.step, 1 / group[1])
+    def _mutant(self, budget: Budget, current: Floats, rng: np.random.Generator) -> Floats:
+        (lower, upper), params = budget.bounds(self.lower, self.upper), budget.params
+        m = Pattern.parse(budget.pattern).group
+        step = self.step if m is None else max(self.step, 1 / m)
         weights = step * np.minimum.outer(params, params)  # that block i loses and block j gets back
         less, more = weights / params[:, None], weights / params[None, :]
-        out = budget.copy()
+        out = current.copy()
         for _ in range(rng.integers(1, MOVES + 1, size=2).min()):
             fits = (out[:, None] + less <= upper + 1e-9) & (out[None, :] - more >= lower - 1e-9)
             pairs = np.argwhere(fits & ~np.eye(len(params), dtype=bool))
@@ -132,10 +124,7 @@ class Search:
             i, j = pairs[rng.integers(len(pairs))]
             out[i] += less[i, j]
             out[j] -= more[i, j]
-        return np.where(np.abs(out - budget) < 1e-9, budget, out)  # who came back is where it was, to the last bit
-
-    def _bounds(self, profile: SparsityProfile) -> tuple[float, float]:
-        return bounds_of(profile.target, self.lower, self.upper)
+        return np.where(np.abs(out - current) < 1e-9, current, out)  # who came back is where it was, to the last bit
 
 
 def _levels(sparsity: Floats) -> bytes:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
-from svnup.allocation.projection import Scale, split_block
+from svnup.allocation.budget import Scale, split_block
 from svnup.progress import stage
 from svnup.scoring.published import wanda_scores
 from svnup.shapley import all_coalitions, exact_values

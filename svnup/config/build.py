@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from svnup.allocation import Allocator, Chooser
-from svnup.allocation.maps import FromFile, Ratios, ScoreBudget, Tuned
-from svnup.allocation.rounds import ShapleyRounds
+from svnup.allocation import Allocator, Budget
+from svnup.allocation.maps import Tuned
 from svnup.allocation.splits import Split
 from svnup.config.checks import (
     blame_omegaconf,
@@ -42,7 +41,7 @@ from svnup.data import NAMED, TokenSource
 from svnup.evaluation.protocol import Evaluation
 from svnup.files import at_home, default_cache_dir
 from svnup.model.source import Model
-from svnup.pattern import parse_pattern
+from svnup.pattern import Pattern
 from svnup.results.tracker import Tracker
 from svnup.scoring import Scorer
 from svnup.scoring.shapley import GameOptions, ShapleyScorer
@@ -81,16 +80,17 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     shapley = scorer if isinstance(scorer, ShapleyScorer) else None
     given = {k: v for k, v in config["shapley"].items() if k not in ("game", "shard") and v != "???"}
     check_node(given, "shapley", "estimator")  # a misspelt key is one where the group is not used, too
-    allocator = _allocator({k: v for k, v in config["allocator"].items() if k != "scorer"})
-    chooses = isinstance(allocator, Chooser)
-    key = config_key(config, chooses)
+    not_compared = _leave_out_comparison(config)
+    allocator = _allocator(config["allocator"])
+    with blame("allocator"):
+        needs = allocator.needs
     selection: TokenSource = construct(config["selection"], "selection", "text")
     split: Split = construct(config["split"], "split", "split")
     if config["allocator"].get("granularity", "block") != "block":
         check_finer(config, scorer, split)
-    if isinstance(allocator, ShapleyRounds):
+    if needs.n_games is not None:
         check_rounds(shapley)
-    if scorer is None and isinstance(getattr(allocator, "allocator", allocator), (ScoreBudget, Ratios)):
+    if scorer is None and needs.scores:
         raise ValueError("allocator.scorer=null: this allocator needs scores; leave its scorer as its yaml has it")
     evaluation: Evaluation = _evaluation(config["evaluation"], known)
     with blame("evaluation"):
@@ -98,20 +98,21 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     tracker: Tracker = construct(config["tracker"], "tracker", "tracker")
     with blame("tracker", ("tracker",)):
         tracker.check()
-    texts = texts_of(dataset, shapley, allocator, _shared(selection, known, "selection") if chooses else None, evaluation)
+    texts = texts_of(
+        dataset, shapley, allocator, _shared(selection, known, "selection") if needs.selection else None, evaluation
+    )
     check_roles(texts)
     if online or model.from_hub or any(source.from_hub for source in texts.values()):
         _go_offline_if_unreachable()
     with blame("model"):
         n_blocks = model.n_blocks()
     with blame("allocator", ("sparsity", "pattern")):
-        allocator.check(n_blocks, config["sparsity"], config["pattern"])
-    group = parse_pattern(config["pattern"])
-    if isinstance(allocator, FromFile) and allocator.divided and not split.uniform:
+        allocator.check(Budget.of_equal(n_blocks, config["sparsity"], config["pattern"]))
+    if not needs.whole_blocks and not split.uniform:
         raise ValueError(
-            f"split={option_of(config, 'split')}: {allocator.path} divides blocks among their linears; use split=uniform"
+            f"split={option_of(config, 'split')}: the allocator's profile divides blocks among their linears; use split=uniform"
         )
-    if group is not None and not split.uniform:
+    if Pattern.parse(config["pattern"]).group is not None and not split.uniform:
         raise ValueError(f"pattern={config['pattern']}: the linears of a block share its N; add split=uniform")
     with blame("model", ("offload",)):
         model.check_offload(config["offload"])
@@ -120,6 +121,10 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
             shapley.check(n_blocks)
     refuse_mixed_roles(texts)
     pruner: Pruner = construct(config["pruner"], "pruner", "pruner")  # the first that imports torch
+    if needs.once and not pruner.prunes:  # every budget leaves the same model
+        config["allocator"]["compare_uniform"] = "off"
+        allocator = _allocator(config["allocator"])
+        needs, _ = allocator.needs, texts.pop("selection")
     if shapley is not None and shapley.game.absence == "prune":
         stand_in = shapley.game.pruner
         if stand_in is None or not stand_in.prunes or config["sparsity"] == 0:
@@ -131,7 +136,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
         raise ValueError(
             f"offload={config['offload']}: lm-eval needs the whole model in memory; use offload=none, or evaluation=ppl"
         )
-    check_memory(config, pruner, split, shapley, chooses)
+    check_memory(config, pruner, split, shapley, needs.selection)
     with blame("model"):
         model.check_device()
     scalars = {k: config[k] for k in Schema.__annotations__ if not isinstance(config[k], dict)}
@@ -148,7 +153,8 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
         evaluation=evaluation,
         tracker=tracker,
         config=config,
-        key=key,
+        key=config_key(config, needs.selection),
+        not_compared=not_compared,
         **scalars,
     )
 
@@ -219,6 +225,7 @@ def _resolves(host: str | None, found: list[bool]) -> None:
 
 def _allocator(node: dict[str, Any]) -> Allocator:
     """An allocator, to be tuned where its knob is `auto`."""
+    node = {k: v for k, v in node.items() if k != "scorer"}
     tuned = [k for k, v in node.items() if v == "auto"]
     allocator: Any = construct({k: v for k, v in node.items() if k not in tuned}, "allocator", "allocator")
     if not tuned:
@@ -227,6 +234,18 @@ def _allocator(node: dict[str, Any]) -> Allocator:
     if tuned != [knob]:
         raise ValueError(f"allocator.{tuned[0]}=auto: cannot be tuned{f', only {knob} can' if knob else ''}; give a value")
     return Tuned(allocator)
+
+
+def _leave_out_comparison(config: dict[str, Any]) -> str | None:
+    """Turn `allocator.compare_uniform` off where the uniform budget is tried anyway, or cannot be; returns why it cannot."""
+    node, reason = config["allocator"], None
+    if node.get("compare_uniform") != "trial":
+        return None
+    if config["offload"] != "none":
+        reason = f"offload={config['offload']}: weights pruned in advance and the dense ones need both in memory"
+    if reason is not None or "auto" in node.values():
+        config["allocator"] = node | {"compare_uniform": "off"}
+    return reason
 
 
 def _scorer(node: Any, known: Texts) -> Scorer | None:

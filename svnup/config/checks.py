@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf.errors import OmegaConfBaseException
 
+from svnup.allocation.maps import Compare
 from svnup.allocation.splits import Split
 from svnup.config.construction import did_you_mean, type_complaint
 from svnup.config.job import Gate
@@ -19,7 +20,7 @@ from svnup.config.messages import explain
 from svnup.config.schema import GROUPS, Schema
 from svnup.data import TokenSource
 from svnup.files import at_home
-from svnup.pattern import parse_pattern
+from svnup.pattern import Pattern
 from svnup.scoring import Scorer
 from svnup.scoring.shapley import ShapleyScorer
 from svnup.types import Offload, SaveFormat, SelectionLoss
@@ -97,8 +98,9 @@ def check_scalars(config: dict[str, Any]) -> None:
     if not 0 <= sparsity < 1:
         hint = f"; did you mean sparsity={sparsity / 100:g}?" if 1 < sparsity < 100 else ""
         raise ValueError(f"sparsity={sparsity:g}: must be a fraction of zeros in [0, 1){hint}")
-    parse_pattern(config["pattern"])
+    Pattern.parse(config["pattern"])
     closed = {"protocol_gate": Gate, "offload": Offload, "save_format": SaveFormat, "selection_loss": SelectionLoss}
+    closed["compare_uniform"] = Compare
     for name, options in closed.items():
         choices = typing.get_args(options)
         if config[name] not in choices:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,14 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from svnup import NUMBERS_VERSION
-from svnup.allocation import Allocator, Chooser
+from svnup.allocation import Allocator, Budget
+from svnup.allocation.maps import Compare
 from svnup.allocation.splits import Split
 from svnup.config.construction import blame
 from svnup.data import TokenSource
 from svnup.evaluation.protocol import Evaluation
 from svnup.model.source import Model
 from svnup.naming import allocator_name, code_from_outside, method_name, moving_numbers, named
-from svnup.pattern import parse_pattern
+from svnup.pattern import Pattern
 from svnup.results.tracker import Tracker
 from svnup.scoring import Scorer
 from svnup.scoring.shapley import ShapleyScorer
@@ -51,6 +54,7 @@ class Job:
     seed: int
     protocol_gate: Gate
     selection_loss: SelectionLoss
+    compare_uniform: Compare
     results_dir: str
     cache_dir: str
     datasets_dir: str | None
@@ -62,6 +66,7 @@ class Job:
     save_masks: bool
     config: dict[str, Any]
     key: str
+    not_compared: str | None = None  # why the budget is not compared with the uniform one, where that was asked
 
     @property
     def name(self) -> str:
@@ -107,6 +112,10 @@ class Job:
         """What has a budget of its own."""
         return typing.cast(Granularity, self.config["allocator"].get("granularity", "block"))
 
+    def budget(self, lm: LanguageModel) -> Budget:
+        """What the allocator divides among the parts of a model."""
+        return Budget(lm.budget_params(self.granularity), self.sparsity, self.pattern)
+
     @property
     def game_prunes(self) -> bool:
         return self.shapley is not None and self.shapley.game.absence == "prune"
@@ -140,7 +149,7 @@ class Job:
             tokenizer = self.model.tokenizer
         known = self.skeleton.n_embeddings
         for key, source in self.sources().items():
-            with blame(key):
+            with blame(key), self._or_not_compared(key):
                 highest = int(source.tokens(tokenizer).max())
             if highest >= known:
                 raise ValueError(
@@ -150,6 +159,16 @@ class Job:
         with blame("evaluation"):
             self.evaluation.check(self.skeleton, tokenizer)
 
+    @contextlib.contextmanager
+    def _or_not_compared(self, key: str) -> Iterator[None]:
+        """A text that only a comparison reads can be done without."""
+        try:
+            yield
+        except ValueError as error:
+            if key == "selection" and self.allocator.needs.once:
+                raise ValueError(f"{error}; or add compare_uniform=off, which reads no selection text") from error
+            raise
+
     def check_shapes(self) -> LanguageModel:
         """Check pattern, budget and lengths against the real shapes of the model; returns the skeleton that has them."""
         from svnup.model.language_model import matrix
@@ -157,16 +176,16 @@ class Job:
 
         lm = self.skeleton
         self._check_lengths(lm)
-        group = parse_pattern(self.pattern)
+        group = Pattern.parse(self.pattern).group
         linears = [(i, name, m) for i in range(lm.n_blocks) for name, m in lm.linears(i).items()]
         if not linears:
             raise ValueError(f"model={self.model.name}: its blocks have no linears to prune; choose another model")
-        for index, name, linear in linears if group else []:
-            if (width := matrix(linear).shape[1]) % group[1]:  # type: ignore[index]
+        for index, name, linear in linears if group is not None else []:
+            if (width := matrix(linear).shape[1]) % group:  # type: ignore[operator]
                 raise ValueError(_does_not_divide(self.pattern, f"the {width} inputs of block {index}, {name}"))
-        if self.scorer is None and not isinstance(self.allocator, Chooser):
+        if self.scorer is None and not self.allocator.needs.selection:
             with blame("allocator"):
-                check_profile(lm, self.allocator.allocate(None, lm.block_params, self.sparsity, self.pattern))
+                check_profile(lm, self.allocator.allocate(self.budget(lm)))
         if getattr(self.scorer, "granularity", "block") == "sublayer":
             key = "shapley.game.players" if self.shapley is not None else "allocator.granularity"
             try:
@@ -225,6 +244,8 @@ def _counting(config: dict[str, Any]) -> dict[str, Any]:
     kept = moving_numbers(config)
     if scorer := kept["allocator"].get("scorer"):
         kept["allocator"] = kept["allocator"] | {"scorer": {k: v for k, v in scorer.items() if k != "shard"}}
+    if kept["allocator"].get("compare_uniform") == "off":  # as it was before there was a choice
+        kept["allocator"] = {k: v for k, v in kept["allocator"].items() if k != "compare_uniform"}
     return kept
 
 

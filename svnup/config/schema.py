@@ -39,6 +39,7 @@ class Schema:
     seed: int = 0
     protocol_gate: str = "error"
     selection_loss: str = "nll"
+    compare_uniform: str = "trial"
     results_dir: str = "results"
     cache_dir: str | None = None
     datasets_dir: str | None = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,19 +32,12 @@ class PrunedInAdvance:
     """
 
     def __init__(self, lm: LanguageModel, pruner: Pruner, tokens: Ints, max_bytes: int = 2**32) -> None:
-        if lm.offloaded:
-            raise ValueError("offload: pruned weights beside the dense ones need both in memory; use offload=none")
+        _refuse_offload(lm)
         self._lm, self._pruner, self._max_bytes, self._bytes = lm, pruner, max_bytes, 0
         self._inputs: list[Inputs] = []
         self._kept: OrderedDict[tuple[int, str, float], Tensor] = OrderedDict()
-        if not pruner.needs_inputs:
-            return
-        with torch.inference_mode(), stage("statistics", lm.n_blocks, "blocks") as advance:
-            for visit in lm.walk(tokens):
-                inputs = Inputs(visit.linears, pruner, n_first=0)
-                inputs.collect(visit, advance=True)
-                self._inputs.append(inputs)
-                advance(1)
+        if pruner.needs_inputs:
+            self._inputs += (inputs for _, inputs in _dense_inputs(lm, pruner, tokens) if inputs is not None)
 
     @torch.inference_mode()
     def weight(self, index: int, name: str, sparsity: float) -> Tensor:
@@ -51,13 +46,8 @@ class PrunedInAdvance:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        linear = self._lm.linears(index)[name]
-        stats = self._inputs[index].stats(name) if self._pruner.needs_inputs else None
-        try:
-            pruned = self._pruner.prune(matrix(linear), stats, sparsity)
-        except ValueError as error:
-            raise ValueError(f"stage trial: block {index}, {name}: {error}") from error
-        self._kept[key] = pruned = pruned if matrix(linear) is linear.weight else pruned.T
+        inputs = self._inputs[index] if self._pruner.needs_inputs else None
+        self._kept[key] = pruned = _pruned(self._lm, self._pruner, index, name, inputs, sparsity)
         self._bytes += pruned.numel() * pruned.element_size()
         while self._bytes > self._max_bytes and len(self._kept) > 1:
             _, gone = self._kept.popitem(last=False)
@@ -68,3 +58,50 @@ class PrunedInAdvance:
         """The weights of a block by parameter name, as a profile of blocks or of their linear layers asks."""
         names = self._lm.linears(index)
         return {f"{name}.weight": self.weight(index, name, profile.of(index, name)) for name in names}
+
+
+def pruned_in_passing(
+    lm: LanguageModel, pruner: Pruner, tokens: Ints
+) -> Iterator[tuple[int, Callable[[SparsityProfile], dict[str, Tensor]]]]:
+    """The same weights, block after block, for profiles that are known before: a block's index and what gives its weights by a
+    profile. Statistics are held of one block at a time, and no weights.
+
+    Args and Raises: as for `PrunedInAdvance`.
+    """
+    _refuse_offload(lm)
+    for index, inputs in _dense_inputs(lm, pruner, tokens):
+        yield index, partial(_pruned_block, lm, pruner, index, inputs)
+
+
+def _dense_inputs(lm: LanguageModel, pruner: Pruner, tokens: Ints) -> Iterator[tuple[int, Inputs | None]]:
+    """What the linears of each block of the dense model read; None where the pruner needs no inputs."""
+    with torch.inference_mode(), stage("statistics", lm.n_blocks, "blocks") as advance:
+        if not pruner.needs_inputs:
+            yield from ((index, None) for index in range(lm.n_blocks))
+            return
+        for visit in lm.walk(tokens):
+            inputs = Inputs(visit.linears, pruner, n_first=0)
+            inputs.collect(visit, advance=True)
+            yield visit.index, inputs
+            advance(1)
+
+
+def _pruned_block(
+    lm: LanguageModel, pruner: Pruner, index: int, inputs: Inputs | None, profile: SparsityProfile
+) -> dict[str, Tensor]:
+    return {f"{n}.weight": _pruned(lm, pruner, index, n, inputs, profile.of(index, n)) for n in lm.linears(index)}
+
+
+def _pruned(lm: LanguageModel, pruner: Pruner, index: int, name: str, inputs: Inputs | None, sparsity: float) -> Tensor:
+    """The weights of one linear layer, in the shape of its parameter."""
+    linear = lm.linears(index)[name]
+    try:
+        pruned = pruner.prune(matrix(linear), None if inputs is None else inputs.stats(name), sparsity)
+    except ValueError as error:
+        raise ValueError(f"stage trial: block {index}, {name}: {error}") from error
+    return pruned if matrix(linear) is linear.weight else pruned.T
+
+
+def _refuse_offload(lm: LanguageModel) -> None:
+    if lm.offloaded:
+        raise ValueError("offload: pruned weights beside the dense ones need both in memory; use offload=none")

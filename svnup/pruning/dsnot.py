@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from svnup.pattern import steps_of
+from svnup.pattern import Pattern
 from svnup.pruning.masks import zeroed
 from svnup.pruning.refit import check_base
 from svnup.pruning.walk import Pruner, workspace
@@ -96,13 +96,14 @@ class DSnoT:
         if sparsity == 0:
             return weight
         gone = zeroed(self.base.prune(weight, stats.base, sparsity), sparsity, self.pattern)
-        group = steps_of(self.pattern, sparsity)
         variance = stats.deviations / stats.n_tokens
         squares = variance + stats.mean.square()
         if not squares.isfinite().all():
             raise ValueError("nan or infinity in the statistics of the inputs")
         variance = torch.maximum(variance, squares * torch.finfo().eps).clamp(min=torch.finfo().tiny)
-        self._swap(gone, weight.float(), stats.mean, variance, squares.sqrt(), group[1] if group else weight.shape[1])
+        self._swap(
+            gone, weight.float(), stats.mean, variance, squares.sqrt(), Pattern.parse(self.pattern).group or weight.shape[1]
+        )
         return weight.masked_fill(gone, 0)
 
     def _swap(self, gone: Tensor, w: Tensor, mean: Tensor, variance: Tensor, norms: Tensor, m: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svnup.pattern import steps_of
+from svnup.pattern import Pattern
 
 
 def n_zeros(sparsity: float, size: int) -> int:
@@ -41,9 +41,9 @@ def smallest(scores: Tensor, sparsity: float, pattern: str, per: Literal["row", 
     """
     if not scores.isfinite().all():
         raise ValueError("nan or infinity in the weights, in the statistics of their inputs, or in products of both")
-    group = steps_of(pattern, sparsity)
-    if group is not None:
-        return lowest_of_groups(scores, *group)
+    steps = Pattern.parse(pattern).steps(sparsity)
+    if steps is not None:
+        return lowest_of_groups(scores, *steps)
     return lowest(scores if per == "row" else scores.reshape(1, -1), sparsity).reshape(scores.shape)
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor
 
-from svnup.pattern import parse_pattern, steps_of
+from svnup.pattern import Pattern
 from svnup.pruning.column_block import prune_columns
 from svnup.pruning.masks import check_groups, lowest_counts, n_zeros
 
@@ -120,10 +120,10 @@ class SparseGPT:
     prunes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        group = parse_pattern(self.pattern)
+        group = Pattern.parse(self.pattern).group
         if self.damp <= 0:
             raise ValueError(f"damp={self.damp}: choose a positive fraction of the mean diagonal, such as 0.01")
-        if self.block_size < 1 or (group and self.block_size % group[1]):
+        if self.block_size < 1 or (group and self.block_size % group):
             raise ValueError(f"block_size={self.block_size}: choose a positive multiple of the M of pattern={self.pattern}")
 
     def new_stats(self, weight: Tensor) -> Hessian:
@@ -137,10 +137,10 @@ class SparseGPT:
         return 4 * (5 * d_out * d_in + 6 * d_in**2)
 
     def prune(self, weight: Tensor, stats: Hessian, sparsity: float) -> Tensor:
-        group = steps_of(self.pattern, sparsity)
-        if group:
-            check_groups(*group, weight.shape[1])
-        if sparsity == 0 or (group and group[0] == 0):
+        steps = Pattern.parse(self.pattern).steps(sparsity)
+        if steps:
+            check_groups(*steps, weight.shape[1])
+        if sparsity == 0 or (steps and steps.zeros == 0):
             return weight
         _, u, dead = stats.damped(self.damp, cholesky_of_inverse)
         return self.prune_with_factor(weight, u, dead, sparsity)
@@ -154,17 +154,17 @@ class SparseGPT:
             dead: which inputs are zero in every token, bool (d_in,).
             sparsity: fraction of zeros.
         """
-        group = steps_of(self.pattern, sparsity)
+        steps = Pattern.parse(self.pattern).steps(sparsity)
         w = weight.float().T.clone(memory_format=torch.contiguous_format).T  # columns contiguous in memory
         rows, columns = w.shape
         for start in range(0, columns, self.block_size):
             end = min(start + self.block_size, columns)
             block, factor, mask = w[:, start:end], u[start:end, start:end], None
             scale = factor.diagonal().masked_fill(dead[start:end], torch.inf)  # zeroes weights of dead inputs first
-            if group is None:
+            if steps is None:
                 count = n_zeros(sparsity, rows * end) - n_zeros(sparsity, rows * start)
                 scores = (block / scale).square().reshape(1, -1)
                 mask = lowest_counts(scores, torch.tensor([count])).reshape(block.shape)
-            block[:], errors = prune_columns(block, factor, mask, group, scale)
+            block[:], errors = prune_columns(block, factor, mask, steps, scale)
             w[:, end:].addmm_(errors, u[start:end, end:], alpha=-1)
         return w.to(weight.dtype).contiguous()

@@ -28,6 +28,7 @@ from svnup.results.select import (
     listed,
     model_of,
     same,
+    uniform_taken,
     word,
 )
 from svnup.types import LOCAL_COPY
@@ -439,6 +440,8 @@ def _notes(runs: Sequence[Run], metrics: Sequence[str]) -> Iterable[str]:
                 reason = run.metrics[metric].get("reason") if metric in run.metrics else run.row.error
                 yield f"Failed: {name}, {' '.join(str(reason).split())[:160]}."
             elif state is None:
+                if (taken := uniform_taken(run.row)) is not None:
+                    yield f"Uniform: {name}, {taken}."
                 if (stderr := run.metrics[metric].get("stderr")) is not None:
                     errors.setdefault(metric, []).append(stderr)
                 if run.row.sparsity is not None:

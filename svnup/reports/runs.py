@@ -9,7 +9,7 @@ from typing import Any
 from svnup.reports.grid import Cell, Grid
 from svnup.reports.pivot import number
 from svnup.results.row import ResultRow
-from svnup.results.select import MISSING, fallback_of, flatten, settings, word
+from svnup.results.select import MISSING, fallback_of, flatten, settings, uniform_taken, word
 from svnup.types import player_names
 
 
@@ -36,6 +36,7 @@ def show(row: ResultRow, defaults: Mapping[str, Any]) -> str:
     fallback = fallback_of(row)
     out = [f"run {row.config_key}: {row.status}" + (f", pruning fell back: {fallback}" if fallback else "")]
     out += [f"  {row.error}"] if row.error else []
+    out += [f"  {taken}"] if (taken := uniform_taken(row)) else []
     sections = {
         "settings apart from the defaults": _changes(settings(row.config), settings(defaults)),
         "metrics": _metrics(row),

@@ -14,7 +14,7 @@ from svnup.pattern import UNSTRUCTURED
 from svnup.reports.grid import Cell, Grid
 from svnup.reports.pivot import notes_on_inputs
 from svnup.results.row import ResultRow
-from svnup.results.select import fallback_of, model_of, short_names
+from svnup.results.select import fallback_of, model_of, short_names, uniform_taken
 
 LIMITED = " (limit "  # in names of columns with numbers of part of a task, which have no change
 IDENTITY = ["model", "pruner", "allocator", "sparsity", "pattern", "seed"]
@@ -72,6 +72,7 @@ def describe(row: ResultRow) -> dict[str, Any]:
     words = [word for word in (*words, _options(config["allocator"])) if word]
     if row.tuning and row.tuning.get("kind", "nll") != "nll":
         words.append(f"by {row.tuning['kind']}")
+    words += ["uniform taken"] if uniform_taken(row) else []
     return {
         "model": model_of(config),
         "pruner": method_name(config["pruner"]),
@@ -84,7 +85,7 @@ def describe(row: ResultRow) -> dict[str, Any]:
 
 def _options(node: dict[str, Any]) -> str:
     """A node's options in words: texts as they are, numbers with their name."""
-    hidden = ("_target_", "scorer", "path", "granularity")  # the last is in the method's name
+    hidden = ("_target_", "scorer", "path", "granularity", "compare_uniform")  # the third is in the method's name
     options = {
         k: v for k, v in node.items() if k not in hidden and v is not None and v is not False and not isinstance(v, dict)
     }

@@ -55,6 +55,14 @@ def fallback_of(row: ResultRow) -> str | None:
     return next((r["fallback"] for r in (row.pruning or {}).get("per_linear", []) if r.get("fallback")), None)
 
 
+def uniform_taken(row: ResultRow) -> str | None:
+    """Where the uniform budget was taken in place of the one by scores: what both lose by trial."""
+    if not row.tuning or row.tuning.get("taken") != "uniform":
+        return None
+    lost = {call["label"]: MISSING if call["loss"] is None else f"{call['loss']:.4f}" for call in row.tuning["curve"]}
+    return f"the uniform budget was taken, which loses {lost['uniform']} nats per token by trial, by scores {lost['scores']}"
+
+
 def is_seed(key: str) -> bool:
     return key == "seed" or (key.endswith(".seed") and not key.startswith("model."))
 
@@ -87,13 +95,14 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
     """
     kept = moving_numbers(dict(config))
     kept.setdefault("split", {"_target_": "UniformSplit"})  # results of earlier versions have none
-    allocator = dict(kept["allocator"])
+    allocator = {k: v for k, v in kept["allocator"].items() if (k, v) != ("compare_uniform", "off")}  # nor that
+    kept["allocator"] = allocator
     if "selection" in config:
         kept["selection"] = config["selection"]
     if (scorer := allocator.get("scorer")) and "game" in scorer:
-        del allocator["scorer"]
+        allocator.pop("scorer")
         game = {k: v for k, v in scorer["game"].items() if not (k == "pruner" and v == kept["pruner"])}
-        kept |= {"allocator": allocator, "shapley": {k: v for k, v in scorer.items() if k != "shard"} | {"game": game}}
+        kept |= {"shapley": {k: v for k, v in scorer.items() if k != "shard"} | {"game": game}}
     out: dict[str, str] = {}
 
     def visit(node: Any, key: str) -> None:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class GameOptions:
-    """The game of a job: its payoff text, and the options of `svnup.game.LayerGame`.
+    """The game of a job: its payoff text, and the options of `svnup.game.layer_game.LayerGame`.
 
     Args:
         data: the payoff text.

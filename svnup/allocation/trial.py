@@ -1,4 +1,4 @@
-"""The loss on held-out text by which allocators that tune or search choose a profile."""
+"""What a profile costs on held-out text, by which allocators that tune or search choose one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,92 +17,124 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from svnup import NUMBERS_VERSION
 from svnup.allocation.margins import marginal_values
+from svnup.allocation.splits import Split
+from svnup.data import TokenSource
 from svnup.game.layer_game import max_states
 from svnup.game.walk_plan import WalkPlan
 from svnup.memo import Memo
 from svnup.model.language_model import LanguageModel, MicroBatch
+from svnup.naming import identity
 from svnup.progress import stage
-from svnup.pruning.advance import PrunedInAdvance
-from svnup.pruning.walk import Pruner, block_pruned, check_profile
-from svnup.types import Floats, Ints, SelectionLoss, ShapleyValues, SparsityProfile
+from svnup.pruning.advance import PrunedInAdvance, pruned_in_passing
+from svnup.pruning.walk import Pruner, block_pruned, check_profile, pruned_weights, temporarily_pruned
+from svnup.scoring.shapley import ShapleyScorer
+from svnup.types import Floats, Ints, SelectionLoss, SparsityProfile
 
 logger = logging.getLogger(__name__)
 
 
-class HeldOutLoss:
-    """The loss in nats per token, on selection text, of the model pruned by a profile on calibration text (n_seq, seq_len).
+class Trial:
+    """What a profile costs: the loss in nats per token, on selection text, of the model pruned by it.
 
-    `kind`: `nll`, the mean negative log-likelihood of the next token; `kl`, the mean divergence KL(dense || pruned) of the
-    predictions, with the dense model's last hidden states kept.
-    `text` gives the selection tokens (n_seq, seq_len) when the first loss is asked for, `divide` what a profile asks of the
-    linears, `play` the Shapley values in the model pruned by one profile where an absent block is pruned by another.
-    Losses are kept under `cache_dir` by model, text, profile and `name`, which says how profiles are pruned: jobs of a sweep
-    share them and a killed one goes on. A loss that is not finite is infinite. Asked for `n_seq`, it is that of the first
-    sequences only, kept apart; a `trial`, kept apart too, is that of weights pruned in advance by statistics of the dense
-    model (`PrunedInAdvance`): one forward pass and no calibration. `payoff` gives the tokens of marginal values.
+    The losses are those of `prune_model` and `LanguageModel.nll` (or `token_kl`), bit for bit; one that is not finite is
+    infinite. Asked for `n_seq`, a loss is that of the first sequences only; one `in_advance` is that of weights pruned by
+    statistics of the dense model (`PrunedInAdvance`): one forward pass and no calibration. All are kept under `cache_dir`, by
+    model, text, profile and how it is pruned: jobs of a sweep share them and a killed one goes on. Nothing is read before it
+    is asked for.
 
     Profiles that are asked for together are walked depth first: blocks that they begin with in common are pruned and run once,
-    and one block at a time is not dense. Hidden states at the doors of blocks take at most `state_bytes` (None: as in a
-    game), beyond which they are computed again. The losses are those of `prune_model` and `LanguageModel.nll`
-    (or `token_kl`), bit for bit. Raises ValueError where a block cannot be pruned, and where the model is offloaded.
+    and one block at a time is not dense.
+
+    Args:
+        split: divides the budgets of a profile's blocks among their linears, before it is pruned.
+        calibration: text that the pruner and the split read, int64 (n_seq, seq_len).
+        selection: the text of the losses.
+        payoff: the text of marginal values; needed for these alone.
+        shapley: plays again in pruned models; needed for their Shapley values alone.
+        kind: `nll`, the mean negative log-likelihood of the next token; `kl`, the mean divergence KL(dense || pruned) of the
+            predictions, with the dense model's last hidden states kept.
+        state_bytes: that hidden states at the doors of blocks take at most (None: as in a game), beyond which they are
+            computed again.
+
+    Raises:
+        ValueError: when asked, where a block cannot be pruned, and where the model is offloaded.
     """
 
     def __init__(
         self,
         lm: LanguageModel,
         pruner: Pruner,
+        split: Split,
         calibration: Ints,
-        text: Callable[[], Ints],
-        name: str,
+        selection: TokenSource | None,
         cache_dir: str | Path,
-        divide: Callable[[SparsityProfile], SparsityProfile] = lambda profile: profile,
-        state_bytes: int | None = None,
+        *,
+        payoff: TokenSource | None = None,
+        shapley: ShapleyScorer | None = None,
         kind: SelectionLoss = "nll",
-        play: Callable[[SparsityProfile, SparsityProfile], ShapleyValues] | None = None,
-        payoff: Callable[[], Ints] | None = None,
+        state_bytes: int | None = None,
     ) -> None:
-        self._play, self._payoff, self._rounds = play, payoff, list[dict[str, Any]]()
-        self._lm, self._pruner, self._calibration, self._divide = lm, pruner, calibration, divide
-        self._text, self._name, self._cache_dir, self._state_bytes = text, name, cache_dir, state_bytes
+        self._lm, self._pruner, self._split, self._calibration = lm, pruner, split, calibration
+        self._selection, self._payoff, self._shapley = selection, payoff, shapley
+        self._cache_dir, self._state_bytes = cache_dir, state_bytes
         self._kind, self._dense_states = kind, dict[int, list[MicroBatch]]()  # by the number of sequences
         self._calls: list[dict[str, Any]] = []
+        self._rounds: list[dict[str, Any]] = []
         self._targets: set[float] = set()
         self._kinds: set[str] = set()  # of device, on which losses were measured
         self._n_new, self._seconds = 0, 0.0
         self._n_calibration, self._n_selection = 0, 0.0  # block-forwards
         self._n_payoff = 0  # sequences through a backward pass
+        self._taken: str | None = None
 
     @cached_property
     def _tokens(self) -> Ints:
-        return self._text()
+        assert self._selection is not None
+        return self._selection.tokens(self._lm.tokenizer)
 
     @cached_property
     def _memo(self) -> Memo:
-        tokens = hashlib.sha256(self._tokens.tobytes()).hexdigest()
+        calibration, tokens = (hashlib.sha256(ids.tobytes()).hexdigest() for ids in (self._calibration, self._tokens))
+        how = f"{identity(self._pruner)} {identity(self._split)} {calibration} {NUMBERS_VERSION}"
         kind = [] if self._kind == "nll" else [self._kind]
-        identity = json.dumps([self._lm.fingerprint(), self._name, tokens, list(self._tokens.shape), *kind])
-        folder = Path(self._cache_dir) / "losses" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+        text = json.dumps([self._lm.fingerprint(), how, tokens, list(self._tokens.shape), *kind])
+        folder = Path(self._cache_dir) / "losses" / hashlib.sha256(text.encode()).hexdigest()[:32]
         return Memo(folder, self._lm.device.type)
 
     @cached_property
     def _in_advance(self) -> PrunedInAdvance:
         return PrunedInAdvance(self._lm, self._pruner, self._calibration)
 
-    def __call__(self, profile: SparsityProfile, label: str = "", n_seq: int | None = None, trial: bool = False) -> float:
-        return self.many([(label, profile)], n_seq, trial)[0]
+    def _divide(self, profile: SparsityProfile) -> SparsityProfile:
+        return self._split.divide(self._lm, profile, self._pruner, self._calibration)
 
-    def many(self, tried: Sequence[tuple[str, SparsityProfile]], n_seq: int | None = None, trial: bool = False) -> list[float]:
-        """The losses of labelled profiles, in their order."""
+    def loss(self, profile: SparsityProfile, label: str = "", n_seq: int | None = None, in_advance: bool = False) -> float:
+        """The loss of a profile; `label` says what is tried."""
+        return self.losses([(label, profile)], n_seq, in_advance)[0]
+
+    def losses(
+        self,
+        tried: Sequence[tuple[str, SparsityProfile]],
+        n_seq: int | None = None,
+        in_advance: bool = False,
+        keep: bool = True,
+    ) -> list[float]:
+        """The losses of labelled profiles, in their order; unless `keep`, statistics of one block at a time are held."""
         start = time.perf_counter()
         tokens = self._tokens[:n_seq]
         part: dict[str, Any] = {"n_seq": len(tokens)} if len(tokens) < len(self._tokens) else {}
-        part |= {"trial": True} if trial else {}
+        part |= {"trial": True} if in_advance else {}
         keys = [_key(profile, part) for _, profile in tried]
         new = {key: profile for key, (_, profile) in zip(keys, tried, strict=True) if key not in self._memo.values}
         if new:
             before = self._lm.n_block_runs
-            self._measure(list(new), [self._divide(profile) for profile in new.values()], tokens, trial)
+            divided = [self._divide(profile) for profile in new.values()]
+            if in_advance and not keep:
+                self._measure_in_passing(list(new), divided, tokens)
+            else:
+                self._measure(list(new), divided, tokens, in_advance)
             self._n_calibration += self._lm.n_block_runs - before
         losses = [self._memo.values[key] for key in keys]
         if not (kinds := {self._memo.kinds[key] for key in keys}) <= self._kinds:
@@ -116,22 +148,31 @@ class HeldOutLoss:
         self._seconds += time.perf_counter() - start
         return losses
 
-    def values(self, denser: SparsityProfile, sparser: SparsityProfile) -> Floats:
+    def took(self, label: str) -> None:
+        """Put on record which of the labelled profiles was taken."""
+        self._taken = label
+
+    def shapley_values(self, denser: SparsityProfile, sparser: SparsityProfile) -> Floats:
         """Shapley values (n_units,) where a present block or sublayer is pruned by `denser` and an absent one by `sparser`."""
-        assert self._play is not None
+        assert self._shapley is not None
         start, before = time.perf_counter(), self._lm.n_block_runs
-        found = self._play(self._divide(denser), self._divide(sparser))
+        present, absent = self._divide(denser), self._divide(sparser)
+        replacements = pruned_weights(self._lm, absent, self._pruner, self._calibration)
+        with temporarily_pruned(self._lm, present, self._pruner, self._calibration):
+            found = self._shapley.reestimate(self._lm, replacements, str(self._cache_dir))
         self._n_calibration += self._lm.n_block_runs - before
         self._seconds += time.perf_counter() - start
         self._rounds.append(found.to_dict())
         return found.per_unit(len(denser.sparsity)).values
 
-    def margins(self, denser: SparsityProfile, sparser: SparsityProfile, first: int, n_seq: int, nodes: int = 1) -> Floats:
+    def marginal_values(
+        self, denser: SparsityProfile, sparser: SparsityProfile, first: int, n_seq: int, nodes: int = 1
+    ) -> Floats:
         """Aumann-Shapley values (n_units,) of what has a budget of its own, by weights pruned in advance: a present part is
         pruned by `denser`, an absent one by `sparser`, and the payoff is minus this loss on `n_seq` sequences of the payoff
         text, from number `first` on, round its end. Kept under `cache_dir`, as losses are."""
         assert self._payoff is not None
-        start, text = time.perf_counter(), self._payoff()
+        start, text = time.perf_counter(), self._payoff.tokens(self._lm.tokenizer)
         tokens = text.take(range(first, first + min(n_seq, len(text))), axis=0, mode="wrap")
         digest: dict[str, Any] = {
             "tokens": hashlib.sha256(tokens.tobytes()).hexdigest(),
@@ -158,7 +199,7 @@ class HeldOutLoss:
         return values
 
     @torch.inference_mode()
-    def _measure(self, keys: list[str], profiles: list[SparsityProfile], tokens: Ints, trial: bool) -> None:
+    def _measure(self, keys: list[str], profiles: list[SparsityProfile], tokens: Ints, in_advance: bool) -> None:
         lm = self._lm
         for profile in profiles:
             check_profile(lm, profile)
@@ -166,7 +207,7 @@ class HeldOutLoss:
         # The sparser first: of those that begin alike it then prunes farthest, and calibrates for the others as far as they go.
         order = sorted(range(len(rows)), key=rows.__getitem__, reverse=True)
         codes = {level: code for code, level in enumerate({level for row in rows for level in row})}
-        calibrates = self._pruner.needs_inputs and not trial
+        calibrates = self._pruner.needs_inputs and not in_advance
         calibration = list(lm.micro_batches(self._calibration)) if calibrates else []
         selection = list(lm.micro_batches(tokens))
         held = max_states(lm, calibration + selection, self._state_bytes)
@@ -177,7 +218,7 @@ class HeldOutLoss:
                 of_calibration, states = stack[start]
                 stack = {depth: s for depth, s in stack.items() if kept >> depth & 1}
                 inputs = list(map(replace, of_calibration))  # which the walk moves on
-                for index, weights in self._blocks(profiles[i], inputs, start, trial):
+                for index, weights in self._blocks(profiles[i], inputs, start, in_advance):
                     states = [lm.run_block(index, batch, weights=weights) for batch in states]
                     if kept >> (index + 1) & 1:
                         stack[index + 1] = (list(map(replace, inputs)), states)
@@ -187,11 +228,29 @@ class HeldOutLoss:
                 self._n_new += 1
                 advance(1)
 
+    @torch.inference_mode()
+    def _measure_in_passing(self, keys: list[str], profiles: list[SparsityProfile], tokens: Ints) -> None:
+        """By weights pruned in advance, in one pass over the calibration text, with states of every profile beside it."""
+        lm = self._lm
+        for profile in profiles:
+            check_profile(lm, profile)
+        selection = list(lm.micro_batches(tokens))
+        states = [selection for _ in profiles]
+        for index, pruned in pruned_in_passing(lm, self._pruner, self._calibration):
+            for i, profile in enumerate(profiles):
+                weights = pruned(profile)
+                states[i] = [lm.run_block(index, batch, weights=weights) for batch in states[i]]
+                self._n_selection += len(tokens) / len(self._tokens)
+        for key, of_profile in zip(keys, states, strict=True):
+            loss = self._loss(of_profile, selection)
+            self._memo.add(key, loss if math.isfinite(loss) else math.inf)
+            self._n_new += 1
+
     def _blocks(
-        self, profile: SparsityProfile, inputs: list[MicroBatch], start: int, trial: bool
+        self, profile: SparsityProfile, inputs: list[MicroBatch], start: int, in_advance: bool
     ) -> Iterator[tuple[int, dict[str, Tensor] | None]]:
         """Each block from `start` on with the weights to run it with; None: its own, which are pruned while it is run."""
-        if trial:
+        if in_advance:
             yield from ((index, self._in_advance.block(index, profile)) for index in range(start, self._lm.n_blocks))
             return
         for visit in self._lm.walk(inputs, start):
@@ -219,12 +278,12 @@ class HeldOutLoss:
     def to_dict(self) -> dict[str, Any] | None:
         """The whole curve, in the order in which it was asked for, and what it cost; None where nothing was tried.
 
-        Losses on part of the text carry its `n_seq`, trials `trial`; `best` is the least of the others by the end of each
-        label, none where
-        profiles of different budgets were tried, of which none is best; `n_full_evaluations` weighs evaluations by their share
-        of the text; `rounds` has the values of pruned models that were asked for, with the cost of their games. Block-forwards
-        are those that were made, for what was new: a block on the whole text, or a share of one; with the calibration of rounds
-        and of trial prunings.
+        Losses on part of the text carry its `n_seq`, those by weights pruned in advance `trial`; `best` is the least of the
+        others by the end of each label, none where profiles of different budgets were tried, of which none is best;
+        `n_full_evaluations` weighs evaluations by their share of the text; `rounds` has the values of pruned models that were
+        asked for, with the cost of their games; `taken` is the label of the profile that was taken, where one was compared with
+        the uniform one. Block-forwards are those that were made, for what was new: a block on the whole
+        text, or a share of one; with the calibration of rounds and of trial prunings.
         """
         if not self._calls:
             return None
@@ -242,6 +301,7 @@ class HeldOutLoss:
             "n_full_evaluations": n_read / len(self._tokens),
             "n_calibration_block_forwards": self._n_calibration,
             "n_selection_block_forwards": self._n_selection,
+            **({"taken": self._taken} if self._taken is not None else {}),
             **({"n_payoff_sequences": self._n_payoff} if self._n_payoff else {}),
             "seconds": self._seconds,
             "kinds": sorted(self._kinds),
