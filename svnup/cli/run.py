@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from svnup import config
 from svnup.execute import execute, print_plan
+from svnup.files import fault
 from svnup.outside import of_ours, targets
-from svnup.progress import to_nobody
+from svnup.progress import close_output, open_streams, to_nobody
 from svnup.results.provenance import Asked, python_path
 from svnup.secrets import redact, redact_code
 
@@ -30,9 +35,27 @@ OF_SWEEPS = re.compile(r"[+~]*hydra([./]launcher|[./]sweeper|\.sweep\b|\.mode=)"
 
 
 def main() -> int:
-    """Run the command line; 0 when all went well, 2 for a user's mistake, 1 for a sweep in which a job failed."""
+    """Run the command line; 0 when all went well, 2 for a user's mistake, 1 for a fault or a sweep in which a job failed, 130
+    and 143 when it was interrupted (Ctrl-C, SIGTERM)."""
+    open_streams()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back as exceptions, and become one line here
     config.register()
+    with stoppable():
+        try:
+            code = _compose_and_run()
+        except (KeyboardInterrupt, Stopped) as stop:
+            _tell(f"interrupted ({stop or 'Ctrl-C'}); what is done is kept, and the same command goes on from there")
+            code = stop.code if isinstance(stop, Stopped) else 130
+        finally:
+            with contextlib.suppress(OSError):
+                config.KeepSecrets.redact()
+    if (unsaid := close_output()) is not None:
+        _tell(unsaid)
+        return code or 1
+    return code
+
+
+def _compose_and_run() -> int:
     overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
     program = ["python", "-m", "svnup"] if Path(sys.argv[0]).name == "__main__.py" else ["svnup"]
     codes: list[int] = []  # Hydra drops what a task returns
@@ -50,8 +73,11 @@ def main() -> int:
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         _tell(config.explain(error, overrides))
         return 2
-    finally:
-        config.KeepSecrets.redact()
+    except OSError as error:
+        if (told := fault(error)) is None:
+            raise
+        _tell(told)
+        return 1
     return max(codes, default=0)
 
 
@@ -67,21 +93,50 @@ def _job(cfg: Any, texts: config.Texts, program: list[str], given: list[str]) ->
         config.KeepSecrets.redact()
         sweep = hydra_cfg.runtime.choices["experiment"] or _sweep_name(given)
     overrides = list(hydra_cfg.overrides.task)
+    code = 2
     try:
-        _run(cfg, texts, Asked(_command(cfg, program, hydra_cfg), overrides, sweep))
+        with stoppable():  # also in the process of a launcher, which is not that of `main`
+            _run(cfg, texts, Asked(_command(cfg, program, hydra_cfg), overrides, sweep))
         return 0
     except ValueError as error:
         message = str(error)
         _tell(message)
     except Exception as error:
-        if alone:
+        message, code = repr(error), 1
+        if (told := fault(error)) is not None:
+            _tell(told)
+        elif alone:
             raise
-        message = repr(error)
-        sys.stderr.write(redact(traceback.format_exc()))
+        else:
+            sys.stderr.write(redact(traceback.format_exc()))
     # Outside the except block: Hydra keeps what is raised until the sweep ends, and a traceback would keep the model with it.
     if not alone:
         raise JobFailed(message)
-    return 2
+    return code
+
+
+class Stopped(BaseException):
+    """SIGTERM, as of a batch system that takes its machine back."""
+
+    code = 128 + signal.SIGTERM
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Let SIGTERM end the work as Ctrl-C does, so that what is done is saved and the run is told to be interrupted."""
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # one is enough: what follows saves
+        raise Stopped(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _command(cfg: Any, program: list[str], hydra_cfg: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from svnup.naming import KEY
 from svnup.results import stored
@@ -29,7 +29,7 @@ def _finite(node: Any, key: str, found: dict[str, str]) -> Any:
 class ResultRow:
     """Everything a table, a figure or a repeat of one job needs, as nested JSON values."""
 
-    status: Literal["running", "finished", "failed"]
+    status: stored.Status
     config_key: str
     config: dict[str, Any]
     provenance: dict[str, Any]
@@ -46,6 +46,7 @@ class ResultRow:
     peak_memory_bytes: int | None = None
     seconds: float = 0.0
     error: str | None = None
+    process: dict[str, Any] | None = None  # of a run that is running: its host, and its pid there
     not_finite: dict[str, str] | None = None  # by dotted key: what stands as null, since it is nan or infinite
     schema_version: int = SCHEMA_VERSION
 
