@@ -449,7 +449,8 @@ def test_a_killed_job_prunes_only_what_was_left(tmp_path):
     again = start("offload=disk", "results_dir=disk")
     kept = {}
     while again.poll() is None:
-        kept |= {p.name: p.stat().st_mtime_ns for p in (run / "unfinished" / "offload").glob("block-*") if p.name in blocks and p.exists()}
+        there = [p for p in (run / "unfinished" / "offload").glob("block-*") if p.name in blocks]
+        kept |= {p.name: p.stat().st_mtime_ns for p in there if p.exists()}
         time.sleep(0.01)
     assert again.returncode == 0, again.communicate()[0]
     assert kept == blocks, "what was pruned is not pruned again"

@@ -11,6 +11,7 @@ from io import StringIO
 from itertools import groupby
 from typing import Any
 
+WORDS = ("fail", "running", "interrupted", "dead", "fallback", "limit", "protocol", "nan")  # in place of a number
 FORMATS = ("terminal", "markdown", "csv", "latex", "html")
 LATEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
@@ -171,7 +172,7 @@ def csv_text(records: Iterable[dict[str, Any]]) -> str:
 
 
 def _is_number(text: str) -> bool:
-    return not text or not text[0].isalpha() or text in ("fail", "running", "fallback", "limit", "protocol", "nan")
+    return not text or not text[0].isalpha() or text in WORDS
 
 
 def _escaped(text: str) -> str:

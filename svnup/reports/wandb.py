@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from svnup.config.construction import construct
+from svnup.files import write_text
 from svnup.naming import allocator_name, method_name
 from svnup.pattern import UNSTRUCTURED
 from svnup.results.row import ResultRow
@@ -191,9 +192,7 @@ def _mark(folder: Path) -> dict[str, Any]:
 
 
 def _write_mark(folder: Path, mark: dict[str, Any]) -> None:
-    temporary = folder / f".{MARK}.{os.getpid()}"
-    temporary.write_text(json.dumps(mark), encoding="utf-8")
-    temporary.replace(folder / MARK)
+    write_text(folder / MARK, json.dumps(mark))
 
 
 def _digest(row: ResultRow) -> str:

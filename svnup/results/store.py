@@ -49,7 +49,7 @@ class RunFolder:
             row = ResultRow.from_json((self.path / "result.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError, RecursionError):
             return None
-        if row.status == "running" and row.process and is_dead(self.path / CLAIM, **row.process):
+        if row.status == "running" and row.process and is_dead(self.path / CLAIM, row.process["host"], row.process["pid"]):
             return replace(row, status="dead", error=row.error or "its process is not there any more; run it again")
         return row
 
