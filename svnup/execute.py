@@ -26,7 +26,7 @@ from svnup.results.row import ResultRow
 from svnup.results.store import RunFolder, run_folders
 from svnup.results.stored import Status
 from svnup.results.tracker import Figures
-from svnup.secrets import redact
+from svnup.secrets import redact, redacted
 
 logger = logging.getLogger("svnup")
 
@@ -130,7 +130,7 @@ def _run_into(folder: RunFolder, job: config.Job, blank: ResultRow, there: _Befo
 
     anew = job.force or there.changed
     with _logging_to(folder.path / "svnup.log"), job.tracker.run(folder.path, blank, fresh=anew) as log:
-        folder.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(job.config)))
+        folder.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(job.config))))
         row = pipeline.run(job, folder.begin(keep_blocks=not job.force), blank).finite()
         figures: dict[str, Path] = {}
         try:

@@ -12,6 +12,7 @@ from svnup.progress import close_output, open_streams, say
 from svnup.reports.grid import FORMATS, csv_text, together
 from svnup.results.row import ResultRow
 from svnup.results.store import load, run_folders
+from svnup.results.stored import plain
 from svnup.secrets import redact
 
 Options = argparse.Namespace
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _tell(message: str, code: int) -> int:
-    sys.stderr.write(redact(f"svnup-results: {' '.join(message.split())}\n"))
+    sys.stderr.write(redact(f"svnup-results: {plain(' '.join(message.split()))}\n"))
     return code
 
 

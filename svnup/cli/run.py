@@ -11,9 +11,10 @@ import signal
 import sys
 import threading
 import traceback
+import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -28,6 +29,7 @@ from svnup.files import fault
 from svnup.outside import of_ours, targets
 from svnup.progress import close_output, open_streams, to_nobody
 from svnup.results.provenance import Asked, python_path
+from svnup.results.stored import plain
 from svnup.secrets import redact, redact_code
 
 CONFIG_NAME = "config"
@@ -40,11 +42,11 @@ def main() -> int:
     open_streams()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back as exceptions, and become one line here
     config.register()
-    with stoppable():
+    with stoppable(), contextlib.redirect_stderr(typing.cast(TextIO, _Redacting(sys.stderr))):
         try:
             code = _compose_and_run()
         except (KeyboardInterrupt, Stopped) as stop:
-            _tell(f"interrupted ({stop or 'Ctrl-C'}); what is done is kept, and the same command goes on from there")
+            _tell(f"interrupted ({str(stop) or 'Ctrl-C'}); what is done is kept, and the same command goes on from there")
             code = stop.code if isinstance(stop, Stopped) else 130
         finally:
             with contextlib.suppress(OSError):
@@ -53,6 +55,20 @@ def main() -> int:
         _tell(unsaid)
         return code or 1
     return code
+
+
+class _Redacting:
+    """A stream that takes secrets out of what others, such as Hydra, write there."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redact(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _compose_and_run() -> int:
@@ -92,7 +108,7 @@ def _job(cfg: Any, texts: config.Texts, program: list[str], given: list[str]) ->
     if not alone:
         config.KeepSecrets.redact()
         sweep = hydra_cfg.runtime.choices["experiment"] or _sweep_name(given)
-    overrides = list(hydra_cfg.overrides.task)
+    overrides = [redact_code(o) for o in hydra_cfg.overrides.task]
     code = 2
     try:
         with stoppable():  # also in the process of a launcher, which is not that of `main`
@@ -153,7 +169,8 @@ def _command(cfg: Any, program: list[str], hydra_cfg: Any) -> str:
         words.append("hydra.mode=RUN")  # as an experiment has it that sweeps
     path = python_path() if any(not of_ours(target) for target in targets(OmegaConf.to_container(cfg))) else None
     before = [f"PYTHONPATH={shlex.quote(path)}"] if path else []
-    return " ".join([*before, *map(shlex.quote, [*program, *words, *hydra_cfg.overrides.task])])
+    given = [redact_code(o) for o in hydra_cfg.overrides.task]
+    return " ".join([*before, *map(shlex.quote, [*program, *words, *given])])
 
 
 def _sweep_name(overrides: list[str]) -> str:
@@ -163,7 +180,7 @@ def _sweep_name(overrides: list[str]) -> str:
 
 
 def _tell(message: str) -> None:
-    sys.stderr.write(redact(f"svnup: {' '.join(message.split())}\n"))
+    sys.stderr.write(redact(f"svnup: {plain(' '.join(message.split()))}\n"))
 
 
 def _run(cfg: Any, texts: config.Texts, asked: Asked) -> None:

@@ -141,7 +141,7 @@ class DiskShelf:
 
 def _locked(folder: Path) -> FileLock:
     """A lock that no other process can have until this one is let go, or its process ends."""
-    lock = FileLock(folder / "lock")
+    lock = FileLock(folder / "lock", is_singleton=True, thread_local=False)  # one process may have several shelves there
     try:
         lock.acquire(timeout=0)
     except Timeout:

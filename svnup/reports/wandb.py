@@ -22,7 +22,7 @@ from svnup.pattern import UNSTRUCTURED
 from svnup.results.row import ResultRow
 from svnup.results.select import fallback_of
 from svnup.results.tracker import Figures, Log
-from svnup.secrets import redact
+from svnup.secrets import redact, redacted
 from svnup.types import player_names
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class WandbTracker:
                         for artifact in filter(None, (_values(row), _profile(row))):
                             run.log_artifact(artifact)
                     run.log(_numbers(row) | _layers_of_scores(row) | _tuning(row) | _layers_of_profile(row) | _images(figures))
-                    run.log_artifact(_artifact(f"result-{row.config_key}", "result", "result.json", redact(row.to_json())))
+                    run.log_artifact(_artifact(f"result-{row.config_key}", "result", "result.json", row.redacted().to_json()))
                     finished.append(row)
 
                 yield log
@@ -124,7 +124,7 @@ class WandbTracker:
                 name=title if job_type == self.job_type else f"{title} ({job_type})",
                 mode=mode,
                 reinit="create_new",
-                config=json.loads(redact(json.dumps(config))),
+                config=redacted(config),
                 settings=wandb.Settings(silent=True),
             )
         except wandb.errors.Error as error:
@@ -196,7 +196,7 @@ def _write_mark(folder: Path, mark: dict[str, Any]) -> None:
 
 
 def _digest(row: ResultRow) -> str:
-    return hashlib.sha256(redact(row.to_json()).encode()).hexdigest()
+    return hashlib.sha256(row.redacted().to_json().encode()).hexdigest()
 
 
 def _names(config: dict[str, Any]) -> dict[str, str]:

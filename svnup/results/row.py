@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from svnup.naming import KEY
 from svnup.results import stored
+from svnup.secrets import redacted
 
 SCHEMA_VERSION = 1
 
@@ -61,6 +62,11 @@ class ResultRow:
         found: dict[str, str] = {}
         measured = {k: _finite(v, k, found) for k, v in vars(self).items() if k not in ("config", "provenance")}
         return replace(self, **measured | {"not_finite": found or None})
+
+    def redacted(self) -> Self:
+        """The row without secrets in its texts; its fingerprints are compared, and stay."""
+        kept = ("status", "config_key", "fingerprints", "process", "schema_version")
+        return replace(self, **{name: redacted(value) for name, value in vars(self).items() if name not in kept})
 
     def to_json(self) -> str:
         return json.dumps({"schema_version": self.schema_version} | vars(self), indent=1, allow_nan=False) + "\n"

@@ -63,7 +63,7 @@ class RunFolder:
         """Write result.json, and before it what else the row makes."""
         for name, text in self._parts(row).items():
             self._write(name, text)
-        self._write("result.json", row.to_json())
+        self._write("result.json", row.redacted().to_json())
 
     def complete(self, row: ResultRow) -> None:
         """Write what the row makes beside result.json, as far as it is not there."""
@@ -118,7 +118,7 @@ class RunFolder:
         saved = [path.name for path in (*self.models().values(), self.path / MASKS) if path.exists()]
         gone = [name for name in saved if name not in moves.values()] if anew else []
         if moves or gone:
-            made._write("result.json", row.to_json())
+            made._write("result.json", row.redacted().to_json())
             made._write(MOVES, json.dumps({"moves": moves, "gone": gone}))
         self._move(row, moves, gone)
         return gone
@@ -149,11 +149,11 @@ class RunFolder:
         remove(self.unfinished)
 
     def write_text(self, name: str, text: str) -> None:
-        self._write(name, text)
+        self._write(name, redact(text))
 
     def _write(self, name: str, text: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / name, redact(text))
+        write_text(self.path / name, text)
 
 
 def run_folders(results_dir: str | Path) -> list[RunFolder]:
