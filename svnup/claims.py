@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
 
-from svnup.files import alive, naming
+from svnup.files import alive, naming, unfinished
 
 logger = logging.getLogger(__name__)
 LEASE = 90.0  # seconds without a sign of life after which a claim of another host can be taken over
@@ -27,6 +28,8 @@ def claimed(place: Path, waiting: Callable[[], None] | None = None) -> Iterator[
     of another host when it has not been touched for LEASE seconds.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        _clear_empty(place)
     lease = SoftFileLease(place, lease_duration=LEASE, timeout=-1, poll_interval=0.2)
     with naming(place):
         try:
@@ -40,6 +43,18 @@ def claimed(place: Path, waiting: Callable[[], None] | None = None) -> Iterator[
     finally:
         with contextlib.suppress(OSError):
             lease.release()
+
+
+def _clear_empty(place: Path) -> None:
+    """Remove a claim of nobody: of a process that was killed after it made the file, before it wrote its name there."""
+    told = place.stat()
+    if told.st_size or time.time() - told.st_mtime < 10:
+        return
+    aside = unfinished(place)
+    place.rename(aside)
+    if aside.stat().st_size:  # another process has claimed it in between
+        os.link(aside, place)
+    aside.unlink()
 
 
 def holder(place: Path) -> str | None:

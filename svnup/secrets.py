@@ -105,6 +105,7 @@ def _words() -> frozenset[str]:
 
 @cache
 def _forms() -> re.Pattern[str]:
-    """The rules of detect-secrets as one pattern."""
+    """The rules of detect-secrets as one pattern, which takes what hangs on a key as part of it."""
     rules = json.loads(RULES.read_text(encoding="utf-8"))["rules"]
-    return re.compile("|".join(f"(?{'i' if rule['ignore_case'] else ''}:{rule['pattern']})" for rule in rules))
+    known = "|".join(f"(?{'i' if rule['ignore_case'] else ''}:{rule['pattern']})" for rule in rules)
+    return re.compile(rf"(?:{known})[\w+/=.-]*")

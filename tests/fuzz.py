@@ -32,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 SECONDS = 20
 SMALL = [
-    *("model=random", "model.num_hidden_layers=2", "model.hidden_size=16", "model.intermediate_size=16"),
+    *("model=random", "model.num_hidden_layers=5", "model.hidden_size=16", "model.intermediate_size=16"),
     *("model.num_attention_heads=2", "model.seq_len=16", "dataset.n_seq=2", "evaluation.n_seq=2", "shapley.game.data.n_seq=4"),
     *("selection.n_seq=2", "dry_run=true"),
 ]
@@ -49,78 +49,14 @@ CHOICES = {
     "model": ["random", "tiny", "pretrained"],
     "tracker": ["none", "wandb"],
 }
-VALUES: list[Any] = [
-    *(
-        None,
-        True,
-        False,
-        0,
-        1,
-        -1,
-        2,
-        5,
-        2**31 - 1,
-        2**31,
-        -(2**63),
-        10**30,
-        0.5,
-        -0.5,
-        1.5,
-        1e308,
-        1e-320,
-        float("nan"),
-        float("inf"),
-    ),
-    *(
-        "",
-        "x",
-        "auto",
-        "0",
-        "0/4",
-        "4/4",
-        "1/0",
-        "-1/3",
-        "a/b",
-        "2:4",
-        "mixed:8",
-        "0:0",
-        "124",
-        "~nobody/x",
-        "/dev/null",
-        "/dev/full",
-    ),
-    *(
-        "n" * 300,
-        "ü\u202e",
-        "\x00",
-        "\x1b[31m",
-        "${seed}",
-        "${nothing}",
-        "a: b",
-        "../../x",
-        "/",
-        ".",
-        "[]",
-        "{}",
-        "None",
-        "null",
-        "???",
-    ),
-    *(
-        [],
-        {},
-        [0, 4],
-        ["docs"],
-        [["docs"]],
-        [{"docs": 5}],
-        [None],
-        {"_target_": "os.system"},
-        {"_target_": 5},
-        {"a": {"b": []}},
-    ),
-    *({"_target_": "svnup.data.Docs"}, {"_target_": "svnup.shapley.exact.Exact"}, {"_target_": "svnup.pruning.wanda.Wanda"}),
-    *({"_target_": "svnup.model.source.Random"}, {"_target_": "collections.OrderedDict"}, {5: 6}),
-]
+NUMBERS = [0, 1, -1, 2, 5, 2**31 - 1, 2**31, -(2**63), 10**30, 0.5, -0.5, 1.5, 1e308, 1e-320, float("nan"), float("inf")]
+SHARDS = ["0", "0/4", "4/4", "1/0", "-1/3", "a/b", "2:4", "mixed:8", "0:0", "124"]
+PATHS = ["~nobody/x", "/dev/null", "/dev/full", "../../x", "/", "."]
+WORDS = ["x", "auto", "[]", "{}", "None", "null", "???", *SHARDS, *PATHS]
+ODD = ["", "n" * 300, "ü\u202e", "\x00", "\x1b[31m", "${seed}", "${nothing}", "a: b"]
+NODES = [[], {}, [0, 4], ["docs"], [["docs"]], [{"docs": 5}], [None], {"_target_": 5}, {"a": {"b": []}}, {5: 6}]
+OTHERS = ["svnup.data.Docs", "svnup.shapley.exact.Exact", "svnup.pruning.wanda.Wanda", "svnup.model.source.Random", "os.system"]
+VALUES: list[Any] = [None, True, False, *NUMBERS, *WORDS, *ODD, *NODES, *({"_target_": target} for target in OTHERS)]
 
 
 class TooLongError(BaseException):

@@ -269,6 +269,15 @@ def test_the_claim_of_a_dead_process_is_taken_over(tmp_path):
         assert time.monotonic() - start < 20
 
 
+def test_a_claim_in_which_nobody_is_named_is_nobodys(tmp_path):
+    """Its process was killed between making the file and writing its name."""
+    (tmp_path / "claim").touch()
+    os.utime(tmp_path / "claim", (1, 1))
+    with claimed(tmp_path / "claim"):
+        assert (tmp_path / "claim").stat().st_size
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_claim_of_another_host_is_dead_when_it_is_not_touched(tmp_path, nobody):
     place = tmp_path / "claim"
     assert claims.is_dead(place, "elsewhere", 1)
@@ -364,6 +373,7 @@ def test_a_run_whose_process_died_is_shown_as_dead(svnup, run_folder, nobody, ca
         process = {"host": host, "pid": pid}
         (folder.path / "result.json").write_text(json.dumps(data | {"status": "running", "process": process, "metrics": {}}))
         (folder.path / CLAIM).touch()
+        os.utime(folder.path / CLAIM, (1, 1))
         assert folder.read().status == status
         assert main(["list", "results"]) == 0
         assert status in capsys.readouterr().out
