@@ -68,13 +68,16 @@ def soon() -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise TooLongError
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    before = [(number, signal.signal(number, stop)) for number in (signal.SIGALRM, signal.SIGPROF)]
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of the processor, which others may use, too
+    signal.alarm(10 * SECONDS)
     try:
         yield
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 class Found(Counter[str]):
@@ -88,8 +91,10 @@ class Found(Counter[str]):
         frames = traceback.extract_tb(error.__traceback__)
         ours = [f for f in frames if "/svnup/" in f.filename] or frames
         place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno} {type(error).__name__}: {str(error)[:80]!r}"
+        if place not in self:
+            self.examples[place] = str(what)[:300]
+            print(f"found: {place} by {self.examples[place]}", file=sys.__stderr__, flush=True)
         self[place] += 1
-        self.examples.setdefault(place, str(what)[:300])
 
     def report(self) -> str:
         return "".join(f"{n:6} {place}\n       {self.examples[place]}\n" for place, n in self.most_common())

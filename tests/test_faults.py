@@ -432,6 +432,25 @@ def test_a_kill_between_model_and_result_is_made_good(svnup, run_folder, monkeyp
     assert set(folder.models()) == {"dense"}
 
 
+@pytest.mark.parametrize("told", [{"gone": ["../../../x"]}, {"moves": {"model": "../../x"}}, {"moves": 5}, {"row": "{}"}])
+def test_moves_that_a_stranger_has_written_move_nothing(told, tmp_path, caplog):
+    import rows
+
+    row = rows.run(8.25)
+    folder = RunFolder.of(tmp_path / "r", row.config_key)
+    rows.write(tmp_path / "r", row)
+    (tmp_path / "x").write_text("kept")
+    (folder.unfinished / "model").mkdir(parents=True)
+    whole = {"row": row.to_json(), "moves": {"model": "model"}, "gone": ["masks.safetensors"]}
+    (folder.unfinished / MOVES).write_text(json.dumps(whole | told))
+    folder.settle()
+    assert "damaged" in caplog.text
+    assert ((tmp_path / "x").read_text(), (folder.unfinished / "model").is_dir()) == ("kept", True)
+    (folder.unfinished / MOVES).write_text(json.dumps(whole))
+    folder.settle()
+    assert ((folder.path / "model").is_dir(), folder.unfinished.exists()) == (True, False)
+
+
 # -- disks, limits, output
 
 

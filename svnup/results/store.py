@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from svnup.claims import claimed, holder, is_dead
-from svnup.files import remove, sealed, take_place, write_text
+from svnup.files import remove, sealed, set_aside, take_place, write_text
 from svnup.results.row import ResultRow
 from svnup.secrets import redact
 from svnup.types import SaveFormat
@@ -19,9 +19,11 @@ from svnup.types import SaveFormat
 logger = logging.getLogger(__name__)
 CLAIM = ".claim"  # of the process that computes a run
 UNFINISHED = "unfinished"  # in the run's folder: what a job makes, until all of it is there
-MOVES = "moves.json"  # there, when all of it is: what goes where
+MOVES = "moves.json"  # there, when all of it is: the finished row, what goes where, and what goes
 SCRATCH = "offload"  # there: the blocks that an interrupted job has pruned, and hidden states
 MASKS = "masks.safetensors"
+MODELS = ("model", *(f"model_{form}" for form in typing.get_args(SaveFormat)))
+SAVED = (*MODELS, MASKS)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class RunFolder:
     def models(self) -> dict[SaveFormat, Path]:
         """The folders of the models that were saved here, by their form."""
         found: dict[SaveFormat, Path] = {}
-        for folder in (self.path / "model", *(self.path / f"model_{form}" for form in typing.get_args(SaveFormat))):
+        for folder in (self.path / name for name in MODELS):
             if (folder / "profile.json").is_file() and any(folder.glob("*.safetensors*")):  # the profile is saved last
                 found.setdefault("bitmask" if (folder / "svnup_bitmask.json").is_file() else "dense", folder)
         return found
@@ -115,11 +117,9 @@ class RunFolder:
         made = RunFolder(self.unfinished)
         moves = {folder.name: self.place(form).name for form, folder in made.models().items()}
         moves |= {MASKS: MASKS} if (made.path / MASKS).is_file() else {}
-        saved = [path.name for path in (*self.models().values(), self.path / MASKS) if path.exists()]
-        gone = [name for name in saved if name not in moves.values()] if anew else []
+        gone = [name for name in SAVED if (self.path / name).exists() and name not in moves.values()] if anew else []
         if moves or gone:
-            made._write("result.json", row.redacted().to_json())
-            made._write(MOVES, json.dumps({"moves": moves, "gone": gone}))
+            made._write(MOVES, json.dumps({"row": row.redacted().to_json(), "moves": moves, "gone": gone}))
         self._move(row, moves, gone)
         return gone
 
@@ -127,17 +127,23 @@ class RunFolder:
         """Finish what `publish` had begun in a process that was killed."""
         if not (self.unfinished / MOVES).is_file() or holder(self.path / CLAIM) is not None:
             return
-        with self.claimed(lambda _: None):
-            made = RunFolder(self.unfinished)
-            if (made.path / MOVES).is_file() and (row := made.read()) is not None:
-                told = json.loads((made.path / MOVES).read_text(encoding="utf-8"))
-                self._move(row, told["moves"], told["gone"])
+        with self.claimed(lambda _: None), contextlib.suppress(FileNotFoundError):  # another process was faster
+            try:
+                told = json.loads((self.unfinished / MOVES).read_text(encoding="utf-8"))
+                row, moves, gone = ResultRow.from_json(told["row"]), dict(told["moves"]), list(told["gone"])
+                known = {*moves, *moves.values(), *gone} <= set(SAVED)  # whoever wrote it: nothing else is moved or removed
+            except (ValueError, TypeError, KeyError):
+                known = False
+            if not known:
+                logger.warning("%s: damaged; what it was about to move is made again", set_aside(self.unfinished / MOVES))
+                return
+            self._move(row, moves, gone)
 
     def clear(self) -> None:
         """Remove what is unfinished, beside a result that is, if no process works on it."""
         if holder(self.path / CLAIM) is None:
-            remove(self.unfinished)
-            remove(self.path / CLAIM)
+            for name in (UNFINISHED, CLAIM, SCRATCH):  # the last as earlier versions had it
+                remove(self.path / name)
 
     def _move(self, row: ResultRow, moves: dict[str, str], gone: list[str]) -> None:
         for name, target in moves.items():
