@@ -188,8 +188,8 @@ def fuzz_configurations(n: int, seed: int, found: Found) -> Counter[str]:
         try:
             with soon(), contextlib.redirect_stderr(io.StringIO()):
                 told = build(node)
-            if not told.strip() or "\x1b" in told:
-                raise AssertionError(f"no line that can be shown: {told!r}")
+            if not told.strip():
+                raise AssertionError("an error that says nothing")
             ends["plans" if told == "plan" else "lines"] += 1
         except (Exception, TooLongError) as error:
             found.note(changes, error)
