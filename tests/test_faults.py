@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -520,6 +521,12 @@ def test_a_limit_of_files_is_one_line_and_the_next_run_completes(tmp_path):
     assert again.returncode == 0, again.stderr
     (row,) = load(tmp_path)
     assert row.status == "finished"
+
+
+def test_nothing_that_only_some_systems_have_is_imported_with_svnup():
+    here = Path(files.__file__).parent
+    found = [p.name for p in here.rglob("*.py") if re.search(r"^(import|from) (fcntl|resource|pwd|grp)\b", p.read_text(), re.M)]
+    assert found == []
 
 
 def test_a_log_that_cannot_be_written_stops_no_run(tmp_path, capsys):

@@ -12,9 +12,10 @@ from cli import last_row
 import svnup
 from svnup.memory import Stages
 from svnup.outside import code_hash
+from svnup.results import provenance
 from svnup.results.provenance import LONGEST_DIFF, Asked
 from svnup.results.row import ResultRow
-from svnup.results.store import RunFolder, provenance
+from svnup.results.store import RunFolder
 from svnup.secrets import redact
 
 
@@ -27,13 +28,13 @@ def git(folder, *args):
 def checkout(tmp_path, monkeypatch):
     """A repository with a committed package in it, which is taken for svnup's own checkout."""
     package = tmp_path / "svnup"
-    package.mkdir()
+    (package / "results").mkdir(parents=True)
     (package / "types.py").write_text("a = 1\n")
-    (package / "provenance.py").write_text("")
+    (package / "results" / "provenance.py").write_text("")
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", "-A")
     git(tmp_path, "commit", "-q", "-m", "all")
-    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
+    monkeypatch.setattr(provenance, "__file__", str(package / "results" / "provenance.py"))
     return package
 
 
