@@ -59,6 +59,9 @@ OTHERS = ["svnup.data.Docs", "svnup.shapley.exact.Exact", "svnup.pruning.wanda.W
 VALUES: list[Any] = [None, True, False, *NUMBERS, *WORDS, *ODD, *NODES, *({"_target_": target} for target in OTHERS)]
 
 
+GIVEN = {"budget": 8, "pretrained_model_name_or_path": "svnup/tiny", "path": "text.txt"}  # what has no default
+
+
 class TooLongError(BaseException):
     """It took more than SECONDS."""
 
@@ -109,6 +112,12 @@ def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(value, (*path, name))
 
 
+def at(node: Any, path: tuple[Any, ...]) -> Any:
+    for name in path:
+        node = node[name]
+    return node
+
+
 def put(node: Any, path: tuple[Any, ...], value: Any) -> None:
     """Change one place of nested values; `...` takes it away."""
     for name in path[:-1]:
@@ -144,7 +153,11 @@ class Configurations:
                     kept = [o for o in small if o.startswith("model") or "." not in o]
                     composed = compose("config", overrides=[*kept, *(c for c in chosen if not c.startswith("model"))])
                     self._bases[chosen] = OmegaConf.to_container(composed, resolve=False)
-        return copy.deepcopy(self._bases[chosen])
+        node = copy.deepcopy(self._bases[chosen])
+        for where in [where for where in places(node) if where[-1] in GIVEN]:
+            if at(node, where) == "???":
+                put(node, where, GIVEN[where[-1]])
+        return node
 
     def one(self) -> tuple[Any, list[tuple[tuple[Any, ...], Any]]]:
         node, changes = self.base(), []
@@ -160,12 +173,12 @@ class Configurations:
         return node, changes
 
 
-def build(node: Any) -> str:
-    """What becomes of a configuration: `plan`, or the line of its mistake."""
+def build(node: Any, texts: Any = None) -> str:
+    """What becomes of a configuration: `plan`, or the line of its mistake. `texts` keeps what was tokenized."""
     from svnup import config
 
     try:
-        job = config.build(OmegaConf.create(node))
+        job = config.build(OmegaConf.create(node), texts)
         job.check_shapes()
         if not any(source.from_hub for source in job.sources().values()):
             job.check_texts()
@@ -182,12 +195,12 @@ def build(node: Any) -> str:
 
 def fuzz_configurations(n: int, seed: int, found: Found) -> Counter[str]:
     """Build n of them; what is wrong goes to `found`, and how they ended is counted."""
-    drawn, ends = Configurations(seed), Counter[str]()
+    drawn, ends, texts = Configurations(seed), Counter[str](), {}  # type: ignore[var-annotated]
     for _ in range(n):
         node, changes = drawn.one()
         try:
             with soon(), contextlib.redirect_stderr(io.StringIO()):
-                told = build(node)
+                told = build(node, texts)
             if not told.strip():
                 raise AssertionError("an error that says nothing")
             ends["plans" if told == "plan" else "lines"] += 1
