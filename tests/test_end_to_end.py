@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from svnup.cli.run import main
 from svnup.data import Docs
+from svnup.files import unsealed
 
 SHAPE = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "seq_len": 32}
 JOB = [
@@ -185,7 +186,7 @@ def test_files_of_a_run_folder(twice):
         "figures",
     }
     assert json.loads((run / "shapley.json").read_text()) == row["shapley"]
-    assert json.loads((run / "profile.json").read_text()) == row["profile"]
+    assert unsealed(json.loads((run / "profile.json").read_text())) == row["profile"]
     assert "pruned: docs/ppl" in (run / "svnup.log").read_text()
     for name in ("shapley.png", "profile.png"):
         data = (run / "figures" / name).read_bytes()

@@ -75,8 +75,9 @@ class RunFolder:
 
     @staticmethod
     def _parts(row: ResultRow) -> dict[str, str]:
-        parts = {"profile.json": row.profile, "shapley.json": row.shapley}
-        return {name: json.dumps(sealed(part), indent=1) + "\n" for name, part in parts.items() if part is not None}
+        profile = sealed(row.profile) if row.profile is not None else None  # which jobs read again
+        parts = {"profile.json": profile, "shapley.json": row.shapley}
+        return {name: json.dumps(part, indent=1) + "\n" for name, part in parts.items() if part is not None}
 
     def has(self, model: bool, form: SaveFormat, masks: bool) -> bool:
         """Whether what was asked to be saved is there, in the form that was asked for."""
