@@ -369,7 +369,7 @@ class Random:
         heads = self.num_key_value_heads
         for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"):
             if not 1 <= getattr(self, name) <= LARGEST[name]:
-                raise ValueError(f"{name}={getattr(self, name)}: choose 1 to {LARGEST[name]:,}")
+                raise ValueError(f"{name}={getattr(self, name)}: choose at least 1, and at most {LARGEST[name]:,}")
         if self.vocab_size > LARGEST["vocab_size"]:
             raise ValueError(f"vocab_size={self.vocab_size}: choose 2,048 to {LARGEST['vocab_size']:,}")
         if heads is not None and (heads < 1 or self.num_attention_heads % heads):
