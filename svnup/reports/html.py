@@ -551,7 +551,7 @@ def _shapley(runs: list[Run]) -> Markup:
     for same in sorted(_together(runs, _estimator), key=lambda same: (-len(same), _estimator(same[0]))):
         found = [run.row.shapley for run in same if run.row.shapley]
         values = np.array([one["values"] for one in found])
-        error = np.array([one["stderr"] or np.zeros(values.shape[1]) for one in found]).max(axis=0)
+        error = np.array([one.get("stderr") or np.zeros(values.shape[1]) for one in found]).max(axis=0)
         name, mean = names[_estimator(same[0])], values.mean(axis=0)
         low, high = np.minimum(values.min(axis=0), mean - error), np.maximum(values.max(axis=0), mean + error)
         series.append(Series(name, _points(mean, low, high, n_blocks, name), len(series) + 1))
@@ -756,7 +756,7 @@ def _run_figures(run: Run) -> list[Markup]:
 
 def _tuning(tuning: dict[str, Any]) -> list[Markup]:
     """What was tried on the selection text; losses on part of it are left out."""
-    tried = [(str(point["label"]), point["loss"]) for point in tuning["curve"] if "n_seq" not in point]
+    tried = [(str(point.get("label")), point.get("loss")) for point in tuning["curve"] if "n_seq" not in point]
     points = [Point(i, loss, tip=f"{label}: {loss:.4f}") for i, (label, loss) in enumerate(tried) if loss is not None]
     if not points:
         return []

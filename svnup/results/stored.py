@@ -28,6 +28,7 @@ class Method(TypedDict, total=False):
 
 class Game(TypedDict, total=False):
     data: dict[str, Any]
+    payoff: str
     pruner: Method | None
 
 
