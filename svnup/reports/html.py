@@ -756,7 +756,7 @@ def _run_figures(run: Run) -> list[Markup]:
 
 def _tuning(tuning: dict[str, Any]) -> list[Markup]:
     """What was tried on the selection text; losses on part of it are left out."""
-    tried = [(str(point.get("label")), point.get("loss")) for point in tuning["curve"] if "n_seq" not in point]
+    tried = [(str(point.get("label")), point.get("loss")) for point in tuning.get("curve", []) if "n_seq" not in point]
     points = [Point(i, loss, tip=f"{label}: {loss:.4f}") for i, (label, loss) in enumerate(tried) if loss is not None]
     if not points:
         return []
