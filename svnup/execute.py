@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from omegaconf import OmegaConf
 
 from svnup import config
+from svnup.claims import claimed
+from svnup.files import fault, naming
 from svnup.naming import moving_numbers
 from svnup.progress import say
 from svnup.results.provenance import Asked, provenance
 from svnup.results.row import ResultRow
 from svnup.results.store import RunFolder, run_folders
+from svnup.results.stored import Status
 from svnup.results.tracker import Figures
-from svnup.secrets import redact
+from svnup.secrets import redact, redacted
 
 logger = logging.getLogger("svnup")
 
@@ -29,23 +34,18 @@ logger = logging.getLogger("svnup")
 def execute(job: config.Job, asked: Asked, plots: Figures) -> None:
     """Run a job that is not finished yet, and record it in its run folder and where it is tracked.
 
-    Raises what goes wrong; a run that had begun is then recorded as failed, with its traceback in svnup.log.
+    Of several processes with one job, one runs it and the others wait for its result. Raises what goes wrong; a run that had
+    begun is then recorded as failed, with its traceback in svnup.log, or as interrupted.
     """
     folder = RunFolder.of(job.results_dir, job.key)
     sharded = job.shapley is not None and job.shapley.shard is not None
-    earlier, prints = folder.read(), job.fingerprints()
-    changed = earlier is not None and earlier.fingerprints != prints
-    if earlier is None and (before := _of_other_code(job, prints)) is not None:
+    with naming(folder.path):
+        folder.settle()
+    there = _Before.of(folder, job, job.fingerprints())
+    if there.row is None and (before := _of_other_code(job, there.prints)) is not None:
         _say(f"code from outside svnup has changed since {before} was made: its job runs again")
-    unsaved = not folder.has(job.save_model, job.save_format, job.save_masks)
-    stands = earlier is not None and earlier.status == "finished" and not (job.force or changed)
-    if earlier is not None and stands and not (sharded or unsaved):
-        _say(f"already finished, not run again (force=true redoes it): {folder.path}")
-        _print_result(earlier)
-        _complete(folder, earlier, plots)
-        if job.tracker.awaited:
-            with job.tracker.run(folder.path, earlier, fresh=True) as log:
-                log(earlier, plots.figures(earlier, folder.path / "figures"))
+    if there.suffices and not sharded:
+        _skip(folder, job, there, plots)
         return
     for key in ("results_dir", "cache_dir"):
         _check_folder(key, Path(getattr(job, key)))
@@ -54,45 +54,90 @@ def execute(job: config.Job, asked: Asked, plots: Figures) -> None:
     if sharded:
         from svnup import pipeline
 
-        _say(f"shard done: {pipeline.run_shard(job)} new coalitions in {job.cache_dir}")
+        assert job.shapley is not None
+        shard = Path(job.cache_dir) / "shards" / f"{job.key}-{str(job.shapley.shard).replace('/', '-of-')}"
+        with claimed(shard, lambda: _say(f"shard {shard.name} is computed by another process: this one waits for it")):
+            _say(f"shard done: {pipeline.run_shard(job)} new coalitions in {job.cache_dir}")
         return
-    if changed:
+    with folder.claimed(lambda who: _say(f"{folder.path} is computed by {who}: this process waits for it")):
+        there = _Before.of(folder, job, there.prints)  # as another process may have left it meanwhile
+        if not there.suffices:
+            _run_claimed(folder, job, asked, there, plots)
+            return
+    _skip(folder, job, there, plots)
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What a job finds in its run folder."""
+
+    row: ResultRow | None
+    prints: dict[str, str]
+    changed: bool  # inputs have changed since
+    stands: bool  # a result, which need not be measured again
+    suffices: bool  # with all that is to be saved
+
+    @classmethod
+    def of(cls, folder: RunFolder, job: config.Job, prints: dict[str, str]) -> _Before:
+        row = folder.read()
+        changed = row is not None and row.fingerprints != prints
+        stands = row is not None and row.status == "finished" and not (job.force or changed)
+        saved = folder.has(job.save_model, job.save_format, job.save_masks)
+        return cls(row, prints, changed, stands, stands and saved)
+
+
+def _skip(folder: RunFolder, job: config.Job, there: _Before, plots: Figures) -> None:
+    """Tell the result of a finished run."""
+    assert there.row is not None
+    _say(f"already finished, not run again (force=true redoes it): {folder.path}")
+    _print_result(there.row)
+    _complete(folder, there.row, plots)
+    if job.tracker.awaited:
+        with job.tracker.run(folder.path, there.row, fresh=True) as log:
+            log(there.row, plots.figures(there.row, folder.path / "figures"))
+
+
+def _run_claimed(folder: RunFolder, job: config.Job, asked: Asked, there: _Before, plots: Figures) -> None:
+    if there.changed:
         _say(f"the inputs of {folder.path} have changed since it was made: it runs again")
-    if job.force or changed:
-        folder.clear_scratch()
-        if gone := folder.clear_saved():
-            _say(f"removed, since the model is pruned anew: {', '.join(gone)} in {folder.path}")
-    if job.save_model and (others := [path.name for form, path in folder.models().items() if form != job.save_format]):
+    others = [path.name for form, path in folder.models().items() if form != job.save_format]
+    if job.save_model and others and there.stands:
         _say(f"{', '.join(others)} stays as it is; the {job.save_format} model goes to {folder.place(job.save_format)}")
 
     origin = getattr(job.model, "dequantized_from", lambda: None)()
     made_by = provenance(asked, job.config, name=job.name, texts=job.texts(), dequantized_from=origin)
-    blank = ResultRow("running", job.key, job.config, made_by, prints)
-    if not stands:  # one that is only run to save its model stays until it has the same again
-        folder.write(blank)
+    blank = ResultRow("running", job.key, job.config, made_by, there.prints)
+    earlier = there.row if there.row is not None and there.row.status == "finished" else None
+    if earlier is None:  # else it stays until there is another one that is complete
+        folder.write(replace(blank, process={"host": socket.gethostname(), "pid": os.getpid()}))
     try:
-        row = _run_into(folder, job, blank, fresh=job.force or changed, plots=plots)
-    except Exception as error:
+        row = _run_into(folder, job, blank, there, plots)
+    except BaseException as error:
         left = folder.read()
         if left is None or left.status != "finished":  # a result stands, whatever becomes of its figures or of W&B
-            folder.write(replace(blank, status="failed", error=f"{type(error).__name__}: {error}"))
+            told = fault(error) or f"{type(error).__name__}: {error}"
+            ended: Status = "failed" if isinstance(error, Exception) else "interrupted"
+            with contextlib.suppress(OSError):  # of a full disk: the error itself is told
+                folder.write(replace(blank, status=ended, error=told))
         raise
     _say(f"{folder.path}  ({row.seconds:.0f} s)")
     _print_result(row)
 
 
-def _run_into(folder: RunFolder, job: config.Job, blank: ResultRow, fresh: bool, plots: Figures) -> ResultRow:
+def _run_into(folder: RunFolder, job: config.Job, blank: ResultRow, there: _Before, plots: Figures) -> ResultRow:
     """Run a job and write what it leaves; its result comes last, so that one that is there is whole."""
     from svnup import pipeline
 
-    with _logging_to(folder.path / "svnup.log"), job.tracker.run(folder.path, blank, fresh=fresh) as log:
-        folder.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(job.config)))
-        row = pipeline.run(job, folder.path, blank).finite()
+    anew = job.force or there.changed
+    with _logging_to(folder.path / "svnup.log"), job.tracker.run(folder.path, blank, fresh=anew) as log:
+        folder.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(job.config))))
+        row = pipeline.run(job, folder.begin(keep_blocks=not job.force), blank).finite()
+        figures: dict[str, Path] = {}
         try:
             figures = plots.figures(row, folder.path / "figures")
         finally:
-            folder.write(row)
-        folder.clear_scratch()
+            if gone := folder.publish(row, anew):
+                _say(f"removed, since the model is pruned anew: {', '.join(gone)} in {folder.path}")
         log(row, figures)
     return row
 
@@ -101,7 +146,7 @@ def _complete(folder: RunFolder, row: ResultRow, plots: Figures) -> None:
     """Bring what a finished run lacks beside its result, of a process that ended too early or of an earlier version."""
     if not os.access(folder.path, os.W_OK):
         return
-    folder.clear_scratch()
+    folder.clear()
     folder.complete(row)
     if not all((folder.path / "figures" / f"{name}.png").is_file() for name in plots.names(row)):
         plots.figures(row, folder.path / "figures")
@@ -124,6 +169,15 @@ class _Redacted(logging.Formatter):
         return redact(super().format(record))
 
 
+class _LogFile(logging.FileHandler):
+    """A log that stops no work: where it cannot be written that is told once, on the console."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        told = fault(sys.exc_info()[1] or OSError())
+        logger.removeHandler(self)
+        logger.warning("%s: no longer written (%s)", self.baseFilename, told or "an error")
+
+
 @contextlib.contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
     """Send what the library logs to the run's own file and to the console, and the traceback of what goes wrong to the file."""
@@ -134,7 +188,7 @@ def _logging_to(path: Path) -> Iterator[None]:
         console.setFormatter(_Redacted("%(message)s"))
         console.svnup_console = True  # type: ignore[attr-defined]
         logger.addHandler(console)
-    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    handler = _LogFile(path, mode="w", encoding="utf-8")
     handler.setFormatter(_Redacted("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     try:
@@ -145,16 +199,22 @@ def _logging_to(path: Path) -> Iterator[None]:
         raise
     finally:
         logger.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
 
 
 def _check_folder(key: str, folder: Path) -> None:
     """Refuse a folder that could not be made or written."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        folder.is_dir()  # which raises where a name is too long
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    except OSError as error:
+        raise ValueError(f"{key}={fault(error)}") from None
     try:
         tempfile.TemporaryFile(dir=there).close()  # rights do not tell of what is mounted read-only, or full
-    except OSError:
-        raise ValueError(f"{key}={folder}: {there} is no folder that can be written; choose another") from None
+    except OSError as error:
+        why = "" if error.errno in (errno.EACCES, errno.ENOTDIR) else f" ({error.strerror})"
+        raise ValueError(f"{key}={folder}: {there} is no folder that can be written{why}; choose another") from None
 
 
 def _say(text: str) -> None:

@@ -7,8 +7,10 @@ import logging
 import os
 import socket
 import zlib
+from io import FileIO
 from pathlib import Path
-from typing import IO
+
+from svnup.files import naming
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ class Memo:
         self.folder, self.kind = folder, kind
         self.values: dict[str, float] = {}
         self.kinds: dict[str, str] = {}  # of each value
-        self._file: IO[str] | None = None
+        self._file: FileIO | None = None
         dropped = 0
         for path in sorted(folder.glob("*.jsonl")) if folder is not None and folder.is_dir() else []:
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -43,12 +45,14 @@ class Memo:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"{socket.gethostname()}-{os.getpid()}.jsonl"
             torn = path.exists() and not path.read_bytes().endswith(b"\n")
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
             if torn:  # a process of the same number died here
-                self._file.write("\n")
+                self._file.write(b"\n")
         line = {"coalition": name, "value": value, "kind": self.kind}
-        self._file.write(json.dumps(line | {"crc": _checksum(line)}) + "\n")
-        self._file.flush()
+        left = f"{json.dumps(line | {'crc': _checksum(line)})}\n".encode()
+        with naming(Path(self._file.name)):
+            while left:  # a disk that is filling up takes a part, then says so
+                left = left[self._file.write(left) :]
 
 
 def _checksum(line: dict[str, object]) -> int:

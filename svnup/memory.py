@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
-import resource
 import sys
 import time
 from pathlib import Path
@@ -19,7 +19,7 @@ RESET = Path("/proc/self/clear_refs")
 
 def release_free_memory() -> None:
     """Return free memory to the system: glibc keeps the pages of freed tensors."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
 
@@ -44,11 +44,16 @@ def resident() -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes since `reset_peak`: allocated on all CUDA devices, or on a CPU resident in the process with its libraries."""
+    """Peak bytes since `reset_peak`: allocated on all CUDA devices; on a CPU resident in the process, with its libraries;
+    0 where the system does not say."""
     if device.type == "cuda":
         return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     if (peak := _status("VmHWM")) is not None:
         return peak
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from svnup.allocation import Budget
 from svnup.allocation.trial import Trial
 from svnup.evaluation.gate import check_dense
+from svnup.files import sealed, write_text
 from svnup.game.layer_game import Replacements
 from svnup.memory import Stages, peak_memory
 from svnup.naming import identity
 from svnup.pruning import save_masks
 from svnup.pruning.walk import prune_model, pruned_weights
 from svnup.results.row import ResultRow
-from svnup.results.store import SCRATCH, RunFolder
+from svnup.results.store import MASKS, SCRATCH, RunFolder
 from svnup.scoring import Context
 from svnup.types import Ints
 
@@ -35,7 +36,8 @@ logger = logging.getLogger(__name__)
 def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     """Run a checked job: measure the blocks, divide the budget, prune, evaluate.
 
-    `folder` takes the model, if it is saved; `blank` is the row of the job as it started, which the result completes.
+    `folder` takes the model and the masks, if they are saved; `blank` is the row of the job as it started, which the result
+    completes.
     """
     ended = Stages()
     lm = job.load(folder / SCRATCH)
@@ -77,9 +79,9 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     if job.save_model:
         place = RunFolder(folder).place(job.save_format)
         lm.save(place, job.save_format)
-        (place / "profile.json").write_text(json.dumps(profile.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_text(place / "profile.json", json.dumps(sealed(profile.to_dict()), indent=1) + "\n")
     if job.save_masks:
-        save_masks(lm, folder / "masks.safetensors")
+        save_masks(lm, folder / MASKS)
     if job.save_model or job.save_masks:
         ended("saving", lm.device)
 

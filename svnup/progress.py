@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -35,13 +36,38 @@ def stage(description: str, total: int, unit: str) -> Iterator[Callable[[int], N
         yield lambda steps: progress.advance(task, steps)
 
 
+_unsaid: list[OSError] = []  # why standard output took no more, for `close_output`
+
+
+def open_streams() -> None:
+    """Give a process that was started without standard output or error a place for them: else a file would get their number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+            if name == "stdout":
+                _unsaid.append(OSError(errno.EBADF, "is closed"))
+
+
 def say(text: str) -> None:
-    """Write to standard output; that its reader left, as `| head -1` does, stops no work."""
+    """Write to standard output; that it takes no more, as with `| head -1` or on a full disk, stops no work."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         to_nobody()
+    except OSError as error:
+        _unsaid.append(error)
+        to_nobody()
+
+
+def close_output() -> str | None:
+    """Write what is left for standard output; returns why it did not take everything, if a reader has not just left."""
+    say("")
+    why = _unsaid[0] if _unsaid else None
+    _unsaid.clear()
+    if why is None:
+        return None
+    return f"standard output: {why.strerror}; what was computed is kept, only its text is lost: run it again to read it"
 
 
 def to_nobody() -> None:

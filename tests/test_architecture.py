@@ -34,7 +34,7 @@ PURE = {
     "pattern": set(),
     "results/stored": set(),
     **{
-        f"allocation/{name}": {"types", "pattern", "naming", "allocation"}
+        f"allocation/{name}": {"types", "pattern", "naming", "allocation", "files"}
         for name in ("__init__", "budget", "maps", "search", "rounds", "curves")
     },
     **{name: {"types", "shapley"} for name in MODULES if name.startswith("shapley/")},
@@ -51,7 +51,7 @@ LIGHT = [
 ]
 # Who may know whom, from the bottom up: a room knows those before it, never one after it.
 ORDER = (
-    {"files", "memory", "progress", "outside", "pattern", "secrets", "memo"},
+    {"files", "claims", "memory", "progress", "outside", "pattern", "secrets", "memo"},
     {"naming", "types", "shapley"},
     {"data", "results", "model"},
     {"game", "pruning", "evaluation"},

@@ -17,6 +17,7 @@ from cli import HERE, RANDOM, SMALL_W2, Done, command, forked, memo_lines, only_
 from transformers import AutoModelForCausalLM
 
 from svnup.data import Docs
+from svnup.files import unsealed
 from svnup.memo import Memo
 
 JOB = SMALL_W2
@@ -115,7 +116,7 @@ def test_files_of_a_run_folder(twice):
         "figures",
     }
     assert json.loads((run / "shapley.json").read_text()) == row["shapley"]
-    assert json.loads((run / "profile.json").read_text()) == row["profile"]
+    assert unsealed(json.loads((run / "profile.json").read_text())) == row["profile"]
     assert "pruned: docs/ppl" in (run / "svnup.log").read_text()
     for name in ("shapley.png", "profile.png"):
         data = (run / "figures" / name).read_bytes()

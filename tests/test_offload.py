@@ -374,14 +374,20 @@ def test_another_pruning_with_the_same_files_starts_anew(saved, tmp_path, what):
     assert lm.fingerprint() == plain.fingerprint()
 
 
-def test_a_torn_file_of_a_block_is_told(saved, tmp_path):
+def test_a_damaged_file_of_a_block_is_set_aside_and_its_block_pruned_again(saved, tmp_path, caplog):
     lm = load(saved("llama"), "disk", scratch=tmp_path)
     prune_model(lm, profile(lm), Fragile(), TEXT)
     path = sorted(tmp_path.glob("block-*"))[1]
-    path.write_bytes(path.read_bytes()[:100])
-    lm = load(saved("llama"), "disk", scratch=tmp_path)
-    with pytest.raises(ValueError, match=rf"{path.name}: cannot be read"):
+    whole = path.read_bytes()
+    expected = lm.fingerprint()
+    for damaged in (whole[:100], whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]):
+        path.write_bytes(damaged)
+        caplog.clear()
+        lm = load(saved("llama"), "disk", scratch=tmp_path)
         prune_model(lm, profile(lm), Fragile(), TEXT)
+        assert f"{path.name}.damaged" in caplog.text
+        assert path.with_name(f"{path.name}.damaged").read_bytes() == damaged
+        assert lm.fingerprint() == expected
 
 
 def test_pruning_without_inputs_goes_on_too(saved, tmp_path, monkeypatch):
@@ -432,23 +438,24 @@ def test_a_killed_job_prunes_only_what_was_left(tmp_path):
 
     running = start("offload=disk", "results_dir=disk")
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("disk/runs/*/offload/block-*"))) < 4 and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("disk/runs/*/unfinished/offload/block-*"))) < 4 and time.monotonic() < deadline:
         assert running.poll() is None, running.communicate()[0]
         time.sleep(0.002)
     running.send_signal(signal.SIGKILL)
     running.communicate()
     (run,) = (tmp_path / "disk" / "runs").iterdir()
-    blocks = {p.name: p.stat().st_mtime_ns for p in (run / "offload").glob("block-*")}
+    blocks = {p.name: p.stat().st_mtime_ns for p in (run / "unfinished" / "offload").glob("block-*")}
     assert 4 <= len(blocks) < 16
     assert json.loads((run / "result.json").read_text())["status"] == "running"
     again = start("offload=disk", "results_dir=disk")
     kept = {}
     while again.poll() is None:
-        kept |= {p.name: p.stat().st_mtime_ns for p in (run / "offload").glob("block-*") if p.name in blocks and p.exists()}
+        there = [p for p in (run / "unfinished" / "offload").glob("block-*") if p.name in blocks]
+        kept |= {p.name: p.stat().st_mtime_ns for p in there if p.exists()}
         time.sleep(0.01)
     assert again.returncode == 0, again.communicate()[0]
     assert kept == blocks, "what was pruned is not pruned again"
-    assert not (run / "offload").exists()
+    assert not (run / "unfinished").exists()
     alone = start("results_dir=plain")
     assert alone.wait(timeout=120) == 0
     results = [
@@ -614,7 +621,7 @@ def test_buffers_that_a_checkpoint_has_are_read(saved, tmp_path, monkeypatch):
 
 def test_two_processes_do_not_share_a_folder(saved, tmp_path):
     code = (
-        "import sys, fcntl, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('locked', flush=True); "
+        "import sys, time; from filelock import FileLock; FileLock(sys.argv[1]).acquire(); print('locked', flush=True); "
         "time.sleep(60)"
     )
     (tmp_path / "scratch").mkdir()

@@ -28,9 +28,8 @@ def git(folder, *args):
 def checkout(tmp_path, monkeypatch):
     """A repository with a committed package in it, which is taken for svnup's own checkout."""
     package = tmp_path / "svnup"
-    package.mkdir()
+    (package / "results").mkdir(parents=True)
     (package / "types.py").write_text("a = 1\n")
-    (package / "results").mkdir()
     (package / "results" / "provenance.py").write_text("")
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", "-A")

@@ -13,6 +13,7 @@ import numpy as np
 
 from svnup.allocation import Allocator, Budget, Needs, Trial
 from svnup.allocation.budget import Scale, project, rescale
+from svnup.files import unsealed
 from svnup.pattern import UNSTRUCTURED
 from svnup.types import BlockScores, Players, SparsityProfile
 
@@ -178,7 +179,7 @@ class FromFile:
             raise ValueError(f"path={self.path or chr(39) * 2}: no such profile; name a profile.json of a run")
         try:
             data = json.loads(Path(self.path).expanduser().read_text(encoding="utf-8"))
-            return SparsityProfile.from_dict(data)
+            return SparsityProfile.from_dict(unsealed(data))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"path={self.path}: not a sparsity profile ({reason}); use a profile.json of a run") from None

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from svnup.files import at_home
+from svnup.files import at_home, fault
 from svnup.model.checkpoint import expand
 
 
@@ -19,6 +19,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         expand(at_home("source", args.source), at_home("target", args.target))
     except ValueError as error:
-        sys.stderr.write(f"svnup-expand: {error}\n")
-        return 2
-    return 0
+        message, code = str(error), 2
+    except OSError as error:
+        if (told := fault(error)) is None:
+            raise
+        message, code = told, 1
+    except KeyboardInterrupt:
+        message, code = "interrupted (Ctrl-C)", 130
+    else:
+        return 0
+    sys.stderr.write(f"svnup-expand: {' '.join(message.split())}\n")
+    return code

@@ -9,9 +9,11 @@ from typing import Any
 
 from svnup import config
 from svnup.execute import execute
+from svnup.files import fault
 from svnup.reports import figures
 from svnup.results.provenance import Asked
 from svnup.results.row import ResultRow
+from svnup.secrets import redact
 
 
 def repeat(result: Path, into: str, cache_dir: str, trust: bool) -> int:
@@ -35,9 +37,15 @@ def repeat(result: Path, into: str, cache_dir: str, trust: bool) -> int:
         made = row.provenance
         execute(job, Asked(made.get("command", "svnup"), made.get("overrides", []), made.get("sweep")), figures)
     except ValueError as error:
-        sys.stderr.write(f"svnup-results: {' '.join(str(error).split())}\n")
-        return 2
-    return 0
+        message, code = str(error), 2
+    except OSError as error:
+        if (told := fault(error)) is None:
+            raise
+        message, code = told, 1
+    else:
+        return 0
+    sys.stderr.write(redact(f"svnup-results: {' '.join(message.split())}\n"))
+    return code
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ import math
 import sys
 from pathlib import Path
 
-from svnup.files import at_home
-from svnup.progress import say
+from svnup.files import at_home, fault, naming
+from svnup.progress import close_output, open_streams, say
 from svnup.reports.grid import FORMATS, csv_text, render_all
 from svnup.results.row import ResultRow
 from svnup.results.store import load, run_folders
+from svnup.results.stored import plain
+from svnup.secrets import redact
 
 Options = argparse.Namespace
 PATHS = {"results_dir", "a", "b", "into", "output"}  # options, by their names
@@ -32,18 +34,25 @@ def main(argv: list[str] | None = None) -> int:
     _rerun_options(commands.add_parser("rerun", help="repeat a run from its result, and compare the numbers"))
     _wandb_options(commands.add_parser("wandb", help="upload finished runs to W&B, each once"))
     _report_options(commands.add_parser("report", help="write one HTML page about the runs that lie in a results folder"))
+    open_streams()
     options = parser.parse_args(argv)
     try:
         for name in PATHS & vars(options).keys():
             if (path := getattr(options, name)) is not None:
                 setattr(options, name, type(path)(at_home(name, path)))
         code: int = options.run(options)
+        if (unsaid := close_output()) is not None:
+            raise ValueError(unsaid)
         return code
     except (ValueError, OSError) as error:
-        path = error.filename if isinstance(error, OSError) else None
-        said = f"{path}: {error.strerror}; name another" if path is not None else str(error)  # type: ignore[union-attr]
-        print(f"svnup-results: {' '.join(said.split())}", file=sys.stderr)
-        return 2
+        return _tell(fault(error) or str(error), 2)
+    except KeyboardInterrupt:
+        return _tell("interrupted (Ctrl-C)", 130)
+
+
+def _tell(message: str, code: int) -> int:
+    sys.stderr.write(redact(f"svnup-results: {plain(' '.join(message.split()))}\n"))
+    return code
 
 
 def _rows(results_dir: str) -> list[ResultRow]:
@@ -58,7 +67,8 @@ def _write(text: str, output: Path | None) -> None:
         say(text)
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text, encoding="utf-8")
+        with naming(output):
+            output.write_text(text, encoding="utf-8")
 
 
 def _keys(text: str) -> list[str]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import shlex
+import signal
 import sys
+import threading
 import traceback
+import typing
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,9 +25,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from svnup import config
 from svnup.execute import execute, print_plan
+from svnup.files import fault
 from svnup.outside import is_ours, targets
-from svnup.progress import to_nobody
+from svnup.progress import close_output, open_streams, to_nobody
 from svnup.results.provenance import Asked, python_path
+from svnup.results.stored import plain
 from svnup.secrets import redact, redact_code
 
 CONFIG_NAME = "config"
@@ -30,9 +37,41 @@ OF_SWEEPS = re.compile(r"[+~]*hydra([./]launcher|[./]sweeper|\.sweep\b|\.mode=)"
 
 
 def main() -> int:
-    """Run the command line; 0 when all went well, 2 for a user's mistake, 1 for a sweep in which a job failed."""
+    """Run the command line; 0 when all went well, 2 for a user's mistake, 1 for a fault or a sweep in which a job failed, 130
+    and 143 when it was interrupted (Ctrl-C, SIGTERM)."""
+    open_streams()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back as exceptions, and become one line here
     config.register()
+    with stoppable(), contextlib.redirect_stderr(typing.cast(TextIO, _Redacting(sys.stderr))):
+        try:
+            code = _compose_and_run()
+        except (KeyboardInterrupt, Stopped) as stop:
+            _tell(f"interrupted ({str(stop) or 'Ctrl-C'}); what is done is kept, and the same command goes on from there")
+            code = stop.code if isinstance(stop, Stopped) else 130
+        finally:
+            with contextlib.suppress(OSError):
+                config.KeepSecrets.redact()
+    if (unsaid := close_output()) is not None:
+        _tell(unsaid)
+        return code or 1
+    return code
+
+
+class _Redacting:
+    """A stream that takes secrets out of what others, such as Hydra, write there."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redact(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _compose_and_run() -> int:
     overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
     program = ["python", "-m", "svnup"] if Path(sys.argv[0]).name == "__main__.py" else ["svnup"]
     codes: list[int] = []  # Hydra drops what a task returns
@@ -50,8 +89,11 @@ def main() -> int:
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         _tell(config.explain(error, overrides))
         return 2
-    finally:
-        config.KeepSecrets.redact()
+    except OSError as error:
+        if (told := fault(error)) is None:
+            raise
+        _tell(told)
+        return 1
     return max(codes, default=0)
 
 
@@ -66,22 +108,51 @@ def _job(cfg: Any, texts: config.Texts, program: list[str], given: list[str]) ->
     if not alone:
         config.KeepSecrets.redact()
         sweep = hydra_cfg.runtime.choices["experiment"] or _sweep_name(given)
-    overrides = list(hydra_cfg.overrides.task)
+    overrides = [redact_code(o) for o in hydra_cfg.overrides.task]
+    code = 2
     try:
-        _run(cfg, texts, Asked(_command(cfg, program, hydra_cfg), overrides, sweep))
+        with stoppable():  # also in the process of a launcher, which is not that of `main`
+            _run(cfg, texts, Asked(_command(cfg, program, hydra_cfg), overrides, sweep))
         return 0
     except ValueError as error:
         message = str(error)
         _tell(message)
     except Exception as error:
-        if alone:
+        message, code = repr(error), 1
+        if (told := fault(error)) is not None:
+            _tell(told)
+        elif alone:
             raise
-        message = repr(error)
-        sys.stderr.write(redact(traceback.format_exc()))
+        else:
+            sys.stderr.write(redact(traceback.format_exc()))
     # Outside the except block: Hydra keeps what is raised until the sweep ends, and a traceback would keep the model with it.
     if not alone:
         raise JobFailed(message)
-    return 2
+    return code
+
+
+class Stopped(BaseException):
+    """SIGTERM, as of a batch system that takes its machine back."""
+
+    code = 128 + signal.SIGTERM
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Let SIGTERM end the work as Ctrl-C does, so that what is done is saved and the run is told to be interrupted."""
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # one is enough: what follows saves
+        raise Stopped(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _command(cfg: Any, program: list[str], hydra_cfg: Any) -> str:
@@ -98,7 +169,8 @@ def _command(cfg: Any, program: list[str], hydra_cfg: Any) -> str:
         words.append("hydra.mode=RUN")  # as an experiment has it that sweeps
     path = python_path() if any(not is_ours(target) for target in targets(OmegaConf.to_container(cfg))) else None
     before = [f"PYTHONPATH={shlex.quote(path)}"] if path else []
-    return " ".join([*before, *map(shlex.quote, [*program, *words, *hydra_cfg.overrides.task])])
+    given = [redact_code(o) for o in hydra_cfg.overrides.task]
+    return " ".join([*before, *map(shlex.quote, [*program, *words, *given])])
 
 
 def _sweep_name(overrides: list[str]) -> str:
@@ -108,7 +180,7 @@ def _sweep_name(overrides: list[str]) -> str:
 
 
 def _tell(message: str) -> None:
-    sys.stderr.write(redact(f"svnup: {' '.join(message.split())}\n"))
+    sys.stderr.write(redact(f"svnup: {plain(' '.join(message.split()))}\n"))
 
 
 def _run(cfg: Any, texts: config.Texts, asked: Asked) -> None:

@@ -66,10 +66,10 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     known = {} if known is None else known
     with blame_omegaconf():
         config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
+    check_values(config)
     refuse_unknown(config)
     refuse_removed(config)
     check_groups(config)
-    check_values(config)
     check_scalars(config)
     config["evaluation"] = _with_named_texts(config)
     refuse_missing(config)

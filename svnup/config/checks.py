@@ -67,8 +67,10 @@ def refuse_removed(config: dict[str, Any]) -> None:
 
 
 def check_values(node: Any, key: str = "") -> None:
-    """Refuse numbers that are not finite, and paths of unknown users, wherever they stand."""
+    """Refuse keys that are no text, numbers that are not finite, and paths of unknown users, wherever they stand."""
     if isinstance(node, (dict, list)):
+        if odd := [name for name in node if not isinstance(name, str)] if isinstance(node, dict) else []:
+            raise ValueError(f"{key}.{odd[0]}".lstrip(".") + ": a key must be a word; take it out")
         for name, value in node.items() if isinstance(node, dict) else enumerate(node):
             check_values(value, f"{key}.{name}" if key else str(name))
     elif isinstance(node, float) and not math.isfinite(node):

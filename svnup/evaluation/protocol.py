@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from svnup import NUMBERS_VERSION
 from svnup.data import TokenSource
+from svnup.files import SEAL, sealed, set_aside, unsealed, write_text
 from svnup.types import Ints, Metrics
 
 if TYPE_CHECKING:
     from svnup.model.language_model import LanguageModel
 
+logger = logging.getLogger(__name__)
 Check = Callable[[Metrics], None]
 
 
@@ -73,15 +75,25 @@ def measured_once(
     identity = [lm.fingerprint(), protocols, lm.device.type, NUMBERS_VERSION]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(cache_dir) / "dense" / f"{key}.json"
-    known = path.is_file()
-    metrics = Metrics.from_dict(json.loads(path.read_text(encoding="utf-8"))) if known else run(lm)
-    if not known and not any(metric.reason for metric in metrics.values()):
+    known = _kept(path)
+    metrics = run(lm) if known is None else known
+    if known is None and not any(metric.reason for metric in metrics.values()):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(metrics.to_dict()), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, json.dumps(sealed({"metrics": metrics.to_dict()})))
     check(metrics)
     return metrics
+
+
+def _kept(path: Path) -> Metrics | None:
+    """The metrics in a file of the cache; None where there are none, or they are damaged, which then are set aside."""
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return Metrics.from_dict(unsealed(data)["metrics"] if SEAL in data else data)  # earlier versions have no checksum
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        logger.warning("%s: damaged (%s); set aside as %s, and measured again", path, error, set_aside(path).name)
+        return None
 
 
 def text_protocol(source: TokenSource, tokens: Ints) -> dict[str, Any]:

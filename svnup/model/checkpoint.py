@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from svnup.claims import claimed
+from svnup.files import naming, remove, replacing, sealed, take_place, unfinished, unsealed
+
 INDEX = "model.safetensors.index.json"
 NOT_SAFETENSORS = "no safetensors checkpoint; save the model once more with safe_serialization, or use offload=none"
 BITMASK = "svnup_bitmask.json"
 BITMASK_VERSION = 1
+CRC = "svnup_crc32"  # in a file's metadata: the checksum of each of its tensors
 POINTER = b"version https://git-lfs"  # how what git-lfs leaves in place of a file begins
 POINTS_ELSEWHERE = "is what git-lfs leaves in place of a file; get the file with git lfs pull"
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of a number
@@ -159,9 +163,10 @@ class Checkpoint:
     def _stored(self, file: Any, name: str) -> Tensor:
         try:
             out: Tensor = file.get_tensor(name)
-            return out
         except SafetensorError as error:
             raise ValueError(f"{self.folder}: cannot be read ({error}); copy the checkpoint again") from None
+        _check_sum(self.folder / self._files[name], file, name, out)
+        return out
 
     def _unpacked(self, file: Any, name: str) -> Tensor:
         values, bits, shape = self._stored(file, f"{name}.values"), self._stored(file, f"{name}.bits"), self._shapes[name]
@@ -248,7 +253,7 @@ def write_bitmask(folder: Path, parts: Iterable[Tensors], pruned: Collection[str
         file = f"bitmask-{number:05d}.safetensors"
         save_tensors(stored, folder / file)
         files |= dict.fromkeys(stored, file)
-    _write_json(folder / BITMASK, {"version": BITMASK_VERSION, "files": files, "shapes": shapes})
+    _write_json(folder / BITMASK, sealed({"version": BITMASK_VERSION, "files": files, "shapes": shapes}))
 
 
 def expand(source: str | Path, target: str | Path) -> None:
@@ -273,17 +278,22 @@ def expand(source: str | Path, target: str | Path) -> None:
 
 
 def in_place(folder: Path, fill: Callable[[Path], object]) -> None:
-    """Fill a folder that appears only when it is complete, in place of one that was there; one that fails leaves nothing."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        fill(partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    """Fill a folder that appears only when it is complete, in place of one that was there; one that fails leaves nothing.
+
+    Of several processes that do so at once each waits for the one before it.
+    """
+    with claimed(folder.with_name(f".{folder.name}.lock")):
+        for old in folder.parent.glob(f".{folder.name}.old.*") if not folder.exists() else ():
+            old.rename(folder)  # of a process that was killed between two renames
+        partial = unfinished(folder)
+        remove(partial)
+        try:
+            partial.mkdir()
+            with naming(folder):
+                fill(partial)
+            take_place(partial, folder)
+        finally:
+            remove(partial)
 
 
 def _opened(path: Path) -> Any:
@@ -296,17 +306,39 @@ def _opened(path: Path) -> Any:
 
 
 def save_tensors(tensors: Tensors, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Atomically, so that a file that is there is a whole one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
-    save_file(contiguous, temporary, metadata={"format": "pt"} | (metadata or {}))
-    temporary.replace(path)
+    """Atomically, so that a file that is there is a whole one; with a checksum of each tensor."""
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    sums = {name: _sum(tensor) for name, tensor in contiguous.items()}
+    with replacing(path) as partial:
+        save_file(contiguous, partial, metadata={"format": "pt", CRC: json.dumps(sums)} | (metadata or {}))
 
 
 def read_tensors(path: Path) -> Tensors:
-    """All tensors of one safetensors file, on the CPU."""
+    """All tensors of one safetensors file, on the CPU; raises ValueError where one is not that of its checksum."""
     with _opened(path) as file:
-        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        out = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        for name, tensor in out.items():
+            _check_sum(path, file, name, tensor)
+        return out
+
+
+def _sum(tensor: Tensor) -> int:
+    """The checksum of a tensor's bytes, shape and dtype."""
+    data: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+    return zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode(), zlib.crc32(data))
+
+
+def _check_sum(path: Path, file: Any, name: str, tensor: Tensor) -> None:
+    """Raise ValueError where a tensor is not what was written; files of others, and of earlier versions, have no checksums."""
+    told = (file.metadata() or {}).get(CRC)
+    if told is None:
+        return
+    try:
+        right = json.loads(told).get(name) == _sum(tensor)
+    except (ValueError, AttributeError):
+        right = False
+    if not right:
+        raise ValueError(f"{path}: {name} is damaged: it is not that of its checksum; copy the file again, or make it anew")
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -319,12 +351,17 @@ def _read_json(path: Path, *keys: str) -> list[Any]:
     """The values of these keys."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); copy the checkpoint again") from None
+    try:
+        data = unsealed(data) if isinstance(data, dict) else data
         return [data[key] for key in keys]
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); copy the checkpoint again") from None
+        raise ValueError(f"{path}: is damaged: {error}; copy the checkpoint again") from None
     except (KeyError, TypeError):
         raise ValueError(f"{path}: lacks one of {', '.join(keys)}; copy the checkpoint again") from None
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    with naming(path):
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

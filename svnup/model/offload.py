@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
+from svnup.files import set_aside
 from svnup.memory import release_free_memory
 from svnup.model.checkpoint import Tensors, read_metadata, read_tensors, save_tensors
+
+logger = logging.getLogger(__name__)
 
 
 class BlockStore(Protocol):
@@ -104,11 +108,17 @@ class DiskBlockStore:
         self._changed.add(index)
 
     def restore_block(self, index: int, key: str) -> str | None:
-        metadata = read_metadata(self._path(index)) if self._path(index).is_file() else {}
-        if metadata.get("key") != self._full(key):
+        path = self._path(index)
+        try:
+            metadata = read_metadata(path) if path.is_file() else {}
+            if metadata.get("key") != self._full(key):
+                return None
+            weights = read_tensors(path)
+        except ValueError as error:
+            logger.warning("%s; it is set aside as %s, and its block is pruned again", error, set_aside(path).name)
             return None
         self._leave()
-        self._put(index, read_tensors(self._path(index)))
+        self._put(index, weights)
         self._changed.add(index)
         return metadata["note"]
 
@@ -129,15 +139,14 @@ class DiskBlockStore:
         self._here = index
 
 
-def _locked(folder: Path) -> IO[str]:
-    """An open file that no other process can lock until this one closes it or ends."""
-    file = (folder / "lock").open("w")
+def _locked(folder: Path) -> FileLock:
+    """A lock that no other process can have until this one is let go, or its process ends."""
+    lock = FileLock(folder / "lock", is_singleton=True, thread_local=False)  # one process may have several shelves there
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
+        lock.acquire(timeout=0)
+    except Timeout:
         raise ValueError(f"offload=disk: another process works in {folder}; wait for it, or use another results_dir") from None
-    return file
+    return lock
 
 
 def fill(module: nn.Module, weights: Tensors, device: torch.device) -> None:

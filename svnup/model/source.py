@@ -351,6 +351,17 @@ class Pretrained:
         return LanguageModel.from_loader(self._loader, self.tokenizer, scratch=scratch, **places)
 
 
+# Of a random model: sizes beyond those of any model are a slip of the pen, and some would be built for hours.
+LARGEST = {
+    "num_hidden_layers": 1000,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**19,
+    "num_attention_heads": 2**13,
+    "max_position_embeddings": 2**24,
+    "vocab_size": 2**22,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Random:
     """A model of any Llama or OPT shape with random weights and the built-in tokenizer; names as in transformers' configs."""
@@ -377,8 +388,10 @@ class Random:
         _check_known(self.dense_ppl)
         heads = self.num_key_value_heads
         for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: choose at least 1")
+            if not 1 <= getattr(self, name) <= LARGEST[name]:
+                raise ValueError(f"{name}={getattr(self, name)}: choose at least 1, and at most {LARGEST[name]:,}")
+        if self.vocab_size > LARGEST["vocab_size"]:
+            raise ValueError(f"vocab_size={self.vocab_size}: choose 2,048 to {LARGEST['vocab_size']:,}")
         if heads is not None and (heads < 1 or self.num_attention_heads % heads):
             raise ValueError(f"num_key_value_heads={heads}: must divide num_attention_heads={self.num_attention_heads}")
         if self.hidden_size % self.num_attention_heads:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from svnup.files import replacing
 from svnup.results.row import ResultRow
 
 UNITS = {
@@ -127,7 +127,6 @@ def _profile(profile: dict[str, Any], path: Path) -> Path:
 
 def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
-    temporary.replace(path)  # so that an existing figure is complete
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
     return path

@@ -11,6 +11,10 @@ from io import StringIO
 from itertools import groupby
 from typing import Any
 
+WORDS = ("fail", "running", "interrupted", "dead", "fallback", "limit", "protocol", "nan")  # in place of a number
+MISSING = "-"
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how what a spreadsheet computes begins
+NUMBER = re.compile(r"[+-]?\d[\d.,]*(e[+-]?\d+)?( ?%)?", re.IGNORECASE)
 FORMATS = ("terminal", "markdown", "csv", "latex", "html")
 LATEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
@@ -91,9 +95,9 @@ class Grid:
         shown.append("|" + "|".join(" --- " for _ in self.head) + "|")
         for line in self.lines:
             shown.append("| " + " | ".join(f"**{_escaped(c.text)}**" if c.best else _escaped(c.text) for c in line) + " |")
-        top = [f"# {self.title}\n"] if self.title else []
-        top += [f"{self.about}\n"] if self.about else []
-        bottom = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
+        top = [f"# {_escaped(self.title)}\n"] if self.title else []
+        top += [f"{_escaped(self.about)}\n"] if self.about else []
+        bottom = ["", *(f"- {_escaped(note)}" for note in self.notes)] if self.notes else []
         return "\n".join(top + shown + bottom) + "\n"
 
     def _latex(self) -> str:
@@ -175,18 +179,27 @@ def csv_text(records: Iterable[dict[str, Any]]) -> str:
     records = list(records)
     out = StringIO()
     names = list(dict.fromkeys(name for record in records for name in record))
-    writer = csv.DictWriter(out, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(map(_harmless, names))
+    writer.writerows([_harmless(record.get(name)) for name in names] for record in records)
     return out.getvalue()
 
 
 def _is_number(text: str) -> bool:
-    return not text or not text[0].isalpha() or text in ("fail", "running", "fallback", "limit", "protocol", "nan")
+    return not text or not text[0].isalpha() or text in WORDS
 
 
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
+    """Text for Markdown that makes no heading, link, image or HTML of its own, whoever wrote it."""
+    plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return plain.replace("](", "]\\(").replace("|", "\\|")
+
+
+def _harmless(value: Any) -> Any:
+    """A value for CSV that a spreadsheet takes for text: what begins as a formula does gets a quote before it."""
+    if isinstance(value, str) and value[:1] in FORMULA and value != MISSING and not NUMBER.fullmatch(value):
+        return f"'{value}"
+    return value
 
 
 def _tex(text: str) -> str:

@@ -566,7 +566,7 @@ def _shapley(runs: list[PageRun]) -> Markup:
     for same in sorted(_grouped(runs, _estimator), key=lambda same: (-len(same), _estimator(same[0]))):
         found = [run.row.shapley for run in same if run.row.shapley]
         values = np.array([one["values"] for one in found])
-        error = np.array([one["stderr"] or np.zeros(values.shape[1]) for one in found]).max(axis=0)
+        error = np.array([one.get("stderr") or np.zeros(values.shape[1]) for one in found]).max(axis=0)
         name, mean = names[_estimator(same[0])], values.mean(axis=0)
         low, high = np.minimum(values.min(axis=0), mean - error), np.maximum(values.max(axis=0), mean + error)
         series.append(Series(name, _points(mean, low, high, n_blocks, name), len(series) + 1))
@@ -773,7 +773,7 @@ def _run_figures(run: PageRun) -> list[Markup]:
 
 def _tuning(tuning: dict[str, Any]) -> list[Markup]:
     """The losses of candidates on the whole selection text."""
-    tried = [(str(point["label"]), point["loss"]) for point in tuning["curve"] if "n_seq" not in point]
+    tried = [(str(point.get("label")), point.get("loss")) for point in tuning.get("curve", []) if "n_seq" not in point]
     points = [Point(i, loss, tip=f"{label}: {loss:.4f}") for i, (label, loss) in enumerate(tried) if loss is not None]
     if not points:
         return []

@@ -38,7 +38,7 @@ OF_MODEL = ("tokens_sha256", "n_windows", "n_tokens", "n_truncated", "batch_size
 DIGESTS = ("text", "tokens_sha256", "items_sha256")
 LOWER_IS_BETTER = ("ppl", "perplexity", "nll", "loss", "bits_per_byte")
 CONDITIONS = ("model", "sparsity", "pattern", METRIC)  # keys under whose values methods are compared
-STATES = ("running", "fail", "fallback", "limit", "protocol")  # why a run has no number in a table
+STATES = ("running", "dead", "interrupted", "fail", "fallback", "limit", "protocol")  # why a run has no number in a table
 
 
 def notes_on_inputs(rows: Iterable[ResultRow]) -> list[str]:

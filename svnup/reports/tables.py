@@ -11,7 +11,7 @@ import pandas as pd
 
 from svnup.naming import allocator_name, method_name, moving_numbers
 from svnup.pattern import UNSTRUCTURED
-from svnup.reports.grid import Cell, Grid
+from svnup.reports.grid import Cell, Grid, csv_text
 from svnup.reports.pivot import notes_on_inputs
 from svnup.results.row import ResultRow
 from svnup.results.select import fallback_of, model_of, short_names, uniform_taken
@@ -131,7 +131,8 @@ def render(rows: list[ResultRow], form: str, title: str | None = None, command: 
     """
     data = frame(rows)
     if form == "csv":
-        return data.drop(columns="setting").to_csv(index=False)
+        shown = data.drop(columns="setting").astype(object)
+        return csv_text(shown.where(shown.notna(), None).to_dict("records"))  # type: ignore[arg-type]
     drop = [c for c, same in (("seed", 0), ("pattern", UNSTRUCTURED), ("status", "finished")) if (data[c] == same).all()]
     shown = _with_change(data).drop(columns=[*drop, "setting", "seconds", "key"])
     return flat(shown, title, about(rows, command), notes_on_inputs(rows)).render(form, ansi)

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from svnup.config.construction import construct
+from svnup.files import write_text
 from svnup.naming import allocator_name, method_name
 from svnup.pattern import UNSTRUCTURED
 from svnup.results.row import ResultRow
 from svnup.results.select import fallback_of
 from svnup.results.tracker import Figures, Log
-from svnup.secrets import redact
+from svnup.secrets import redact, redacted
 from svnup.types import player_names
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class WandbTracker:
                         for artifact in filter(None, (_values(row), _profile(row))):
                             run.log_artifact(artifact)
                     run.log(_numbers(row) | _layers_of_scores(row) | _tuning(row) | _layers_of_profile(row) | _images(figures))
-                    run.log_artifact(_artifact(f"result-{row.config_key}", "result", "result.json", redact(row.to_json())))
+                    run.log_artifact(_artifact(f"result-{row.config_key}", "result", "result.json", row.redacted().to_json()))
                     finished.append(row)
 
                 yield log
@@ -140,7 +141,7 @@ class WandbTracker:
                 name=title if job_type == self.job_type else f"{title} ({job_type})",
                 mode=mode,
                 reinit="create_new",
-                config=json.loads(redact(json.dumps(config))),
+                config=redacted(config),
                 settings=wandb.Settings(silent=True),
             )
         except wandb.errors.Error as error:
@@ -220,13 +221,11 @@ def _mark(folder: Path) -> dict[str, Any]:
 
 
 def _write_mark(folder: Path, mark: dict[str, Any]) -> None:
-    temporary = folder / f".{MARK}.{os.getpid()}"
-    temporary.write_text(json.dumps(mark), encoding="utf-8")
-    temporary.replace(folder / MARK)
+    write_text(folder / MARK, json.dumps(mark))
 
 
 def _digest(row: ResultRow) -> str:
-    return hashlib.sha256(redact(row.to_json()).encode()).hexdigest()
+    return hashlib.sha256(row.redacted().to_json().encode()).hexdigest()
 
 
 def _names(config: dict[str, Any]) -> dict[str, str]:

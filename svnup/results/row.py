@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from svnup.naming import KEY
 from svnup.results import stored
+from svnup.secrets import redacted
 
 SCHEMA_VERSION = 1
 
@@ -29,7 +30,7 @@ def _finite(node: Any, key: str, found: dict[str, str]) -> Any:
 class ResultRow:
     """Everything a table, a figure or a repeat of one job needs, as nested JSON values."""
 
-    status: Literal["running", "finished", "failed"]
+    status: stored.Status
     config_key: str
     config: dict[str, Any]
     provenance: dict[str, Any]
@@ -46,6 +47,7 @@ class ResultRow:
     peak_memory_bytes: int | None = None
     seconds: float = 0.0
     error: str | None = None
+    process: dict[str, Any] | None = None  # of a run that is running: its host, and its pid there
     not_finite: dict[str, str] | None = None  # by dotted key: what stands as null, since it is nan or infinite
     schema_version: int = SCHEMA_VERSION
 
@@ -60,6 +62,11 @@ class ResultRow:
         found: dict[str, str] = {}
         measured = {k: _finite(v, k, found) for k, v in vars(self).items() if k not in ("config", "provenance")}
         return replace(self, **measured | {"not_finite": found or None})
+
+    def redacted(self) -> Self:
+        """The row without secrets in its texts; its fingerprints are compared, and stay."""
+        kept = ("status", "config_key", "fingerprints", "process", "schema_version")
+        return replace(self, **{name: redacted(value) for name, value in vars(self).items() if name not in kept})
 
     def to_json(self) -> str:
         return json.dumps({"schema_version": self.schema_version} | vars(self), indent=1, allow_nan=False) + "\n"

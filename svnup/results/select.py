@@ -33,7 +33,7 @@ class Run:
     def state(self, metric: str) -> str | None:
         """Why the run has no number of a metric in a table; None where it has one, '-' where it was not asked for."""
         if self.row.status != "finished":
-            return "fail" if self.row.status == "failed" else "running"
+            return "fail" if self.row.status == "failed" else self.row.status
         if fallback_of(self.row):
             return "fallback"
         if metric not in self.metrics:

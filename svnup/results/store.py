@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import os
-import shutil
 import typing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from svnup.claims import claimed, holder, is_dead
+from svnup.files import remove, sealed, set_aside, take_place, write_text
 from svnup.results.row import ResultRow
 from svnup.secrets import redact
 from svnup.types import SaveFormat
 
 logger = logging.getLogger(__name__)
-SCRATCH = "offload"  # in the run's folder: the blocks that an interrupted job has pruned, and hidden states
+CLAIM = ".claim"  # of the process that computes a run
+UNFINISHED = "unfinished"  # in the run's folder: what a job makes, until all of it is there
+MOVES = "moves.json"  # there, when all of it is: the finished row, what goes where, and what goes
+SCRATCH = "offload"  # there: the blocks that an interrupted job has pruned, and hidden states
+MASKS = "masks.safetensors"
+MODELS = ("model", *(f"model_{form}" for form in typing.get_args(SaveFormat)))
+SAVED = (*MODELS, MASKS)
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,8 @@ class RunFolder:
     """`<results_dir>/runs/<config_key>/`: result.json with a status, shapley.json, profile.json, config.yaml, svnup.log,
     figures/ and, if asked for, model/ and masks.safetensors.
 
-    A finished result.json comes last. A model that is also asked for in another form goes beside the one that is there, to
+    A job makes model and masks in unfinished/ and they move when the result is there too, so that a run which is done anew
+    keeps what it had until then. A model that is also asked for in another form goes beside the one that is there, to
     model_dense/ or model_bitmask/.
     """
 
@@ -34,17 +43,29 @@ class RunFolder:
         return cls(Path(results_dir) / "runs" / config_key)
 
     def read(self) -> ResultRow | None:
-        """The result that lies here; None where there is none, or none that this version reads."""
+        """The result that lies here; None where there is none, or none that this version reads.
+
+        A run whose process is not there any more is `dead`.
+        """
         try:
-            return ResultRow.from_json((self.path / "result.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError):
+            row = ResultRow.from_json((self.path / "result.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
+        if row.status == "running" and row.process and is_dead(self.path / CLAIM, row.process["host"], row.process["pid"]):
+            return replace(row, status="dead", error=row.error or "its process is not there any more; run it again")
+        return row
+
+    @contextlib.contextmanager
+    def claimed(self, waiting: Callable[[str], None]) -> Iterator[None]:
+        """Be the one process that computes this run; others wait, after `waiting` is called with who has it."""
+        with claimed(self.path / CLAIM, lambda: waiting(holder(self.path / CLAIM) or "another process")):
+            yield
 
     def write(self, row: ResultRow) -> None:
         """Write result.json, and before it what else the row makes."""
         for name, text in self._parts(row).items():
             self._write(name, text)
-        self._write("result.json", row.to_json())
+        self._write("result.json", row.redacted().to_json())
 
     def complete(self, row: ResultRow) -> None:
         """Write what the row makes beside result.json, as far as it is not there."""
@@ -54,18 +75,19 @@ class RunFolder:
 
     @staticmethod
     def _parts(row: ResultRow) -> dict[str, str]:
-        parts = {"profile.json": row.profile, "shapley.json": row.shapley}
+        profile = sealed(row.profile) if row.profile is not None else None  # which jobs read again
+        parts = {"profile.json": profile, "shapley.json": row.shapley}
         return {name: json.dumps(part, indent=1) + "\n" for name, part in parts.items() if part is not None}
 
     def has(self, model: bool, form: SaveFormat, masks: bool) -> bool:
         """Whether what was asked to be saved is there, in the form that was asked for."""
         saved = form in self.models()
-        return (saved or not model) and ((self.path / "masks.safetensors").is_file() or not masks)
+        return (saved or not model) and ((self.path / MASKS).is_file() or not masks)
 
     def models(self) -> dict[SaveFormat, Path]:
         """The folders of the models that were saved here, by their form."""
         found: dict[SaveFormat, Path] = {}
-        for folder in (self.path / "model", *(self.path / f"model_{form}" for form in typing.get_args(SaveFormat))):
+        for folder in (self.path / name for name in MODELS):
             if (folder / "profile.json").is_file() and any(folder.glob("*.safetensors*")):  # the profile is saved last
                 found.setdefault("bitmask" if (folder / "svnup_bitmask.json").is_file() else "dense", folder)
         return found
@@ -76,27 +98,69 @@ class RunFolder:
         taken = self.path / "model" in models.values()
         return models.get(form) or self.path / (f"model_{form}" if taken else "model")
 
-    def clear_scratch(self) -> None:
-        """Remove what an offloaded job keeps while it is not finished."""
-        shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
+    @property
+    def unfinished(self) -> Path:
+        return self.path / UNFINISHED
 
-    def clear_saved(self) -> list[str]:
-        """Remove what was saved of a model that is pruned anew; returns the names of what there was."""
-        folders = [self.path / name for name in ("model", *(f"model_{form}" for form in typing.get_args(SaveFormat)))]
-        saved = [path for path in (*folders, self.path / "masks.safetensors") if path.exists()]
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
-        (self.path / "masks.safetensors").unlink(missing_ok=True)
-        return [path.name for path in saved]
+    def begin(self, keep_blocks: bool) -> Path:
+        """The folder in which a job makes model and masks; there stay, if at all, the blocks that an interrupted one pruned."""
+        self.unfinished.mkdir(parents=True, exist_ok=True)
+        for path in self.unfinished.iterdir():
+            if path.name != SCRATCH or not keep_blocks:
+                remove(path)
+        return self.unfinished
+
+    def publish(self, row: ResultRow, anew: bool) -> list[str]:
+        """Put a finished row, and what its job has made, in their places; returns the names of what was removed.
+
+        `anew`: what was saved before is of another pruning, and goes.
+        """
+        made = RunFolder(self.unfinished)
+        moves = {folder.name: self.place(form).name for form, folder in made.models().items()}
+        moves |= {MASKS: MASKS} if (made.path / MASKS).is_file() else {}
+        gone = [name for name in SAVED if (self.path / name).exists() and name not in moves.values()] if anew else []
+        if moves or gone:
+            made._write(MOVES, json.dumps({"row": row.redacted().to_json(), "moves": moves, "gone": gone}))
+        self._move(row, moves, gone)
+        return gone
+
+    def settle(self) -> None:
+        """Finish what `publish` had begun in a process that was killed."""
+        if not (self.unfinished / MOVES).is_file() or holder(self.path / CLAIM) is not None:
+            return
+        with self.claimed(lambda _: None), contextlib.suppress(FileNotFoundError):  # another process was faster
+            try:
+                told = json.loads((self.unfinished / MOVES).read_text(encoding="utf-8"))
+                row, moves, gone = ResultRow.from_json(told["row"]), dict(told["moves"]), list(told["gone"])
+                known = {*moves, *moves.values(), *gone} <= set(SAVED)  # whoever wrote it: nothing else is moved or removed
+            except (ValueError, TypeError, KeyError):
+                known = False
+            if not known:
+                logger.warning("%s: damaged; what it was about to move is made again", set_aside(self.unfinished / MOVES))
+                return
+            self._move(row, moves, gone)
+
+    def clear(self) -> None:
+        """Remove what is unfinished, beside a result that is, if no process works on it."""
+        if holder(self.path / CLAIM) is None:
+            for name in (UNFINISHED, CLAIM, SCRATCH):  # the last as earlier versions had it
+                remove(self.path / name)
+
+    def _move(self, row: ResultRow, moves: dict[str, str], gone: list[str]) -> None:
+        for name, target in moves.items():
+            if (self.unfinished / name).exists():  # else it has moved
+                take_place(self.unfinished / name, self.path / target)
+        self.write(row)
+        for name in gone:
+            remove(self.path / name)
+        remove(self.unfinished)
 
     def write_text(self, name: str, text: str) -> None:
-        self._write(name, text)
+        self._write(name, redact(text))
 
     def _write(self, name: str, text: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / f".{name}.{os.getpid()}"
-        temporary.write_text(redact(text), encoding="utf-8")
-        temporary.replace(self.path / name)
+        write_text(self.path / name, text)
 
 
 def run_folders(results_dir: str | Path) -> list[RunFolder]:

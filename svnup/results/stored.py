@@ -17,6 +17,10 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 LARGEST = sys.float_info.max  # a whole number beyond it is none that Python makes a float of
 
 
+# A run that is `running` whose process is not there any more is read as `dead`; `interrupted` was by its user or the system.
+Status = Literal["running", "finished", "failed", "interrupted", "dead"]
+
+
 class Method(TypedDict, total=False):
     _target_: Required[str]
     base: Method
@@ -24,6 +28,7 @@ class Method(TypedDict, total=False):
 
 class Game(TypedDict, total=False):
     data: dict[str, Any]
+    payoff: str
     pruner: Method | None
 
 
@@ -161,10 +166,17 @@ class Stage(TypedDict, total=False):
     peak_memory_bytes: int | None
 
 
+class Process(TypedDict):
+    """Where a run is running."""
+
+    host: Required[str]
+    pid: Required[int]
+
+
 class Result(TypedDict, total=False):
     """The JSON of a `ResultRow`."""
 
-    status: Required[Literal["running", "finished", "failed"]]
+    status: Required[Status]
     config_key: Required[str]
     config: Required[Config]
     provenance: Required[Provenance]
@@ -181,6 +193,7 @@ class Result(TypedDict, total=False):
     peak_memory_bytes: int | None
     seconds: float
     error: str | None
+    process: Process | None
     not_finite: dict[str, str] | None
 
 

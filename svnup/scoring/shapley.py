@@ -83,7 +83,7 @@ class ShapleyScorer:
     shard: str | None = None
 
     def __post_init__(self) -> None:
-        match = re.fullmatch(r"(\d+)/(\d+)", self.shard or "0/1")
+        match = re.fullmatch(r"(\d+)/(\d+)", "0/1" if self.shard is None else self.shard)
         if not match or not int(match[1]) < int(match[2]):
             raise ValueError(f"shard={self.shard}: choose k/n with 0 <= k < n, such as 0/4, or null")
 
