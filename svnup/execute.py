@@ -40,7 +40,7 @@ def execute(job: config.Job, asked: Asked, plots: Figures) -> None:
     folder = RunFolder.of(job.results_dir, job.key)
     sharded = job.shapley is not None and job.shapley.shard is not None
     with naming(folder.path):
-        folder.settle()
+        folder.finish_publishing()
     there = _Before.of(folder, job, job.fingerprints())
     if there.row is None and (before := _of_other_code(job, there.prints)) is not None:
         _say(f"code from outside svnup has changed since {before} was made: its job runs again")
@@ -143,7 +143,7 @@ def _run_into(folder: RunFolder, job: config.Job, blank: ResultRow, there: _Befo
 
 
 def _complete(folder: RunFolder, row: ResultRow, plots: Figures) -> None:
-    """Bring what a finished run lacks beside its result, of a process that ended too early or of an earlier version."""
+    """Add what a finished run lacks beside its result, of a process that ended too early or of an earlier version."""
     if not os.access(folder.path, os.W_OK):
         return
     folder.clear()
@@ -214,7 +214,7 @@ def _check_folder(key: str, folder: Path) -> None:
         tempfile.TemporaryFile(dir=there).close()  # rights do not tell of what is mounted read-only, or full
     except OSError as error:
         why = "" if error.errno in (errno.EACCES, errno.ENOTDIR) else f" ({error.strerror})"
-        raise ValueError(f"{key}={folder}: {there} is no folder that can be written{why}; choose another") from None
+        raise ValueError(f"{key}={folder}: {there} is not a writable directory{why}; choose another") from None
 
 
 def _say(text: str) -> None:

@@ -85,7 +85,7 @@ def plan(job: Job) -> dict[str, int]:
             out["evaluations of later rounds"] = needs.n_games * len(again)
             out["block forwards of later rounds"] = needs.n_games * block_forwards(again, absent_costs=True)
         replacements = int(lm.block_params.sum()) * size * (2 if needs.n_games else job.game_prunes)
-        out |= {"bytes of pruned stand-ins": replacements} if replacements else {}
+        out |= {"bytes of pruned replacements": replacements} if replacements else {}
         stages["shapley"] = out["bytes of shapley states"] + replacements + stages["evaluation"]
     if job.scorer is not None and job.scorer.needs_inputs:  # which may hold a score of every weight of a block
         stages["scores"] = states * states_here + activations + 2 * int(lm.block_params.max()) * FLOAT
@@ -103,7 +103,7 @@ def _itemsize(lm: LanguageModel, dtype: str) -> int:
 def _statistics(job: Job, lm: LanguageModel) -> int:
     """Bytes of what a pruner gathers for a block, with the first tokens of each distinct input, found by running one block."""
     probe = job.model.one_block()
-    inputs = Inputs(probe.linears(0), Nothing())  # which linears read the same input is all that is asked
+    inputs = Inputs(probe.linears(0), Nothing())  # which linear layers read the same input is all that is asked
     with torch.inference_mode():
         for visit in probe.walk(np.zeros((1, 2), dtype=np.int64)):
             inputs.collect(visit, advance=False)

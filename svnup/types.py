@@ -1,4 +1,4 @@
-"""What flows between the rooms: frozen values, checked on construction. Only the standard library and numpy."""
+"""What packages exchange: frozen values, checked on construction. Only the standard library and numpy."""
 
 from __future__ import annotations
 
@@ -130,9 +130,9 @@ class Share:
 class SparsityProfile:
     """Sparsity per block: `sparsity` (n,) fractions of zeros, `params` (n,) prunable weights per block.
 
-    `linears`, where the linears of a block differ, gives each its `Share` by name. Under a pattern 'mixed:M' `sparsity` is in
-    steps of 1/M, and `requested` (n,) is the budget that was rounded to them. The parameter-weighted mean of the budget equals
-    `target` to 1e-6 (rounded to steps: to a step of the largest block), or construction raises ValueError.
+    `linears`, where the linear layers of a block differ, gives each its `Share` by name. Under a pattern 'mixed:M' `sparsity`
+    is in steps of 1/M, and `requested` (n,) is the budget that was rounded to them. The parameter-weighted mean of the budget
+    equals `target` to 1e-6 (rounded to steps: to a step of the largest block), or construction raises ValueError.
     """
 
     sparsity: Floats
@@ -175,7 +175,7 @@ class SparsityProfile:
         if self.linears is None:
             return
         if Pattern.parse(self.pattern).group is not None:
-            raise ValueError(f"pattern={self.pattern}: the linears of a block share its N; use pattern=unstructured")
+            raise ValueError(f"pattern={self.pattern}: the linear layers of a block share its N; use pattern=unstructured")
         if len(self.linears) != len(self.sparsity):
             raise ValueError(f"linears of {len(self.linears)} blocks in a profile of {len(self.sparsity)}")
         for index, shares in enumerate(self.linears):
@@ -184,8 +184,8 @@ class SparsityProfile:
             inside = all(0 <= share.sparsity <= 1 for share in shares.values())
             if sizes != self.params[index] or not inside or abs(zeros / sizes - self.sparsity[index]) > 1e-6:
                 raise ValueError(
-                    f"block {index}: its linears have {sizes} weights and mean sparsity {zeros / max(1, sizes):.8f}, the block "
-                    f"{self.params[index]} and {self.sparsity[index]:.8f}"
+                    f"block {index}: its linear layers have {sizes} weights and mean sparsity {zeros / max(1, sizes):.8f}, "
+                    f"the block {self.params[index]} and {self.sparsity[index]:.8f}"
                 )
 
     def of(self, block: int, linear: str) -> float:
@@ -193,7 +193,7 @@ class SparsityProfile:
         return float(self.sparsity[block]) if self.linears is None else self.linears[block][linear].sparsity
 
     def levels(self, block: int) -> tuple[float, ...]:
-        """All that is asked of a block: its sparsity, or those of its linears."""
+        """All that is asked of a block: its sparsity, or those of its linear layers."""
         shares = self.linears[block].values() if self.linears is not None else None
         return (float(self.sparsity[block]),) if shares is None else tuple(share.sparsity for share in shares)
 

@@ -559,7 +559,7 @@ def test_profiles_of_linears_from_files(write):
     path = write(GOOD | {"linears": linears})
     profile = FromFile(path).allocate(Budget(np.array([10, 10]), 0.5))
     assert profile.of(0, "b") == 0.5
-    with pytest.raises(ValueError, match=r"does not fit.*among their linears"):
+    with pytest.raises(ValueError, match=r"does not fit.*among their linear layers"):
         FromFile(path).allocate(Budget(np.array([70, 70]), 0.5))  # dropping what it says of linears would be another profile
     half = [{"a": {"sparsity": 0.5, "size": 10}}] * 2
     with pytest.raises(ValueError, match=r"pattern=2:4: .*pattern=unstructured"):

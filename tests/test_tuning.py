@@ -57,7 +57,7 @@ def test_the_value_with_the_least_loss_is_taken(allocator, best):
     assert len(spreads) == 7  # as many for all
     assert spreads == sorted(spreads)
     assert spreads[0][0] == pytest.approx(0, abs=1e-12)
-    assert [label.partition("=")[0] for _, label in spreads] == [allocator.knob] * 7
+    assert [label.partition("=")[0] for _, label in spreads] == [allocator.tuned_option] * 7
     nearest = min(spread for spread, _ in spreads if abs(spread - best) == min(abs(s - best) for s, _ in spreads))
     assert np.ptp(chosen.sparsity) == nearest
 

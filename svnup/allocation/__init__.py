@@ -57,14 +57,14 @@ class Needs:
     selection: bool = False  # text to try profiles on, and the model in memory: it is a `Chooser`
     once: bool = False  # it asks for losses together, once, by weights pruned in advance
     n_games: int | None = None  # of blocks in the models that it prunes, after the first; None: any scores will do
-    whole_blocks: bool = True  # it leaves to a split what the linears of a block get
+    whole_blocks: bool = True  # it leaves to a split what the linear layers of a block get
 
 
 class Allocator(Protocol):
     """Turns scores into a profile.
 
-    One whose option can be `auto` names it as `knob` and has a `grid(budget)` for it, of which the first value gives the
-    uniform profile. One that plays on a text of its own has it as `data`.
+    One whose option can be `auto` names it as `tuned_option` and has a `grid(budget)` for it, of which the first value gives
+    the uniform profile. One that reads a payoff text of its own has it as `data`.
     """
 
     @property

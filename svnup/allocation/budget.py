@@ -50,7 +50,7 @@ class Budget:
         """The profile of sparsities (n,) that meet the budget: under 'mixed:M' rounded so that part l loses N_l of every M.
 
         Each part gets the N nearest to its sparsity, at most M - 1; then those that rounding moved most in one direction go a
-        step back, as long as that brings the total nearer to the target (among equals the first part keeps more).
+        step back, as long as that moves the total nearer to the target (among equals the first part keeps more).
         """
         pattern = Pattern.parse(self.pattern)
         if pattern.group is None or not pattern.mixed:
@@ -104,12 +104,13 @@ class Budget:
             )
         if granularity != "block":
             raise ValueError(
-                f"{named}: the linears of a block share its N; add allocator.granularity=block, or use pattern=unstructured"
+                f"{named}: the linear layers of a block share its N; "
+                "add allocator.granularity=block, or use pattern=unstructured"
             )
 
 
 def split_block(scores: Floats, sizes: Ints, sparsity: float, lam: float, scale: Scale = "log") -> Floats:
-    """Divide a block's budget among its linears: higher scores (n,) keep more, exactly at the block's sparsity.
+    """Divide a block's budget among its linear layers: higher scores (n,) keep more, exactly at the block's sparsity.
 
     The same map as `ScoreBudget` inside the block; bounds max(0, s - 0.3) and max(s, min(0.95, s + 0.2)).
     """

@@ -19,9 +19,9 @@ class Curves:
 
     The curve of a block is the held-out loss with it alone pruned, to each of `levels` sparsities evenly from `lower` to
     `upper`, and the other blocks dense (under a pattern 'mixed:M' to those that are multiples of 1/M); its lower convex hull
-    is used. From `lower` on, weights go where a hull is flattest per weight until the budget is met; segments as steep as the
-    last are taken by equal shares. That is the exact optimum of the hulls' sum: as good as losses add up over blocks. Where the
-    model pruned by it loses no less than by the uniform profile, that is taken instead.
+    is used. From `lower` on, weights are zeroed where a hull is flattest per weight until the budget is met; segments as steep
+    as the last are taken by equal shares. That is the exact optimum of the hulls' sum: as good as losses add up over blocks.
+    Where the model pruned by it loses no less than by the uniform profile, that is taken instead.
 
     Raises ValueError where a loss is not finite. Source: our choice; the greedy way is that of Fox, Discrete optimization via
     marginal analysis, 1966.

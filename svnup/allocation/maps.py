@@ -19,7 +19,7 @@ from svnup.types import BlockScores, Players, SparsityProfile
 
 logger = logging.getLogger(__name__)
 Compare = Literal["trial", "off"]  # with the uniform budget
-GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # as many for every knob, so that none is tuned at more cost
+GRID = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # as many for every option, so that none is tuned at more cost
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class ScoreBudget:
 
     z = scale(scores) in [0, 1]; k_l = 2 lam z_l - mean_p(2 lam z) + 1 - S; s_l = 1 - k_l, clipped to [lower, upper] with the
     parameter-weighted mean kept at S. `lower` and `upper` default to max(0, S - 0.3) and min(0.95, S + 0.2). Two controls that
-    a useful score has to beat: `reverse` turns the profile upside down afterwards, 2 S - s_l within [0, 1]; `shuffle` is the
-    seed by which scores are dealt to the blocks at random. `granularity` says what has scores and a budget of its own: each
-    block, or its attention and its MLP; these then are the l above.
+    a useful score has to beat: `reverse` reverses the profile afterwards, 2 S - s_l within [0, 1]; `shuffle` is the
+    seed by which scores are permuted over the blocks at random. `granularity` says what has scores and a budget of its own:
+    each block, or its attention and its MLP; these then are the l above.
 
     `compare_uniform=trial` guards against scores that mislead: the profile and the uniform one are tried on the selection text,
     by weights that one pass over the calibration text prunes in advance, and where the uniform profile loses no more it is
@@ -61,7 +61,7 @@ class ScoreBudget:
     shuffle: int | None = None
     granularity: Players = "block"
     compare_uniform: Compare = "off"
-    knob: ClassVar[str] = "lam"
+    tuned_option: ClassVar[str] = "lam"
 
     def __post_init__(self) -> None:
         if not 0 <= self.lam <= 1:
@@ -112,7 +112,7 @@ class Ratios:
 
     epsilon: float = 0.2
     needs: ClassVar[Needs] = Needs(scores=True)
-    knob: ClassVar[str] = "epsilon"
+    tuned_option: ClassVar[str] = "epsilon"
 
     def __post_init__(self) -> None:
         if not 0 <= self.epsilon < 1:
@@ -143,7 +143,7 @@ class Atp:
 
     beta: float | None = None
     needs: ClassVar[Needs] = Needs()
-    knob: ClassVar[str] = "beta"
+    tuned_option: ClassVar[str] = "beta"
 
     def grid(self, budget: Budget) -> tuple[float, ...]:
         largest = 2 * min(budget.sparsity, 1 - budget.sparsity) / max(1, budget.n_units - 1)
@@ -199,7 +199,7 @@ class FromFile:
         budget.check_pattern(uniform=bool(np.ptp(profile.sparsity) < 1e-9))
         if profile.linears is not None and budget.pattern != UNSTRUCTURED:
             raise ValueError(
-                f"pattern={budget.pattern}: {self.path} divides blocks among their linears; use pattern=unstructured"
+                f"pattern={budget.pattern}: {self.path} divides blocks among their linear layers; use pattern=unstructured"
             )
 
     def allocate(self, budget: Budget, scores: BlockScores | None = None, trial: Trial | None = None) -> SparsityProfile:
@@ -243,7 +243,7 @@ def _needed(scores: BlockScores | None) -> BlockScores:
 
 @dataclass(frozen=True)
 class Tuned:
-    """An allocator whose knob is chosen on held-out text: of its grid the value with the least loss, and the uniform profile
+    """An allocator whose option is chosen on held-out text: of its grid the value with the least loss, and the uniform profile
     where none beats it."""
 
     allocator: Any
@@ -258,7 +258,7 @@ class Tuned:
 
     def candidates(self, budget: Budget) -> dict[str, Allocator]:
         """The allocators to try, by what tells them apart."""
-        knob = self.allocator.knob
+        knob = self.allocator.tuned_option
         return {f"{knob}={v:.4g}": replace(self.allocator, **{knob: v}) for v in self.allocator.grid(budget)}
 
     def n_losses(self, budget: Budget) -> int:

@@ -83,10 +83,10 @@ class _Between:
         slope = self._slope_of_head(states.pop(), batch, kind)
         for index in reversed(range(lm.n_blocks)):
             with torch.enable_grad():
-                door = states.pop()
-                hidden = door.hidden.detach().requires_grad_()
+                entering = states.pop()
+                hidden = entering.hidden.detach().requires_grad_()
                 leaves = {name: w.detach().requires_grad_() for name, w in self._weights[index].items()}
-                out = lm.run_block(index, replace(door, hidden=hidden), weights=leaves).hidden
+                out = lm.run_block(index, replace(entering, hidden=hidden), weights=leaves).hidden
                 slope, *gradients = torch.autograd.grad(out, [hidden, *leaves.values()], slope)
             with torch.no_grad():
                 present, absent = self._denser(index), self._sparser(index)

@@ -22,10 +22,10 @@ class ShapleyRounds:
     """A Shapley budget that Shapley values of the model pruned by it correct, round after round, on held-out text.
 
     The first round is `ScoreBudget`: of the amplitudes 0 (uniform), `lam` / 2 and `lam` the one with the least loss. Each other
-    plays a game in the pruned model: a present block has `delta` less sparsity than the budget gives it, an absent one `delta`
-    more, and the payoff is minus the negative log-likelihood; so a value is what sparsity costs a block where it stands. Then
-    s_l moves by `step` / 2 or `step` times the log of the value per weight that differs, centred, where that lowers the loss;
-    else the rounds end. With `granularity=sublayer` attention and MLP have values and budgets apart.
+    evaluates a game in the pruned model: a present block has `delta` less sparsity than the budget gives it, an absent one
+    `delta` more, and the payoff is minus the negative log-likelihood; so a value is what sparsity costs a block where it
+    stands. Then s_l moves by `step` / 2 or `step` times the log of the value per weight that differs, centred, where that
+    lowers the loss; else the rounds end. With `granularity=sublayer` attention and MLP have values and budgets apart.
 
     Source: our choice; arXiv 2505.01731 takes the values of the dense model alone.
     """
@@ -88,13 +88,13 @@ class ShapleyRounds:
 class ShapleyMargins:
     """Budgets at which another weight costs the same loss everywhere, by values at the margin, round after round.
 
-    Each round plays a game in the pruned model, on weights that are pruned in advance: a present part (a block, its attention
-    or its MLP, or a linear layer) has `delta` less sparsity than its budget, an absent one `delta` more, and the payoff is
-    minus the loss. Its Aumann-Shapley values, by `nodes` nodes, take as many backward passes over `n_seq` payoff sequences,
-    whatever the number of parts; each round reads the next sequences. Then s_l moves by `step` times the log of the value per
-    weight that differs, centred, within 2 `step`; a value near 0 or below counts as 2 % of the median. A trial on `trial_n_seq`
-    selection sequences follows; the profile with the least, and the uniform one, are pruned for real and measured on the whole
-    selection text, and the better is taken.
+    Each round evaluates a game in the pruned model, on weights that are pruned in advance: a present part (a block, its
+    attention or its MLP, or a linear layer) has `delta` less sparsity than its budget, an absent one `delta` more, and the
+    payoff is minus the loss. Its Aumann-Shapley values, by `nodes` nodes, take as many backward passes over `n_seq` payoff
+    sequences, whatever the number of parts; each round reads the next sequences. Then s_l moves by `step` times the log of the
+    value per weight that differs, centred, within 2 `step`; a value near 0 or below counts as 2 % of the median. A trial on
+    `trial_n_seq` selection sequences follows; the profile with the least, and the uniform one, are pruned for real and measured
+    on the whole selection text, and the better is taken.
 
     `data` is the payoff text. Source: our choice. The value is that of Aumann and Shapley (1974) for a game with degrees of
     presence, the condition that of Lagrange for the least loss under a budget; weights in advance as in EvoPress (arXiv

@@ -31,11 +31,11 @@ class Search:
     between linear layers.
 
     Source: EvoPress, arXiv 2410.14649, algorithm 1 and its multi-step selection, and the released code. There a level is a
-    fixed number of weights of one linear, so that two linears of any size trade a level for a level; all levels are pruned
-    in advance, each on the inputs of the dense model, and a candidate is put together from them; the text of every stage is
-    drawn anew in each generation, the parent measured again with the last; and the fitness is the KL divergence to the
-    dense model by default (here `selection_loss=kl`). Here by default levels belong to blocks, every profile is pruned anew,
-    block after block, and the fitness is the NLL; the text of a stage is always the same, so that losses can be kept.
+    fixed number of weights of one linear, so that two linear layers of any size trade a level for a level; all levels are
+    pruned in advance, each on the inputs of the dense model, and a candidate is put together from them; the text of every stage
+    is drawn anew in each generation, the parent measured again with the last; and the fitness is the KL divergence to the dense
+    model by default (here `selection_loss=kl`). Here by default levels belong to blocks, every profile is pruned anew, block
+    after block, and the fitness is the NLL; the text of a stage is always the same, so that losses can be kept.
     """
 
     generations: int = 25

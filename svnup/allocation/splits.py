@@ -1,4 +1,4 @@
-"""How a block's budget is divided among its linears. Light to import: torch comes when a score is measured."""
+"""How a block's budget is divided among its linear layers. Light to import: torch comes when a score is measured."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class UniformSplit:
-    """Every linear gets the sparsity of its block; where the profile is of sublayers or linears, that of its part."""
+    """Every linear gets the sparsity of its block; where the profile is of sublayers or linear layers, that of its part."""
 
     needs_inputs: ClassVar[bool] = False
     trial: ClassVar[bool] = False
@@ -50,7 +50,7 @@ class UniformSplit:
 
 @dataclass(frozen=True)
 class ErrorSplit:
-    """Linears that pruning hurts more keep more: by their relative reconstruction errors in a trial pruning by the profile.
+    """Linear layers that pruning hurts more keep more, by their relative reconstruction errors in a trial pruning.
 
     Densities are linear in the scaled errors with amplitude `lam`, exact at each block's sparsity. Source: our choice.
     """
@@ -75,8 +75,9 @@ class ErrorSplit:
 
 @dataclass(frozen=True)
 class OutliersSplit:
-    """Linears with more outliers keep more: the share of |W_ij| * ||X_j||_2 above `threshold` times its mean in the matrix, on
-    dense activations.
+    """Linear layers with more outliers keep more.
+
+    Outliers are the share of |W_ij| * ||X_j||_2 above `threshold` times its mean in the matrix, on dense activations.
 
     Source: the outlier ratio of OWL (arXiv 2310.05175, equation 2), here for a linear instead of a block.
     """
@@ -107,12 +108,12 @@ class OutliersSplit:
 
 @dataclass(frozen=True)
 class ShapleySplit:
-    """Linears that their block can spare least keep more: by the Shapley values of a game inside each block.
+    """Linear layers that their block can spare least keep more: by the Shapley values of a game inside each block.
 
-    Its players are the block's linears, of which an absent one has the weights of a trial pruning by the profile. Its payoff is
-    minus the squared error of the block's output, in shares of the output's square, on the dense model's inputs of `n_seq`
-    calibration sequences. All coalitions of k linears are evaluated: 2^k forward passes over these sequences, and a pruning.
-    Scores are values per weight. Raises ValueError for a block of more than 12 linears.
+    Its players are the block's linear layers, of which an absent one has the weights of a trial pruning by the profile. Its
+    payoff is minus the squared error of the block's output, in shares of the output's square, on the dense model's inputs of
+    `n_seq` calibration sequences. All coalitions of k linear layers are evaluated: 2^k forward passes over these sequences, and
+    a pruning. Scores are values per weight. Raises ValueError for a block of more than 12 linear layers.
 
     Source: our choice; in arXiv 2505.01731 the players are blocks.
     """
@@ -128,7 +129,7 @@ class ShapleySplit:
     def __post_init__(self) -> None:
         _check_amplitude(self.lam)
         if self.n_seq < 1:
-            raise ValueError(f"n_seq={self.n_seq}: calibration sequences on which linears are played; choose 1 or more")
+            raise ValueError(f"n_seq={self.n_seq}: calibration sequences for the game of linear layers; choose 1 or more")
 
     def divide(self, lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: Ints) -> SparsityProfile:
         import torch
@@ -136,7 +137,7 @@ class ShapleySplit:
         from svnup.pruning.walk import pruned_weights
 
         if (most := max(len(lm.linears(index)) for index in range(lm.n_blocks))) > MAX_LINEARS:
-            raise ValueError(f"split=shapley: needs 2^{most} evaluations for {most} linears of a block; use split=error")
+            raise ValueError(f"split=shapley: needs 2^{most} evaluations for {most} linear layers of a block; use split=error")
         absent = pruned_weights(lm, profile, pruner, tokens)
         values: dict[tuple[int, str], float] = {}
         with torch.inference_mode(), stage("linears", lm.n_blocks, "blocks") as advance:
@@ -149,7 +150,7 @@ class ShapleySplit:
 
 
 def _output_errors(visit: Visit, absent: dict[str, Tensor], coalitions: Bools) -> Floats:
-    """Payoffs (m,) of coalitions of the block's linears (m, k); the block advances."""
+    """Payoffs (m,) of coalitions of the block's linear layers (m, k); the block advances."""
     inputs = [replace(batch) for batch in visit.batches]
     visit.run(advance=True)
     total = sum(float(batch.hidden.double().square().sum()) for batch in visit.batches)
@@ -184,7 +185,7 @@ def _divided(
     for index in range(lm.n_blocks):
         sizes = {name: linear.weight.numel() for name, linear in lm.linears(index).items()}
         of_block = np.array([scores[index, name] for name in sizes])
-        if scale == "log" and not of_block.max() > 0:  # nothing to tell the linears apart
+        if scale == "log" and not of_block.max() > 0:  # nothing to tell the linear layers apart
             of_block = np.zeros(len(sizes))
         shares = split_block(of_block, np.array([*sizes.values()]), float(profile.sparsity[index]), lam, scale)
         blocks.append({name: Share(float(s), size) for s, (name, size) in zip(shares, sizes.items(), strict=True)})

@@ -48,14 +48,14 @@ class Trial:
     and one block at a time is not dense.
 
     Args:
-        split: divides the budgets of a profile's blocks among their linears, before it is pruned.
+        split: divides the budgets of a profile's blocks among their linear layers, before it is pruned.
         calibration: text that the pruner and the split read, int64 (n_seq, seq_len).
         selection: the text of the losses.
         payoff: the text of marginal values; needed for these alone.
-        shapley: plays again in pruned models; needed for their Shapley values alone.
+        shapley: estimates values in pruned models; needed for their Shapley values alone.
         kind: `nll`, the mean negative log-likelihood of the next token; `kl`, the mean divergence KL(dense || pruned) of the
             predictions, with the dense model's last hidden states kept.
-        state_bytes: that hidden states at the doors of blocks take at most (None: as in a game), beyond which they are
+        state_bytes: that hidden states at the inputs of blocks take at most (None: as in a game), beyond which they are
             computed again.
 
     Raises:

@@ -191,7 +191,7 @@ def _published_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", default="llama_70", help="llama_70 (default), sparsities, zero_shot_70, nm, an ablation")
     parser.add_argument("--model", type=_keys, default=[], metavar="NAMES", help="other models than the table's, such as tiny")
     parser.add_argument("--metric", type=_keys, default=[], metavar="NAMES", help="other metrics than the table's")
-    parser.add_argument("--headline", action="store_true", help="only the change that SV-NUP brings to SparseGPT, per model")
+    parser.add_argument("--headline", action="store_true", help="only the change of SparseGPT by SV-NUP, per model")
     _where_option(parser)
     _output_options(parser)
     parser.set_defaults(run=_published)

@@ -98,11 +98,11 @@ def _compose_and_run() -> int:
 
 
 class JobFailed(Exception):
-    """A job of a sweep failed, which it has already told; the other jobs have run."""
+    """A job of a sweep failed, and is reported; the other jobs have run."""
 
 
 def _job(cfg: Any, texts: config.Texts, program: list[str], given: list[str]) -> int:
-    """One job of a sweep, or the only one; what goes wrong in a sweep is told at once, since it goes on."""
+    """One job of a sweep, or the only one; an error in a sweep is reported at once, since the sweep goes on."""
     hydra_cfg = HydraConfig.get()
     alone, sweep = hydra_cfg.mode != RunMode.MULTIRUN, None
     if not alone:
@@ -174,7 +174,7 @@ def _command(cfg: Any, program: list[str], hydra_cfg: Any) -> str:
 
 
 def _sweep_name(overrides: list[str]) -> str:
-    """What people call a sweep that is no experiment: what it sweeps, in at most 120 characters, and a digest of all of it."""
+    """The display name of a sweep without an experiment: what it sweeps, in at most 120 characters, and a digest."""
     digest = hashlib.sha256(" ".join(overrides).encode()).hexdigest()[:6]
     return f"{' '.join(o for o in overrides if ',' in o)[:112]} {digest}".strip()
 

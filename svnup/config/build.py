@@ -20,7 +20,6 @@ from svnup.allocation import Allocator, Budget
 from svnup.allocation.maps import Tuned
 from svnup.allocation.splits import Split
 from svnup.config.checks import (
-    blame_omegaconf,
     check_finer,
     check_groups,
     check_memory,
@@ -28,13 +27,14 @@ from svnup.config.checks import (
     check_rounds,
     check_scalars,
     check_values,
+    omegaconf_error_context,
     option_of,
     refuse_missing,
     refuse_mixed_roles,
     refuse_removed,
     refuse_unknown,
 )
-from svnup.config.construction import blame, check_node, construct, did_you_mean, refuse_outside, type_complaint
+from svnup.config.construction import check_node, construct, did_you_mean, error_context, refuse_outside, type_complaint
 from svnup.config.job import Job, config_key, texts_of
 from svnup.config.schema import CONF, GROUPS, Schema
 from svnup.data import NAMED, TokenSource
@@ -54,17 +54,17 @@ Texts = dict[tuple[TokenSource, str], TokenSource]
 
 def _shared(source: TokenSource, known: Texts, key: str) -> TokenSource:
     """The same source of an earlier job, if its text is still the same, for the tokens that it has already read."""
-    with blame(key):
+    with error_context(key):
         return known.setdefault((source, "" if source.from_hub else source.fingerprint()), source)
 
 
 def build(cfg: Any, known: Texts | None = None) -> Job:
-    """Build and check a job from a composed configuration; raises ValueError with the key, the value and the way out.
+    """Build and check a job from a composed configuration; raises ValueError with the key, the value and the fix.
 
     `known` holds the token sources of earlier jobs of this process: one that is asked for again need not tokenize again.
     """
     known = {} if known is None else known
-    with blame_omegaconf():
+    with omegaconf_error_context():
         config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
     check_values(config)
     refuse_unknown(config)
@@ -82,7 +82,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     check_node(given, "shapley", "estimator")  # a misspelt key is one where the group is not used, too
     not_compared = _leave_out_comparison(config)
     allocator = _allocator(config["allocator"])
-    with blame("allocator"):
+    with error_context("allocator"):
         needs = allocator.needs
     selection: TokenSource = construct(config["selection"], "selection", "text")
     split: Split = construct(config["split"], "split", "split")
@@ -93,10 +93,10 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     if scorer is None and needs.scores:
         raise ValueError("allocator.scorer=null: this allocator needs scores; leave its scorer as its yaml has it")
     evaluation: Evaluation = _evaluation(config["evaluation"], known)
-    with blame("evaluation"):
+    with error_context("evaluation"):
         online = evaluation.from_hub
     tracker: Tracker = construct(config["tracker"], "tracker", "tracker")
-    with blame("tracker", ("tracker",)):
+    with error_context("tracker", ("tracker",)):
         tracker.check()
     texts = texts_of(
         dataset, shapley, allocator, _shared(selection, known, "selection") if needs.selection else None, evaluation
@@ -104,20 +104,20 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     check_roles(texts)
     if online or model.from_hub or any(source.from_hub for source in texts.values()):
         _go_offline_if_unreachable()
-    with blame("model"):
+    with error_context("model"):
         n_blocks = model.n_blocks()
-    with blame("allocator", ("sparsity", "pattern")):
+    with error_context("allocator", ("sparsity", "pattern")):
         allocator.check(Budget.of_equal(n_blocks, config["sparsity"], config["pattern"]))
     if not needs.whole_blocks and not split.uniform:
         raise ValueError(
-            f"split={option_of(config, 'split')}: the allocator's profile divides blocks among their linears; use split=uniform"
+            f"split={option_of(config, 'split')}: the profile divides blocks among their linear layers; use split=uniform"
         )
     if Pattern.parse(config["pattern"]).group is not None and not split.uniform:
-        raise ValueError(f"pattern={config['pattern']}: the linears of a block share its N; add split=uniform")
-    with blame("model", ("offload",)):
+        raise ValueError(f"pattern={config['pattern']}: the linear layers of a block share its N; add split=uniform")
+    with error_context("model", ("offload",)):
         model.check_offload(config["offload"])
     if shapley is not None:
-        with blame("shapley", ("shapley",)):
+        with error_context("shapley", ("shapley",)):
             shapley.check(n_blocks)
     refuse_mixed_roles(texts)
     pruner: Pruner = construct(config["pruner"], "pruner", "pruner")  # the first that imports torch
@@ -137,7 +137,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
             f"offload={config['offload']}: lm-eval needs the whole model in memory; use offload=none, or evaluation=ppl"
         )
     check_memory(config, pruner, split, shapley, needs.selection)
-    with blame("model"):
+    with error_context("model"):
         model.check_device()
     scalars = {k: config[k] for k in Schema.__annotations__ if not isinstance(config[k], dict)}
     folders = {"results_dir": config["results_dir"], "cache_dir": config["cache_dir"] or default_cache_dir()}
@@ -173,7 +173,7 @@ def stored(config: dict[str, Any], trust: bool = False, **changes: Any) -> Any:
     config["evaluation"] = _with_nodes_of_lists(config)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         usual = compose("config", overrides=["~local"] if (CONF / "local" / "default.yaml").is_file() else [])
-    with blame_omegaconf():
+    with omegaconf_error_context():
         for group in set(GROUPS) & set(config):
             usual[group] = None  # which is replaced as a whole, not merged with
         return OmegaConf.merge(usual, config)
@@ -224,13 +224,13 @@ def _resolves(host: str | None, found: list[bool]) -> None:
 
 
 def _allocator(node: dict[str, Any]) -> Allocator:
-    """An allocator, to be tuned where its knob is `auto`."""
+    """An allocator, to be tuned where its option is `auto`."""
     node = {k: v for k, v in node.items() if k != "scorer"}
     tuned = [k for k, v in node.items() if v == "auto"]
     allocator: Any = construct({k: v for k, v in node.items() if k not in tuned}, "allocator", "allocator")
     if not tuned:
         return typing.cast(Allocator, allocator)
-    knob = getattr(allocator, "knob", None)
+    knob = getattr(allocator, "tuned_option", None)
     if tuned != [knob]:
         raise ValueError(f"allocator.{tuned[0]}=auto: cannot be tuned{f', only {knob} can' if knob else ''}; give a value")
     return Tuned(allocator)
@@ -268,7 +268,7 @@ def _scorer(node: Any, known: Texts) -> Scorer | None:
     game = replace(game, data=_shared(game.data, known, "shapley.game.data"))
     if complaint := type_complaint(node.get("shard"), str | None):
         raise ValueError(f"shapley.shard={node['shard']}: {complaint}")
-    with blame("shapley"):
+    with error_context("shapley"):
         return ShapleyScorer(construct(estimator, "shapley", "estimator"), game, node.get("shard"))
 
 

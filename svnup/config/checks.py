@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def check_roles(texts: dict[str, TokenSource]) -> None:
-    """Test text is for reported numbers only, and what the game plays on chooses nothing."""
+    """Test text is for reported numbers only, and payoff text chooses nothing."""
     for name, role, what in (
         ("dataset", "calibration", "calibrates pruners"),
         ("shapley.game.data", "payoff", "pays coalitions"),
@@ -158,7 +158,7 @@ def option_of(config: dict[str, Any], group: str) -> str:
 
 
 def refuse_missing(node: Any, prefix: str = "") -> None:
-    """Mandatory values, `???` in yaml, that nobody gave."""
+    """Raise ValueError for mandatory values, `???` in yaml, that are not given."""
     for name, value in node.items():
         if value == "???":
             raise ValueError(f"{prefix}{name}: has no value yet; add {prefix}{name}=...")
@@ -170,7 +170,7 @@ def refuse_missing(node: Any, prefix: str = "") -> None:
 
 
 @contextlib.contextmanager
-def blame_omegaconf() -> Iterator[None]:
+def omegaconf_error_context() -> Iterator[None]:
     try:
         yield
     except OmegaConfBaseException as error:

@@ -49,7 +49,7 @@ def construct(node: Any, key: str, kind: Any) -> Any:
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if needed := next((p.name for p in named if p.default is p.empty and p.name not in arguments), None):
         raise ValueError(f"{key}.{needed}: {node['_target_']} needs it; add {key}.{needed}=...")
-    with blame(key):
+    with error_context(key):
         built = cls(**arguments)
     missing = object()
     if lacking := [name for name in _members(_asked(kind)) if inspect.getattr_static(built, name, missing) is missing]:
@@ -275,7 +275,7 @@ def did_you_mean(given: str, options: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def blame(key: str, whole: tuple[str, ...] = ()) -> Iterator[None]:
+def error_context(key: str, whole: tuple[str, ...] = ()) -> Iterator[None]:
     """Put the node's key before a component's message that begins with one of its options, such as `window=13: ...`."""
     try:
         yield

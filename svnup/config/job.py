@@ -18,7 +18,7 @@ from svnup import NUMBERS_VERSION
 from svnup.allocation import Allocator, Budget
 from svnup.allocation.maps import Compare
 from svnup.allocation.splits import Split
-from svnup.config.construction import blame
+from svnup.config.construction import error_context
 from svnup.data import TokenSource
 from svnup.evaluation.protocol import Evaluation
 from svnup.model.source import Model
@@ -77,7 +77,7 @@ class Job:
 
     @property
     def shapley(self) -> ShapleyScorer | None:
-        """The scorer where it plays a game, which alone has shards and a text of its own."""
+        """The scorer if it evaluates a game: only then are there shards and a payoff text."""
         return self.scorer if isinstance(self.scorer, ShapleyScorer) else None
 
     def sources(self) -> dict[str, TokenSource]:
@@ -135,28 +135,28 @@ class Job:
     @cached_property
     def skeleton(self) -> LanguageModel:
         """The model without weights, which has the shapes that they will have."""
-        with blame("model"):
+        with error_context("model"):
             return self.model.skeleton()
 
     def load(self, scratch: Path | None = None) -> LanguageModel:
         """The model, with its blocks where they wait; raises ValueError with the key at fault."""
-        with blame("model", ("offload",)):
+        with error_context("model", ("offload",)):
             return self.model.load(self.offload, scratch)
 
     def check_texts(self) -> None:
         """Read every text and task, before any weight is loaded; raises ValueError with the key at fault."""
-        with blame("model"):
+        with error_context("model"):
             tokenizer = self.model.tokenizer
         known = self.skeleton.n_embeddings
         for key, source in self.sources().items():
-            with blame(key), self._or_not_compared(key):
+            with error_context(key), self._or_not_compared(key):
                 highest = int(source.tokens(tokenizer).max())
             if highest >= known:
                 raise ValueError(
                     f"model={self.model.name}: its tokenizer gives token {highest} in the text of {key}, the model has {known} "
                     "embeddings; use the tokenizer that the model was trained with"
                 )
-        with blame("evaluation"):
+        with error_context("evaluation"):
             self.evaluation.check(self.skeleton, tokenizer)
 
     @contextlib.contextmanager
@@ -179,12 +179,12 @@ class Job:
         group = Pattern.parse(self.pattern).group
         linears = [(i, name, m) for i in range(lm.n_blocks) for name, m in lm.linears(i).items()]
         if not linears:
-            raise ValueError(f"model={self.model.name}: its blocks have no linears to prune; choose another model")
+            raise ValueError(f"model={self.model.name}: its blocks have no linear layers to prune; choose another model")
         for index, name, linear in linears if group is not None else []:
             if (width := matrix(linear).shape[1]) % group:  # type: ignore[operator]
                 raise ValueError(_does_not_divide(self.pattern, f"the {width} inputs of block {index}, {name}"))
         if self.scorer is None and not self.allocator.needs.selection:
-            with blame("allocator"):
+            with error_context("allocator"):
                 check_profile(lm, self.allocator.allocate(self.budget(lm)))
         if getattr(self.scorer, "granularity", "block") == "sublayer":
             key = "shapley.game.players" if self.shapley is not None else "allocator.granularity"

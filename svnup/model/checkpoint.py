@@ -223,11 +223,11 @@ def unpack(packed: Tensor, shape: Iterable[int]) -> Tensor:
     return torch.from_numpy(np.unpackbits(packed.numpy(), count=count).astype(bool)).reshape(size)
 
 
-def write_dense(folder: Path, parts: Iterable[Tensors]) -> None:
+def write_dense(folder: Path, groups: Iterable[Tensors]) -> None:
     """Write a checkpoint that `from_pretrained` reads, a file for each part; the folder must be there."""
     files: dict[str, str] = {}
     size = 0
-    for number, part in enumerate(parts, 1):
+    for number, part in enumerate(groups, 1):
         file = f"model-{number:05d}.safetensors"
         save_tensors(part, folder / file)
         files |= dict.fromkeys(part, file)
@@ -235,11 +235,11 @@ def write_dense(folder: Path, parts: Iterable[Tensors]) -> None:
     _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": files})
 
 
-def write_bitmask(folder: Path, parts: Iterable[Tensors], pruned: Collection[str]) -> None:
+def write_bitmask(folder: Path, groups: Iterable[Tensors], pruned: Collection[str]) -> None:
     """Write a bitmask checkpoint, a file for each part; the tensors named in `pruned` are packed, bit for bit restorable."""
     files: dict[str, str] = {}
     shapes = {}
-    for number, part in enumerate(parts, 1):
+    for number, part in enumerate(groups, 1):
         stored: Tensors = {}
         for name, tensor in part.items():
             if name not in pruned:

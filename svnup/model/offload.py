@@ -34,7 +34,7 @@ class BlockStore(Protocol):
         ...
 
     def restore_block(self, index: int, key: str) -> str | None:
-        """The note of a block that an interrupted process settled by the same key, whose weights are taken over; else None."""
+        """The note of a block that an interrupted process stored under the same key, whose weights are loaded; else None."""
         ...
 
 
@@ -98,7 +98,7 @@ class DiskBlockStore:
 
     def load_block(self, index: int) -> None:
         if index != self._here:
-            self._leave()  # before the next one is read: there is room for one
+            self._leave()  # before the next one is read: there is memory for one
             self._put(index, read_tensors(self._path(index)) if index in self._changed else self._read(index))
 
     def store_block(self, index: int, key: str, note: str) -> None:

@@ -74,7 +74,7 @@ def pruned_in_passing(
 
 
 def _dense_inputs(lm: LanguageModel, pruner: Pruner, tokens: Ints) -> Iterator[tuple[int, Inputs | None]]:
-    """What the linears of each block of the dense model read; None where the pruner needs no inputs."""
+    """What the linear layers of each block of the dense model read; None where the pruner needs no inputs."""
     with torch.inference_mode(), stage("statistics", lm.n_blocks, "blocks") as advance:
         if not pruner.needs_inputs:
             yield from ((index, None) for index in range(lm.n_blocks))

@@ -124,7 +124,7 @@ class RunFolder:
         self._move(row, moves, gone)
         return gone
 
-    def settle(self) -> None:
+    def finish_publishing(self) -> None:
         """Finish what `publish` had begun in a process that was killed."""
         if not (self.unfinished / MOVES).is_file() or holder(self.path / CLAIM) is not None:
             return

@@ -204,7 +204,7 @@ def check(data: Any) -> None:
 
 
 def plain(node: Any) -> Any:
-    """Parsed JSON with every control character as it is written, `\\x1b`, so that no text of a stranger drives a terminal.
+    """Parsed JSON with every control character as it is written, `\\x1b`, so that no untrusted text drives a terminal.
 
     The difference to a commit stays as it is, which is never printed.
     """
