@@ -46,7 +46,7 @@ def claimed(place: Path, waiting: Callable[[], None] | None = None) -> Iterator[
 
 
 def _clear_empty(place: Path) -> None:
-    """Remove a claim of nobody: of a process that was killed after it made the file, before it wrote its name there."""
+    """Remove a claim without a holder: its process was killed after it made the file and before it wrote its name there."""
     told = place.stat()
     if told.st_size or time.time() - told.st_mtime < 10:
         return
@@ -58,7 +58,7 @@ def _clear_empty(place: Path) -> None:
 
 
 def holder(place: Path) -> str | None:
-    """Who holds a claim, for people; None where nobody does, or a process of this host that has died."""
+    """The holder of a claim in words; None if it has none, or if its process ran on this host and has died."""
     try:
         told = dict(line.split("=", 1) for line in place.read_text(encoding="utf-8").splitlines() if "=" in line)
         dead = told["host"] == socket.gethostname() and not alive(int(told["pid"]))
