@@ -461,6 +461,22 @@ def of_the_margins() -> dict[str, str]:
     }
 
 
+def of_the_intervals() -> dict[str, str]:
+    """Changes on the real model with their intervals, by question and cell."""
+    questions = {
+        "block": "## The best Shapley budget per block against the best other per block",
+        "all": "## The best Shapley budget of all against the best other of all",
+    }
+    out = {}
+    for name, heading in questions.items():
+        for line in lines_of("smollm2_intervals.md", heading):
+            pruner, sparsity = line["cell"].removesuffix(" %").split(", ")
+            out[f"real-{name}-{pruner}-{sparsity}"] = f"{line['change']} {line['95 % interval']}"
+    found = lines_of("smollm2_intervals.md", "## Every budget against uniform")
+    shown = ("cell", "budget", "change", "95 % interval")
+    return out | {"real-intervals": table(shown, ["---"] * len(shown), [[line[key] for key in shown] for line in found])}
+
+
 def of_the_real_model() -> dict[str, str]:
     """Games on a real model beside what sparsity costs its blocks."""
     games = lines_of("real_model.md")
@@ -478,10 +494,13 @@ def of_the_real_model() -> dict[str, str]:
     shown = ("game", "payoff", "Spearman", "Pearson of logs", "standard error / spread")
     noise = [number(line["standard error / spread"]) for line in games if line["standard error / spread"] != "-"]
     return {
+        **of_the_intervals(),
         "real-budgets": budgets_of("smollm2.md"),
         "real-dense": row(budgets, allocator="uniform")["wikitext2/ppl dense"],
         "real-uniform": row(budgets, allocator="uniform")["wikitext2/ppl"],
         "real-margins": row(budgets, allocator="shapleymargins")["wikitext2/ppl"],
+        "real-linears": row(budgets, allocator="shapleymarginslinears")["wikitext2/ppl"],
+        "real-block-influence": row(budgets, allocator="blockinfluence")["wikitext2/ppl"],
         "real-n-seq": re.findall(r"on the same (\d+) x", text)[0],
         "real-games": table(shown, ["---"] * len(shown), [[line[key] for key in shown] for line in games]),
         "real-skip": agreement("skip, dense context, w=1"),
