@@ -72,6 +72,7 @@ table: $(READY)  ## make table NAME=llama_70 [MODEL=tiny]: run what is missing o
 ifeq ($(NAME),smollm2)
 	@$(MAKE) --no-print-directory smollm2
 	$(if $(DATASETS),$(OFFLINE)) $(BIN)/python experiments/smollm2/run.py $(if $(STAGES),--stages $(STAGES)) $(if $(DATASETS),--datasets $(DATASETS))
+	$(BIN)/python -m experiments.smollm2.intervals
 else
 	@$(if $(filter $(NAME),$(FIELD)),:,echo "NAME=$(NAME): choose $(FIELD) smollm2" >&2; exit 2)
 	$(if $(filter tiny%,$(MODEL)),$(OFFLINE) OMP_NUM_THREADS=1) $(BIN)/svnup -m experiment=$(NAME) $(if $(MODEL),$(ON_MODEL)) results_dir=$(RUNS) cache_dir=results/cache || [ $$? -eq 1 ]
