@@ -118,7 +118,7 @@ def test_the_table_of_words_can_be_read():
 
 
 def test_words_are_found_in_prose_alone():
-    page = "A BlockStore of [books](shelf.md) and `shelf`.\n\n    shelf\n\nBookshelf, part-time, to be\nhad."
+    page = "A shelf of [books](shelf.md) and `shelf`.\n\n    shelf\n\nBookshelf, part-time, to be\nhad."
     assert found_in(page, ["shelf", "book", "part", "to be had"]) == ["shelf", "to be had"]
     assert found_in("[books](shelf.md), `shelf`", ["shelf"]) == []
 
