@@ -31,7 +31,7 @@ TOP = {
     "pattern": "unstructured; N:M, such as '2:4' (in quotes in a yaml file); or mixed:M, an N for each block",
     "seed": "of the calibration text and of allocators that draw; Shapley values do not depend on it",
     "protocol_gate": "a dense model that is off its known perplexity: error stops the job, warn goes on, off does not compare",
-    "compare_uniform": "trial: a Shapley budget gives way to the uniform one where that loses no more on the selection text; off",
+    "compare_uniform": "trial: a Shapley budget gives way to the uniform one if that loses no more (selection text); off",
     "selection_loss": "what allocators minimise on the selection text: nll, or kl, the divergence from the dense model",
     "results_dir": "folder for runs, sweeps and reports",
     "cache_dir": "folder for values of coalitions, losses and dense metrics; null: the user's cache folder (~/.cache/svnup)",
