@@ -177,7 +177,7 @@ class SparsityProfile:
         if Pattern.parse(self.pattern).group is not None:
             raise ValueError(f"pattern={self.pattern}: the linear layers of a block share its N; use pattern=unstructured")
         if len(self.linears) != len(self.sparsity):
-            raise ValueError(f"linears of {len(self.linears)} blocks in a profile of {len(self.sparsity)}")
+            raise ValueError(f"linear layers of {len(self.linears)} blocks in a profile of {len(self.sparsity)}")
         for index, shares in enumerate(self.linears):
             sizes = sum(share.size for share in shares.values())
             zeros = sum(share.sparsity * share.size for share in shares.values())

@@ -83,6 +83,7 @@ def test_the_default_job():
         "dataset": "calibration",
         "shapley.game.data": "payoff",
         "evaluation.datasets.docs": "test",
+        "selection": "selection",  # on which the budget is compared with the uniform one
     }
     assert {s.seq_len for s in job.sources().values()} == {256}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import rows
-from cli import SMALL, last_row
+from cli import SMALL, forked, last_row
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -236,8 +236,8 @@ def test_a_result_that_names_code_from_outside_is_repeated_with_trust_alone(svnu
         rerun(row, tmp_path / "again")
     assert not (tmp_path / "again").exists()
     file = RunFolder.of("results", row.config_key).path / "result.json"
-    assert repeat.repeat(file, str(tmp_path / "again"), str(tmp_path / "cache"), trust=False) == 2
-    assert repeat.repeat(file, str(tmp_path / "again"), str(tmp_path / "cache"), trust=True) == 0
+    assert forked(lambda: sys.exit(repeat.repeat(file, str(tmp_path / "again"), str(tmp_path / "cache"), trust=False))) == 2
+    assert forked(lambda: sys.exit(repeat.repeat(file, str(tmp_path / "again"), str(tmp_path / "cache"), trust=True))) == 0
     (again,) = load(tmp_path / "again")
     assert again.metrics == row.metrics
 

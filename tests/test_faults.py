@@ -17,11 +17,13 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cli import SMALL_W2
 
 from svnup import claims, files, pipeline
+from svnup.allocation import Budget
 from svnup.allocation.maps import FromFile
 from svnup.claims import claimed, holder
 from svnup.evaluation import protocol
@@ -175,10 +177,10 @@ def test_a_damaged_profile_is_refused_by_its_key(tmp_path):
     path = tmp_path / "profile.json"
     data = {"sparsity": [0.5, 0.7], "params": [4, 4], "target": 0.6, "pattern": "unstructured"}
     path.write_text(json.dumps(sealed(data)))
-    FromFile(str(path)).check(2, 0.6, "unstructured")
+    FromFile(str(path)).check(Budget(np.array([4, 4]), 0.6))
     path.write_text(path.read_text().replace("[0.5, 0.7]", "[0.7, 0.5]"))
     with pytest.raises(ValueError, match=r"path=.*profile.json: .*checksum"):
-        FromFile(str(path)).check(2, 0.6, "unstructured")
+        FromFile(str(path)).check(Budget(np.array([4, 4]), 0.6))
 
 
 def test_a_damaged_dense_number_is_set_aside_and_measured_again(tmp_path, caplog):
@@ -347,6 +349,7 @@ def test_a_second_process_with_the_same_job_uses_the_result_of_the_first(svnup, 
 @pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
 @pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["alone", "sweep"])
 def test_an_interrupted_run_says_so_and_the_next_completes(number, code, word, sweep, svnup, run_folder, monkeypatch):
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs in the background ignore it
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "prune_model", lambda *_: os.kill(os.getpid(), number) or time.sleep(5))
         patch.setattr(signal, "getsignal", signal.getsignal)
@@ -356,6 +359,7 @@ def test_an_interrupted_run_says_so_and_the_next_completes(number, code, word, s
         assert f"svnup: interrupted ({word}); what is done is kept" in err
         assert "Traceback" not in err
         assert signal.getsignal(signal.SIGTERM) == before
+    signal.signal(signal.SIGINT, own)
     row = run_folder().read()
     assert (row.status, row.process, row.metrics) == ("interrupted", None, {})
     assert not (run_folder().path / CLAIM).exists()
@@ -444,11 +448,11 @@ def test_moves_that_a_stranger_has_written_move_nothing(told, tmp_path, caplog):
     (folder.unfinished / "model").mkdir(parents=True)
     whole = {"row": row.to_json(), "moves": {"model": "model"}, "gone": ["masks.safetensors"]}
     (folder.unfinished / MOVES).write_text(json.dumps(whole | told))
-    folder.settle()
+    folder.finish_publishing()
     assert "damaged" in caplog.text
     assert ((tmp_path / "x").read_text(), (folder.unfinished / "model").is_dir()) == ("kept", True)
     (folder.unfinished / MOVES).write_text(json.dumps(whole))
-    folder.settle()
+    folder.finish_publishing()
     assert ((folder.path / "model").is_dir(), folder.unfinished.exists()) == (True, False)
 
 

@@ -229,8 +229,8 @@ FORMS += [
         r"down_proj\.weight has shape \[32, 48\].*\[32, 64\] by config\.json, and so differ 11 more",
     ),
     (classifier, "llama", r"lacks lm_head\.weight"),
-    (more_biases, "llama", r"has model\.layers\.1\.self_attn\.o_proj\.bias, for which"),
-    (other_norms, "llama", r"has model\.layers\.0\.self_attn\.q_extra_norm\.weight, for which"),
+    (more_biases, "llama", r"has model\.layers\.1\.self_attn\.o_proj\.bias, which the model"),
+    (other_norms, "llama", r"has model\.layers\.0\.self_attn\.q_extra_norm\.weight, which the model"),
     (no_last_norm, "llama", r"lacks model\.norm\.weight, which the model needs"),
 ]
 NAMES = [f"{form.__name__}-{family}" for form, family, _ in FORMS]

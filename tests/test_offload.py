@@ -621,8 +621,8 @@ def test_buffers_that_a_checkpoint_has_are_read(saved, tmp_path, monkeypatch):
 
 def test_two_processes_do_not_share_a_folder(saved, tmp_path):
     code = (
-        "import sys, time; from filelock import FileLock; FileLock(sys.argv[1]).acquire(); print('locked', flush=True); "
-        "time.sleep(60)"
+        "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
+        "print('locked', flush=True); time.sleep(60)"
     )
     (tmp_path / "scratch").mkdir()
     other = subprocess.Popen([sys.executable, "-c", code, tmp_path / "scratch" / "lock"], stdout=subprocess.PIPE, text=True)

@@ -17,6 +17,7 @@ import pytest
 from rows import run
 
 from svnup.cli.results import main
+from svnup.files import unsealed
 from svnup.reports.grid import FORMATS, Cell, Grid
 from svnup.reports.tables import frame, render
 from svnup.results.row import ResultRow
@@ -50,7 +51,7 @@ def test_a_run_is_read_as_it_was_written(tmp_path):
     folder.write(SHAPLEY)
     assert folder.path == tmp_path / "runs" / "b2"
     assert folder.read() == SHAPLEY
-    assert json.loads((folder.path / "profile.json").read_text()) == SHAPLEY.profile
+    assert unsealed(json.loads((folder.path / "profile.json").read_text())) == SHAPLEY.profile
     assert json.loads((folder.path / "shapley.json").read_text()) == SHAPLEY.shapley
     folder.write_text("config.yaml", "a: 1\n")
     assert (folder.path / "config.yaml").read_text() == "a: 1\n"

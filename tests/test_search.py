@@ -85,12 +85,12 @@ def test_stages_measure_fewer_candidates_on_more_text():
     for generation in (1, 2, 3):
         first += [(f"generation {generation}", n) for n in [2] * 8 + [5] * 4 + [None] * 2]
     assert [(label, n_seq) for _, label, n_seq in trial.calls] == first
-    assert len(first) == search.n_losses(4, 0.7)
+    assert len(first) == search.n_losses(Budget(np.full(4, 10), 0.7))
     for stage in (2, 5, None):  # who goes on is who was best before
         asked = [p.sparsity.tolist() for p, label, n in trial.calls if (label, n) == ("generation 2", stage)]
         assert len({tuple(s) for s in asked}) == len(asked), "none twice"
     by_stage = {n: [p for p, label, m in trial.calls if (label, m) == ("generation 1", n)] for n in (2, 5, None)}
-    best = sorted(by_stage[2], key=lambda p: Toy(A)(p, n_seq=2))
+    best = sorted(by_stage[2], key=lambda p: Toy(A).loss(p, n_seq=2))
     assert [p.sparsity.tolist() for p in by_stage[5]] == [p.sparsity.tolist() for p in best[:4]]
     assert [p.sparsity.tolist() for p in by_stage[None]] == [p.sparsity.tolist() for p in best[:2]]
 
@@ -100,6 +100,7 @@ def test_moves_are_steps_of_the_smaller_block():
     Search(generations=1, offspring=2, sequences=[], survivors=[], step=0.1).allocate(
         Budget(np.array([10, 40]), 0.5), trial=trial
     )
+    assert len(trial.calls) > 1
     for profile, _, _ in trial.calls[1:]:
         steps = (profile.sparsity - 0.5) / [0.1, -0.025]
         assert steps[0] == pytest.approx(steps[1])
@@ -285,7 +286,9 @@ def test_rounds_keep_the_budget_and_never_lose_to_uniform(params, sparsity, roun
     assert ((profile.sparsity >= lower - 1e-12) & (profile.sparsity <= upper + 1e-12)).all()
     assert 3 <= len(trial.calls) <= method.n_losses(Budget(params, sparsity))
     least = min(Toy(trial.a).loss(tried) for tried, _, _ in trial.calls)
-    assert Toy(trial.a).loss(profile) == least <= Toy(trial.a).loss(Budget(params, sparsity).uniform())
+    assert Toy(trial.a).loss(profile) == least
+    uniform = Toy(trial.a).loss(Budget(params, sparsity).uniform())
+    assert least <= uniform * (1 + 1e-12)  # that of equal blocks, but for a bit
 
 
 def test_rounds_leave_a_budget_whose_blocks_cost_the_same():

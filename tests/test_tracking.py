@@ -381,8 +381,10 @@ def test_wandb_without_an_account_is_a_failure_that_says_so(tmp_path):
             raise wandb.errors.UsageError("No API key configured. Use `wandb login` to log in.")
 
         patch.setattr(wandb, "init", refuse)
-        with pytest.raises(wandb.errors.UsageError, match="No API key"):
-            command(*JOB, "tracker=wandb", "allocator=uniform")
+        done = command(*JOB, "tracker=wandb", "allocator=uniform")
+        assert done.code == 2
+        assert "No API key" in done.err
+        assert "wandb login" in done.err
         (result,) = (tmp_path / "results").glob("runs/*/result.json")
         assert json.loads(result.read_text())["status"] == "failed"
 

@@ -246,11 +246,11 @@ def test_linears_have_sparsities_of_their_own():
 @pytest.mark.parametrize(
     ("linears", "message"),
     [
-        (LINEARS[:1], "linears of 1 blocks in a profile of 2"),
-        ((LINEARS[0], {"a": Share(0.6, 30)}), "block 1: its linears have 30 weights"),
+        (LINEARS[:1], "linear layers of 1 blocks in a profile of 2"),
+        ((LINEARS[0], {"a": Share(0.6, 30)}), "block 1: its linear layers have 30 weights"),
         ((LINEARS[0], {"a": Share(0.7, 30), "b": Share(0.6, 10)}), r"block 1: .* mean sparsity 0\.675"),
         (({"a": Share(1.25, 20), "b": Share(-0.25, 20)}, LINEARS[1]), "block 0"),
-        (({}, LINEARS[1]), "block 0: its linears have 0 weights"),
+        (({}, LINEARS[1]), "block 0: its linear layers have 0 weights"),
     ],
 )
 def test_linears_that_do_not_make_up_their_block(linears, message):

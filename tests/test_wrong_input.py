@@ -128,7 +128,7 @@ CONFIG_ALONE = {
     ),
     "no scores, tuned": (["allocator.scorer=null", "allocator.lam=auto"], ["allocator.scorer=null", "needs scores"]),
     "known number without a source": (["model.dense_ppl=[{dataset:docs}]"], ["model.dense_ppl={'dataset': 'docs'}", "seq_len"]),
-    "results in a file": (["results_dir=/dev/null/x"], ["results_dir=/dev/null/x", "/dev/null is no folder"]),
+    "results in a file": (["results_dir=/dev/null/x"], ["results_dir=/dev/null/x", "/dev/null is not a writable directory"]),
     "cache in a file": (["cache_dir=/dev/null"], ["cache_dir=/dev/null", "choose another"]),
     "gate typo": (["protocol_gate=of"], ["protocol_gate=of", "error, warn or off"]),
     "force not a truth value": (["force=maybe"], ["force=maybe", "right type"]),
@@ -464,7 +464,7 @@ def test_fixed_pattern_with_a_profile_that_is_not_uniform(tmp_path):
 
 def test_a_model_of_the_hub_that_is_not_here():
     last = refused("model=llama_7b")
-    for said in ("model.pretrained_model_name_or_path=huggyllama/llama-7b", "hub", "local copy"):
+    for said in ("model.pretrained_model_name_or_path=huggyllama/llama-7b", "Hub", "local folder"):
         assert said in last
 
 

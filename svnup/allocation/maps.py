@@ -208,7 +208,7 @@ class FromFile:
         try:
             if profile.pattern != budget.pattern or profile.params.tolist() != budget.params.tolist():
                 if profile.linears is not None:
-                    raise ValueError(f"it divides blocks of {profile.params.tolist()} weights among their linears")
+                    raise ValueError(f"it divides blocks of {profile.params.tolist()} weights among their linear layers")
                 return budget.in_steps(profile.sparsity if profile.requested is None else profile.requested)
             return profile
         except ValueError as error:

@@ -166,6 +166,10 @@ def _output_errors(visit: Visit, absent: dict[str, Tensor], coalitions: Bools) -
 def _joined(lm: LanguageModel, profile: SparsityProfile) -> SparsityProfile:
     """The profile of blocks, with what each linear gets, of one of sublayers or of linear layers."""
     parts = lm.budget_units(lm.granularity_of(profile.params))
+    if len(parts) != len(profile.sparsity):
+        raise ValueError(
+            f"a profile of {len(profile.sparsity)} blocks cannot prune {lm.n_blocks} blocks; use one of this model"
+        )
     blocks: list[dict[str, Share]] = [{} for _ in range(lm.n_blocks)]
     for (index, linears), sparsity in zip(parts, profile.sparsity, strict=True):
         blocks[index] |= {name: Share(float(sparsity), linear.weight.numel()) for name, linear in linears.items()}

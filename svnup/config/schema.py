@@ -66,8 +66,9 @@ class KeepSecrets(Callback):
     @classmethod
     def redact(cls) -> None:
         for file in (folder / "multirun.yaml" for folder in cls.sweeps):
-            if file.is_file() and (text := redact_code(whole := file.read_text(encoding="utf-8"))) != whole:
-                file.write_text(text, encoding="utf-8")
+            with contextlib.suppress(OSError):  # a folder that could not be made, which has been said
+                if file.is_file() and (text := redact_code(whole := file.read_text(encoding="utf-8"))) != whole:
+                    file.write_text(text, encoding="utf-8")
 
 
 def register() -> None:
