@@ -21,7 +21,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(READY)  ## Shapley values, budgets, perplexities and accuracy of the built-in model (two to three minutes once installed)
+demo: $(READY)  ## Shapley values, budgets, perplexities and accuracy of the built-in model (about five minutes on one core, once installed)
 	$(OFFLINE) $(BIN)/svnup -m experiment=smoke results_dir=results/demo cache_dir=results/cache
 	$(OFFLINE) $(BIN)/svnup evaluation=zero_shot dataset.n_seq=64 results_dir=results/demo_zero_shot cache_dir=results/cache
 	$(BIN)/svnup-results table results/demo
