@@ -50,15 +50,15 @@ def read(path: Path) -> Board:
     """
     board: Board = {}
     with path.open(encoding="utf-8", newline="") as file:
-        labels = {line["allocator"] for line in csv.DictReader(file)}
+        lines = list(csv.DictReader(file))
+    labels = {line["allocator"] for line in lines}
     methods = [label.partition(" ")[0] for label in labels]
     usual = {label for label in labels if methods.count(label.partition(" ")[0]) == 1}
-    with path.open(encoding="utf-8", newline="") as file:
-        for line in csv.DictReader(file):
-            losses = np.array([float(value) for name, value in line.items() if name[0] == "w" and name[1:].isdigit()])
-            name = line["allocator"].partition(" ")[0] if line["allocator"] in usual else line["allocator"]
-            runs = board.setdefault((line["pruner"], line["sparsity"]), {}).setdefault(name, {})
-            runs[line["seed"]] = losses
+    for line in lines:
+        losses = np.array([float(value) for name, value in line.items() if name[0] == "w" and name[1:].isdigit()])
+        name = line["allocator"].partition(" ")[0] if line["allocator"] in usual else line["allocator"]
+        runs = board.setdefault((line["pruner"], line["sparsity"]), {}).setdefault(name, {})
+        runs[line["seed"]] = losses
     return dict(sorted(board.items(), key=lambda item: (item[0][1], item[0][0])))
 
 

@@ -131,6 +131,8 @@ class Trial:
         if new:
             before = self._lm.n_block_runs
             divided = [self._divide(profile) for profile in new.values()]
+            for profile in divided:
+                check_profile(self._lm, profile)
             if in_advance and not keep:
                 self._measure_in_passing(list(new), divided, tokens)
             else:
@@ -201,8 +203,6 @@ class Trial:
     @torch.inference_mode()
     def _measure(self, keys: list[str], profiles: list[SparsityProfile], tokens: Ints, in_advance: bool) -> None:
         lm = self._lm
-        for profile in profiles:
-            check_profile(lm, profile)
         rows = [[profile.levels(index) for index in range(lm.n_blocks)] for profile in profiles]
         # The sparser first: of those that begin alike it then prunes farthest, and calibrates for the others as far as they go.
         order = sorted(range(len(rows)), key=rows.__getitem__, reverse=True)
@@ -223,17 +223,13 @@ class Trial:
                     if kept >> (index + 1) & 1:
                         stack[index + 1] = (list(map(replace, inputs)), states)
                     self._n_selection += len(tokens) / len(self._tokens)
-                loss = self._loss(states, selection)
-                self._memo.add(keys[i], loss if math.isfinite(loss) else math.inf)
-                self._n_new += 1
+                self._keep(keys[i], self._loss(states, selection))
                 advance(1)
 
     @torch.inference_mode()
     def _measure_in_passing(self, keys: list[str], profiles: list[SparsityProfile], tokens: Ints) -> None:
         """By weights pruned in advance, in one pass over the calibration text, with states of every profile beside it."""
         lm = self._lm
-        for profile in profiles:
-            check_profile(lm, profile)
         selection = list(lm.micro_batches(tokens))
         states = [selection for _ in profiles]
         for index, pruned in pruned_in_passing(lm, self._pruner, self._calibration):
@@ -242,9 +238,11 @@ class Trial:
                 states[i] = [lm.run_block(index, batch, weights=weights) for batch in states[i]]
                 self._n_selection += len(tokens) / len(self._tokens)
         for key, of_profile in zip(keys, states, strict=True):
-            loss = self._loss(of_profile, selection)
-            self._memo.add(key, loss if math.isfinite(loss) else math.inf)
-            self._n_new += 1
+            self._keep(key, self._loss(of_profile, selection))
+
+    def _keep(self, key: str, loss: float) -> None:
+        self._memo.add(key, loss if math.isfinite(loss) else math.inf)
+        self._n_new += 1
 
     def _blocks(
         self, profile: SparsityProfile, inputs: list[MicroBatch], start: int, in_advance: bool
