@@ -25,7 +25,7 @@ from svnup.naming import allocator_name
 from svnup.types import BlockScores, SparsityProfile
 
 REFERENCE = Path(__file__).parent / "reference"
-ALLOCATORS = sorted(p.stem for p in (config.CONF / "allocator").glob("*.yaml"))
+ALLOCATORS = sorted(p.stem for p in (config.CONF / "allocator").glob("[!_]*.yaml"))
 SCALES = ("clip", "rank", "log", "raw")
 GOOD = {"sparsity": [0.4, 0.6], "params": [10, 10], "target": 0.5, "pattern": "unstructured"}  # a profile of a file
 SCORES = st.integers(1, 12).flatmap(lambda n: arrays(np.float64, n, elements=st.floats(-50, 50, width=32)))

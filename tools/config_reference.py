@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,15 @@ class Key:
 
 @dataclass(frozen=True)
 class Option:
-    """A file of a group: what its first comments say, its `_target_`, the files that it extends, and its keys."""
+    """A file of a group: what its first comments say, its `_target_`, the files that it extends, its keys, and of which of
+    these an option of another group has the keys below."""
 
     name: str
     about: str
     target: str
     extends: list[str]
     keys: list[Key]
+    nested: dict[str, str]
 
 
 def comment_of(line: str) -> str:
@@ -127,10 +129,13 @@ def read(file: Path, prefix: str) -> Option:
     if not about:
         raise ValueError(f"{file.relative_to(ROOT)}: does not say what it is; begin it with a comment")
     given = yaml.safe_load(text).get("defaults", [])
-    extends = [entry for entry in given if isinstance(entry, str) and entry != "_self_"]
+    extends = [entry.partition("@")[0] for entry in given if isinstance(entry, str) and entry != "_self_"]
+    groups = {way: option for entry in given if isinstance(entry, dict) for way, option in entry.items() if option}
+    of_groups = [(way.strip("/").partition("@"), option) for way, option in groups.items() if "override" not in way]
+    nested = {f"{prefix}{package}": f"{group}={option}" for (group, _, package), option in of_groups}
     everywhere = "# @package _global_" in lines
     keys = list(keys_of(node, lines, "" if everywhere else prefix))
-    return Option(file.stem, about, dict(plain(node)).get("_target_", ""), extends, keys)
+    return Option(file.stem, about, dict(plain(node)).get("_target_", ""), extends, keys, nested)
 
 
 def described(options: list[Option]) -> list[Option]:
@@ -150,7 +155,7 @@ def described(options: list[Option]) -> list[Option]:
             if not comment and key.leaf:
                 lacking.append(f"{option.name}.yaml: {key.path}")
             keys.append(Key(key.path, key.value, comment, key.leaf))
-        out.append(Option(option.name, option.about, option.target, option.extends, keys))
+        out.append(replace(option, keys=keys))
     if lacking:
         raise ValueError(f"keys without a comment; write one behind each: {'; '.join(lacking)}")
     return out
@@ -176,6 +181,7 @@ def section(group: str) -> list[str]:
         out += [f"Class: `{option.target}`."] if option.target else []
         extended = [f"`{name}`" for name in option.extends]
         out += [f"It has the keys of {' and '.join(extended)}, too."] if extended and group != "experiment" else []
+        out += [f"`{key}` has the keys of `{of}`." for key, of in option.nested.items() if group != "experiment"]
         out += rows(option.keys) if group != "experiment" else []
     return out
 
@@ -196,7 +202,7 @@ def page() -> str:
         "is set by `key=value`; `svnup --cfg job` shows all of them for a command. `${...}` is the value of another key.",
         "",
         "## The job",
-        *rows([*top, *described([Option("config", "", "", [], extra)])[0].keys]),
+        *rows([*top, *described([Option("config", "", "", [], extra, {})])[0].keys]),
     ]
     for group in ABOUT:
         out += section(group)

@@ -22,7 +22,7 @@ def bars() -> list[tuple[str, float, str]]:
     """(name, perplexity, colour) of the dense model, of the uniform budget, and of the others from high to low."""
     shown = (PRUNER, SPARSITY, "0")
     lines = [line for line in lines_of("smollm2.md") if (line["pruner"], line["sparsity"], line.get("seed", "0")) == shown]
-    options = {path.stem.replace("_", ""): path.stem for path in (ROOT / "conf" / "allocator").glob("*.yaml")}
+    options = {path.stem.replace("_", ""): path.stem for path in (ROOT / "conf" / "allocator").glob("[!_]*.yaml")}
     methods = [line["allocator"].partition(" (")[0] for line in lines]
     found = []
     for line, method in zip(lines, methods, strict=True):
