@@ -265,6 +265,42 @@ def test_a_misspelt_key_in_an_experiment_file_is_refused(tmp_path):
         config.build(cfg)
 
 
+# -- what the configuration copies of itself
+
+
+def test_leave_one_out_is_the_window_of_one_block_in_the_game_of_any_estimator():
+    own = plain("allocator=leave_one_out", "shapley=kernel", "shapley.budget=60", "shapley.game.payoff=kl", "shapley.shard=0/2")
+    same = plain("shapley=leave_one_out", "shapley.game.payoff=kl", "shapley.shard=0/2")
+    assert own["allocator"] == same["allocator"] | {"compare_uniform": "off"}
+    assert own["shapley"]["sampling"] == "kernel"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("shapley.window=40", r"^shapley\.window=40: "),
+        ("allocator=leave_one_out allocator.scorer.window=40", r"^allocator\.scorer\.window=40: "),
+        ("allocator=leave_one_out shapley.game.payoff=loss", r"^shapley\.game\.payoff=loss: choose one of "),
+        (
+            "allocator=shapley_margins shapley.game.data.role=test",
+            r"^shapley\.game\.data\.role=test: .*use shapley\.game",
+        ),
+        ("shapley=kernel shapley.budget=???", r"^shapley\.budget: has no value yet; add shapley\.budget="),
+        ("shapley.game.absence=prune +pruner.patern=2", r"^pruner\.patern=2: .*did you mean pattern\?"),
+        ("shapley=gates shapley.game.payoff=kl", r"^shapley\.game\.payoff=kl: gates need "),
+        ("shapley.game=7", r"^shapley\.game=7: must be a node"),
+        ("shapley.shard=2/2", r"^shapley\.shard=2/2: choose k/n"),
+        (
+            "pruner=none shapley.window=2 shapley.game.absence=prune",
+            r"choose another pruner: \+pruner@shapley\.game\.pruner=",
+        ),
+    ],
+)
+def test_a_mistake_in_what_is_copied_is_told_by_the_key_where_it_was_made(given, said):
+    with pytest.raises(ValueError, match=said):
+        config.build(composed(*RANDOM, *given.split()))
+
+
 # -- misspelt keys under a _target_ node
 
 

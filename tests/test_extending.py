@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli import as_it_was, command
 from pages import blocks, files
 
+from svnup.cli.run import main
 from svnup.data import Docs
 from svnup.language_model import LanguageModel
 from svnup.outside import code_hash
@@ -33,6 +35,23 @@ def work(tmp_path, monkeypatch):
 def test_every_file_that_the_page_lists_is_in_it():
     listed = re.findall(r"^      ((?:code|conf)/[\w/]+\.\w+)", PAGE, re.MULTILINE)
     assert (set(listed), len(listed)) == (set(FILES), 6)
+
+
+def test_help_and_errors_know_the_options_of_the_page(work, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["svnup", "--config-dir", "conf", "--help"])
+    with as_it_was(), pytest.raises(SystemExit) as left:
+        main()
+    shown = capsys.readouterr().out
+    assert left.value.code == 0
+    groups = dict(re.findall(r"^(\w+): (.*)$", shown, re.MULTILINE))
+    for group, own, usual in (("allocator", "slope", "uniform"), ("pruner", "peaks", "wanda"), ("experiment", "mine", "smoke")):
+        assert {own, usual} <= set(groups[group].split(", "))
+    done = command("--config-dir", "conf", "allocator=slope", "allocator.rse=0.2")
+    assert (done.code, done.err) == (2, "svnup: allocator.rse=0.2: there is no such key; did you mean allocator.rise?\n")
+    done = command("-cd", "conf", "pruner=null")
+    assert done.code == 2
+    assert "a group needs an option; choose among" in done.err
+    assert "peaks" in done.err
 
 
 def test_the_whole_job_from_python(work, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import os
@@ -87,7 +88,7 @@ def _compose_and_run() -> int:
     except BrokenPipeError:  # `svnup --help | head -1`
         to_nobody()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        _tell(config.explain(error, overrides))
+        _tell(config.explain(error, overrides, _own_folder()))
         return 2
     except OSError as error:
         if (told := fault(error)) is None:
@@ -95,6 +96,14 @@ def _compose_and_run() -> int:
         _tell(told)
         return 1
     return max(codes, default=0)
+
+
+def _own_folder() -> str | None:
+    """The folder of yaml files that `--config-dir` names."""
+    flag = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flag.add_argument("--config-dir", "-cd")
+    folder: str | None = flag.parse_known_args(sys.argv[1:])[0].config_dir
+    return folder
 
 
 class JobFailed(Exception):

@@ -1,8 +1,23 @@
 """From a composed configuration to a checked job; every mistake surfaces here, before a weight is loaded."""
 
-from svnup.config.build import Texts, build, stored
+from svnup.config.build import build, stored
 from svnup.config.job import Job, config_key
 from svnup.config.messages import defaults, explain
-from svnup.config.schema import CONF, GROUPS, KeepSecrets, register
+from svnup.config.parts import Texts
+from svnup.config.schema import CONF, GROUPS, KeepSecrets, choices, composed, register
 
-__all__ = ["CONF", "GROUPS", "Job", "KeepSecrets", "Texts", "build", "config_key", "defaults", "explain", "register", "stored"]
+__all__ = [
+    "CONF",
+    "GROUPS",
+    "Job",
+    "KeepSecrets",
+    "Texts",
+    "build",
+    "choices",
+    "composed",
+    "config_key",
+    "defaults",
+    "explain",
+    "register",
+    "stored",
+]

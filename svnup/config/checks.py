@@ -12,21 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf.errors import OmegaConfBaseException
 
+from svnup.allocation import Budget
 from svnup.allocation.maps import Compare
-from svnup.allocation.splits import Split
-from svnup.config.construction import did_you_mean, type_complaint
-from svnup.config.job import Gate
+from svnup.config.construction import did_you_mean, error_context, type_complaint
+from svnup.config.job import Gate, Parts
 from svnup.config.messages import explain
 from svnup.config.schema import GROUPS, Schema
 from svnup.data import TokenSource
 from svnup.files import at_home
 from svnup.pattern import Pattern
-from svnup.scoring import Scorer
 from svnup.scoring.shapley import ShapleyScorer
 from svnup.types import Offload, SaveFormat, SelectionLoss
 
 if TYPE_CHECKING:
     from svnup.pruning.walk import Pruner
+
+
+def check_plain(config: dict[str, Any]) -> None:
+    """Check what needs no part of the job: names of keys, plain values, and that a group has a node."""
+    check_values(config)
+    refuse_unknown(config)
+    refuse_removed(config)
+    check_groups(config)
+    check_scalars(config)
 
 
 def check_roles(texts: dict[str, TokenSource]) -> None:
@@ -112,20 +120,33 @@ def check_scalars(config: dict[str, Any]) -> None:
         raise ValueError(f"save_format={config['save_format']}: no model would be saved; add save_model=true")
 
 
-def check_finer(config: dict[str, Any], scorer: Scorer | None, split: Split) -> None:
+def check_parts(config: dict[str, Any], parts: Parts) -> None:
+    """Refuse parts that do not go together, whatever the model and the pruner."""
+    needs, allocator = parts.allocator.needs, config["allocator"]
+    if allocator.get("granularity", "block") != "block":
+        _check_finer(config, parts)
+    if needs.n_games is not None:
+        _check_rounds(parts.shapley)
+    if parts.scorer is None and needs.scores:
+        raise ValueError("allocator.scorer=null: this allocator needs scores; leave its scorer as its yaml has it")
+    with error_context("tracker", ("tracker",)):
+        parts.tracker.check()
+    check_roles(parts.sources())
+
+
+def _check_finer(config: dict[str, Any], parts: Parts) -> None:
     """Refuse budgets finer than blocks without their scores, or divided as those of blocks."""
-    scored = config["allocator"].get("scorer") is not None
-    if scored and getattr(scorer, "granularity", "block") != "sublayer":
-        of_game = isinstance(scorer, ShapleyScorer)
+    if parts.scorer is not None and getattr(parts.scorer, "granularity", "block") != "sublayer":
+        of_game = parts.shapley is not None
         what = "shapley.game.players=sublayer" if of_game else "allocator=shapley shapley.game.players=sublayer"
         raise ValueError(
             f"allocator.granularity=sublayer: the scores are those of blocks; add {what}, or use granularity=block"
         )
-    if not split.uniform:
-        raise ValueError(f"split={option_of(config, 'split')}: divides budgets of blocks, not finer ones; use split=uniform")
+    if not parts.split.uniform:
+        raise ValueError(f"split={_option_of(config, 'split')}: divides budgets of blocks, not finer ones; use split=uniform")
 
 
-def check_rounds(shapley: ShapleyScorer | None) -> None:
+def _check_rounds(shapley: ShapleyScorer | None) -> None:
     """Refuse rounds whose values would not be Shapley values in a pruned model."""
     if shapley is None:
         raise ValueError("allocator.scorer: rounds need Shapley values; leave its scorer as its yaml has it")
@@ -133,27 +154,56 @@ def check_rounds(shapley: ShapleyScorer | None) -> None:
         raise ValueError("shapley=gates: there are no gates in a pruned model's game; use shapley=sliding_window")
 
 
-def check_memory(config: dict[str, Any], pruner: Pruner, split: Split, shapley: ShapleyScorer | None, chooses: bool) -> None:
-    """Refuse what needs two versions of the weights in memory where the model is not even once in it."""
+def check_model(config: dict[str, Any], parts: Parts) -> None:
+    """Refuse a budget, its division, an offload or a game that does not go with the model, by its configuration alone."""
+    with error_context("model"):
+        n_blocks = parts.model.n_blocks()
+    with error_context("allocator", ("sparsity", "pattern")):
+        parts.allocator.check(Budget.of_equal(n_blocks, config["sparsity"], config["pattern"]))
+    if not parts.allocator.needs.whole_blocks and not parts.split.uniform:
+        raise ValueError(
+            f"split={_option_of(config, 'split')}: the profile divides blocks among their linear layers; use split=uniform"
+        )
+    if Pattern.parse(config["pattern"]).group is not None and not parts.split.uniform:
+        raise ValueError(f"pattern={config['pattern']}: the linear layers of a block share its N; add split=uniform")
+    with error_context("model", ("offload",)):
+        parts.model.check_offload(config["offload"])
+    if parts.shapley is not None:
+        with error_context("allocator.scorer", ("shapley",)):
+            parts.shapley.check(n_blocks)
+
+
+def check_pruner(config: dict[str, Any], parts: Parts, pruner: Pruner) -> None:
+    """Refuse a pruner that does not go with the other parts, and what needs more memory than an offloaded model has."""
+    shapley, split, offload = parts.shapley, parts.split, config["offload"]
+    if shapley is not None and shapley.game.absence == "prune":
+        stand_in = shapley.game.pruner
+        if stand_in is None or not stand_in.prunes or config["sparsity"] == 0:
+            raise ValueError(
+                f"shapley.game.absence=prune: absent blocks would not be pruned (pruner {stand_in}, "
+                f"sparsity={config['sparsity']:g}); choose another pruner: +pruner@shapley.game.pruner=wanda, or absence=skip"
+            )
+    if offload != "none" and parts.evaluation.needs_whole_model:
+        raise ValueError(f"offload={offload}: lm-eval needs the whole model in memory; use offload=none, or evaluation=ppl")
     if split.needs_errors and not pruner.needs_inputs:
         raise ValueError(
-            f"split={option_of(config, 'split')}: needs the errors of a pruner that reads inputs; choose another pruner, or "
+            f"split={_option_of(config, 'split')}: needs the errors of a pruner that reads inputs; choose another pruner, or "
             "split=shapley"
         )
-    if config["offload"] == "none":
+    if offload == "none":
         return
-    if chooses:
+    if parts.selection is not None:
         raise ValueError(
-            f"offload={config['offload']}: allocator options that are auto, and allocators that try many profiles, prune many "
+            f"offload={offload}: allocator options that are auto, and allocators that try many profiles, prune many "
             "times; give a value, or choose another allocator"
         )
     if split.trial:
-        raise ValueError(f"offload={config['offload']}: split={option_of(config, 'split')} prunes twice; use split=uniform")
+        raise ValueError(f"offload={offload}: split={_option_of(config, 'split')} prunes twice; use split=uniform")
     if shapley is not None and shapley.game.absence == "prune":
-        raise ValueError(f"offload={config['offload']}: shapley.game.absence=prune keeps all weights twice; use absence=skip")
+        raise ValueError(f"offload={offload}: shapley.game.absence=prune keeps all weights twice; use absence=skip")
 
 
-def option_of(config: dict[str, Any], group: str) -> str:
+def _option_of(config: dict[str, Any], group: str) -> str:
     return str(config[group]["_target_"]).rpartition(".")[2].lower().removesuffix(group)
 
 
@@ -162,8 +212,8 @@ def refuse_missing(node: Any, prefix: str = "") -> None:
     for name, value in node.items():
         if value == "???":
             raise ValueError(f"{prefix}{name}: has no value yet; add {prefix}{name}=...")
-        if isinstance(value, dict) and not (prefix == "" and name == "shapley"):  # judged where an allocator uses it
-            refuse_missing(value, "shapley." if name == "scorer" and "game" in value else f"{prefix}{name}.")
+        if isinstance(value, dict) and prefix + name != "shapley":  # judged where an allocator uses it
+            refuse_missing(value, f"{prefix}{name}.")
 
 
 # -- messages

@@ -37,8 +37,8 @@ Gate = Literal["error", "warn", "off"]
 
 
 @dataclass(frozen=True)
-class Job:
-    """One experiment, with every part built and checked; `config` is the resolved configuration and `key` its hash."""
+class Parts:
+    """The parts of a job but its pruner, whose import takes torch: what can be checked at once."""
 
     model: Model
     dataset: TokenSource
@@ -46,9 +46,37 @@ class Job:
     allocator: Allocator
     selection: TokenSource | None
     split: Split
-    pruner: Pruner
     evaluation: Evaluation
     tracker: Tracker
+
+    @property
+    def shapley(self) -> ShapleyScorer | None:
+        """The scorer if it evaluates a game: only then are there shards and a payoff text."""
+        return self.scorer if isinstance(self.scorer, ShapleyScorer) else None
+
+    def sources(self) -> dict[str, TokenSource]:
+        """Every text by the key under which it was configured."""
+        texts = {"dataset": self.dataset}
+        if self.shapley is not None:
+            texts["shapley.game.data"] = self.shapley.game.data
+        if (payoff := getattr(self.allocator, "data", None)) is not None:
+            texts["allocator.data"] = payoff
+        texts |= {"selection": self.selection} if self.selection is not None else {}
+        return texts | {f"evaluation.{option}": source for option, source in self.evaluation.sources().items()}
+
+    @property
+    def from_hub(self) -> bool:
+        """Whether anything may be asked of the hub."""
+        with error_context("evaluation"):
+            online = self.evaluation.from_hub
+        return online or self.model.from_hub or any(source.from_hub for source in self.sources().values())
+
+
+@dataclass(frozen=True)
+class Job(Parts):
+    """One experiment, with every part built and checked; `config` is the resolved configuration and `key` its hash."""
+
+    pruner: Pruner
     sparsity: float
     pattern: str
     seed: int
@@ -75,15 +103,9 @@ class Job:
         pruner = method_name(self.config["pruner"])
         return f"{self.model.name} {pruner} {allocator_name(self.config['allocator'])} {self.sparsity:g}{pattern}"
 
-    @property
-    def shapley(self) -> ShapleyScorer | None:
-        """The scorer if it evaluates a game: only then are there shards and a payoff text."""
-        return self.scorer if isinstance(self.scorer, ShapleyScorer) else None
-
     def sources(self) -> dict[str, TokenSource]:
         """Every text that the job reads, by the key under which it was configured."""
-        calibration = self.dataset if self.calibrates else None
-        return texts_of(calibration, self.shapley, self.allocator, self.selection, self.evaluation)
+        return {key: source for key, source in super().sources().items() if key != "dataset" or self.calibrates}
 
     def fingerprints(self) -> dict[str, str]:
         """What the inputs are by content, without loading them: a finished job with other inputs runs again."""
@@ -207,22 +229,6 @@ class Job:
                 raise ValueError(
                     f"{given}: too long for the model ({reason}); choose a shorter one, for all texts by model.seq_len=..."
                 )
-
-
-def texts_of(
-    dataset: TokenSource | None,
-    shapley: ShapleyScorer | None,
-    allocator: Allocator,
-    selection: TokenSource | None,
-    evaluation: Evaluation,
-) -> dict[str, TokenSource]:
-    texts = {"dataset": dataset} if dataset is not None else {}
-    if shapley is not None:
-        texts["shapley.game.data"] = shapley.game.data
-    if (payoff := getattr(allocator, "data", None)) is not None:
-        texts["allocator.data"] = payoff
-    texts |= {"selection": selection} if selection is not None else {}
-    return texts | {f"evaluation.{option}": source for option, source in evaluation.sources().items()}
 
 
 def config_key(config: dict[str, Any], chooses: bool) -> str:

@@ -7,21 +7,25 @@ import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 
 from svnup.config.construction import did_you_mean
-from svnup.config.schema import CONF, GROUPS, register
-
-if TYPE_CHECKING:
-    pass
+from svnup.config.schema import GROUPS, choices, composed
 
 
-def explain(error: Exception, overrides: list[str]) -> str:
-    """A composition error as one line: the key, what was given, and what to do."""
+def explain(error: Exception, overrides: list[str], folder: str | None = None) -> str:
+    """A composition error as one line: the key, what was given, and what to do.
+
+    Args:
+        error: of Hydra or OmegaConf.
+        overrides: of the command.
+        folder: of the user's own yaml files (`--config-dir`).
+    """
+    own = [f"hydra.searchpath=['file://{Path(folder).resolve()}']"] if folder is not None else []
+    own = [o for o in overrides if o.startswith("hydra.searchpath=")] or own
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, option = str(error.missing_cfg_file).partition("/")  # which may itself be a path
         if group == "hydra":
@@ -48,7 +52,7 @@ def explain(error: Exception, overrides: list[str]) -> str:
         if named := re.match(r"evaluation\.datasets\.(\w+)\.", key):
             plus = "" if named[1] == "test" else "+"
             return f"{given}: no data set is called {named[1]}; add {plus}dataset@evaluation.datasets.{named[1]}=text_file"
-        return f"{given}: there is no such key{_nearest_key(key, _known_keys(overrides)) or '; svnup --cfg job shows all'}"
+        return f"{given}: there is no such key{_nearest_key(key, _known_keys(overrides, own)) or '; svnup --cfg job shows all'}"
     value = re.search(r"Value '([^']*)' (.*?) full_key: (\S+)", text)
     if value:
         return f"{value[3]}={value[1]}: {value[2]}; give a value of the right type"
@@ -60,7 +64,7 @@ def explain(error: Exception, overrides: list[str]) -> str:
         return f"{twice[1]}: is given as a list and by names; give it in one way"
     if "Config group override must be a string" in text:
         given = next((o for o in overrides if o.endswith("=null")), "a group")
-        options = sorted(p.stem for p in (CONF / given.partition("=")[0]).glob("[!_]*.yaml"))
+        options = choices(*own).get(given.partition("=")[0], [])
         return f"{given}: a group needs an option; choose among {', '.join(options)}"
     if isinstance(error, OverrideParseException):
         way = "put quotes around the value" if "=" in error.override else "write key=value"
@@ -81,20 +85,18 @@ def _nearest_key(key: str, known: list[str]) -> str:
 
 def defaults() -> dict[str, Any]:
     """The resolved configuration of a job without any override."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return typing.cast(dict[str, Any], OmegaConf.to_container(compose("config"), resolve=True))
+    return typing.cast(dict[str, Any], OmegaConf.to_container(composed(), resolve=True))
 
 
-def _known_keys(overrides: list[str]) -> list[str]:
-    """Every key of the configuration with the given choices of groups, as far as it composes."""
-    groups = {p.name for p in CONF.iterdir() if p.is_dir()}
-    choices = [o for o in overrides if o.partition("=")[0] in groups]
-    for chosen in (choices, []):
-        with contextlib.suppress(Exception), initialize_config_dir(str(CONF), version_base="1.3"):
-            plain = typing.cast(dict[str, Any], OmegaConf.to_container(compose("config", overrides=chosen), resolve=False))
+def _known_keys(overrides: list[str], own: list[str]) -> list[str]:
+    """Every key of the configuration and of the given options of groups, as far as it composes, the user's own among them."""
+    groups = choices(*own)
+    chosen = [o for o in overrides if o.partition("=")[0] in groups]
+    for given in ((*own, *chosen), own, ()):
+        with contextlib.suppress(Exception):
+            plain = typing.cast(dict[str, Any], OmegaConf.to_container(composed(*given), resolve=False))
             return [*groups, *_flatten(plain)]
-    return sorted(groups)
+    return [*groups]
 
 
 def _flatten(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -102,3 +104,40 @@ def _flatten(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{name}"
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{name}.")
+
+
+# -- copies that a configuration makes of its own nodes
+
+COPY = re.compile(r"\$\{([\w.]+)\}")
+
+
+def copies(written: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """The keys whose values are copies, as `scorer: ${shapley}` is: the key of what each copies.
+
+    Args:
+        written: the configuration with its interpolations.
+        prefix: of all keys.
+    """
+    found: dict[str, str] = {}
+    for name, value in written.items():
+        if isinstance(value, dict):
+            found |= copies(value, f"{prefix}{name}.")
+        elif copy := COPY.fullmatch(str(value)):
+            found[f"{prefix}{name}"] = copy[1]
+    return found
+
+
+@contextlib.contextmanager
+def named_at_home(copied: dict[str, str]) -> Iterator[None]:
+    """In errors name what is copied by the key where it is set: `shapley.window`, not `allocator.scorer.window`."""
+    try:
+        yield
+    except ValueError as error:
+        text, before = str(error), ""
+        while text != before:  # what is copied may hold a copy itself
+            before = text
+            for key, home in copied.items():
+                text = re.sub(rf"(?<![\w.@]){re.escape(key)}(?=[.=: ])", home, text)
+        if text != str(error):
+            raise ValueError(text) from error
+        raise

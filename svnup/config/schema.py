@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.experimental.callback import Callback
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup.files import at_home
 from svnup.secrets import redact_code
-
-if TYPE_CHECKING:
-    pass
 
 CONF = next(p / "conf" for p in Path(__file__).parents[1:3] if (p / "conf").is_dir())
 
@@ -74,15 +74,44 @@ class KeepSecrets(Callback):
 def register() -> None:
     """Make the schema, and what the help text lists, known to Hydra."""
     ConfigStore.instance().store(name="schema", node=Schema)
-    OmegaConf.register_new_resolver("svnup_groups", _groups, replace=True)
+    OmegaConf.register_new_resolver("svnup_groups", _listed, replace=True)
     OmegaConf.register_new_resolver("svnup_home", lambda folder: str(at_home("results_dir", folder)), replace=True)
     OmegaConf.register_new_resolver("svnup_text", _of_text, replace=True)
 
 
-def _groups() -> str:
-    """The groups and their options, a line each, without the files that options share."""
-    folders = [p for p in sorted(CONF.iterdir()) if p.is_dir() and p.name not in ("hydra", "local")]
-    return "\n".join(f"{p.name}: {', '.join(sorted(f.stem for f in p.glob('[!_]*.yaml')))}" for p in folders)
+def composed(*overrides: str) -> DictConfig:
+    """The configuration of a job as the command composes it, outside of the command.
+
+    Raises:
+        HydraException: an override is wrong.
+    """
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg: DictConfig = compose("config", [*overrides])
+    return cfg
+
+
+def choices(*overrides: str) -> dict[str, list[str]]:
+    """The options of each group, as Hydra finds them: those of the user's folders (`--config-dir`) among them while it runs.
+
+    Files whose names begin with `_` hold what options share, and are none. `hydra.searchpath=...` among the overrides counts.
+    """
+    register()
+    with contextlib.ExitStack() as hydra:
+        if not GlobalHydra.instance().is_initialized():
+            hydra.enter_context(initialize_config_dir(str(CONF), version_base="1.3"))
+        loader = GlobalHydra.instance().config_loader()
+
+        def found(group: str, kind: ObjectType) -> list[str]:
+            return sorted(loader.get_group_options(group, kind, overrides=[*overrides]))
+
+        groups = [name for name in found("", ObjectType.GROUP) if name not in ("hydra", "local")]
+        return {group: [name for name in found(group, ObjectType.CONFIG) if not name.startswith("_")] for group in groups}
+
+
+def _listed(*, _root_: Any) -> str:
+    """The groups and their options, a line each."""
+    return "\n".join(f"{group}: {', '.join(names)}" for group, names in choices(*_root_.hydra.overrides.hydra).items())
 
 
 def _of_text(option: str, usual: Any, *, _root_: Any, _parent_: Any) -> Any:

@@ -60,7 +60,7 @@ class GameOptions:
         ):
             if getattr(self, key) not in fitting:
                 raise ValueError(
-                    f"game.{key}={getattr(self, key)}: gates need {' or '.join(fitting)}; or choose another estimator"
+                    f"shapley.game.{key}={getattr(self, key)}: gates need {' or '.join(fitting)}; or choose another estimator"
                 )
 
     def n_players(self, n_blocks: int) -> int:
