@@ -3,7 +3,6 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-STUDY  = $(firstword $(wildcard experiments/$(NAME)/run.py experiments/leaderboard/$(NAME).py))
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
@@ -58,7 +57,8 @@ format: $(READY)  ## let ruff rewrite the code
 	$(BIN)/ruff format .
 
 # One table of the field, on its own models or on MODEL; on the built-in one with less text. A failed job is a cell of the table.
-FIELD    := zero_shot_70 payoff_ablation calibration sparsities window_ablation nm llama_70
+# A table is a sweep in conf/experiment with a folder of its name here; that of a real model has stages of its own.
+FIELD    := $(filter-out smollm2,$(filter $(notdir $(wildcard experiments/*)),$(basename $(notdir $(wildcard conf/experiment/*.yaml)))))
 LESS      = $(LESS_$(NAME)) shapley.game.data.n_seq=8 evaluation.n_seq=32 $(if $(filter calibration,$(NAME)),,dataset.n_seq=32)
 LESS_nm = model.seq_len=256
 LESS_llama_70 = allocator=uniform,owl,alpha_pruning,dlp,atp,shapley,shapley_rounds,shapley_sublayers
@@ -68,7 +68,7 @@ ON_MODEL  = hydra.sweeper.params.model=$(MODEL) $(if $(filter tiny%,$(MODEL)),$(
 METRIC    = $(if $(filter zero_shot_70,$(NAME)),docs_cloze/acc,docs/ppl)
 RUNS      = results/$(if $(MODEL),tables_$(MODEL),tables_field)/$(NAME)
 
-table: $(READY)  ## make table NAME=llama_70 [MODEL=tiny]: run what is missing of a published table, theirs beside ours; NAME=smollm2 [STAGES=1] [DATASETS=folder]: of a real model
+table: $(if $(filter $(NAME),$(FIELD) smollm2),$(READY))  ## make table NAME=llama_70 [MODEL=tiny]: run what is missing of a published table, theirs beside ours; NAME=smollm2 [STAGES=1] [DATASETS=folder]: of a real model
 ifeq ($(NAME),smollm2)
 	@$(MAKE) --no-print-directory smollm2
 	$(if $(DATASETS),$(OFFLINE)) $(BIN)/python experiments/smollm2/run.py $(if $(STAGES),--stages $(STAGES)) $(if $(DATASETS),--datasets $(DATASETS))
@@ -90,9 +90,14 @@ tables: $(READY)  ## remake every committed table of the built-in model, and a r
 tiny_%:  # two of them at a time, of one thread each
 	@$(MAKE) --no-print-directory table NAME=$* MODEL=tiny
 
-study: $(READY)  ## make study NAME=estimators|games|pruners|budgets|margins|leaderboard|fair|comparisons|real_model [QUICK=1]: remake a study's table and figure
-	@test -f "$(STUDY)" || { echo "NAME=$(NAME): choose estimators, games, pruners, budgets, margins, leaderboard, fair, comparisons or real_model" >&2; exit 2; }
-	$(if $(filter real_model,$(NAME)),$(if $(DATASETS),$(OFFLINE)),$(OFFLINE)) $(BIN)/python -m $(subst /,.,$(STUDY:.py=)) $(if $(QUICK),--quick) $(if $(DATASETS),--datasets $(DATASETS))
+# A study is a script whose table says that `make study NAME=...` made it; one that takes --datasets may ask the hub for them.
+STUDIES := $(sort $(patsubst NAME=%,%,$(filter NAME=%,$(shell grep -oh 'make study NAME=[a-z_0-9]*' experiments/*/*.py))))
+STUDY    = $(firstword $(wildcard experiments/$(NAME)/run.py experiments/*/$(NAME).py))
+ASKS     = $(shell grep -ls -e '--datasets' /dev/null $(STUDY))
+
+study: $(if $(filter $(NAME),$(STUDIES)),$(READY))  ## make study NAME=leaderboard [QUICK=1] [DATASETS=folder]: remake a study's table and figure; without NAME: which there are
+	@test -n "$(filter $(NAME),$(STUDIES))" || { echo "NAME=$(NAME): choose $(STUDIES)" >&2; exit 2; }
+	$(if $(DATASETS),$(OFFLINE),$(if $(ASKS),,$(OFFLINE))) $(BIN)/python -m $(subst /,.,$(STUDY:.py=)) $(if $(QUICK),--quick) $(if $(DATASETS),--datasets $(DATASETS))
 
 numbers: $(READY)  ## write the numbers of the committed tables into the documentation, and draw the README's picture of them
 	$(BIN)/python tools/insert_numbers.py
@@ -103,10 +108,10 @@ docs: $(READY)  ## build the documentation site in docs/_build/html; a warning i
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 	@echo docs/_build/html/index.html
 
-benchmarks: $(READY)  ## cost of Shapley values, pruning and offloading (about 25 minutes)
-	$(OFFLINE) $(BIN)/python -m experiments.benchmarks.shapley_cost --output results/benchmarks/shapley_cost.md
-	$(OFFLINE) $(BIN)/python -m experiments.benchmarks.pruning_cost --output results/benchmarks/pruning_cost.md
-	$(OFFLINE) $(BIN)/python -m experiments.benchmarks.offload --output results/benchmarks/offload.md
+BENCHMARKS := $(filter-out gpu,$(basename $(notdir $(wildcard experiments/benchmarks/*.py))))
+
+benchmarks: $(READY)  ## cost of Shapley values, pruning and offloading, one after the other (about 25 minutes)
+	for name in $(BENCHMARKS); do $(OFFLINE) $(BIN)/python -m experiments.benchmarks.$$name --output results/benchmarks/$$name.md || exit; done
 
 # Where a GPU is lent for minutes nothing is installed: any Python with torch and transformers will do, PYTHON=... if it is named.
 OUT ?= results/benchmarks

@@ -1,21 +1,30 @@
-"""What studies share: their options, their model and texts, and where a table and a figure go.
+"""What studies share: options, model and texts, jobs, a memory of what was measured, and how a table is written.
 
 `--quick` takes every step of a study on a few blocks and a few short sequences, in seconds: it shows that the study still
-runs. Its numbers say nothing, so they go to a folder of their own.
+runs. Its numbers say nothing, so they go to a folder of their own. How a study is made of these: experiments/template/run.py.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from svnup import NUMBERS_VERSION, config
 from svnup.data import Docs, Role
 from svnup.language_model import LanguageModel
 from svnup.model.loading import read_tokenizer
 from svnup.model.source import BUILT_IN_FOLDER
-from svnup.types import Ints
+from svnup.reports.grid import Cell, Grid
+from svnup.results.provenance import hardware
+from svnup.types import Floats, Ints
 
 QUICK = Path("results") / "quick"
 
@@ -53,12 +62,84 @@ def text(role: Role, n_seq: int | None, seq_len: int = 256, seed: int = 0) -> In
     return Docs(n_seq=n_seq, seq_len=seq_len, role=role, seed=seed).tokens(read_tokenizer(str(BUILT_IN_FOLDER)))
 
 
+def job(*overrides: str, texts: config.Texts | None = None) -> config.Job:
+    """The job that the command would run with these overrides; `texts` holds what earlier jobs have read."""
+    return config.build(config.composed(*overrides), texts)
+
+
+class Known:
+    """What was measured once ever: a JSON line each, in a file per process, so that a killed study goes on where it was."""
+
+    def __init__(self, cache: Path, name: str) -> None:
+        self.folder = cache / name
+        self._values: dict[str, Any] = {}
+        for path in (cache / f"{name}.jsonl", *sorted(self.folder.glob("*.jsonl"))):
+            for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+                try:
+                    key, value = json.loads(line)
+                    self._values[key] = value
+                except ValueError:
+                    continue  # torn by a kill: computed again
+
+    def get(self, what: list[Any]) -> Any:
+        """What was measured, or None; `what` says of what it is a measurement: all that could move it."""
+        return self._values.get(self._key(what))
+
+    def add(self, what: list[Any], value: Any) -> None:
+        self._values[self._key(what)] = value
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
+            file.write("\n" + json.dumps([self._key(what), value]) + "\n")
+
+    def measured(self, what: list[Any], measure: Callable[[], Any]) -> Any:
+        """What is known, or what `measure` returns, from now on known."""
+        if (found := self.get(what)) is None:
+            self.add(what, found := measure())
+        return found
+
+    @staticmethod
+    def _key(what: list[Any]) -> str:
+        return hashlib.sha256(json.dumps([NUMBERS_VERSION, *what]).encode()).hexdigest()[:24]
+
+
+def spearman(a: Floats, b: Floats) -> float:
+    """The rank correlation."""
+    return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
+
+
+def mean_and_spread(values: Sequence[float] | Floats, digits: int = 2) -> str:
+    """The mean, ± standard deviation where there is more than one."""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def made_by(command: str, cores: str | None = None) -> str:
+    """The beginning of the line below a title: the command, and on what it ran; `cores` is in words, all of them where None."""
+    import torch
+
+    machine = hardware()
+    cores = cores or f"{machine['cores']} cores"
+    return f"Made by `{command}`. {machine['cpu']}, {cores}, torch {torch.__version__}, float32"
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]], align: str = "") -> list[str]:
+    """The lines of a table in Markdown; `align` has an l or an r for each column."""
+    cells = [[Cell(text) for text in line] for line in lines]
+    return Grid([(name,) for name in head], cells, align=align).render("markdown").splitlines()
+
+
+def table_file(options: argparse.Namespace, name: str) -> Path:
+    """Where results/tables/NAME goes."""
+    path: Path = options.output / "results" / "tables" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def publish(options: argparse.Namespace, name: str, lines: Sequence[str]) -> None:
     """Write results/tables/NAME.md, of which the first line is the title; it says so where a run was quick."""
-    table = options.output / "results" / "tables" / f"{name}.md"
-    table.parent.mkdir(parents=True, exist_ok=True)
     note = ["", "A quick run, which only shows that the study runs: these numbers say nothing."] if options.quick else []
-    table.write_text("\n".join([lines[0], *note, *lines[1:]]).rstrip() + "\n", encoding="utf-8")
+    text = "\n".join([lines[0], *note, *lines[1:]]).rstrip() + "\n"
+    table_file(options, f"{name}.md").write_text(text, encoding="utf-8")
 
 
 def figure(options: argparse.Namespace, name: str) -> Path:

@@ -123,7 +123,7 @@ def test_make_has_the_target_and_reads_its_variables(words: list[str]) -> None:
     variables = dict(word.split("=") for word in given)
     assert [name for name in variables if not re.search(rf"\$\(.*\b{name}\b|^{name} \?=", MAKEFILE, re.MULTILINE)] == []
     if target == "study":
-        (study,) = re.findall(r'test -f "([^"]+)"', done.stdout)
-        assert (ROOT / study).is_file()
+        (study,) = re.findall(r"-m (experiments\.[\w.]+)", done.stdout)
+        assert (ROOT / f"{study.replace('.', '/')}.py").is_file()
     elif target == "table" and variables:
         assert "choose" not in done.stdout

@@ -10,7 +10,10 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from experiments import study
 
 ROOT = Path(__file__).parent.parent
 STUDIES = {  # module: arguments, and the files that it writes
@@ -18,6 +21,7 @@ STUDIES = {  # module: arguments, and the files that it writes
     "games.run": ([], ["results/tables/games.md", "docs/figures/games.png"]),
     "pruners.run": ([], ["results/tables/pruners.md"]),
     "real_model.run": ([], ["results/tables/real_model.md"]),
+    "template.run": ([], ["results/tables/template.md"]),
     "leaderboard.budgets": (["--workers", "0"], ["results/tables/budgets.md"]),
     "leaderboard.fair": ([], ["results/tables/leaderboard_fair.md", "results/tables/leaderboard_fair.csv"]),
     "leaderboard.margins": ([], ["results/tables/margins.md"]),
@@ -42,8 +46,16 @@ def test_no_script_is_forgotten():
     assert {".".join(p.with_suffix("").parts) for p in found} == STUDIES.keys() | BENCHMARKS.keys() | OTHERS
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", STUDIES)
+def test_make_finds_the_studies_by_what_their_tables_say():
+    """It is told before anything is installed, and by name."""
+    done = subprocess.run(["make", "-s", "study", "NAME=estimator"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    names = done.stderr.splitlines()[0].removeprefix("NAME=estimator: choose ").split()
+    modules = {folder if name == "run" else name for folder, name in (module.split(".") for module in STUDIES)}
+    assert names == sorted(modules | {"comparisons"})
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "template.run" else pytest.mark.slow) for n in STUDIES])
 def test_a_quick_run_writes_what_the_study_writes(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments, files = STUDIES[name]
@@ -82,6 +94,38 @@ def test_the_other_scripts_say_what_they_take(name, monkeypatch, capsys):
         module.main()
     assert left.value.code == 0
     assert "usage:" in capsys.readouterr().out
+
+
+# -- what studies share
+
+
+def test_what_was_measured_is_known_to_the_next_process_but_for_a_torn_line(tmp_path):
+    known = study.Known(tmp_path, "mine")
+    assert known.get(["loss", 1]) is None
+    assert known.measured(["loss", 1], lambda: [2.5]) == [2.5]
+    known.add(["loss", 2], {"a": 1})
+    (file,) = (tmp_path / "mine").iterdir()
+    (tmp_path / "mine.jsonl").write_text(file.read_text().replace("2.5", "3.5"))  # one file, as earlier versions had
+    file.write_text(file.read_text().rstrip()[:-3])
+    again = study.Known(tmp_path, "mine")
+    assert again.measured(["loss", 1], lambda: pytest.fail("it is known")) == [2.5]
+    assert again.get(["loss", 2]) == {"a": 1}
+    (tmp_path / "mine.jsonl").unlink()
+    assert study.Known(tmp_path, "mine").get(["loss", 2]) is None, "its line is torn"
+
+
+def test_a_table_is_aligned_as_asked():
+    lines = study.table(
+        ["what", "how much"], [["a|b", study.mean_and_spread([1.0, 3.0])], ["c", study.mean_and_spread([2.0])]], "lr"
+    )
+    assert lines == ["| what | how much |", "| --- | ---: |", "| a\\|b | 2.00 ± 1.41 |", "| c | 2.00 |"]
+    assert study.table(["a", "b"], [])[1] == "| --- | --- |"
+
+
+def test_ranks_agree_as_far_as_their_differences_say():
+    values, other = np.array([3.0, 1.0, 2.0, 10.0]), np.array([30.0, 20.0, 10.0, 40.0])
+    assert study.spearman(values, other) == pytest.approx(1 - 6 * 2 / (4 * 15))  # 1 - 6 sum d^2 / (n (n^2 - 1))
+    assert study.spearman(values, -values) == pytest.approx(-1)
 
 
 # -- the benchmark for a GPU

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.study import built_in, figure, parse, parser, publish, text
+from experiments.study import built_in, figure, made_by, mean_and_spread, parse, parser, publish, spearman, table, text
 from svnup.allocation import Budget
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
@@ -90,11 +90,6 @@ def estimators(skip: bool, sizes: Sizes) -> dict[str, list[Any]]:
     return lines
 
 
-def spearman(x: Floats, y: Floats) -> float:
-    ranks = [np.argsort(np.argsort(v)).astype(np.float64) for v in (x, y)]
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-
-
 def unit_times(lm: LanguageModel, tokens: torch.Tensor) -> tuple[float, float]:
     with torch.inference_mode():
         batches = list(lm.micro_batches(tokens))
@@ -111,21 +106,17 @@ def unit_times(lm: LanguageModel, tokens: torch.Tensor) -> tuple[float, float]:
         return block, median(lambda: [lm.token_nll(b) for b in batches])
 
 
-def line(name: str, exact: ShapleyValues, found: list[ShapleyValues], seconds: list[float]) -> tuple[str, float, float]:
+def line(name: str, exact: ShapleyValues, found: list[ShapleyValues], seconds: list[float]) -> tuple[list[str], float, float]:
     error = [rms(v.values - exact.values) / exact.values.std() for v in found]
     rest = [rms((v.values - exact.values)[1:]) / exact.values[1:].std() for v in found]
     rho = [spearman(v.values, exact.values) for v in found]
     tau = [kendall_tau(v.values, exact.values) for v in found]
     cost = found[0].cost
-
-    def show(values: list[float]) -> str:
-        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.3f}{spread}"
-
     evaluations = np.mean([v.cost.n_evaluations for v in found])
     forwards = np.mean([v.cost.n_block_forwards for v in found])
-    counts = f"{evaluations:.0f} | {forwards:.0f}" if not cost.n_backward_passes else f"{cost.n_backward_passes} backward | -"
-    row = f"| {name} | {counts} | {np.mean(seconds):.1f} | " + " | ".join(map(show, (error, rest, rho, tau))) + " |"
+    counts = [f"{evaluations:.0f}", f"{forwards:.0f}"]
+    counts = counts if not cost.n_backward_passes else [f"{cost.n_backward_passes} backward", "-"]
+    row = [name, *counts, f"{np.mean(seconds):.1f}", *(mean_and_spread(values, 3) for values in (error, rest, rho, tau))]
     return row, float(np.mean(seconds)), float(np.mean(error))
 
 
@@ -138,11 +129,7 @@ def study(
 ) -> tuple[list[str], dict[str, list[tuple[float, float]]]]:
     exact = Exact().estimate(game)
     print(f"{title}: exact values {np.round(exact.values, 4).tolist()}", flush=True)
-    lines = [f"## {title}", "", f"Exact values: {', '.join(f'{v:.4f}' for v in exact.values)}.", ""]
-    lines.append(
-        "| estimator | evaluations | block-forwards | seconds | error / spread | without block 0 | Spearman | Kendall |"
-    )
-    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    lines: list[list[str]] = []
     points: dict[str, list[tuple[float, float]]] = {}
 
     def add(name: str, found: list[ShapleyValues]) -> None:
@@ -158,7 +145,9 @@ def study(
     add("exact", [exact])
     for name, several in estimators(not game.absent_costs and game.cap == "none", sizes).items():
         add(name, [estimator.estimate(game) for estimator in several])
-    return [*lines, ""], points
+    head = ["estimator", "evaluations", "block-forwards", "seconds", "error / spread", "without block 0", "Spearman", "Kendall"]
+    known = f"Exact values: {', '.join(f'{v:.4f}' for v in exact.values)}."
+    return [f"## {title}", "", known, "", *table(head, lines), ""], points
 
 
 def draw(points: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> None:
@@ -196,13 +185,12 @@ def main(argv: list[str] | None = None) -> None:
     for title, game in games.items():
         lines, points[title] = study(title, game, units, sizes)
         found += lines
-    machine = hardware()
+    threads = f"{hardware()['threads']} threads"
     head = [
         "# Estimators against exact Shapley values, built-in model",
         "",
-        f"Made by `make study NAME=estimators`. {machine['cpu']}, {machine['threads']} threads, torch {torch.__version__}, "
-        f"float32; payoff text: {n_seq} sequences of {seq_len} tokens. {sizes.n_seeds} seeds for the random estimators, mean ± "
-        "standard deviation.",
+        f"{made_by('make study NAME=estimators', threads)}; payoff text: {n_seq} sequences of {seq_len} tokens. "
+        f"{sizes.n_seeds} seeds for the random estimators, mean ± standard deviation.",
         "",
     ]
     publish(options, "estimators", [*head, *found])

@@ -11,8 +11,6 @@ goes on where it was.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,8 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from experiments.study import built_in, figure, parse, parser, publish, text
-from svnup import NUMBERS_VERSION
+from experiments.study import Known, built_in, figure, made_by, mean_and_spread, parse, parser, publish, table, text
 from svnup.allocation import Budget
 from svnup.allocation.maps import ScoreBudget
 from svnup.data import Role
@@ -32,7 +29,6 @@ from svnup.game.layer_game import LayerGame, Payoff
 from svnup.pruning.sparsegpt import SparseGPT
 from svnup.pruning.walk import Pruner, pruned_weights, temporarily_pruned
 from svnup.pruning.wanda import Wanda
-from svnup.results.provenance import hardware
 from svnup.shapley import Estimator
 from svnup.shapley.exact import Exact
 from svnup.shapley.gates import Gates
@@ -152,15 +148,7 @@ class Bench:
         self.payoff_tokens = torch.as_tensor(self.text("payoff", sizes.n_payoff))
         self.selection = self.text("selection", sizes.n_selection)
         self.weights = self.lm.fingerprint()
-        self.path = self.cache / "games_study.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
-        self.known: dict[str, Any] = {}
-        for entry in lines:
-            try:
-                key, value = json.loads(entry)
-                self.known[key] = value
-            except ValueError:
-                continue  # torn by a kill: computed again
+        self.known = Known(self.cache, "games_study")
         self.games: dict[Any, LayerGame] = {}
 
     def text(self, role: Role, n_seq: int | None, seed: int = 0) -> Ints:
@@ -168,15 +156,6 @@ class Bench:
 
     def calibration(self, seed: int) -> Ints:
         return self.text("calibration", self.sizes.n_calibration, seed)
-
-    def remembered(self, what: list[Any], compute: Callable[[], Any]) -> Any:
-        key = hashlib.sha256(json.dumps([NUMBERS_VERSION, self.weights, *what]).encode()).hexdigest()[:24]
-        if key not in self.known:
-            self.known[key] = compute()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n" + json.dumps([key, self.known[key]]) + "\n")
-        return self.known[key]
 
     def game(self, absence: Absence, players: Players, payoff: Payoff, pruner: str, sparsity: float, seed: int) -> LayerGame:
         where = (pruner, sparsity, seed) if absence == "prune" else None
@@ -203,7 +182,7 @@ class Bench:
             values: list[float] = ESTIMATORS[estimator].estimate(game).per_unit(self.lm.n_blocks).values.tolist()
             return values
 
-        return np.array(self.remembered(["values", setting, where], compute))
+        return np.array(self.known.measured([self.weights, "values", setting, where], compute))
 
     def profile(self, setting: Setting | None, scale: Scale, pruner: str, sparsity: float, seed: int) -> SparsityProfile | None:
         """None where the scale cannot be applied: the logarithm of values none of which is positive."""
@@ -225,7 +204,8 @@ class Bench:
                     return perplexity(self.lm, self.text("test", self.sizes.n_test))
                 return float(self.lm.nll(self.selection).mean())
 
-        return float(self.remembered(["loss", np.round(profile.sparsity, 9).tolist(), pruner, seed, role], compute))
+        what = [self.weights, "loss", np.round(profile.sparsity, 9).tolist(), pruner, seed, role]
+        return float(self.known.measured(what, compute))
 
 
 def name(setting: Setting | None, scale: Scale) -> str:
@@ -263,37 +243,35 @@ def finals(bench: Bench, chosen: list[Choice]) -> Losses:
 def report(
     sizes: Sizes, screened: list[tuple[float, Setting | None, Scale]], losses: Losses, chosen: list[Choice], tests: Tests
 ) -> list[str]:
-    machine = hardware()
     uniform = next(loss for loss, setting, _ in screened if setting is None)
     better = sum(loss < uniform for loss, *_ in screened)
     length = sizes.seq_len
     lines = [
         "# Games, payoffs, estimators and scales: which budget prunes best",
         "",
-        f"Made by `make study NAME=games`. {machine['cpu']}, {machine['cores']} cores, torch {torch.__version__}, float32. "
-        f"Built-in model, lam 0.15, {sizes.n_calibration} x {length} calibration tokens, payoff text of {sizes.n_payoff} x "
-        f"{length} tokens, selection text of {sizes.n_selection} x {length}.",
+        f"{made_by('make study NAME=games')}. Built-in model, lam 0.15, {sizes.n_calibration} x {length} calibration tokens, "
+        f"payoff text of {sizes.n_payoff} x {length} tokens, selection text of {sizes.n_selection} x {length}.",
         "",
         "## Screen: perplexity on the selection text, Wanda, 70 %, seed 0",
         "",
         f"{better} of {len(screened) - 1} settings beat uniform.",
         "",
-        "| rank | absence, players, payoff, estimator; scale | perplexity | vs uniform |",
-        "| --- | --- | --- | --- |",
     ]
     plain = next(i for i, (_, setting, scale) in enumerate(screened) if setting == PLAIN and scale == "log")
     uniform_at = next(i for i, (_, setting, _) in enumerate(screened) if setting is None)
+    ranked = []
     for i in sorted({*range(sizes.n_shown), plain, uniform_at, len(screened) - 1}):
         loss, setting, scale = screened[i]
-        lines.append(f"| {i + 1} | {name(setting, scale)} | {math.exp(loss):.2f} | {100 * math.expm1(loss - uniform):+.1f} % |")
-    lines += ["", "The best of each kind:", "", "| what | best setting | perplexity |", "| --- | --- | --- |"]
+        change = f"{100 * math.expm1(loss - uniform):+.1f} %"
+        ranked.append([str(i + 1), name(setting, scale), f"{math.exp(loss):.2f}", change])
+    lines += table(["rank", "absence, players, payoff, estimator; scale", "perplexity", "vs uniform"], ranked)
+    kinds: list[tuple[str, tuple[float, Setting | None, Scale]]] = []
     for position in range(4):
         for kind in sorted({setting[position] for _, setting, _ in screened if setting}):
-            loss, setting, scale = next(e for e in screened if e[1] and e[1][position] == kind)
-            lines.append(f"| {kind} | {name(setting, scale)} | {math.exp(loss):.2f} |")
-    for scale in sizes.scales:
-        loss, setting, _ = next(e for e in screened if e[1] and e[2] == scale)
-        lines.append(f"| {scale} | {name(setting, scale)} | {math.exp(loss):.2f} |")
+            kinds.append((kind, next(e for e in screened if e[1] and e[1][position] == kind)))
+    kinds += [(scale, next(e for e in screened if e[1] and e[2] == scale)) for scale in sizes.scales]
+    best = [[kind, name(setting, scale), f"{math.exp(loss):.2f}"] for kind, (loss, setting, scale) in kinds]
+    lines += ["", "The best of each kind:", "", *table(["what", "best setting", "perplexity"], best)]
     lines += [
         "",
         f"## Best {sizes.n_finalists}, plain setting and uniform: perplexity on the selection text, mean ± sd over "
@@ -301,18 +279,11 @@ def report(
         "",
     ]
     columns = [(pruner, sparsity) for pruner in PRUNERS for sparsity in sizes.sparsities]
-    lines.append("| setting | " + " | ".join(f"{pruner} {100 * s:.0f} %" for pruner, s in columns) + " |")
-    lines.append("| --- |" + " --- |" * len(columns))
-    for choice in chosen:
-        cells = [np.exp(losses[*choice, *column]) for column in columns]
-        shown = [f"{c.mean():.2f} ± {c.std(ddof=1):.2f}" for c in cells]
-        lines.append(f"| {name(*choice)} | " + " | ".join(shown) + " |")
+    shown = [[name(*one), *(mean_and_spread(np.exp(losses[*one, *column])) for column in columns)] for one in chosen]
+    lines += table(["setting", *(f"{pruner} {100 * s:.0f} %" for pruner, s in columns)], shown)
     lines += ["", f"## Test text, read once: perplexity at 70 %, mean ± sd over {sizes.n_seeds} calibration seeds", ""]
-    lines += ["| setting | wanda | sparsegpt |", "| --- | --- | --- |"]
-    for choice, by_pruner in tests.items():
-        shown = [f"{np.mean(by_pruner[p]):.2f} ± {np.std(by_pruner[p], ddof=1):.2f}" for p in PRUNERS]
-        lines.append(f"| {name(*choice)} | " + " | ".join(shown) + " |")
-    return lines
+    shown = [[name(*one), *(mean_and_spread(by_pruner[p]) for p in PRUNERS)] for one, by_pruner in tests.items()]
+    return [*lines, *table(["setting", *PRUNERS], shown)]
 
 
 def draw(losses: Losses, chosen: list[Choice], sparsities: tuple[float, ...], path: Path) -> None:

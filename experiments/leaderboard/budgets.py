@@ -20,9 +20,8 @@ import torch
 
 from experiments.leaderboard import run
 from experiments.leaderboard.run import OF_SUBLAYERS, Bench, Cell, Sizes, workers
-from experiments.study import parse, parser, publish
+from experiments.study import made_by, parse, parser, publish, table
 from svnup.pipeline import replacements, trial_of
-from svnup.results.provenance import hardware
 from svnup.scoring import Context
 from svnup.shapley import Game, all_coalitions, exact_values
 from svnup.shapley.sliding_window import SlidingWindow
@@ -172,7 +171,6 @@ def tuned(*options: str, scores: Callable[[Game], Floats] | None = None, allocat
 
 
 def report(found: dict[str, dict[str, tuple[float, str]]], sizes: Sizes) -> list[str]:
-    machine = hardware()
     default = next(iter(found.values()))
     whole = {name: losses for name, losses in found.items() if len(losses) == len(sizes.pruners)}
     left = [name for name in found if name not in whole]
@@ -180,20 +178,20 @@ def report(found: dict[str, dict[str, tuple[float, str]]], sizes: Sizes) -> list
     text = [
         "# Ideas for a better Shapley budget",
         "",
-        f"Made by `make study NAME=budgets`. {machine['cpu']}, one thread, torch {torch.__version__}, float32. Built-in "
+        f"{made_by('make study NAME=budgets', 'one thread')}. Built-in "
         f"model, 70 %, {sizes.n_calibration} x {length} calibration tokens, payoff text {sizes.n_payoff} x {length}; "
         f"perplexity on selection text ({sizes.n_selection} x {length}), on which the amplitude of each was chosen from seven; "
         "of rounds from three, then for each further round one of two steps.",
         "",
-        "| idea | " + " | ".join(f"{p} | vs default | chosen" for p in sizes.pruners) + " |",
-        "| --- |" + " ---: | ---: | --- |" * len(sizes.pruners),
     ]
+    lines = []
     for name, losses in sorted(whole.items(), key=lambda item: sum(loss for loss, _ in item[1].values())):
-        cells = [
-            f"{math.exp(losses[p][0]):.2f} | {100 * math.expm1(losses[p][0] - default[p][0]):+.1f} % | {losses[p][1]}"
-            for p in sizes.pruners
-        ]
-        text.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append([name])
+        for pruner in sizes.pruners:
+            loss, chosen = losses[pruner]
+            lines[-1] += [f"{math.exp(loss):.2f}", f"{100 * math.expm1(loss - default[pruner][0]):+.1f} %", chosen]
+    head = ["idea", *(title for pruner in sizes.pruners for title in (pruner, "vs default", "chosen"))]
+    text += table(head, lines, "l" + "rrl" * len(sizes.pruners))
     text += ["", f"Not measured yet: {'; '.join(left)}."] if left else []
     return text
 

@@ -2,7 +2,7 @@
 
 Reads results/tables/leaderboard.csv alone and writes results/tables/comparisons.md, in a second:
 
-    python experiments/leaderboard/comparisons.py
+    python -m experiments.leaderboard.comparisons
 
 The change of perplexity is taken per seed, as a log ratio; its mean has a Student interval of two degrees of freedom. What is
 said of all cells at once is corrected for their number by Holm's method (Holm 1979). Magnitude reads no calibration text: it
@@ -18,6 +18,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from experiments.study import table
 
 TABLES = Path(__file__).parents[2] / "results" / "tables"
 T_95 = 4.3027  # Student's factor of a 95 % interval with two degrees of freedom: of three seeds
@@ -112,13 +114,14 @@ def report(board: Board) -> str:
     ]
     for question, found in questions(board).items():
         corrected = holm([asked.p for _, asked in found])
-        text += ["", f"## {question}", "", "| cell | against | change | 95 % interval | p, corrected |"]
-        text.append("| --- | --- | ---: | ---: | ---: |")
+        lines = []
         for ((model, pruner, sparsity), asked), p in zip(found, corrected, strict=True):
             interval = "-" if math.isnan(asked.p) else f"[{asked.low:+.2f}, {asked.high:+.2f}]"
             cell = f"{model}, {pruner}, {100 * float(sparsity):.0f} %"
             shown = "-" if math.isnan(p) else "under 0.001" if p < 0.001 else f"{p:.3f}"
-            text.append(f"| {cell} | {asked.other} | {asked.mean:+.2f} % | {interval} | {shown} |")
+            lines.append([cell, asked.other, f"{asked.mean:+.2f} %", interval, shown])
+        head = ["cell", "against", "change", "95 % interval", "p, corrected"]
+        text += ["", f"## {question}", "", *table(head, lines, "llrrr")]
         lower = sum(asked.mean < 0 for _, asked in found)
         tested = [(asked, p) for (_, asked), p in zip(found, corrected, strict=True) if not math.isnan(p)]
         alone = sum(asked.high < 0 for asked, _ in tested)

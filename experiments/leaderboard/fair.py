@@ -22,13 +22,12 @@ import torch
 
 from experiments.leaderboard import run
 from experiments.leaderboard.run import MODELS, OF_SUBLAYERS, Bench, Cell, Sizes, allocation_cost, score_cost
-from experiments.study import parse, parser, publish
+from experiments.study import made_by, mean_and_spread, parse, parser, publish, table, table_file
 from svnup.allocation import Budget
 from svnup.allocation.maps import Tuned
 from svnup.config import Job
 from svnup.language_model import LanguageModel
 from svnup.pipeline import replacements, trial_of
-from svnup.results.provenance import hardware
 from svnup.scoring import Context
 from svnup.types import BlockScores, Floats, Granularity, SparsityProfile
 
@@ -181,7 +180,7 @@ def choose(bench: Bench, cell: Cell, row: Row) -> Choice:
     job = bench.job(cell, row.allocator, seed, *row.overrides(cell[2]))
     lm = bench.model(job, cell[0])
     what = ["fair", repr(row), job.key, lm.fingerprint()]
-    if (known := bench.remembered(what)) is not None:
+    if (known := bench.known.get(what)) is not None:
         return Choice(**known)
     trial = trial_of(job, lm, job.tokens())
     label = "-"
@@ -206,7 +205,7 @@ def choose(bench: Bench, cell: Cell, row: Row) -> Choice:
         "n_trials": n_trials,
         "cost": cost + allocation_cost(job, cell[1], None, tuning, lm.n_blocks, bench.sizes),
     }
-    bench.remember(what, found_it)
+    bench.known.add(what, found_it)
     return Choice(**found_it)
 
 
@@ -235,28 +234,26 @@ def against(mine: Result, theirs: Result) -> tuple[float, float, float]:
     return tuple(100 * math.expm1(x) for x in (apart.mean(), low, high))  # type: ignore[return-value]
 
 
-def table(board: Board, model: str, sparsity: float, pruners: list[str]) -> list[str]:
+def compared(board: Board, model: str, sparsity: float, pruners: list[str]) -> list[str]:
     """Of one model at one sparsity, every row that was run there; the lowest of each pruner is bold."""
     cells = {p: (model, p, sparsity) for p in pruners}
-    lines = ["| allocator | " + " | ".join(f"{p} | vs uniform | chosen | cost" for p in pruners) + " |"]
-    lines.append("| --- |" + " ---: | ---: | --- | ---: |" * len(pruners))
+    lines = []
     least = {p: min(r.perplexities.mean() for (c, _), r in board.items() if c == cell) for p, cell in cells.items()}
     for name in ROWS:
         if not any((cell, name) in board for cell in cells.values()):
             continue
-        shown = [name]
+        lines.append(shown := [name])
         for pruner, cell in cells.items():
             if (result := board.get((cell, name))) is None:
                 shown += ["-", "-", "-", "-"]
                 continue
             found = result.perplexities
-            spread = f" ± {found.std(ddof=1):.2f}" if len(found) > 1 else ""
-            ppl = f"{found.mean():.2f}{spread}"
+            ppl = mean_and_spread(found)
             change = "{:+.1f} % [{:+.1f}, {:+.1f}]".format(*against(result, board[cell, "uniform"]))
             shown.append(f"**{ppl}**" if found.mean() == least[pruner] else ppl)
             shown += ["" if name == "uniform" else change, result.choice.label, f"{result.choice.cost:.0f}"]
-        lines.append("| " + " | ".join(shown) + " |")
-    return lines
+    head = ["allocator", *(title for pruner in pruners for title in (pruner, "vs uniform", "chosen", "cost"))]
+    return table(head, lines, "l" + "rrlr" * len(pruners))
 
 
 def listed(row: Row) -> str:
@@ -274,7 +271,7 @@ def report(board: Board, stages: tuple[Stage, ...], models: tuple[str, ...], siz
     text = [
         "# The leaderboard on even terms",
         "",
-        f"Made by `make study NAME=fair`. {hardware()['cpu']}, one thread, torch {torch.__version__}, float32. Calibration "
+        f"{made_by('make study NAME=fair', 'one thread')}. Calibration "
         f"{sizes.n_calibration} x {length} tokens; selection text {sizes.n_selection} x {length}, payoff text {sizes.n_payoff} "
         f"x {length}; perplexity on the first {sizes.n_test} windows of {length} tokens of the test text, mean ± standard "
         "deviation where more than one calibration seed was run.",
@@ -290,22 +287,23 @@ def report(board: Board, stages: tuple[Stage, ...], models: tuple[str, ...], siz
         for model in models:
             pruners = [p for p in ("magnitude", *WITH_INPUTS, "alps") if ((model, p, sparsity), "uniform") in board]
             if pruners:
-                text += ["", f"## {model}, {100 * sparsity:.0f} %", "", *table(board, model, sparsity, pruners)]
-    text += ["", "## What is tried", "", "| row | options | values beside uniform |", "| --- | --- | --- |"]
-    rows = [name for name in ROWS if any(name in stage.rows for stage in stages)]
-    for name in rows:
+                text += ["", f"## {model}, {100 * sparsity:.0f} %", "", *compared(board, model, sparsity, pruners)]
+    tried = []
+    for name in (name for name in ROWS if any(name in stage.rows for stage in stages)):
         options = ", ".join(f"`{o}`" for o in (f"allocator={ROWS[name].allocator}", *ROWS[name].options))
         parts = "" if ROWS[name].parts is None else f", budgets per {ROWS[name].parts}"
-        text.append(f"| {name} | {options}{parts} | {listed(ROWS[name])} |")
-    text += ["", "## What has been run", "", "| stage | rows | pruners | sparsities | seeds | run |", "| --- " * 6 + "|"]
+        tried.append([name, f"{options}{parts}", listed(ROWS[name])])
+    text += ["", "## What is tried", "", *table(["row", "options", "values beside uniform"], tried)]
+    run_so_far = []
     for number, stage in enumerate(stages, 1):
         tasks = [*stage.tasks(models)]
         done = sum((r := board.get((cell, name))) is not None and sizes.seeds[seed] in r.losses for cell, name, seed in tasks)
         seeds = ", ".join(str(sizes.seeds[seed]) for seed in stage.seeds)
         levels = ", ".join(f"{100 * s:.0f} %" for s in stage.sparsities)
         who = f"the {len(stage.rows)} rows but for curves" if stage.rows == MAIN else ", ".join(stage.rows)
-        text.append(f"| {number} | {who} | {', '.join(stage.pruners)} | {levels} | {seeds} | {done} of {len(tasks)} |")
-    return text
+        run_so_far.append([str(number), who, ", ".join(stage.pruners), levels, seeds, f"{done} of {len(tasks)}"])
+    head = ["stage", "rows", "pruners", "sparsities", "seeds", "run"]
+    return [*text, "", "## What has been run", "", *table(head, run_so_far)]
 
 
 def csv(board: Board) -> str:
@@ -336,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
             shown = f"{math.exp(np.mean(losses)):.2f} ({choice.label})"
             print(f"{' '.join(map(str, cell))} seed {seed} {name}: {shown}", flush=True)
             publish(options, "leaderboard_fair", report(board, stages, models, sizes))
-            (options.output / "results" / "tables" / "leaderboard_fair.csv").write_text(csv(board), encoding="utf-8")
+            table_file(options, "leaderboard_fair.csv").write_text(csv(board), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,8 @@ import torch
 
 from experiments.leaderboard import run
 from experiments.leaderboard.run import MODELS, OF_SUBLAYERS, Bench, Cell, Sizes, allocation_cost
-from experiments.study import parse, parser, publish
+from experiments.study import made_by, parse, parser, publish, table
 from svnup.pipeline import replacements, trial_of
-from svnup.results.provenance import hardware
 from svnup.scoring import Context
 
 FULL = Sizes(pruners=("wanda", "sparsegpt"))
@@ -71,7 +70,7 @@ def measure(bench: Bench, cell: Cell, allocator: str, options: tuple[str, ...]) 
     job = bench.job(cell, allocator, bench.sizes.seeds[0], *options)
     lm, tokens = bench.model(job, cell[0]), job.tokens()
     what = ["margins", job.key, lm.fingerprint()]
-    if (known := bench.remembered(what)) is not None:
+    if (known := bench.known.get(what)) is not None:
         return Found(**known)
     began = time.process_time()
     budget, trial = job.budget(lm), trial_of(job, lm, tokens)
@@ -93,7 +92,7 @@ def measure(bench: Bench, cell: Cell, allocator: str, options: tuple[str, ...]) 
         "seconds": seconds,
         "tried": tried,
     }
-    bench.remember(what, found)
+    bench.known.add(what, found)
     return Found(**found)
 
 
@@ -103,14 +102,12 @@ def report(found: dict[tuple[str, Cell], Found], names: list[str], cells: list[C
     text = [
         "# Values at the margin on the built-in models",
         "",
-        f"Made by `make study NAME=margins`. {hardware()['cpu']}, one thread, torch {torch.__version__}, float32. Perplexity "
+        f"{made_by('make study NAME=margins', 'one thread')}. Perplexity "
         f"on the selection text ({sizes.n_selection} x {length}), on which each setting chose, and its change against "
         f"`{BASELINE}`; calibration {sizes.n_calibration} x {length}, payoff text {sizes.n_payoff} x {length}, seed "
         f"{sizes.seeds[0]}. No test text is read. It is one seed, and the text that was chosen on: what is within a percent "
         "is level.",
         "",
-        "| setting | " + " | ".join(f"{m}, {p}, {100 * s:.0f} %" for m, p, s in cells) + " |",
-        "| --- |" + " ---: |" * len(cells),
     ]
     rows: dict[str, dict[Cell, tuple[float, str]]] = {}
     for name in names:
@@ -118,8 +115,9 @@ def report(found: dict[tuple[str, Cell], Found], names: list[str], cells: list[C
         if name == BASELINE:
             rows |= {one: {cell: (f.tried[label], "") for cell, f in there.items()} for one, label in OF_BASELINE.items()}
         rows[name] = {cell: (f.loss, f.chosen) for cell, f in there.items()}
+    lines = []
     for name, row in rows.items():
-        shown = [name]
+        lines.append(shown := [name])
         for cell in cells:
             if cell not in row:
                 shown.append("-")
@@ -128,7 +126,7 @@ def report(found: dict[tuple[str, Cell], Found], names: list[str], cells: list[C
             base = rows[BASELINE].get(cell) if name != BASELINE else None
             change = f", {100 * math.expm1(loss - base[0]):+.1f} %" if base else ""
             shown.append(f"{math.exp(loss):.2f}{change}" + (f" ({chosen})" if chosen else ""))
-        text.append("| " + " | ".join(shown) + " |")
+    text += table(["setting", *(f"{m}, {p}, {100 * s:.0f} %" for m, p, s in cells)], lines, "l" + "r" * len(cells))
     text += [
         "",
         "## What it takes",
@@ -137,9 +135,8 @@ def report(found: dict[tuple[str, Cell], Found], names: list[str], cells: list[C
         "the calibration text (a backward pass counts as two, and repeats each forward); seconds of one core are the most of "
         "any cell, on a machine that others used too: what another setting had left in the cache took no time.",
         "",
-        "| setting | prunings | trials | cost | " + " | ".join(f"{p}: s" for p in sizes.pruners) + " |",
-        "| --- |" + " ---: |" * (3 + len(sizes.pruners)),
     ]
+    lines = []
     for name in names:
         there = {cell: f for cell in cells if (f := found.get((name, cell))) is not None}
         if not there:
@@ -148,7 +145,9 @@ def report(found: dict[tuple[str, Cell], Found], names: list[str], cells: list[C
         for pruner in sizes.pruners:
             most = max((f.seconds for cell, f in there.items() if cell[1] == pruner), default=None)
             shown.append("-" if most is None else f"{most:.0f}")
-        text.append("| " + " | ".join([name, *shown]) + " |")
+        lines.append([name, *shown])
+    head = ["setting", "prunings", "trials", "cost", *(f"{p}: s" for p in sizes.pruners)]
+    text += table(head, lines, "l" + "r" * (len(head) - 1))
     left = sum((name, cell) not in found for name in names for cell in cells)
     text += ["", f"Not measured yet (-): {left} of {len(names) * len(cells)}."] if left else []
     return text

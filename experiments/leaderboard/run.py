@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
@@ -31,17 +29,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 
-from experiments.study import figure, parse, parser, publish
-from svnup import NUMBERS_VERSION, config
+from experiments import study
+from experiments.study import Known, figure, made_by, mean_and_spread, parse, parser, publish, table, table_file
+from svnup import config
 from svnup.allocation import Budget
 from svnup.allocation.maps import Tuned
-from svnup.config import CONF, Job
+from svnup.config import Job
 from svnup.language_model import LanguageModel
 from svnup.pipeline import replacements, trial_of
 from svnup.pruning.walk import temporarily_pruned
-from svnup.results.provenance import hardware
 from svnup.scoring import Context
 from svnup.types import Floats, SparsityProfile
 
@@ -112,34 +109,14 @@ class Entry:
 
 
 class Bench:
-    """The models, and what was measured once ever: one JSON line each, in a file per process."""
+    """The models, their jobs, and what was measured once ever."""
 
     def __init__(self, cache: str | Path, sizes: Sizes = FULL) -> None:
         self.cache, self.sizes = Path(cache), sizes
-        self.folder = self.cache / "leaderboard"
-        self.known: dict[str, Any] = {}
-        for path in sorted(self.folder.glob("*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    key, value = json.loads(line)
-                    self.known[key] = value
-                except ValueError:
-                    continue  # torn by a kill: computed again
+        self.known = Known(self.cache, "leaderboard")
         self.models: dict[str, LanguageModel] = {}
         self.jobs: dict[tuple[Any, ...], Job] = {}  # composing one takes half a second
         self.texts: config.Texts = {}
-
-    def remembered(self, what: list[Any]) -> Any:
-        return self.known.get(self._key(what))
-
-    def remember(self, what: list[Any], value: Any) -> None:
-        self.known[self._key(what)] = value
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps([self._key(what), value]) + "\n")
-
-    def _key(self, what: list[Any]) -> str:
-        return hashlib.sha256(json.dumps([NUMBERS_VERSION, *what]).encode()).hexdigest()[:24]
 
     def job(self, cell: Cell, allocator: str, seed: int, *overrides: str) -> Job:
         """What the command would run: `svnup` with these overrides."""
@@ -154,10 +131,7 @@ class Bench:
         base += ["compare_uniform=off", "model.device=cpu", f"cache_dir={self.cache}"]
         base += [f"{text}.n_seq={n}" for text, n in texts.items()]
         base += [f"model.seq_len={sizes.seq_len}"] if sizes.seq_len != FULL.seq_len else []
-        config.register()
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            cfg = compose("config", [*base, *overrides])
-        return self.jobs.setdefault(asked, config.build(cfg, self.texts))
+        return self.jobs.setdefault(asked, study.job(*base, *overrides, texts=self.texts))
 
     def model(self, job: Job, name: str) -> LanguageModel:
         if name not in self.models:
@@ -173,10 +147,7 @@ class Bench:
         overrides = self._overrides(cell, allocator, lam, cost)
         job = self.job(cell, allocator, self.sizes.seeds[0], *overrides)
         what = ["entry", allocator, job.key, self.model(job, cell[0]).fingerprint(), len(self.sizes.seeds)]
-        found = self.remembered(what)
-        if found is None:
-            found = self._measure(cell, allocator, overrides)
-            self.remember(what, found)
+        found = self.known.measured(what, lambda: self._measure(cell, allocator, overrides))
         if allocator in CONTROLS:  # whose amplitude is the one that was chosen for it
             found = found | {"cost": cost}
         arrays = {name: np.array(found[name]) for name in ("losses", "profiles")}
@@ -245,12 +216,13 @@ class Bench:
             self.sizes.n_test,
         ]
         what += [profile.to_dict()["linears"]] if profile.linears is not None else []
-        found: list[float] | None = self.remembered(what)
-        if found is None:
+
+        def measure() -> list[float]:
             (source,) = job.evaluation.sources().values()
             with temporarily_pruned(lm, profile, job.pruner, job.tokens()):
-                found = [round(float(v), 9) for v in lm.nll(source.tokens(lm.tokenizer))]
-            self.remember(what, found)
+                return [round(float(v), 9) for v in lm.nll(source.tokens(lm.tokenizer))]
+
+        found: list[float] = self.known.measured(what, measure)
         return found
 
 
@@ -370,50 +342,47 @@ def ranking(
     return sorted(mean, key=lambda a: mean[a])
 
 
-def table(board: dict[tuple[Cell, str], Entry], model: str, sparsity: float, pruners: tuple[str, ...]) -> list[str]:
+def compared(board: dict[tuple[Cell, str], Entry], model: str, sparsity: float, pruners: tuple[str, ...]) -> list[str]:
     """Perplexities of one model at one sparsity; the lowest that was not searched for is bold."""
-    lines = ["| allocator | " + " | ".join(f"{p} | vs uniform | cost" for p in pruners) + " |"]
-    lines.append("| --- |" + " ---: |" * (3 * len(pruners)))
+    lines = []
     names = [a for a in ALLOCATORS if any(((model, p, sparsity), a) in board for p in pruners)]
     least = {
         p: min((a for a in names if a not in (SEARCH, LONG)), key=lambda a: board[(model, p, sparsity), a].losses.mean())
         for p in pruners
     }
     for name in names:
-        cells = [name]
+        lines.append(cells := [name])
         for pruner in pruners:
             entry = board.get(((model, pruner, sparsity), name))
             if entry is None:
                 cells += ["-", "-", "-"]
                 continue
-            shown = f"{entry.perplexities.mean():.2f} ± {entry.perplexities.std(ddof=1):.2f}"
+            shown = mean_and_spread(entry.perplexities)
             mean, _, low, high = change(entry, board[(model, pruner, sparsity), "uniform"])
             cells += [
                 f"**{shown}**" if name == least[pruner] else shown,
                 "" if name == "uniform" else f"{mean:+.1f} % [{low:+.1f}, {high:+.1f}]",
                 f"{entry.cost:.0f}",
             ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    head = ["allocator", *(title for pruner in pruners for title in (pruner, "vs uniform", "cost"))]
+    return table(head, lines, "l" + "rrr" * len(pruners))
 
 
 def against_rounds(board: dict[tuple[Cell, str], Entry], models: Iterable[str], sparsity: float, sizes: Sizes) -> list[str]:
     """How much more perplexity each allocator leaves than the Shapley budget in rounds."""
     cells = cells_of(models, sizes, [sparsity])
-    lines = ["| allocator | " + " | ".join(f"{m}, {p}" for m, p, _ in cells) + " |"]
-    lines.append("| --- |" + " ---: |" * len(cells))
+    lines = []
     for name in ALLOCATORS:
         if name == ROUNDS or not any((cell, name) in board for cell in cells):
             continue
-        shown = []
+        lines.append(shown := [name])
         for cell in cells:
             if (cell, name) not in board:
                 shown.append("-")
                 continue
             mean, error, low, high = change(board[cell, name], board[cell, ROUNDS])
             shown.append(f"{mean:+.1f} ± {error:.1f} % [{low:+.1f}, {high:+.1f}]")
-        lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    return lines
+    return table(["allocator", *(f"{m}, {p}" for m, p, _ in cells)], lines, "l" + "r" * len(cells))
 
 
 def targets(board: dict[tuple[Cell, str], Entry], models: Iterable[str], sizes: Sizes = FULL) -> list[str]:
@@ -421,8 +390,8 @@ def targets(board: dict[tuple[Cell, str], Entry], models: Iterable[str], sizes: 
     against search."""
     against = [("shapley", SEARCH), (ROUNDS, SEARCH), (SUBLAYERS, SEARCH)]
     against += [(ROUNDS, LONG)] if any(name == LONG for _, name in board) else []
-    heads = ["lowest without search", "next", "of one budget a block", "next", *(f"{a} against {b}" for a, b in against)]
-    lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " --- |" * 4 + " ---: |" * len(against)]
+    head = ["", "lowest without search", "next", "of one budget a block", "next", *(f"{a} against {b}" for a, b in against)]
+    lowest = []
     for cell in cells_of(models, sizes, [0.7]):
         line = [", ".join(cell[:2])]
         for apart in ((SEARCH, LONG), (SEARCH, LONG, SUBLAYERS)):
@@ -437,7 +406,8 @@ def targets(board: dict[tuple[Cell, str], Entry], models: Iterable[str], sizes: 
                 line.append(f"{mean:+.2f} ± {error:.2f} %, search cost {times:.1f} times as much")
             else:
                 line.append("-")
-        lines.append("| " + " | ".join(line) + " |")
+        lowest.append(line)
+    lines = table(head, lowest, "lllll" + "r" * len(against))
     pairs = [(e, board[cell, "uniform"], name) for (cell, name), e in board.items() if name in CONTROLS]
     for name in CONTROLS:
         found = [(e, u) for e, u, control in pairs if control == name]
@@ -456,16 +426,15 @@ def targets(board: dict[tuple[Cell, str], Entry], models: Iterable[str], sizes: 
 def choices(board: dict[tuple[Cell, str], Entry], models: Iterable[str], sizes: Sizes) -> list[str]:
     """The knob that the selection text chose, with the number of its losses."""
     cells = [(m, p, s) for m in models for p in sizes.pruners for s in sizes.sparsities]
-    lines = ["| allocator | losses | " + " | ".join(f"{m}, {p}, {100 * s:.0f} %" for m, p, s in cells) + " |"]
-    lines.append("| --- | ---: |" + " --- |" * len(cells))
+    lines = []
     for name in ALLOCATORS:
         found = [board.get((cell, name)) for cell in cells]
         counts = sorted({entry.n_losses for entry in found if entry is not None})
         if not counts:
             continue
         shown = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
-        lines.append(f"| {name} | {shown} | " + " | ".join(e.chosen if e else "-" for e in found) + " |")
-    return lines
+        lines.append([name, shown, *(e.chosen if e else "-" for e in found)])
+    return table(["allocator", "losses", *(f"{m}, {p}, {100 * s:.0f} %" for m, p, s in cells)], lines, "lr" + "l" * len(cells))
 
 
 def report(
@@ -475,11 +444,11 @@ def report(
     best: list[str],
     sizes: Sizes = FULL,
 ) -> list[str]:
-    machine, length = hardware(), sizes.seq_len
+    length = sizes.seq_len
     text = [
         "# Leaderboard: allocators, pruners, sparsities",
         "",
-        f"Made by `make study NAME=leaderboard`. {machine['cpu']}, one thread a worker, torch {torch.__version__}, float32. "
+        f"{made_by('make study NAME=leaderboard', 'one thread a worker')}. "
         f"Calibration {sizes.n_calibration} x {length} tokens, seeds {', '.join(map(str, sizes.seeds))}; selection text "
         f"{sizes.n_selection} x {length}, payoff text {sizes.n_payoff} x {length}; perplexity on the first {sizes.n_test} "
         f"windows of {length} tokens of the test text, mean ± "
@@ -494,7 +463,7 @@ def report(
         for sparsity in sorted((*sizes.sparsities, *sizes.more_sparsities)):
             if any(cell[0] == model and cell[2] == sparsity for cell, _ in board):
                 title = f"{model}, {100 * sparsity:.0f} % (dense {dense[model]:.2f})"
-                text += ["", f"## {title}", "", *table(board, model, sparsity, sizes.pruners)]
+                text += ["", f"## {title}", "", *compared(board, model, sparsity, sizes.pruners)]
     pairs = {f"{m}, {p}": (board[(m, p, 0.7), ROUNDS], board[(m, p, 0.7), "uniform"]) for m in models for p in sizes.pruners}
     changes = "; ".join(f"{name} {change(*pair)[0]:+.2f} %" for name, pair in pairs.items())
     paper = "For LLaMA-7B with SparseGPT, another model on another text, arXiv 2505.01731 gives -18.01 %."
@@ -601,7 +570,7 @@ def main(argv: list[str] | None = None) -> None:
         lm = bench.model(job, model)
         dense[model] = math.exp(np.mean(bench.read(job, lm, Budget(lm.block_params, 0.0).uniform())))
     publish(options, "leaderboard", report(board, dense, models, best, sizes))
-    (options.output / "results" / "tables" / "leaderboard.csv").write_text(csv(board, sizes.seeds), encoding="utf-8")
+    table_file(options, "leaderboard.csv").write_text(csv(board, sizes.seeds), encoding="utf-8")
     draw_front(board, models, figure(options, "leaderboard"), sizes)
     draw_profiles(board, models, figure(options, "profiles"))
 

@@ -16,17 +16,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from experiments.study import built_in, parse, parser, publish, text
+from experiments.study import built_in, made_by, mean_and_spread, parse, parser, publish, table, text
 from svnup.allocation import Budget
-from svnup.config import CONF
+from svnup.config import choices, composed
+from svnup.config.construction import construct
 from svnup.evaluation import perplexity
 from svnup.model.language_model import LanguageModel, matrix
 from svnup.pruning.walk import Inputs, Pruner, temporarily_pruned
-from svnup.results.provenance import hardware
 
 SETTINGS = {"70 %": ("unstructured", 0.7), "2:4": ("2:4", 0.5)}
 ON_MODEL = {"50 %": ("unstructured", 0.5), "70 %": ("unstructured", 0.7), "2:4": ("2:4", 0.5), "4:8": ("4:8", 0.5)}
@@ -53,14 +52,13 @@ QUICK = Sizes(
 
 
 def pruners(pattern: str, names: tuple[str, ...] | None = None) -> dict[str, Pruner]:
-    """Every pruner of conf/pruner that prunes, or those of these names, as configured there."""
+    """Every option of the group `pruner` that prunes, or those of these names, as configured there."""
     made = {}
-    for file in sorted((CONF / "pruner").glob("[!_]*.yaml")):
-        if names is not None and file.stem not in names:
-            continue
-        pruner = instantiate(OmegaConf.merge(OmegaConf.load(file), {"pattern": pattern}))
+    for name in choices()["pruner"] if names is None else names:
+        node = OmegaConf.to_container(composed(f"pruner={name}", f"pattern='{pattern}'").pruner, resolve=True)
+        pruner: Pruner = construct(node, "pruner", "pruner")
         if pruner.prunes:
-            made[file.stem] = pruner
+            made[name] = pruner
     return made
 
 
@@ -122,30 +120,29 @@ def errors(layers: Iterator[Layer], made: dict[str, Pruner], sparsity: float) ->
 def against_each_other(title: str, found: dict[str, list[float]]) -> list[str]:
     names, n = list(found), len(next(iter(found.values())))
     against_wanda = {x: np.exp(np.mean(np.log(np.array(found[x]) / np.array(found["wanda"])))) for x in names}
-    lines = [f"### {title}: {n} layers", "", "| better than | " + " | ".join(names) + " | error / Wanda's |"]
-    lines.append("| --- " * (len(names) + 2) + "|")
+    lines = []
     for x in sorted(names, key=lambda x: against_wanda[x]):
         wins = [f"{100 * np.mean(np.array(found[x]) < np.array(found[y])):.0f} %" if x != y else "" for y in names]
-        lines.append(f"| {x} | " + " | ".join(wins) + f" | {against_wanda[x]:.3f} |")
-    return [*lines, ""]
+        lines.append([x, *wins, f"{against_wanda[x]:.3f}"])
+    return [f"### {title}: {n} layers", "", *table(["better than", *names, "error / Wanda's"], lines), ""]
 
 
 def on_model(lm: LanguageModel, sizes: Sizes) -> list[str]:
     selection = text("selection", sizes.n_selection, sizes.seq_len)
     calibration = [text("calibration", sizes.n_seq, sizes.seq_len, seed) for seed in range(sizes.n_seeds)]
-    lines = ["| pruner | " + " | ".join(ON_MODEL) + " |", "| --- " * (len(ON_MODEL) + 1) + "|"]
-    for name in pruners("unstructured", sizes.pruners):
-        cells = []
+    lines = []
+    made = {pattern: pruners(pattern, sizes.pruners) for pattern, _ in ON_MODEL.values()}
+    for name in made["unstructured"]:
+        lines.append([name])
         for pattern, sparsity in ON_MODEL.values():
-            pruner, profile = pruners(pattern)[name], Budget(lm.block_params, sparsity, pattern).uniform()
+            pruner, profile = made[pattern][name], Budget(lm.block_params, sparsity, pattern).uniform()
             found = []
             for tokens in calibration if pruner.needs_inputs else calibration[:1]:
                 with temporarily_pruned(lm, profile, pruner, tokens):
                     found.append(perplexity(lm, selection))
-            cells.append(f"{np.mean(found):.2f}" + (f" ± {np.std(found, ddof=1):.2f}" if len(found) > 1 else ""))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        print(lines[-1], flush=True)
-    return lines
+            lines[-1].append(mean_and_spread(found))
+        print(*lines[-1], sep=" | ", flush=True)
+    return table(["pruner", *ON_MODEL], lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -157,12 +154,10 @@ def main(argv: list[str] | None = None) -> None:
     given = {"n_layers": options.layers, "n_seq": options.n_seq, "n_seeds": options.seeds}
     sizes = replace(QUICK if options.quick else Sizes(), **{name: n for name, n in given.items() if n is not None})
     lm = built_in(sizes.n_blocks)
-    machine = hardware()
     lines = [
         "# Pruners against each other",
         "",
-        f"Made by `make study NAME=pruners`. {machine['cpu']}, {machine['cores']} cores, torch {torch.__version__}, float32; "
-        f"{sizes.n_seq} x {sizes.seq_len} calibration tokens.",
+        f"{made_by('make study NAME=pruners')}; {sizes.n_seq} x {sizes.seq_len} calibration tokens.",
         "",
         "## Layer by layer",
         "",

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.study import built_in, parse, parser, publish, text
+from experiments.study import built_in, made_by, parse, parser, publish, spearman, table, text
 from svnup.allocation import Budget
 from svnup.allocation.margins import marginal_values
 from svnup.data import C4
@@ -33,7 +33,6 @@ from svnup.model.language_model import LanguageModel, MicroBatch
 from svnup.model.source import Pretrained
 from svnup.pruning.advance import PrunedInAdvance
 from svnup.pruning.wanda import Wanda
-from svnup.results.provenance import hardware
 from svnup.scoring import Context
 from svnup.scoring.published import BlockInfluence
 from svnup.shapley.sliding_window import SlidingWindow
@@ -146,10 +145,6 @@ def values_by_sequence(variant: Variant, losses: Losses) -> dict[str, Floats]:
     return out | {"recip_ppl": np.array(pseudo)}
 
 
-def spearman(a: Floats, b: Floats) -> float:
-    return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
-
-
 def log_correlation(a: Floats, b: Floats) -> float:
     """Pearson's of the logarithms, since budgets go by these; what is not positive counts as the least positive one."""
     return float(np.corrcoef(np.log(np.maximum(a, a[a > 0].min())), np.log(np.maximum(b, b[b > 0].min())))[0, 1])
@@ -199,15 +194,14 @@ def _of_blocks(lm: LanguageModel, values: dict[tuple[int, str], float]) -> Float
 def report(
     options: argparse.Namespace, measured: dict[str, Floats], rows: list[tuple[str, str, int, Floats]], reference: Floats
 ) -> list[str]:
-    machine, n_seq = hardware(), measured["nll"].shape[1]
+    n_seq = measured["nll"].shape[1]
     noise = measured["nll"].std(1, ddof=1) / np.sqrt(n_seq) if n_seq > 1 else np.full(len(reference), np.nan)
     lines = [
         "# Games on a real model, beside measured sensitivity",
         "",
-        f"Made by `{options.command}`. {machine['cpu']}, {machine['cores']} cores, torch {torch.__version__}, float32. "
-        f"Model {options.model_name}. Wanda at {100 * options.sparsity:g} %, {options.n_calibration} x {options.seq_len} "
-        "calibration tokens of C4, weights pruned in advance; all values and losses on the same "
-        f"{n_seq} x {options.seq_len} tokens of selection text.",
+        f"{made_by(options.command)}. Model {options.model_name}. Wanda at {100 * options.sparsity:g} %, "
+        f"{options.n_calibration} x {options.seq_len} calibration tokens of C4, weights pruned in advance; all values and "
+        f"losses on the same {n_seq} x {options.seq_len} tokens of selection text.",
         "",
         f"Measured sensitivity of a block: the NLL that is added when it is {SENSITIVITY:g} sparser and all others are at "
         f"{options.sparsity:g}. Over the blocks: {reference.min():.4f} to {reference.max():.4f} nats, median "
@@ -217,22 +211,19 @@ def report(
         "the least positive value). The standard error is the median over blocks, of values over sequences, in shares of the "
         "spread (standard deviation) of values over blocks.",
         "",
-        "| game | payoff | Spearman | Pearson of logs | negative values | standard error / spread |",
-        "| --- | --- | --- | --- | --- | --- |",
     ]
+    games = []
     for name, payoff, _, by_sequence in rows:
         values = by_sequence.mean(0)
         stderr = by_sequence.std(0, ddof=1) / np.sqrt(len(by_sequence)) if len(by_sequence) > 1 else np.array([np.nan])
         share = f"{np.median(stderr) / values.std():.2f}" if len(by_sequence) > 1 else "-"
-        agreement = f"{spearman(values, reference):.2f} | {log_correlation(values, reference):.2f}"
-        lines.append(f"| {name} | {payoff} | {agreement} | {(values <= 0).sum()} | {share} |")
+        agreement = [f"{measure(values, reference):.2f}" for measure in (spearman, log_correlation)]
+        games.append([name, payoff, *agreement, str((values <= 0).sum()), share])
+    head = ["game", "payoff", "Spearman", "Pearson of logs", "negative values", "standard error / spread"]
+    lines += table(head, games)
     by_block = {f"{name}, {payoff}": v.mean(0) for name, payoff, window, v in rows if window < 2 and payoff in ("-", "neg_nll")}
-    lines += ["", "## Values by block (windows of one, -NLL)", ""]
-    lines += ["| block | sensitivity | " + " | ".join(by_block) + " |", "| --- |" + " --- |" * (1 + len(by_block))]
-    for index in range(len(reference)):
-        cells = [f"{reference[index]:.4f}", *(f"{v[index]:.4f}" for v in by_block.values())]
-        lines.append(f"| {index} | " + " | ".join(cells) + " |")
-    return lines
+    blocks = [[str(i), f"{known:.4f}", *(f"{v[i]:.4f}" for v in by_block.values())] for i, known in enumerate(reference)]
+    return [*lines, "", "## Values by block (windows of one, -NLL)", "", *table(["block", "sensitivity", *by_block], blocks)]
 
 
 def main(argv: list[str] | None = None) -> None:

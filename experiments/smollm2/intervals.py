@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.leaderboard.comparisons import holm
+from experiments.study import table
 from svnup.types import Floats
 
 TABLES = Path(__file__).parents[2] / "results" / "tables"
@@ -127,13 +128,14 @@ def report(board: Board) -> str:
         "says nothing about another calibration text.",
     ]
     for question, found in questions(board).items():
-        text += ["", f"## {question}", "", "| cell | budget | against | seeds | change | 95 % interval | p, corrected |"]
-        text.append("| --- | --- | --- | ---: | ---: | ---: | ---: |")
+        lines = []
         for one, p in zip(found, holm([one.p for one in found]), strict=True):
             cell = f"{one.cell[0]}, {100 * float(one.cell[1]):.0f} %"
             shown = "under 0.001" if p < 0.001 else f"{p:.3f}"
             interval = f"[{one.low:+.1f}, {one.high:+.1f}]"
-            text.append(f"| {cell} | {one.name} | {one.other} | {one.n_seeds} | {one.mean:+.1f} % | {interval} | {shown} |")
+            lines.append([cell, one.name, one.other, str(one.n_seeds), f"{one.mean:+.1f} %", interval, shown])
+        head = ["cell", "budget", "against", "seeds", "change", "95 % interval", "p, corrected"]
+        text += ["", f"## {question}", "", *table(head, lines, "lllrrrr")]
     return "\n".join(text) + "\n"
 
 

@@ -56,6 +56,7 @@ class Grid:
         notes: below the table.
         n_first: number of first lines (dense) that a rule separates.
         records: for CSV, one mapping per number.
+        align: l or r for each column, for Markdown; where it is empty, readers choose.
     """
 
     head: list[tuple[str, ...]]
@@ -65,6 +66,7 @@ class Grid:
     notes: list[str] = field(default_factory=list)
     n_first: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)
+    align: str = ""
 
     def render(self, form: str, ansi: bool = False) -> str:
         """The table in one of FORMATS.
@@ -92,7 +94,7 @@ class Grid:
 
     def _markdown(self) -> str:
         shown = ["| " + " | ".join(_escaped(" ".join(filter(None, column))) for column in self.head) + " |"]
-        shown.append("|" + "|".join(" --- " for _ in self.head) + "|")
+        shown.append("|" + "|".join(" ---: " if side == "r" else " --- " for side in self.align or "l" * len(self.head)) + "|")
         for line in self.lines:
             shown.append("| " + " | ".join(f"**{_escaped(c.text)}**" if c.best else _escaped(c.text) for c in line) + " |")
         top = [f"# {_escaped(self.title)}\n"] if self.title else []
