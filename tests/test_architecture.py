@@ -165,6 +165,15 @@ def test_nobody_asks_a_config_for_what_may_not_be_there(name):
             assert "cfg" not in ast.unparse(node.func.value), f"{name}:{node.lineno}: {ast.unparse(node)}"
 
 
+def test_yaml_is_read_by_hydra_alone():
+    """Groups, options and defaults are asked of Hydra, which knows the user's folders, too; yaml of lm-eval by its loader."""
+    readers = {name for name, tree in MODULES.items() if packages(imports(tree)) & {"yaml", "ruamel"}}
+    assert readers == set()
+    calls = [n.func for tree in MODULES.values() for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    assert {ast.unparse(call) for call in calls} & {"OmegaConf.load", "instantiate"} == set()
+    assert "OmegaConf.to_container" in {ast.unparse(call) for call in calls}
+
+
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_rule_5_no_arrow_runs_up(name):
     """Only a type checker may look up: what a room is handed, it need not import."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -51,6 +52,7 @@ QUICK = Sizes(
 )
 
 
+@cache
 def pruners(pattern: str, names: tuple[str, ...] | None = None) -> dict[str, Pruner]:
     """Every option of the group `pruner` that prunes, or those of these names, as configured there."""
     made = {}
@@ -131,11 +133,10 @@ def on_model(lm: LanguageModel, sizes: Sizes) -> list[str]:
     selection = text("selection", sizes.n_selection, sizes.seq_len)
     calibration = [text("calibration", sizes.n_seq, sizes.seq_len, seed) for seed in range(sizes.n_seeds)]
     lines = []
-    made = {pattern: pruners(pattern, sizes.pruners) for pattern, _ in ON_MODEL.values()}
-    for name in made["unstructured"]:
+    for name in pruners("unstructured", sizes.pruners):
         lines.append([name])
         for pattern, sparsity in ON_MODEL.values():
-            pruner, profile = made[pattern][name], Budget(lm.block_params, sparsity, pattern).uniform()
+            pruner, profile = pruners(pattern, sizes.pruners)[name], Budget(lm.block_params, sparsity, pattern).uniform()
             found = []
             for tokens in calibration if pruner.needs_inputs else calibration[:1]:
                 with temporarily_pruned(lm, profile, pruner, tokens):
