@@ -1,6 +1,6 @@
 """How much payoff text Shapley values need: a study in a few lines, to copy where a new one begins.
 
-On the built-in model: values by windows of 3 on 1 to 16 payoff sequences, three samples of each, against the values on 64 other
+On the built-in model: values by windows of 3 on 1 to 8 payoff sequences, three samples of each, against the values on 32 other
 sequences; and what perplexity their budgets leave on the selection text, at 70 % with Wanda. Writes results/tables/template.md.
 Payoffs and losses are kept in the cache as they come: a killed run goes on where it was.
 
@@ -30,12 +30,12 @@ class Sizes:
     """How much is measured, on how much text; the defaults made the committed table."""
 
     n_blocks: int | None = None
-    n_payoff: tuple[int, ...] = (1, 2, 4, 8, 16)
+    n_payoff: tuple[int, ...] = (1, 2, 4, 8)
     n_samples: int = 3
-    n_reference: int = 64
+    n_reference: int = 32
     n_calibration: int = 16
     n_selection: int = 48
-    seq_len: int = 256
+    seq_len: int = 128
 
 
 QUICK = Sizes(n_blocks=4, n_payoff=(1, 2), n_samples=2, n_reference=3, n_calibration=2, n_selection=2, seq_len=32)
@@ -81,8 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     head = ["payoff sequences", "Spearman with the reference", "perplexity"]
     about = (
         f"{made_by('make study NAME=template')}. Built-in model, windows of 3, payoff recip_ppl, lam 0.15; Wanda at 70 % with "
-        f"{sizes.n_calibration} x {sizes.seq_len} calibration tokens, perplexity on {sizes.n_selection} x {sizes.seq_len} of "
-        f"the selection text. Mean ± standard deviation over {sizes.n_samples} samples of the payoff text."
+        f"{sizes.n_calibration} calibration sequences, perplexity on {sizes.n_selection} of the selection text; all sequences "
+        f"have {sizes.seq_len} tokens. Mean ± standard deviation over {sizes.n_samples} samples of the payoff text."
     )
     publish(options, "template", ["# How much payoff text Shapley values need", "", about, "", *table(head, lines, "lrr")])
 

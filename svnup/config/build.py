@@ -48,6 +48,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
 
 
 def _built(config: dict[str, Any], known: Texts) -> Job:
+    """The job of a configuration whose plain values are checked; it completes the configuration in place."""
     config["evaluation"] = with_named_texts(config)
     refuse_missing(config)
     not_compared = _leave_out_comparison(config)

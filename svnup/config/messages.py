@@ -108,7 +108,7 @@ def _flatten(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 # -- copies that a configuration makes of its own nodes
 
-COPY = re.compile(r"\$\{([\w.]+)\}")
+COPY = re.compile(r"\$\{(\w[\w.]*)\}")  # by its full key; those with a resolver compute
 
 
 def copies(written: dict[str, Any], prefix: str = "") -> dict[str, str]:
