@@ -24,7 +24,8 @@ def explain(error: Exception, overrides: list[str], folder: str | None = None) -
         overrides: of the command.
         folder: of the user's own yaml files (`--config-dir`).
     """
-    own = [f"hydra.searchpath=['file://{Path(folder).resolve()}']"] if folder is not None else []
+    quoted = str(Path(folder or ".").resolve()).replace("'", r"\'")
+    own = [f"hydra.searchpath=['file://{quoted}']"] if folder is not None else []
     own = [o for o in overrides if o.startswith("hydra.searchpath=")] or own
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, option = str(error.missing_cfg_file).partition("/")  # which may itself be a path
