@@ -1,9 +1,9 @@
 """From a composed configuration to a checked job; every mistake surfaces here, before a weight is loaded."""
 
 from svnup.config.build import build, stored
+from svnup.config.components import Texts
 from svnup.config.job import Job, config_key
 from svnup.config.messages import defaults, explain
-from svnup.config.parts import Texts
 from svnup.config.schema import CONF, GROUPS, KeepSecrets, choices, composed, register
 
 __all__ = [

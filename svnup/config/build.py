@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from svnup.config.checks import (
+    check_components,
     check_model,
-    check_parts,
     check_plain,
     check_pruner,
     omegaconf_error_context,
     refuse_missing,
     refuse_mixed_roles,
 )
+from svnup.config.components import Texts, allocator_of, components_of, named_text, with_named_texts
 from svnup.config.construction import construct, error_context, refuse_outside
 from svnup.config.job import Job, config_key
 from svnup.config.messages import copies, named_at_home
-from svnup.config.parts import Texts, allocator_of, named_text, parts_of, with_named_texts
 from svnup.config.schema import CONF, GROUPS, Schema, composed
 from svnup.data import NAMED
 from svnup.files import at_home, default_cache_dir
@@ -52,24 +52,24 @@ def _built(config: dict[str, Any], known: Texts) -> Job:
     config["evaluation"] = with_named_texts(config)
     refuse_missing(config)
     not_compared = _leave_out_comparison(config)
-    parts = parts_of(config, known)
-    check_parts(config, parts)
-    if parts.from_hub:
+    components = components_of(config, known)
+    check_components(config, components)
+    if components.from_hub:
         _go_offline_if_unreachable()
-    check_model(config, parts)
-    refuse_mixed_roles(parts.sources())
+    check_model(config, components)
+    refuse_mixed_roles(components.sources())
     pruner: Pruner = construct(config["pruner"], "pruner", "pruner")  # the first that imports torch
-    if parts.allocator.needs.once and not pruner.prunes:  # every budget leaves the same model
+    if components.allocator.needs.once and not pruner.prunes:  # every budget leaves the same model
         config["allocator"]["compare_uniform"] = "off"
-        parts = replace(parts, allocator=allocator_of(config["allocator"]), selection=None)
-    check_pruner(config, parts, pruner)
+        components = replace(components, allocator=allocator_of(config["allocator"]), selection=None)
+    check_pruner(config, components, pruner)
     with error_context("model"):
-        parts.model.check_device()
+        components.model.check_device()
     scalars = {k: config[k] for k in Schema.__annotations__ if not isinstance(config[k], dict)}
     folders = {"results_dir": config["results_dir"], "cache_dir": config["cache_dir"] or default_cache_dir()}
     scalars |= {key: str(at_home(key, folder)) for key, folder in folders.items()}
-    key = config_key(config, chooses=parts.selection is not None)
-    return Job(**vars(parts), pruner=pruner, config=config, key=key, not_compared=not_compared, **scalars)
+    key = config_key(config, chooses=components.selection is not None)
+    return Job(**vars(components), pruner=pruner, config=config, key=key, not_compared=not_compared, **scalars)
 
 
 def _leave_out_comparison(config: dict[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from svnup.allocation import Budget
 from svnup.allocation.maps import Compare
 from svnup.config.construction import did_you_mean, error_context, type_complaint
-from svnup.config.job import Gate, Parts
+from svnup.config.job import Components, Gate
 from svnup.config.messages import explain
 from svnup.config.schema import GROUPS, Schema
 from svnup.data import TokenSource
@@ -120,29 +120,29 @@ def check_scalars(config: dict[str, Any]) -> None:
         raise ValueError(f"save_format={config['save_format']}: no model would be saved; add save_model=true")
 
 
-def check_parts(config: dict[str, Any], parts: Parts) -> None:
-    """Refuse parts that do not go together, whatever the model and the pruner."""
-    needs, allocator = parts.allocator.needs, config["allocator"]
+def check_components(config: dict[str, Any], components: Components) -> None:
+    """Refuse components that do not go together, whatever the model and the pruner."""
+    needs, allocator = components.allocator.needs, config["allocator"]
     if allocator.get("granularity", "block") != "block":
-        _check_finer(config, parts)
+        _check_finer(config, components)
     if needs.n_games is not None:
-        _check_rounds(parts.shapley)
-    if parts.scorer is None and needs.scores:
+        _check_rounds(components.shapley)
+    if components.scorer is None and needs.scores:
         raise ValueError("allocator.scorer=null: this allocator needs scores; leave its scorer as its yaml has it")
     with error_context("tracker", ("tracker",)):
-        parts.tracker.check()
-    check_roles(parts.sources())
+        components.tracker.check()
+    check_roles(components.sources())
 
 
-def _check_finer(config: dict[str, Any], parts: Parts) -> None:
+def _check_finer(config: dict[str, Any], components: Components) -> None:
     """Refuse budgets finer than blocks without their scores, or divided as those of blocks."""
-    if parts.scorer is not None and getattr(parts.scorer, "granularity", "block") != "sublayer":
-        of_game = parts.shapley is not None
+    if components.scorer is not None and getattr(components.scorer, "granularity", "block") != "sublayer":
+        of_game = components.shapley is not None
         what = "shapley.game.players=sublayer" if of_game else "allocator=shapley shapley.game.players=sublayer"
         raise ValueError(
             f"allocator.granularity=sublayer: the scores are those of blocks; add {what}, or use granularity=block"
         )
-    if not parts.split.uniform:
+    if not components.split.uniform:
         raise ValueError(f"split={_option_of(config, 'split')}: divides budgets of blocks, not finer ones; use split=uniform")
 
 
@@ -154,28 +154,28 @@ def _check_rounds(shapley: ShapleyScorer | None) -> None:
         raise ValueError("shapley=gates: there are no gates in a pruned model's game; use shapley=sliding_window")
 
 
-def check_model(config: dict[str, Any], parts: Parts) -> None:
+def check_model(config: dict[str, Any], components: Components) -> None:
     """Refuse a budget, its division, an offload or a game that does not go with the model, by its configuration alone."""
     with error_context("model"):
-        n_blocks = parts.model.n_blocks()
+        n_blocks = components.model.n_blocks()
     with error_context("allocator", ("sparsity", "pattern")):
-        parts.allocator.check(Budget.of_equal(n_blocks, config["sparsity"], config["pattern"]))
-    if not parts.allocator.needs.whole_blocks and not parts.split.uniform:
+        components.allocator.check(Budget.of_equal(n_blocks, config["sparsity"], config["pattern"]))
+    if not components.allocator.needs.whole_blocks and not components.split.uniform:
         raise ValueError(
             f"split={_option_of(config, 'split')}: the profile divides blocks among their linear layers; use split=uniform"
         )
-    if Pattern.parse(config["pattern"]).group is not None and not parts.split.uniform:
+    if Pattern.parse(config["pattern"]).group is not None and not components.split.uniform:
         raise ValueError(f"pattern={config['pattern']}: the linear layers of a block share its N; add split=uniform")
     with error_context("model", ("offload",)):
-        parts.model.check_offload(config["offload"])
-    if parts.shapley is not None:
+        components.model.check_offload(config["offload"])
+    if components.shapley is not None:
         with error_context("allocator.scorer", ("shapley",)):
-            parts.shapley.check(n_blocks)
+            components.shapley.check(n_blocks)
 
 
-def check_pruner(config: dict[str, Any], parts: Parts, pruner: Pruner) -> None:
-    """Refuse a pruner that does not go with the other parts, and what needs more memory than an offloaded model has."""
-    shapley, split, offload = parts.shapley, parts.split, config["offload"]
+def check_pruner(config: dict[str, Any], components: Components, pruner: Pruner) -> None:
+    """Refuse a pruner that does not go with the other components, and what needs more memory than an offloaded model has."""
+    shapley, split, offload = components.shapley, components.split, config["offload"]
     if shapley is not None and shapley.game.absence == "prune":
         stand_in = shapley.game.pruner
         if stand_in is None or not stand_in.prunes or config["sparsity"] == 0:
@@ -183,7 +183,7 @@ def check_pruner(config: dict[str, Any], parts: Parts, pruner: Pruner) -> None:
                 f"shapley.game.absence=prune: absent blocks would not be pruned (pruner {stand_in}, "
                 f"sparsity={config['sparsity']:g}); choose another pruner: +pruner@shapley.game.pruner=wanda, or absence=skip"
             )
-    if offload != "none" and parts.evaluation.needs_whole_model:
+    if offload != "none" and components.evaluation.needs_whole_model:
         raise ValueError(f"offload={offload}: lm-eval needs the whole model in memory; use offload=none, or evaluation=ppl")
     if split.needs_errors and not pruner.needs_inputs:
         raise ValueError(
@@ -192,7 +192,7 @@ def check_pruner(config: dict[str, Any], parts: Parts, pruner: Pruner) -> None:
         )
     if offload == "none":
         return
-    if parts.selection is not None:
+    if components.selection is not None:
         raise ValueError(
             f"offload={offload}: allocator options that are auto, and allocators that try many profiles, prune many "
             "times; give a value, or choose another allocator"

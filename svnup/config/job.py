@@ -37,8 +37,8 @@ Gate = Literal["error", "warn", "off"]
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The parts of a job but its pruner, whose import takes torch: what can be checked at once."""
+class Components:
+    """The components of a job but its pruner, whose import takes torch: what can be checked at once."""
 
     model: Model
     dataset: TokenSource
@@ -73,7 +73,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Job(Parts):
+class Job(Components):
     """One experiment, with every part built and checked; `config` is the resolved configuration and `key` its hash."""
 
     pruner: Pruner

@@ -1,4 +1,4 @@
-"""From a checked configuration to the parts of a job: what stands in a node, and what takes more than one."""
+"""From a checked configuration to the components of a job: what stands in a node, and what takes more than one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from svnup.allocation import Allocator
 from svnup.allocation.maps import Tuned
 from svnup.config.construction import check_node, construct, did_you_mean, error_context
-from svnup.config.job import Parts
+from svnup.config.job import Components
 from svnup.data import NAMED, TokenSource
 from svnup.scoring import Scorer
 from svnup.scoring.shapley import ShapleyScorer
@@ -20,7 +20,7 @@ Texts = dict[tuple[TokenSource, str], TokenSource]  # by themselves and the fing
 OF_GAMES = ("game", "shard")  # options of a node in `shapley` beside those of its estimator
 
 
-def parts_of(config: dict[str, Any], known: Texts) -> Parts:
+def components_of(config: dict[str, Any], known: Texts) -> Components:
     """Every part but the pruner, whose import takes torch; `known` holds the texts of earlier jobs.
 
     Raises:
@@ -33,7 +33,7 @@ def parts_of(config: dict[str, Any], known: Texts) -> Parts:
     selection = construct(config["selection"], "selection", "text")
     with error_context("allocator"):
         chooses = allocator.needs.selection
-    return Parts(
+    return Components(
         model=construct(config["model"], "model", "model"),
         dataset=_shared(construct(config["dataset"], "dataset", "text"), known, "dataset"),
         scorer=scorer,
