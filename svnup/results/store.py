@@ -55,6 +55,13 @@ class RunFolder:
             return replace(row, status="dead", error=row.error or "its process is not there any more; run it again")
         return row
 
+    def written(self) -> int | None:
+        """When the result that lies here was written, in ns; None where there is none."""
+        try:
+            return (self.path / "result.json").stat().st_mtime_ns
+        except OSError:
+            return None
+
     @contextlib.contextmanager
     def claimed(self, waiting: Callable[[str], None]) -> Iterator[None]:
         """Be the one process that computes this run; others wait, after `waiting` is called with who has it."""
