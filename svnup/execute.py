@@ -20,7 +20,7 @@ from svnup import config
 from svnup.claims import claimed
 from svnup.files import fault, naming
 from svnup.naming import moving_numbers
-from svnup.progress import say
+from svnup.progress import listening, say
 from svnup.results.provenance import Asked, provenance
 from svnup.results.row import ResultRow
 from svnup.results.store import RunFolder, run_folders
@@ -149,7 +149,12 @@ def _run_into(folder: RunFolder, job: config.Job, blank: ResultRow, there: _Befo
     from svnup import pipeline
 
     anew = job.force or there.changed
-    with _logging_to(folder.path / "svnup.log"), job.tracker.run(folder.path, blank, fresh=anew) as log:
+    with (
+        _logging_to(folder.path / "svnup.log"),
+        job.tracker.run(folder.path, blank, fresh=anew) as log,
+        folder.telling() as tell,
+        listening(tell),
+    ):
         folder.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(job.config))))
         row = pipeline.run(job, folder.begin(keep_blocks=not job.force), blank).finite()
         figures: dict[str, Path] = {}

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cli import HERE, SMALL_W2, command, rows
+from cli import HERE, SMALL, SMALL_W2, command, results, rows
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
@@ -104,8 +104,8 @@ def test_an_interrupted_sweep_says_what_is_done(own_place, monkeypatch):
     done = sweep("allocator=uniform", "sparsity=0.4,0.5,0.6")
     assert done.code == 130
     summary = done.out.splitlines()[-3:]
-    assert summary[0].endswith(": 1 done, 1 interrupted, 1 not run")
-    assert summary[2].startswith("  not run: job 3, sparsity=0.6")
+    assert summary[0].endswith(": 1 done, 1 interrupted, 1 missing")
+    assert summary[2].startswith("  missing: job 3, sparsity=0.6")
 
 
 def test_a_launcher_that_loses_jobs_is_told(own_place, monkeypatch):
@@ -187,7 +187,7 @@ def test_a_plan_tells_what_is_finished_and_what_is_wrong(own_place):
     assert "  job 1, sparsity=0.4 seed=0: finished\n" in done.out
     assert "  job 3, sparsity=-3: wrong\n" in done.out
     assert "to run: 1 of 3 jobs, 1 are finished" in done.out
-    assert done.err.startswith("svnup: job 3, sparsity=-3: sparsity=-3.0: ")
+    assert done.err.startswith("svnup: job 3, sparsity=-3: sparsity=-3: ")
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
 
 
@@ -199,12 +199,13 @@ def test_games_that_overlap_are_counted_once():
         hydra = GlobalHydra.instance().hydra
 
         def job(*args):
-            cfg = hydra.compose_config("config", [*SMALL_W2, *args], run_mode=RunMode.RUN)
+            cfg = hydra.compose_config("config", [*SMALL, *args], run_mode=RunMode.RUN)
             with open_dict(cfg):
                 del cfg["hydra"]
             return config.build(cfg)
 
-        exact, one, shards = job("shapley=exact"), job("shapley.window=1"), [job(f"shapley.shard={k}/3") for k in range(3)]
+        exact, one = job("shapley=exact"), job("shapley.window=1")
+        shards = [job("shapley.window=2", f"shapley.shard={k}/3") for k in range(3)]
     assert _game([exact, one]).counts["evaluations"] == 2**3
     assert _game(shards).counts["evaluations"] == 6
 
@@ -250,6 +251,44 @@ def test_states_are_read_from_the_results(told, tmp_path):
     assert sweeps_of(tmp_path) == [sweep]
     assert newest_with(tmp_path, 2, "key2") == sweep
     assert newest_with(tmp_path, 2, "key1") is None
+
+
+def test_a_running_sweep_is_shown(told, tmp_path):
+    told("done", "running", "failed", "dead", "waiting", host=socket.gethostname(), pid=os.getpid())
+    run_folder = RunFolder.of(tmp_path, "key2")
+    (run_folder.path / ".claim").touch()
+    RunFolder.of(tmp_path, "alone").write(run(20.0, key="alone"))
+    with run_folder.telling() as tell:
+        tell("coalitions", 7, 64, "coalitions")
+        tell("coalitions", 8, 64, "coalitions")  # within two seconds: not written
+        shown = results("status", str(tmp_path))
+    first, counts, *jobs, others = shown.out.splitlines()
+    assert first.startswith("sweep abc, runs since ")
+    assert first.endswith(f" as process {os.getpid()} of {socket.gethostname()}: svnup -m seed=1,2")
+    assert counts.startswith("  5 jobs: 1 done, 1 running, 1 failed, 1 dead, 1 waiting; about ")
+    assert jobs[0].split(": ", 1)[1] == f"process {os.getpid()} of {socket.gethostname()}: coalitions, 7 of 64 coalitions"
+    assert jobs[1].endswith("job 3, seed=3: ValueError: no luck")
+    assert jobs[2].startswith("  dead        job 4, seed=4: its process is not there any more")
+    assert others == "1 runs of no sweep: 1 done"
+    assert run_folder.progress() is None, "it ends with the job"
+    assert shown.code == 0
+
+
+def test_status_of_nothing(tmp_path):
+    assert results("status", str(tmp_path)).out == f"{tmp_path}: no sweep and no run\n"
+    assert results("status", str(tmp_path / "no")).code == 2
+
+
+def test_stages_are_told_to_listeners():
+    from svnup.progress import listening, stage
+
+    heard = []
+    with listening(lambda *told: heard.append(told)), stage("walk", 3, "steps") as advance:
+        advance(2)
+        advance(1)
+    with stage("walk", 3, "steps") as advance:
+        advance(3)
+    assert heard == [("walk", 0, 3, "steps"), ("walk", 2, 3, "steps"), ("walk", 3, 3, "steps")]
 
 
 def test_nobody_begins_what_waits_in_a_sweep_that_is_over(told, tmp_path, nobody):

@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.svnup import Sweeper
-from svnup import config
+from svnup import __version__, config
 from svnup.cli import sweep as sweeps
 from svnup.cli.sweep import JobFailed
 from svnup.execute import execute, print_plan
@@ -44,6 +44,9 @@ def main() -> int:
     """Run the command line; 0 when all went well, 2 for a user's mistake, 1 for a fault or a sweep in which a job failed, 130
     and 143 when it was interrupted (Ctrl-C, SIGTERM)."""
     open_streams()
+    if "--version" in sys.argv[1:]:  # Hydra would say its own
+        say(f"svnup {__version__}\n")
+        return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back as exceptions, and become one line here
     config.register()
     Plugins.instance().register(Sweeper)  # which an editable installation keeps Hydra from finding

@@ -11,8 +11,10 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,11 @@ from svnup import config
 from svnup.execute import finished, summary_of
 from svnup.files import at_home, fault
 from svnup.progress import say
+from svnup.reports.status import of_run
 from svnup.results.row import ResultRow
 from svnup.results.store import RunFolder
 from svnup.results.stored import plain
-from svnup.results.sweeps import JobState, Sweep, SweepJob, newest_with
+from svnup.results.sweeps import JobState, Sweep, SweepJob, in_words, newest_with
 from svnup.secrets import redact, redact_code
 from svnup.units import duration, scaled
 
@@ -51,7 +54,6 @@ class Planned:
         results_dir: where its result goes.
         job: checked; None where it cannot be built here, which it is left to say itself.
         row: its result, where it need not run.
-        wrong: why it cannot be built.
     """
 
     entry: SweepJob
@@ -59,7 +61,6 @@ class Planned:
     results_dir: str
     job: config.Job | None = None
     row: ResultRow | None = None
-    wrong: str | None = None
 
     def __str__(self) -> str:
         return f"job {self.entry.number}{f', {self.entry.differs}' if self.entry.differs else ''}"
@@ -85,7 +86,7 @@ def run(
     """
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(given)
     jobs: list[list[str]] = BasicSweeper.split_arguments(parsed, None)[0]
-    dry = bool(master.dry_run)
+    dry = OmegaConf.select(master, "dry_run") is True
     if not dry:
         _write_down(master)
     planned = _plan(jobs, compose_all(loader, master, jobs))
@@ -107,10 +108,10 @@ def run(
         stopped = error
     finally:
         undone = _sum_up(sweeps, planned, came, stopped)
-    if stopped is not None and not came:
-        raise stopped
+    if stopped is not None and len(undone) == len(todo) and not any(state.row or state.job.ending for state in undone):
+        raise stopped  # before any job had begun
     if undone:
-        raise JobFailed(f"{undone} of {len(planned)} jobs")
+        raise JobFailed(f"{len(undone)} of {len(planned)} jobs") from stopped
     return returns
 
 
@@ -135,6 +136,11 @@ def compose_all(loader: Any, master: DictConfig, jobs: list[list[str]]) -> list[
     common = set.intersection(*map(set, jobs)) if jobs else set()
     made: dict[tuple[str, ...], DictConfig] = {}
 
+    @cache
+    def options(key: str) -> list[str]:
+        found: list[str] = loader.get_group_options(key, overrides=list(master.hydra.overrides.hydra))
+        return found
+
     def composed(overrides: list[str]) -> DictConfig:
         if (key := tuple(overrides)) not in made:
             made[key] = loader.load_sweep_config(master, overrides)
@@ -145,10 +151,10 @@ def compose_all(loader: Any, master: DictConfig, jobs: list[list[str]]) -> list[
     out = []
     for overrides in jobs:
         parsed = OverridesParser.create().parse_overrides(overrides)
-        plain = [_is_plain(override, loader) for override in parsed]
-        special = max((i for i, one in enumerate(parsed) if not plain[i] and not _is_group(one, loader)), default=-1)
-        first = next((i for i, text in enumerate(overrides) if plain[i] and i > special and text not in common), len(parsed))
-        apart = [plain[i] and i >= first for i in range(len(parsed))]
+        simple = [_is_plain(override, options) for override in parsed]
+        special = max((i for i, one in enumerate(parsed) if not simple[i] and not _is_group(one, options)), default=-1)
+        first = next((i for i, text in enumerate(overrides) if simple[i] and i > special and text not in common), len(parsed))
+        apart = [simple[i] and i >= first for i in range(len(parsed))]
         cfg = copy.deepcopy(composed([text for text, later in zip(overrides, apart, strict=True) if not later]))
         try:
             for override in (one for one, later in zip(parsed, apart, strict=True) if later):
@@ -159,14 +165,14 @@ def compose_all(loader: Any, master: DictConfig, jobs: list[list[str]]) -> list[
     return out
 
 
-def _is_group(override: Override, loader: Any) -> bool:
-    return bool(loader.get_group_options(override.key_or_group)) and not isinstance(override.value(), dict)
+def _is_group(override: Override, options: Callable[[str], list[str]]) -> bool:
+    return bool(options(override.key_or_group)) and not isinstance(override.value(), dict)
 
 
-def _is_plain(override: Override, loader: Any) -> bool:
+def _is_plain(override: Override, options: Callable[[str], list[str]]) -> bool:
     """Whether an override sets a value that is there, and nothing else."""
     simple = override.type == OverrideType.CHANGE and override.package is None and not override.is_hydra_override()
-    return simple and not _is_group(override, loader)
+    return simple and not _is_group(override, options)
 
 
 def _plan(jobs: list[list[str]], configs: list[DictConfig]) -> list[Planned]:
@@ -190,8 +196,9 @@ def _plan(jobs: list[list[str]], configs: list[DictConfig]) -> list[Planned]:
         words = [redact_code(o) for o in overrides if o not in common]
         words += [] if job is None or any(word.startswith("seed=") for word in words) else [f"seed={job.seed}"]
         left = RunFolder.of(folder, job.key).written() if job is not None else None
-        entry = SweepJob(number, " ".join(words), job.key if job is not None else None, row is not None, left)
-        planned.append(Planned(entry, overrides, folder, job, row, wrong))
+        key = job.key if job is not None else None
+        entry = SweepJob(number, " ".join(words), key, row is not None, left, error=wrong)
+        planned.append(Planned(entry, overrides, folder, job, row))
         if row is not None and job is not None and not job.dry_run:
             place = RunFolder.of(folder, entry.key or "").path
             say(f"job {number} of {len(jobs)}: {entry.differs}: already finished, {summary_of(row)}: {place}\n")
@@ -219,9 +226,9 @@ def _tell_plan(planned: list[Planned]) -> None:
     lines.append(f"  memory at the peak of the largest job, about: {scaled(whole.peak, 'B')}")
     lines.append(f"  time of all passes here, one job after the other, about: {duration(whole.seconds)}")
     say("\n".join(lines) + "\n")
-    wrong = [one for one in planned if one.wrong is not None]
+    wrong = [one for one in planned if one.entry.error is not None]
     for one in wrong:
-        sys.stderr.write(redact(f"svnup: {one}: {plain(' '.join((one.wrong or '').split()))}\n"))
+        sys.stderr.write(redact(f"svnup: {one}: {plain(' '.join((one.entry.error or '').split()))}\n"))
     if wrong:
         raise JobFailed(f"{len(wrong)} of {len(planned)} jobs")
 
@@ -241,49 +248,43 @@ def _record(planned: list[Planned]) -> dict[str, Sweep]:
     folders = dict.fromkeys(one.results_dir for one in planned)
     sweeps = {f: replace(whole, jobs=tuple(one.entry for one in planned if one.results_dir == f)) for f in folders}
     for folder, sweep in sweeps.items():
-        sweep.write(folder)
+        with contextlib.suppress(OSError):  # which each job says of its own folder
+            sweep.write(folder)
     return sweeps
 
 
 # -- what became of them
 
 
-def _sum_up(sweeps: dict[str, Sweep], planned: list[Planned], came: dict[int, JobReturn], stopped: Exception | None) -> int:
-    """Tell how many jobs are done, and of each other one why not; returns the number of those that are not."""
-    ended = {folder: replace(sweep, ended=time.time()) for folder, sweep in sweeps.items()}
-    with contextlib.suppress(OSError):
-        for folder, sweep in ended.items():
-            sweep.write(folder)
-    found = {state.job.number: (folder, state) for folder, sweep in ended.items() for state in sweep.states(folder)}
-    counts: dict[str, int] = {}
-    lines = []
-    for one in planned:
-        folder, state = found[one.entry.number]
-        word, why = _ending(state, came.get(one.entry.number))
-        counts[word] = counts.get(word, 0) + 1
-        if word not in ("done", "finished before"):
-            log = RunFolder.of(folder, one.entry.key or "").path / "svnup.log"
-            lines.append(f"  {word}: {one}: {why}" + (f"; log: {log}" if state.row is not None and log.is_file() else ""))
-    lines += [f"  the launcher ended early: {fault(stopped) or repr(stopped)}"] if stopped is not None else []
+def _sum_up(
+    sweeps: dict[str, Sweep], planned: list[Planned], came: dict[int, JobReturn], stopped: Exception | None
+) -> list[JobState]:
+    """Tell how many jobs are done, and of each other one why not; returns the states of those that are not."""
+    states: dict[int, JobState] = {}
+    for folder, sweep in sweeps.items():
+        jobs = tuple(_ended(job, came.get(job.number)) for job in sweep.jobs)
+        over = replace(sweep, jobs=jobs, ended=time.time())
+        with contextlib.suppress(OSError):
+            over.write(folder)
+        states |= {state.job.number: state for state in over.states(folder)}
+    counts = Counter[str](states[one.entry.number].state for one in planned)
+    undone = [one for one in planned if states[one.entry.number].state not in ("done", "skipped")]
     began = min((sweep.began for sweep in sweeps.values()), default=time.time())
-    told = ", ".join(f"{n} {word}" for word, n in counts.items())
-    say(redact("\n".join([f"sweep of {len(planned)} jobs, {duration(time.time() - began)}: {told}", *lines]) + "\n"))
-    return len(lines) - (stopped is not None)
+    lines = [f"sweep of {len(planned)} jobs, {duration(time.time() - began)}: {in_words(counts)}"]
+    for one in undone:
+        state = states[one.entry.number]
+        run = RunFolder.of(one.results_dir, one.entry.key or "")
+        why = state.error if state.row is None else of_run(run, state.row, time.time())
+        lines.append(f"  {state.state}: {one}: {why}")
+    lines += [f"  the launcher ended early: {fault(stopped) or repr(stopped)}"] if stopped is not None else []
+    say(redact("\n".join(map(plain, lines)) + "\n"))
+    return [states[one.entry.number] for one in undone]
 
 
-def _ending(state: JobState, came: JobReturn | None) -> tuple[str, str]:
-    """The last word on a job, and why it is not `done`."""
-    if state.state == "skipped":
-        return "finished before", ""
-    if state.state in ("failed", "interrupted", "dead"):
-        assert state.row is not None
-        return state.state, " ".join((state.row.error or "").split())
-    if state.state == "done" or (came is not None and came.status == JobStatus.COMPLETED):
-        return "done", ""
-    if came is not None and came.status == JobStatus.FAILED:
-        return "failed", " ".join(str(came._return_value).split())
-    if state.state == "running":
-        assert state.row is not None
-        where = state.row.process or {}
-        return "running", f"still, or killed, as process {where.get('pid')} of {where.get('host')}"
-    return "not run", "the same command goes on with it"
+def _ended(job: SweepJob, came: JobReturn | None) -> SweepJob:
+    """A job with what its process said at the end, if it did."""
+    if came is None or came.status == JobStatus.UNKNOWN:
+        return job
+    if came.status == JobStatus.COMPLETED:
+        return replace(job, ending="done", error=None)
+    return replace(job, ending="failed", error=redact_code(str(came._return_value)))

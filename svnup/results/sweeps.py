@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,6 +19,8 @@ from svnup.secrets import redacted
 FOLDER = "sweeps"  # in the results folder
 State = Literal["done", "skipped", "running", "failed", "interrupted", "dead", "waiting", "missing"]
 
+WORDS = {"skipped": "finished before", "finished": "done"}
+
 
 @dataclass(frozen=True)
 class SweepJob:
@@ -29,6 +32,8 @@ class SweepJob:
         key: of its run; None where the job could not be built when the sweep began.
         skipped: it was finished before the sweep began.
         left: when the result that lay there when the sweep began was written, in ns; None where there was none.
+        ending: what its process said at the end, of jobs that leave no result: shards, and those that are refused.
+        error: why it was refused, or could not be built when the sweep began.
     """
 
     number: int
@@ -36,6 +41,8 @@ class SweepJob:
     key: str | None
     skipped: bool = False
     left: int | None = None
+    ending: Literal["done", "failed"] | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,11 @@ class JobState:
     job: SweepJob
     state: State
     row: ResultRow | None = None
+
+    @property
+    def error(self) -> str:
+        """What is known of a job without a result, in one line."""
+        return " ".join((self.job.error or "nothing is there; the same command goes on with it").split())
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,8 @@ class Sweep:
         """Raises TypeError, KeyError or ValueError where the data are not those of a sweep."""
         jobs = tuple(SweepJob(**job) for job in data["jobs"])
         sweep = cls(**data | {"jobs": jobs})
-        texts = [sweep.name, sweep.command, sweep.host, *(job.differs for job in jobs), *(job.key or "" for job in jobs)]
+        of_jobs = [text or "" for job in jobs for text in (job.differs, job.key, job.ending, job.error)]
+        texts = [sweep.name, sweep.command, sweep.host, *of_jobs]
         numbers = [sweep.began, sweep.ended or 0.0, *(job.left or 0 for job in jobs)]
         counts = [sweep.pid, sweep.n_jobs, *(job.number for job in jobs)]
         if not (
@@ -102,14 +115,12 @@ class Sweep:
         return [self._state(job, results_dir) for job in self.jobs]
 
     def _state(self, job: SweepJob, results_dir: str | Path) -> JobState:
-        if job.key is None:
-            return JobState(job, "missing" if self.over else "waiting")
-        folder = RunFolder.of(results_dir, job.key)
-        row = folder.read()
+        folder = RunFolder.of(results_dir, job.key) if job.key is not None else None
+        row = folder.read() if folder is not None else None
         if job.skipped:
             return JobState(job, "skipped", row)
-        if row is None or (row.status != "running" and folder.written() == job.left):  # an earlier result, or none
-            return JobState(job, "missing" if self.over else "waiting")
+        if folder is None or row is None or (row.status != "running" and folder.written() == job.left):  # nothing of this sweep
+            return JobState(job, job.ending or ("missing" if self.over else "waiting"))
         return JobState(job, "done" if row.status == "finished" else row.status, row)
 
     def seconds_left(self, states: Sequence[JobState], now: float) -> float | None:
@@ -117,6 +128,12 @@ class Sweep:
         done = sum(one.state == "done" for one in states)
         left = sum(one.state in ("running", "waiting") and one.job.key is not None for one in states)
         return (now - self.began) * left / done if done and left and self.ended is None else None
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """Numbers of jobs or runs by their state or status: 3 done, 1 failed."""
+    known = [state for state in ("finished", *typing.get_args(State)) if counts.get(state)]
+    return ", ".join(f"{counts[state]} {WORDS.get(state, state)}" for state in known) or "none"
 
 
 def sweeps_of(results_dir: str | Path) -> list[Sweep]:
