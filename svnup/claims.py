@@ -48,10 +48,10 @@ def claimed(place: Path, waiting: Callable[[], None] | None = None) -> Iterator[
 
 @contextlib.contextmanager
 def claimed_of(folder: Path, names: Iterable[str]) -> Iterator[list[str]]:
-    """Hold the claims of a folder, by their names, that nobody holds; yields these.
+    """Hold the claims of a folder, by their names, that no process holds; yields these.
 
     One lease stands for all of them: each is a link to its file, made where none is there yet, and touched with it. On a file
-    system without links nobody is kept from holding the same.
+    system without links no process is kept from holding the same.
     """
     lease = folder / f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
     mine: list[str] = []

@@ -100,7 +100,7 @@ def plan(job: Job) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Part:
+class SharedWork:
     """What jobs of a sweep need alike and one of them computes: a game, dense numbers, losses.
 
     Args:
@@ -121,13 +121,13 @@ class SweepPlan:
     """What a sweep will cost.
 
     Args:
-        parts: what its jobs share.
-        flop: operations of all passes: those of the parts, of pruning and of evaluation.
+        shared: what its jobs need alike.
+        flop: operations of all passes: those of the shared work, of pruning and of evaluation.
         peak: bytes of the job that needs most.
         seconds: of all passes, one after the other, by the speed of a block of each model here.
     """
 
-    parts: list[Part]
+    shared: list[SharedWork]
     flop: float
     peak: int
     seconds: float
@@ -151,10 +151,10 @@ def plan_of_sweep(jobs: Sequence[Job]) -> SweepPlan:
         work.append((job, passes + _evaluated(job) * sum(_per_token(job))))
         for what, identity in _shared(job).items():
             groups.setdefault((what, _text(identity)), []).append(job)
-    parts = [SHARED[what](those) for (what, _), those in groups.items()]
-    work += [(those[0], part.flop) for those, part in zip(groups.values(), parts, strict=True)]
+    shared = [SHARED[what](those) for (what, _), those in groups.items()]
+    work += [(those[0], one.flop) for those, one in zip(groups.values(), shared, strict=True)]
     return SweepPlan(
-        parts,
+        shared,
         sum(flop for _, flop in work),
         max((one["bytes at the peak, about"] for one in plans.values()), default=0),
         sum(flop / speeds[_text(job.config["model"])] for job, flop in work),
@@ -176,7 +176,7 @@ def _shared(job: Job) -> dict[str, Any]:
     return found
 
 
-def _game(jobs: list[Job]) -> Part:
+def _game(jobs: list[Job]) -> SharedWork:
     lm, scorers = jobs[0].skeleton, [job.shapley for job in jobs if job.shapley is not None]
     coalitions = np.unique(np.concatenate([scorer.shard_coalitions(lm.n_blocks) for scorer in scorers]), axis=0)
     game = scorers[0].game
@@ -184,15 +184,15 @@ def _game(jobs: list[Job]) -> Part:
     through, head = _per_token(jobs[0])
     flop = walk.n_block_forwards * through / coalitions.shape[1] + walk.n_evaluations * head
     counts = {"evaluations": walk.n_evaluations, "block-forwards": walk.n_block_forwards}
-    return Part("game", len(jobs), counts, (game.data.n_seq or 0) * game.data.seq_len * flop)
+    return SharedWork("game", len(jobs), counts, (game.data.n_seq or 0) * game.data.seq_len * flop)
 
 
-def _dense(jobs: list[Job]) -> Part:
+def _dense(jobs: list[Job]) -> SharedWork:
     tokens = _evaluated(jobs[0])
-    return Part("dense numbers", len(jobs), {"tokens": tokens}, tokens * sum(_per_token(jobs[0])))
+    return SharedWork("dense numbers", len(jobs), {"tokens": tokens}, tokens * sum(_per_token(jobs[0])))
 
 
-def _losses(jobs: list[Job]) -> Part:
+def _losses(jobs: list[Job]) -> SharedWork:
     through, head = _per_token(jobs[0])
     counts = [cast(Chooser, job.allocator).n_losses(job.budget(job.skeleton)) for job in jobs]
     flop = 0.0
@@ -201,10 +201,10 @@ def _losses(jobs: list[Job]) -> Part:
         calibrates = job.pruner.needs_inputs and not job.allocator.needs.once
         read = job.selection.tokens(job.model.tokenizer).size
         flop += count * (read * (through + head) + _n_tokens(job) * through * calibrates)
-    return Part("losses", len(jobs), {"evaluations at most": sum(counts)}, flop)
+    return SharedWork("losses", len(jobs), {"evaluations at most": sum(counts)}, flop)
 
 
-SHARED: dict[str, Callable[[list[Job]], Part]] = {"game": _game, "dense numbers": _dense, "losses": _losses}
+SHARED: dict[str, Callable[[list[Job]], SharedWork]] = {"game": _game, "dense numbers": _dense, "losses": _losses}
 
 
 def _per_token(job: Job) -> tuple[float, float]:

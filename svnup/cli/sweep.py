@@ -219,7 +219,7 @@ def _tell_plan(planned: list[Planned]) -> None:
         lines.append(f"  {one}: {state}")
     whole = plan_of_sweep(todo)
     lines.append(f"  to run: {len(todo)} of {len(planned)} jobs" + (f", {n_finished} are finished" if n_finished else ""))
-    for part in whole.parts:
+    for part in whole.shared:
         counts = ", ".join(f"{count:,} {name}" for name, count in part.counts.items())
         lines.append(f"  {part.what} of {part.n_jobs} job{'s' * (part.n_jobs > 1)}: {counts}, {scaled(part.flop, 'FLOP')}")
     lines.append(f"  operations of all passes: {scaled(whole.flop, 'FLOP')}")
