@@ -50,14 +50,16 @@ def claimed(place: Path, waiting: Callable[[], None] | None = None) -> Iterator[
 def claimed_of(folder: Path, names: Iterable[str]) -> Iterator[list[str]]:
     """Hold the claims of a folder, by their names, that no process holds; yields these.
 
-    One lease stands for all of them: each is a link to its file, made where none is there yet, and touched with it. On a file
-    system without links no process is kept from holding the same.
+    One process at a time picks, so that of two with the same names one gets all. One lease stands for all claims: each is a
+    link to its file, made where none is there yet, and touched with it. On a file system without links no process is kept
+    from holding the same.
     """
     lease = folder / f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
     mine: list[str] = []
     with claimed(lease):
         try:
-            mine += [name for name in names if _linked(lease, folder / name)]
+            with claimed(folder / "picking"):
+                mine += [name for name in names if _linked(lease, folder / name)]
             yield mine
         finally:
             for name in mine:

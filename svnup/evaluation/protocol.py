@@ -79,9 +79,11 @@ def measured_once(
     metrics = _kept(path)
     if metrics is None:
         claim = path.with_suffix(".claim")
-        with claimed(
-            claim, lambda: logger.info("dense numbers are computed by %s: this process waits for them", holder(claim))
-        ):
+
+        def waiting() -> None:
+            logger.info("dense numbers are computed by %s: this process waits for them", holder(claim) or "another process")
+
+        with claimed(claim, waiting):
             metrics = _kept(path)  # as another process may have left them meanwhile
             if metrics is None:
                 metrics = run(lm)
