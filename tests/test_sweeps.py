@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
@@ -300,6 +301,19 @@ def test_an_earlier_result_is_not_of_this_sweep(told, tmp_path):
     sweep = told("failed")
     job = replace(sweep.jobs[0], left=RunFolder.of(tmp_path, "key1").written())
     assert replace(sweep, jobs=(job,)).states(tmp_path)[0].state == "waiting"
+
+
+@pytest.mark.parametrize(
+    "change", [{"began": float("nan")}, {"began": 1e300}, {"pid": "1"}, {"jobs": [{"number": 1, "differs": "", "key": "../x"}]}]
+)
+def test_a_sweep_of_a_stranger_is_passed_over(told, tmp_path, change):
+    told("done")
+    path = tmp_path / "sweeps" / "abc.json"
+    data = {key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"}
+    path.write_text(json.dumps(data))
+    assert len(sweeps_of(tmp_path)) == 1, "a file of ours without a checksum is read"
+    path.write_text(json.dumps(data | change))
+    assert sweeps_of(tmp_path) == []
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"jobs": 5}', '{"jobs": [{}]}', "[" * 100_000])

@@ -30,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from svnup import config
 from svnup.execute import finished, summary_of
 from svnup.files import at_home, fault
+from svnup.model.source import Model
 from svnup.progress import say
 from svnup.reports.status import of_run
 from svnup.results.row import ResultRow
@@ -181,11 +182,13 @@ def _plan(jobs: list[list[str]], configs: list[DictConfig]) -> list[Planned]:
 
     common = set.intersection(*map(set, jobs)) if jobs else set()
     known: config.Texts = {}
+    models: dict[str, Model] = {}  # of which each is hashed once
     planned = []
     for number, (overrides, cfg) in enumerate(zip(jobs, configs, strict=True), 1):
         job, row, wrong = None, None, None
         try:
             job = config.build(cfg, known)
+            job = replace(job, model=models.setdefault(json.dumps(job.config["model"], sort_keys=True), job.model))
             row = finished(job, figures)
             if job.dry_run and row is None:
                 job.check_shapes()

@@ -281,6 +281,10 @@ class Pretrained:
             return f"{self.pretrained_model_name_or_path}@{self._config_file.parent.name}"
         if self.gguf_file is not None:
             return self._gguf_sha256
+        return self._folder_sha256
+
+    @cached_property
+    def _folder_sha256(self) -> str:
         total = hashlib.sha256()
         for path in sorted(self._config_file.parent.iterdir()):
             if path.suffix in (".safetensors", ".bin", ".json", ".model", ".txt") and path.is_file():

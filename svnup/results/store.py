@@ -89,7 +89,7 @@ class RunFolder:
         try:
             told = stored.plain(json.loads((self.path / PROGRESS).read_text(encoding="utf-8")))
             return f"{told['stage']}, {int(told['done']):,} of {int(told['total']):,} {told['unit']}"
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
             return None
 
     @contextlib.contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from svnup.files import alive, sealed, unsealed, write_text
+from svnup.naming import KEY
 from svnup.results.row import ResultRow
 from svnup.results.store import RunFolder
 from svnup.results.stored import plain
@@ -19,6 +20,7 @@ from svnup.secrets import redacted
 FOLDER = "sweeps"  # in the results folder
 State = Literal["done", "skipped", "running", "failed", "interrupted", "dead", "waiting", "missing"]
 
+LATEST = 2.0**33  # seconds since 1970
 WORDS = {"skipped": "finished before", "finished": "done"}
 
 
@@ -90,12 +92,13 @@ class Sweep:
         sweep = cls(**data | {"jobs": jobs})
         of_jobs = [text or "" for job in jobs for text in (job.differs, job.key, job.ending, job.error)]
         texts = [sweep.name, sweep.command, sweep.host, *of_jobs]
-        numbers = [sweep.began, sweep.ended or 0.0, *(job.left or 0 for job in jobs)]
-        counts = [sweep.pid, sweep.n_jobs, *(job.number for job in jobs)]
+        times = [sweep.began, sweep.ended or 0.0]
+        counts = [sweep.pid, sweep.n_jobs, *(n for job in jobs for n in (job.number, job.left or 0))]
         if not (
             all(isinstance(text, str) for text in texts)
-            and all(isinstance(number, int | float) for number in numbers)
+            and all(isinstance(when, int | float) and 0 <= when < LATEST for when in times)
             and all(isinstance(count, int) for count in counts)
+            and all(job.key is None or KEY.fullmatch(job.key) for job in jobs)
         ):
             raise ValueError("a value is not of its type")
         return sweep
