@@ -93,11 +93,21 @@ def holders(place: Path) -> Iterator[str]:
             if (touched := place.stat().st_mtime_ns) != seen:
                 seen, since = touched, time.monotonic()
         if time.monotonic() - since >= LEASE:
-            remove(place)
+            _remove_links(place)
             return
         yield who
         time.sleep(pause)
         pause = min(2 * pause, 2.0)
+
+
+def _remove_links(place: Path) -> None:
+    """Remove a claim with all others of the same lease."""
+    with contextlib.suppress(OSError):
+        inode = place.stat().st_ino
+        for other in place.parent.iterdir():
+            with contextlib.suppress(OSError):
+                if other.stat().st_ino == inode:
+                    remove(other)
 
 
 def _clear_empty(place: Path) -> None:

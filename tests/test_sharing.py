@@ -141,8 +141,10 @@ def test_a_failure_leaves_no_claim(tmp_path):
 def test_a_claim_without_signs_of_life_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr("svnup.claims.LEASE", 0.3)
     (tmp_path / "x").write_text("host=elsewhere\npid=5\n")
+    (tmp_path / "y").hardlink_to(tmp_path / "x")
+    (tmp_path / "z").write_text("host=elsewhere\npid=6\n")
     assert set(holders(tmp_path / "x")) == {"process 5 of elsewhere"}
-    assert not (tmp_path / "x").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["z"], "with all that the same process held"
 
 
 def test_without_links_nobody_is_kept_from_his_work(tmp_path, monkeypatch):
