@@ -227,7 +227,7 @@ def told(tmp_path):
                     20.0,
                     key=f"key{number}",
                     seed=number,
-                    status={"skipped": "finished", "done": "finished"}.get(status, status),
+                    status={"skipped": "finished", "done": "finished", "dead": "running"}.get(status, status),
                 )
                 process = {"host": socket.gethostname(), "pid": os.getpid() if status == "running" else 0}
                 RunFolder.of(tmp_path, f"key{number}").write(replace(row, process=process))
