@@ -6,13 +6,14 @@ import contextlib
 import logging
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
 
-from svnup.files import alive, naming, unfinished
+from svnup.files import alive, naming, remove, unfinished
 
 logger = logging.getLogger(__name__)
 LEASE = 90.0  # seconds without a sign of life after which a claim of another host can be taken over
@@ -43,6 +44,70 @@ def claimed(place: Path, waiting: Callable[[], None] | None = None) -> Iterator[
     finally:
         with contextlib.suppress(OSError):
             lease.release()
+
+
+@contextlib.contextmanager
+def claimed_of(folder: Path, names: Iterable[str]) -> Iterator[list[str]]:
+    """Hold the claims of a folder, by their names, that no process holds; yields these.
+
+    One process at a time picks, so that of two with the same names one gets all. One lease stands for all claims: each is a
+    link to its file, made where none is there yet, and touched with it. On a file system without links no process is kept
+    from holding the same.
+    """
+    lease = folder / f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    mine: list[str] = []
+    with claimed(lease):
+        try:
+            with claimed(folder / "picking"):
+                mine += [name for name in names if _linked(lease, folder / name)]
+            yield mine
+        finally:
+            for name in mine:
+                with contextlib.suppress(OSError):
+                    (folder / name).unlink()
+            for left in folder.iterdir():  # by processes of this host that were killed
+                if holder(left) is None:
+                    remove(left)
+
+
+def _linked(lease: Path, place: Path) -> bool:
+    for _ in range(2):
+        try:
+            os.link(lease, place)
+        except FileExistsError:
+            if holder(place) is not None:
+                return False
+            remove(place)
+        except OSError:
+            return True
+        else:
+            return True
+    return False
+
+
+def holders(place: Path) -> Iterator[str]:
+    """Yield who holds a claim again and again, in growing intervals, as long as it is held by one who shows signs of life."""
+    seen, since, pause = 0, time.monotonic(), 0.05
+    while (who := holder(place)) is not None:
+        with contextlib.suppress(OSError):
+            if (touched := place.stat().st_mtime_ns) != seen:
+                seen, since = touched, time.monotonic()
+        if time.monotonic() - since >= LEASE:
+            _remove_links(place)
+            return
+        yield who
+        time.sleep(pause)
+        pause = min(2 * pause, 2.0)
+
+
+def _remove_links(place: Path) -> None:
+    """Remove a claim with all others of the same lease."""
+    with contextlib.suppress(OSError):
+        inode = place.stat().st_ino
+        for other in place.parent.iterdir():
+            with contextlib.suppress(OSError):
+                if other.stat().st_ino == inode:
+                    remove(other)
 
 
 def _clear_empty(place: Path) -> None:

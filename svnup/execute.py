@@ -20,7 +20,7 @@ from svnup import config
 from svnup.claims import claimed
 from svnup.files import fault, naming
 from svnup.naming import moving_numbers
-from svnup.progress import say
+from svnup.progress import listening, say
 from svnup.results.provenance import Asked, provenance
 from svnup.results.row import ResultRow
 from svnup.results.store import RunFolder, run_folders
@@ -65,6 +65,26 @@ def execute(job: config.Job, asked: Asked, plots: Figures) -> None:
             _run_claimed(folder, job, asked, there, plots)
             return
     _skip(folder, job, there, plots)
+
+
+def finished(job: config.Job, plots: Figures) -> ResultRow | None:
+    """The result of a job that need not run; None where it has to, or somebody waits for its numbers.
+
+    What lacks beside the result is added, unless it is a dry run.
+    """
+    folder = RunFolder.of(job.results_dir, job.key)
+    if not job.dry_run:
+        with naming(folder.path):
+            folder.finish_publishing()
+    sharded = job.shapley is not None and job.shapley.shard is not None
+    if job.force or sharded or job.tracker.awaited or folder.written() is None:
+        return None
+    there = _Before.of(folder, job, job.fingerprints())
+    if there.row is None or not there.suffices:
+        return None
+    if not job.dry_run:
+        _complete(folder, there.row, plots)
+    return there.row
 
 
 @dataclass(frozen=True)
@@ -129,7 +149,12 @@ def _run_into(folder: RunFolder, job: config.Job, blank: ResultRow, there: _Befo
     from svnup import pipeline
 
     anew = job.force or there.changed
-    with _logging_to(folder.path / "svnup.log"), job.tracker.run(folder.path, blank, fresh=anew) as log:
+    with (
+        _logging_to(folder.path / "svnup.log"),
+        job.tracker.run(folder.path, blank, fresh=anew) as log,
+        folder.telling() as tell,
+        listening(tell),
+    ):
         folder.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(job.config))))
         row = pipeline.run(job, folder.begin(keep_blocks=not job.force), blank).finite()
         figures: dict[str, Path] = {}
@@ -229,6 +254,12 @@ def print_plan(job: config.Job) -> None:
         _say(f"  {name:30} {value:>16,}")
     if job.shapley is not None:
         _say(f"  {'shapley seconds, about':30} {job.scorer_seconds():>16,.0f}")
+
+
+def summary_of(row: ResultRow) -> str:
+    """The metrics of a result in one line."""
+    numbers = ("none" if metric["value"] is None else f"{metric['value']:.2f}" for metric in row.metrics.values())
+    return ", ".join(f"{name} {number}" for name, number in zip(row.metrics, numbers, strict=True)) or "not evaluated"
 
 
 def _print_result(row: ResultRow) -> None:

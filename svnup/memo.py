@@ -6,19 +6,24 @@ import json
 import logging
 import os
 import socket
+import time
 import zlib
+from collections.abc import Callable, Iterable
 from io import FileIO
 from pathlib import Path
 
+from svnup.claims import claimed_of, holders
 from svnup.files import naming
 
 logger = logging.getLogger(__name__)
+CLAIMS = "claims"  # in the folder: of the values that are being measured
 
 
 class Memo:
-    """Coalition values on disk: append-only JSON lines, one file per process, merged on read.
+    """Measured values on disk, such as payoffs by coalition: append-only JSON lines, one file per process, merged on read.
 
-    Each line carries its coalition, value, kind of device and a checksum; a torn or changed line is dropped with a warning.
+    Each line carries its name, value, kind of device and a checksum; a torn or changed line is dropped with a warning. Of
+    several processes that need a value one measures it (`share`).
     """
 
     def __init__(self, folder: Path | None, kind: str) -> None:
@@ -26,16 +31,59 @@ class Memo:
         self.values: dict[str, float] = {}
         self.kinds: dict[str, str] = {}  # of each value
         self._file: FileIO | None = None
+        self._read: dict[Path, int] = {}  # bytes of each file that are known
+        self._told = False
+        if dropped := self._read_on(torn=True):
+            logger.warning("%d damaged lines in %s were dropped; their coalitions are evaluated again", dropped, folder)
+
+    def share(self, names: Iterable[str], measure: Callable[[list[str]], object], what: str) -> None:
+        """Have a value for each of some names: `measure` those that no other process is measuring, and wait for the others.
+
+        What a process was measuring that fails or dies is measured here. `what` the values are is said where this one waits.
+        """
+        names = list(dict.fromkeys(names))
+        while missing := [name for name in names if name not in self.values]:
+            if self.folder is None:
+                measure(missing)
+                continue
+            with claimed_of(self.folder / CLAIMS, missing) as mine:
+                self._read_on()
+                if new := [name for name in mine if name not in self.values]:
+                    measure(new)
+            if not mine:
+                self._wait(missing, what)
+
+    def _wait(self, missing: list[str], what: str) -> None:
+        """Wait until all values are there, or the process that measures the first of them holds its claim no more."""
+        assert self.folder is not None
+        start = time.monotonic()
+        for who in holders(self.folder / CLAIMS / missing[0]):
+            self._read_on()
+            if all(name in self.values for name in missing):
+                return
+            if not self._told and time.monotonic() - start > 0.5:
+                self._told = True
+                logger.info("%s are computed by %s: this process waits for them", what, who)
+
+    def _read_on(self, torn: bool = False) -> int:
+        """Take in what is new in the folder; returns the number of damaged lines, with `torn` also of lines without an end."""
         dropped = 0
-        for path in sorted(folder.glob("*.jsonl")) if folder is not None and folder.is_dir() else []:
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for path in sorted(self.folder.glob("*.jsonl")) if self.folder is not None and self.folder.is_dir() else []:
+            known = self._read.get(path, 0)
+            if path.stat().st_size == known or (self._file is not None and str(path) == self._file.name):
+                continue
+            with path.open("rb") as file:
+                file.seek(known)
+                data = file.read()
+            whole = data[: data.rfind(b"\n") + 1]
+            self._read[path] = known + len(whole)
+            for line in (data if torn else whole).decode(errors="replace").splitlines():
                 entry = _parse(line)
                 if entry is None:
                     dropped += 1
-                elif entry[0] not in self.values or (entry[2] == kind != self.kinds[entry[0]]):  # its own kind first
+                elif entry[0] not in self.values or (entry[2] == self.kind != self.kinds[entry[0]]):  # its own kind first
                     self.values[entry[0]], self.kinds[entry[0]] = entry[1:]
-        if dropped:
-            logger.warning("%d damaged lines in %s were dropped; their coalitions are evaluated again", dropped, folder)
+        return dropped
 
     def add(self, name: str, value: float) -> None:
         self.values[name], self.kinds[name] = value, self.kind

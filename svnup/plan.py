@@ -1,8 +1,10 @@
-"""What a job will cost, told before anything is loaded: evaluations, block-forwards, operations, bytes of memory."""
+"""What a job or a sweep will cost, told before anything is loaded: evaluations, block-forwards, operations, bytes of memory."""
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -11,8 +13,10 @@ from torch import Tensor
 
 from svnup.allocation import Chooser
 from svnup.game.layer_game import state_bytes
-from svnup.memory import resident
+from svnup.game.walk_plan import WalkPlan
+from svnup.memory import least_seconds, resident
 from svnup.model.language_model import BATCH_TOKENS, HEAD_TOKENS, LanguageModel, matrix, pick_device
+from svnup.naming import moving_numbers
 from svnup.pruning.nothing import Nothing
 from svnup.pruning.walk import ERROR_TOKENS, Inputs, workspace
 from svnup.shapley import block_forwards
@@ -93,6 +97,144 @@ def plan(job: Job) -> dict[str, int]:
         stages["pruning"] += int(lm.block_params.sum()) * size
     out["bytes at the peak, about"] = (resident() if here else 0) + resident_weights + max(stages.values())
     return out
+
+
+@dataclass(frozen=True)
+class SharedWork:
+    """What jobs of a sweep need alike and one of them computes: a game, dense numbers, losses.
+
+    Args:
+        what: it is.
+        n_jobs: that need it.
+        counts: of its work, by their names.
+        flop: operations of its passes.
+    """
+
+    what: str
+    n_jobs: int
+    counts: dict[str, int]
+    flop: float
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep will cost.
+
+    Args:
+        shared: what its jobs need alike.
+        flop: operations of all passes: those of the shared work, of pruning and of evaluation.
+        peak: bytes of the job that needs most.
+        seconds: of all passes, one after the other, by the speed of a block of each model here.
+    """
+
+    shared: list[SharedWork]
+    flop: float
+    peak: int
+    seconds: float
+
+
+def plan_of_sweep(jobs: Sequence[Job]) -> SweepPlan:
+    """What checked jobs will cost together, where what they share is computed once and nothing of it is in the cache.
+
+    Counted are passes over texts: solving for the weights that are kept takes time of its own, and so do lm-eval's tasks.
+    """
+    plans: dict[str, dict[str, int]] = {}  # jobs that differ in seeds alone cost the same
+    groups: dict[tuple[str, str], list[Job]] = {}
+    speeds: dict[str, float] = {}
+    work: list[tuple[Job, float]] = []
+    for job in jobs:
+        if (like := _text(_without_seeds(job.config))) not in plans:
+            plans[like] = plan(job)
+        if (model := _text(job.config["model"])) not in speeds:
+            speeds[model] = _flop_per_second(job)
+        passes = plans[like].get("GFLOP of pruning's passes", 0) * 1e9
+        work.append((job, passes + _evaluated(job) * sum(_per_token(job))))
+        for what, identity in _shared(job).items():
+            groups.setdefault((what, _text(identity)), []).append(job)
+    shared = [SHARED[what](those) for (what, _), those in groups.items()]
+    work += [(those[0], one.flop) for those, one in zip(groups.values(), shared, strict=True)]
+    return SweepPlan(
+        shared,
+        sum(flop for _, flop in work),
+        max((one["bytes at the peak, about"] for one in plans.values()), default=0),
+        sum(flop / speeds[_text(job.config["model"])] for job, flop in work),
+    )
+
+
+def _shared(job: Job) -> dict[str, Any]:
+    """What identifies each thing that a job may share with others, before any weight is loaded."""
+    config, found = moving_numbers(job.config), dict[str, Any]()
+    model, calibration = [config["model"], job.config["model"].get("device")], config["dataset"] if job.calibrates else None
+    if job.shapley is not None:
+        pruned = [config["sparsity"], config["pattern"], calibration] if job.game_prunes else []
+        found["game"] = [model, job.config["allocator"]["scorer"]["game"], *pruned]
+    if job.evaluation.sources() or job.evaluation.needs_whole_model:
+        found["dense numbers"] = [model, config["evaluation"]]
+    if job.allocator.needs.selection:
+        texts = [calibration, job.config["selection"], job.selection_loss]
+        found["losses"] = [model, config["pruner"], config["split"], *texts]
+    return found
+
+
+def _game(jobs: list[Job]) -> SharedWork:
+    lm, scorers = jobs[0].skeleton, [job.shapley for job in jobs if job.shapley is not None]
+    coalitions = np.unique(np.concatenate([scorer.shard_coalitions(lm.n_blocks) for scorer in scorers]), axis=0)
+    game = scorers[0].game
+    walk = WalkPlan.of(coalitions, absent_costs=game.absence == "prune")
+    through, head = _per_token(jobs[0])
+    flop = walk.n_block_forwards * through / coalitions.shape[1] + walk.n_evaluations * head
+    counts = {"evaluations": walk.n_evaluations, "block-forwards": walk.n_block_forwards}
+    return SharedWork("game", len(jobs), counts, (game.data.n_seq or 0) * game.data.seq_len * flop)
+
+
+def _dense(jobs: list[Job]) -> SharedWork:
+    tokens = _evaluated(jobs[0])
+    return SharedWork("dense numbers", len(jobs), {"tokens": tokens}, tokens * sum(_per_token(jobs[0])))
+
+
+def _losses(jobs: list[Job]) -> SharedWork:
+    through, head = _per_token(jobs[0])
+    counts = [cast(Chooser, job.allocator).n_losses(job.budget(job.skeleton)) for job in jobs]
+    flop = 0.0
+    for job, count in zip(jobs, counts, strict=True):
+        assert job.selection is not None
+        calibrates = job.pruner.needs_inputs and not job.allocator.needs.once
+        read = job.selection.tokens(job.model.tokenizer).size
+        flop += count * (read * (through + head) + _n_tokens(job) * through * calibrates)
+    return SharedWork("losses", len(jobs), {"evaluations at most": sum(counts)}, flop)
+
+
+SHARED: dict[str, Callable[[list[Job]], SharedWork]] = {"game": _game, "dense numbers": _dense, "losses": _losses}
+
+
+def _per_token(job: Job) -> tuple[float, float]:
+    """Operations of a token in all blocks, but for the products of attention, and in the head."""
+    lm = job.skeleton
+    return 2.0 * int(lm.block_params.sum()), 2.0 * lm.model.config.get_text_config().hidden_size * lm.vocab_size
+
+
+def _evaluated(job: Job) -> int:
+    """Tokens of the texts that a job is judged by."""
+    return sum(source.tokens(job.model.tokenizer).size for source in job.evaluation.sources().values())
+
+
+def _flop_per_second(job: Job) -> float:
+    """Of a block of the model with random weights, here."""
+    probe = job.model.one_block()
+    with torch.inference_mode():
+        batch = next(probe.micro_batches(torch.zeros(1, job.dataset.seq_len, dtype=torch.int64)))
+        seconds = least_seconds(lambda: probe.run_block(0, batch))
+    return 2.0 * int(probe.block_params.sum()) * job.dataset.seq_len / max(seconds, 1e-9)
+
+
+def _without_seeds(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {k: _without_seeds(v) for k, v in node.items() if k != "seed"}
+    return node
+
+
+def _text(node: Any) -> str:
+    return json.dumps(node, sort_keys=True)
 
 
 def _itemsize(lm: LanguageModel, dtype: str) -> int:

@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -19,9 +20,32 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:.3g}/s" if speed else "")
 
 
+Listener = Callable[[str, int, int, str], None]  # of a stage: its name, steps done, of how many, their unit
+_listeners: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=())
+
+
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """While the block runs, tell a listener too how far each stage is."""
+    token = _listeners.set((*_listeners.get(), listener))
+    try:
+        yield
+    finally:
+        _listeners.reset(token)
+
+
 @contextlib.contextmanager
 def stage(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Show a stage of `total` steps while the block runs; call what it yields with the number of steps done."""
+    done = 0
+
+    def advance(steps: int) -> None:
+        nonlocal done
+        done += steps
+        progress.advance(task, steps)
+        for listener in _listeners.get():
+            listener(description, done, total, unit)
+
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -33,7 +57,8 @@ def stage(description: str, total: int, unit: str) -> Iterator[Callable[[int], N
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(description, total=total)
-        yield lambda steps: progress.advance(task, steps)
+        advance(0)
+        yield advance
 
 
 _unsaid: list[OSError] = []  # why standard output took no more, for `close_output`

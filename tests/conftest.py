@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -118,3 +119,11 @@ def svnup_on(own_place):
         return done.code, done.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def nobody():
+    """The number of a process that has died."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid

@@ -46,14 +46,6 @@ def run_folder():
     return one
 
 
-@pytest.fixture(scope="module")
-def nobody():
-    """The number of a process that has died."""
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    return child.pid
-
-
 # -- files
 
 

@@ -169,5 +169,5 @@ def test_a_damaged_file_is_one_line(damage, source, svnup_on, tmp_path):
 
 def test_without_the_package_the_way_out_is_told(monkeypatch):
     monkeypatch.setattr("svnup.model.source.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"gguf_file=x\.gguf: needs the package gguf; pip install '\.\[gguf\]'"):
+    with pytest.raises(ValueError, match=r"gguf_file=x\.gguf: needs the package gguf; pip install 'svnup\[gguf\]'"):
         Pretrained(pretrained_model_name_or_path="m", gguf_file="x.gguf")

@@ -10,6 +10,7 @@ import pytest
 from cli import last_row
 
 import svnup
+from svnup.cli import run
 from svnup.memory import Stages
 from svnup.outside import code_hash
 from svnup.results import provenance
@@ -163,7 +164,8 @@ def test_no_token_is_written_by_a_sweep(wrong, svnup, monkeypatch, tmp_path):
     """Hydra writes down the whole configuration of a sweep before its first job, and also where no job can be composed."""
     mark = "0123456789abcdef-mark"
     monkeypatch.setenv("FOO_TOKEN", mark)
-    given = [f"tracker.name={mark}", "+hydra.job.env_set.WANDB_API_KEY=abcdefabcdefabcdefabcdef", "dry_run=true"]
+    monkeypatch.setattr(run, "_run", lambda *_: None)
+    given = [f"tracker.name={mark}", "+hydra.job.env_set.WANDB_API_KEY=abcdefabcdefabcdefabcdef"]
     code, _, err = svnup("allocator=uniform,nothing" if wrong else "allocator=uniform", "tracker=wandb", *given, "-m")
     assert code == (2 if wrong else 0), err
     written = [p for p in tmp_path.rglob("*") if p.is_file()]

@@ -281,8 +281,8 @@ def test_latex():
     comments = [line for line in text.splitlines() if line.startswith("% ")]
     assert any("Abacus 9000" in line for line in comments)
     text = "\n".join(line for line in text.splitlines() if line not in comments)
-    assert text.startswith(r"\begin{tabular}")
-    assert text.endswith(r"\end{tabular}")
+    assert text.startswith("\\begin{table}\n\\centering\n\\caption{docs/ppl.}\n\\begin{tabular}")
+    assert text.endswith("\\end{tabular}\n\\end{table}")
     assert "30.00" in text
     assert r"$-$25.0 \%" in text
     assert not re.search(r"(?<!\\)%", text), "an unescaped % hides the rest of its line"
@@ -384,6 +384,17 @@ def test_results_that_cannot_be_read_are_named(tmp_path, capsys, caplog, monkeyp
     shutil.rmtree(tmp_path / "runs" / UNIFORM.config_key)
     assert main(["table", str(tmp_path)]) == 2
     assert "that can be read" in capsys.readouterr().err
+
+
+def test_latex_has_changes_in_brackets_and_a_caption():
+    cells = [Cell("uniform"), Cell("30.00", True, "-25.0 %")]
+    grid = Grid([("allocator",), ("x_y",)], [cells], "A 70 % table", subject="docs/ppl; changes against x.")
+    text = grid.render("latex")
+    assert "\\caption{A 70 \\% table. docs/ppl; changes against x.}" in text
+    assert "\\textbf{30.00} ($-$25.0 \\%)" in text
+    assert "30.00 -25.0 %" in grid.render("terminal")
+    assert "**30.00 -25.0 %**" in grid.render("markdown")
+    assert "<b>30.00 -25.0 %</b>" in grid.render("html")
 
 
 def test_a_cell_that_latex_would_take_for_an_option():

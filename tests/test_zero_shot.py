@@ -542,7 +542,7 @@ def test_options_that_make_no_sense(options, said):
 
 def test_lm_eval_is_asked_for_in_one_line(monkeypatch):
     monkeypatch.setattr("svnup.evaluation.zero_shot.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"^tasks=cloze: needs lm-eval; pip install '\.\[zero_shot\]', or evaluation=ppl"):
+    with pytest.raises(ValueError, match=r"^tasks=cloze: needs lm-eval; pip install 'svnup\[zero_shot\]', or evaluation=ppl"):
         cloze()
 
 

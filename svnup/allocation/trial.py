@@ -128,16 +128,19 @@ class Trial:
         part |= {"trial": True} if in_advance else {}
         keys = [_key(profile, part) for _, profile in tried]
         new = {key: profile for key, (_, profile) in zip(keys, tried, strict=True) if key not in self._memo.values}
-        if new:
+
+        def measure(missing: list[str]) -> None:
             before = self._lm.n_block_runs
-            divided = [self._divide(profile) for profile in new.values()]
+            divided = [self._divide(new[key]) for key in missing]
             for profile in divided:
                 check_profile(self._lm, profile)
             if in_advance and not keep:
-                self._measure_in_passing(list(new), divided, tokens)
+                self._measure_in_passing(missing, divided, tokens)
             else:
-                self._measure(list(new), divided, tokens, in_advance)
+                self._measure(missing, divided, tokens, in_advance)
             self._n_calibration += self._lm.n_block_runs - before
+
+        self._memo.share(new, measure, "losses on selection text")
         losses = [self._memo.values[key] for key in keys]
         if not (kinds := {self._memo.kinds[key] for key in keys}) <= self._kinds:
             self._kinds |= kinds
@@ -184,7 +187,8 @@ class Trial:
         name = _key(denser, digest)
         parts = self._lm.budget_units(self._lm.granularity_of(denser.params))
         names = [f"{name} {i}" for i in range(len(parts))]
-        if not all(one in self._memo.values for one in names):
+
+        def measure(_: list[str]) -> None:
             present, absent = (partial(self._in_advance.block, profile=self._divide(p)) for p in (denser, sparser))
             before = self._lm.n_block_runs
             found = marginal_values(self._lm, present, absent, tokens, self._kind, nodes)
@@ -192,6 +196,10 @@ class Trial:
             self._n_payoff += len(tokens) * nodes
             for one, (index, linears) in zip(names, parts, strict=True):
                 self._memo.add(one, sum(found[index, linear] for linear in linears))
+
+        self._memo.share(names[-1:], measure, "marginal values")  # one pass gives all of them, and the last one last
+        if not all(one in self._memo.values for one in names):  # of a damaged file
+            measure(names)
         values = np.array([self._memo.values[one] for one in names])
         seconds = time.perf_counter() - start
         self._seconds += seconds

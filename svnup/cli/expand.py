@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from svnup import __version__
 from svnup.files import at_home, fault
 from svnup.model.checkpoint import expand
 
@@ -13,6 +14,7 @@ from svnup.model.checkpoint import expand
 def main(argv: list[str] | None = None) -> int:
     """The `svnup-expand` command."""
     parser = argparse.ArgumentParser(prog="svnup-expand", description="Make a dense checkpoint of a bitmask one.")
+    parser.add_argument("--version", action="version", version=f"svnup {__version__}")
     parser.add_argument("source", type=Path, help="folder that save_format=bitmask wrote")
     parser.add_argument("target", type=Path, help="folder to make")
     args = parser.parse_args(argv)

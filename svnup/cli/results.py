@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 
+from svnup import __version__
 from svnup.files import at_home, fault, naming
 from svnup.progress import close_output, open_streams, say
 from svnup.reports.grid import FORMATS, csv_text, render_all
@@ -16,15 +17,17 @@ from svnup.results.stored import plain
 from svnup.secrets import redact
 
 Options = argparse.Namespace
-PATHS = {"results_dir", "a", "b", "into", "output"}  # options, by their names
+PATHS = {"results_dir", "folder", "a", "b", "into", "output"}  # options, by their names
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; a ValueError, or a file that cannot be, is the user's mistake: one line, exit code 2."""
     parser = argparse.ArgumentParser(prog="svnup-results", description="What to do with the runs in a results folder.")
+    parser.add_argument("--version", action="version", version=f"svnup {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _table_options(commands.add_parser("table", help="a table of runs: flat, or methods down and models or tasks across"))
     _list_options(commands.add_parser("list", help="one line per run, failed and running ones too"))
+    _status_options(commands.add_parser("status", help="how far sweeps are: done, running where, failed, time left"))
     _show_options(commands.add_parser("show", help="all that is known of one run"))
     _compare_options(
         commands.add_parser("compare", help="which numbers of two folders or two tables differ (then exit code 1)")
@@ -155,6 +158,20 @@ def _list(options: Options) -> int:
     return 0
 
 
+def _status_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results_dir")
+    parser.set_defaults(run=_status)
+
+
+def _status(options: Options) -> int:
+    from svnup.reports.status import status
+
+    if not Path(options.results_dir).is_dir():
+        raise ValueError(f"{options.results_dir}: no such folder; name one with results")
+    say(status(options.results_dir))
+    return 0
+
+
 def _show_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results_dir")
     parser.add_argument("id", help="the key of a run, or how it begins")
@@ -235,8 +252,9 @@ def _export(options: Options) -> int:
 
 
 def _rerun_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("id", help="the key of a run, or how it begins")
-    parser.add_argument("--results-dir", default="results")
+    parser.add_argument("results_dir")
+    parser.add_argument("id", nargs="?", help="the key of a run, or how it begins; alone: of one in the folder results")
+    parser.add_argument("--results-dir", dest="folder", help=argparse.SUPPRESS)  # as it was written before
     parser.add_argument("--trust", action="store_true", help="run code from outside svnup that the result names, too")
     parser.add_argument("--into", help="where the repetition goes; by default beside the results: RESULTS_DIR-rerun")
     parser.set_defaults(run=_rerun)
@@ -247,8 +265,11 @@ def _rerun(options: Options) -> int:
     from svnup.reports import runs
     from svnup.rerun import rerun
 
-    place = Path(options.results_dir).resolve()
-    row = runs.find(_rows(options.results_dir), options.id)
+    folder, key = (
+        (options.results_dir, options.id) if options.id is not None else (options.folder or "results", options.results_dir)
+    )
+    place = Path(folder).resolve()
+    row = runs.find(_rows(folder), key)
     try:
         repeated = rerun(row, options.into or place.with_name(f"{place.name}-rerun"), options.trust)
     except RuntimeError as error:

@@ -19,16 +19,20 @@ from typing import Any, TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from svnup import config
+from hydra_plugins.svnup import Sweeper
+from svnup import __version__, config
+from svnup.cli import sweep as sweeps
+from svnup.cli.sweep import JobFailed
 from svnup.execute import execute, print_plan
 from svnup.files import fault
 from svnup.outside import is_ours, targets
-from svnup.progress import close_output, open_streams, to_nobody
+from svnup.progress import close_output, open_streams, say, to_nobody
 from svnup.results.provenance import Asked, python_path
 from svnup.results.stored import plain
 from svnup.secrets import redact, redact_code
@@ -41,8 +45,12 @@ def main() -> int:
     """Run the command line; 0 when all went well, 2 for a user's mistake, 1 for a fault or a sweep in which a job failed, 130
     and 143 when it was interrupted (Ctrl-C, SIGTERM)."""
     open_streams()
+    if "--version" in sys.argv[1:]:  # Hydra would say its own
+        say(f"svnup {__version__}\n")
+        return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back as exceptions, and become one line here
     config.register()
+    Plugins.instance().register(Sweeper)  # which an editable installation keeps Hydra from finding
     with stoppable(), contextlib.redirect_stderr(typing.cast(TextIO, _Redacting(sys.stderr))):
         try:
             code = _compose_and_run()
@@ -106,10 +114,6 @@ def _own_folder() -> str | None:
     return folder
 
 
-class JobFailed(Exception):
-    """A job of a sweep failed, and is reported; the other jobs have run."""
-
-
 def _job(cfg: Any, texts: config.Texts, program: list[str], given: list[str]) -> int:
     """One job of a sweep, or the only one; an error in a sweep is reported at once, since the sweep goes on."""
     hydra_cfg = HydraConfig.get()
@@ -121,7 +125,8 @@ def _job(cfg: Any, texts: config.Texts, program: list[str], given: list[str]) ->
     code = 2
     try:
         with stoppable():  # also in the process of a launcher, which is not that of `main`
-            _run(cfg, texts, Asked(_command(cfg, program, hydra_cfg), overrides, sweep))
+            number = None if alone else str(hydra_cfg.sweep.subdir)
+            _run(cfg, texts, Asked(_command(cfg, program, hydra_cfg), overrides, sweep), number)
         return 0
     except ValueError as error:
         message = str(error)
@@ -192,8 +197,11 @@ def _tell(message: str) -> None:
     sys.stderr.write(redact(f"svnup: {plain(' '.join(message.split()))}\n"))
 
 
-def _run(cfg: Any, texts: config.Texts, asked: Asked) -> None:
+def _run(cfg: Any, texts: config.Texts, asked: Asked, number: str | None) -> None:
+    """Build a job and run it; `number` is its own in a sweep."""
     job = config.build(cfg, texts)
+    if number is not None and (told := sweeps.header(job.results_dir, number, job.key)) is not None:
+        say(f"{told}\n")
     if job.dry_run:
         job.check_shapes()
         job.check_texts()

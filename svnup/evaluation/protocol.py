@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from svnup import NUMBERS_VERSION
+from svnup.claims import claimed, holder
 from svnup.data import TokenSource
 from svnup.files import SEAL, sealed, set_aside, unsealed, write_text
 from svnup.types import Ints, Metrics
@@ -75,11 +76,19 @@ def measured_once(
     identity = [lm.fingerprint(), protocols, lm.device.type, NUMBERS_VERSION]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(cache_dir) / "dense" / f"{key}.json"
-    known = _kept(path)
-    metrics = run(lm) if known is None else known
-    if known is None and not any(metric.reason for metric in metrics.values()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(sealed({"metrics": metrics.to_dict()})))
+    metrics = _kept(path)
+    if metrics is None:
+        claim = path.with_suffix(".claim")
+
+        def waiting() -> None:
+            logger.info("dense numbers are computed by %s: this process waits for them", holder(claim) or "another process")
+
+        with claimed(claim, waiting):
+            metrics = _kept(path)  # as another process may have left them meanwhile
+            if metrics is None:
+                metrics = run(lm)
+                if not any(metric.reason for metric in metrics.values()):
+                    write_text(path, json.dumps(sealed({"metrics": metrics.to_dict()})))
     check(metrics)
     return metrics
 

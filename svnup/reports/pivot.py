@@ -460,8 +460,8 @@ def number(value: float) -> str:
     return f"{value:.2f}"
 
 
-def shown(summary: Summary, change: float | None = None, with_n: bool = False) -> str:
-    """The text of a cell: mean, spread, number of seeds and change against the baseline, or why there is no number."""
+def shown(summary: Summary, with_n: bool = False) -> str:
+    """The text of a cell: mean, spread and number of seeds, or why there is no number."""
     if summary.mean is None:
         return summary.state
     parts = [number(summary.mean)]
@@ -469,7 +469,6 @@ def shown(summary: Summary, change: float | None = None, with_n: bool = False) -
     inside = [f"n={summary.n}"] if with_n else []
     inside += [f"{summary.states.count(s)} {s}" for s in STATES if s in summary.states]
     parts += [f"({', '.join(inside)})"] if inside else []
-    parts += [f"{100 * change:+.1f} %"] if change is not None else []
     return " ".join(parts)
 
 
@@ -510,7 +509,7 @@ def grid(table: Pivot, title: str | None = None, about: str = "") -> Grid:
             summary = table.cells.get((row, column), Summary())
             change = table.change(row, column) if (row, column) in table.cells else None
             place, metric = (row, column), table.metric(row, column)
-            line.append(Cell(shown(summary, change, with_n), place in best))
+            line.append(Cell(shown(summary, with_n), place in best, "" if change is None else f"{100 * change:+.1f} %"))
             records.append(
                 {
                     **{k: v for k, v in table.labels(row, column).items() if k != METRIC},
@@ -525,7 +524,7 @@ def grid(table: Pivot, title: str | None = None, about: str = "") -> Grid:
                 }
             )
         lines.append(line)
-    return Grid(head, lines, title, about, notes, int(dense_down and has_dense), records)
+    return Grid(head, lines, title, about, notes, int(dense_down and has_dense), records, notes[0])
 
 
 def _header(key: str, text: str) -> str:

@@ -163,7 +163,9 @@ def flat(data: pd.DataFrame, title: str | None = None, about: str = "", notes: S
     shown = data.astype(object)
     lines = [[Cell(_cell(c, v)) for c, v in zip(shown.columns, line, strict=True)] for line in shown.itertuples(index=False)]
     records: list[dict[str, Any]] = shown.to_dict("records")  # type: ignore[assignment]
-    return Grid([(str(column),) for column in shown.columns], lines, title, about, list(notes), records=records)
+    metrics = [str(column) for column in shown.columns if "/" in column and not column.endswith((" dense", " vs uniform"))]
+    head: list[tuple[str, ...]] = [(str(column),) for column in shown.columns]
+    return Grid(head, lines, title, about, list(notes), records=records, subject=", ".join(metrics))
 
 
 def _with_change(data: pd.DataFrame) -> pd.DataFrame:

@@ -60,7 +60,7 @@ class WandbTracker:
         from importlib.util import find_spec
 
         if find_spec("wandb") is None:
-            raise ValueError("tracker=wandb: wandb is not installed; pip install '.[wandb]', or choose tracker=none")
+            raise ValueError("tracker=wandb: wandb is not installed; pip install 'svnup[wandb]', or choose tracker=none")
 
     @property
     def awaited(self) -> bool:

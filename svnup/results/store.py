@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import time
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,12 +13,15 @@ from pathlib import Path
 
 from svnup.claims import claimed, holder, is_dead
 from svnup.files import remove, sealed, set_aside, take_place, write_text
+from svnup.progress import Listener
+from svnup.results import stored
 from svnup.results.row import ResultRow
 from svnup.secrets import redact
 from svnup.types import SaveFormat
 
 logger = logging.getLogger(__name__)
 CLAIM = ".claim"  # of the process that computes a run
+PROGRESS = ".progress"  # there, while it does
 UNFINISHED = "unfinished"  # in the run's folder: what a job makes, until all of it is there
 MOVES = "moves.json"  # there, when all of it is: the finished row, what goes where, and what goes
 SCRATCH = "offload"  # there: the blocks that an interrupted job has pruned, and hidden states
@@ -54,6 +58,39 @@ class RunFolder:
         if row.status == "running" and row.process and is_dead(self.path / CLAIM, row.process["host"], row.process["pid"]):
             return replace(row, status="dead", error=row.error or "its process is not there any more; run it again")
         return row
+
+    def written(self) -> int | None:
+        """When the result that lies here was written, in ns; None where there is none."""
+        try:
+            return (self.path / "result.json").stat().st_mtime_ns
+        except OSError:
+            return None
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[Listener]:
+        """Give what writes down how far the job is, at most every two seconds, for those who ask meanwhile (`progress`)."""
+        last = 0.0
+
+        def tell(name: str, done: int, total: int, unit: str) -> None:
+            nonlocal last
+            if time.monotonic() - last < 2.0 and 0 < done < total:
+                return
+            last = time.monotonic()
+            with contextlib.suppress(OSError):  # a full disk stops no work here
+                self._write(PROGRESS, json.dumps({"stage": name, "done": done, "total": total, "unit": unit}))
+
+        try:
+            yield tell
+        finally:
+            remove(self.path / PROGRESS)
+
+    def progress(self) -> str | None:
+        """How far a running job is, in words: its stage, and how much of that is done."""
+        try:
+            told = stored.plain(json.loads((self.path / PROGRESS).read_text(encoding="utf-8")))
+            return f"{told['stage']}, {int(told['done']):,} of {int(told['total']):,} {told['unit']}"
+        except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
+            return None
 
     @contextlib.contextmanager
     def claimed(self, waiting: Callable[[str], None]) -> Iterator[None]:
@@ -143,7 +180,7 @@ class RunFolder:
     def clear(self) -> None:
         """Remove what is unfinished, beside a result that is, if no process works on it."""
         if holder(self.path / CLAIM) is None:
-            for name in (UNFINISHED, CLAIM, SCRATCH):  # the last as earlier versions had it
+            for name in (UNFINISHED, CLAIM, PROGRESS, SCRATCH):  # the last as earlier versions had it
                 remove(self.path / name)
 
     def _move(self, row: ResultRow, moves: dict[str, str], gone: list[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -131,6 +130,8 @@ class ShapleyScorer:
         """
         import torch
 
+        from svnup.memory import least_seconds
+
         plan, data = self.plan(n_blocks), self.game.data
         n_seq = (data.n_seq or 1) * (CHOICES if self.game.payoff == "accuracy" else 1)
         with torch.inference_mode():
@@ -139,8 +140,8 @@ class ShapleyScorer:
             after = probe.run_block(0, batch)
             share = n_seq / len(batch.tokens)
             block, head = (
-                share * _time(lambda: probe.run_block(0, batch)),
-                share * _time(lambda: probe.token_nll(after)),
+                share * least_seconds(lambda: probe.run_block(0, batch)),
+                share * least_seconds(lambda: probe.token_nll(after)),
             )
         per_block = 2 if self.game.players == "sublayer" else 1
         forward_equivalents = 4 * plan.get("backward_passes", 0)  # forward, recomputation, and twice that for the backward
@@ -189,17 +190,3 @@ class ShapleyScorer:
         tokens = self.game.data.tokens(lm.tokenizer)
         game = LayerGame(lm, tokens, players=self.game.players, pruned=absent, cache_dir=cache_dir)
         return self.estimator.estimate(game).with_kinds(game.kinds)
-
-
-def _time(work: Callable[[], Any]) -> float:
-    """Seconds that a call takes, the least of three."""
-    from svnup.memory import synchronize
-
-    taken = []
-    synchronize()
-    for _ in range(3):
-        start = time.perf_counter()
-        work()
-        synchronize()
-        taken.append(time.perf_counter() - start)
-    return min(taken)

@@ -1,4 +1,4 @@
-"""Approximators of the library shapiq (an optional extra: pip install '.[shapiq]')."""
+"""Approximators of the library shapiq (an optional extra: pip install 'svnup[shapiq]')."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class Shapiq:
         try:
             from shapiq import approximator
         except ImportError:
-            raise ValueError(f"approximator={self.approximator}: shapiq is not installed; pip install '.[shapiq]'") from None
+            raise ValueError(
+                f"approximator={self.approximator}: shapiq is not installed; pip install 'svnup[shapiq]'"
+            ) from None
         found = getattr(approximator, self.approximator, None)
         if not inspect.isclass(found):
             names = [name for name, value in vars(approximator).items() if inspect.isclass(value)]
