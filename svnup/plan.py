@@ -12,7 +12,8 @@ from torch import Tensor
 from svnup.allocation import Chooser
 from svnup.game.layer_game import state_bytes
 from svnup.memory import resident
-from svnup.model.language_model import BATCH_TOKENS, HEAD_TOKENS, LanguageModel, matrix, pick_device
+from svnup.model.language_model import BATCH_TOKENS, HEAD_TOKENS, LanguageModel, pick_device
+from svnup.model.linears import matrix
 from svnup.pruning.nothing import Nothing
 from svnup.pruning.walk import ERROR_TOKENS, Inputs, workspace
 from svnup.shapley import block_forwards

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from svnup.allocation import Budget
 from svnup.allocation.maps import ScoreBudget
 from svnup.game import LayerGame
-from svnup.model.language_model import LanguageModel, make_config, matrix
+from svnup.model.language_model import LanguageModel, make_config
+from svnup.model.linears import matrix
 from svnup.model.loading import read_tokenizer
 from svnup.model.source import BUILT_IN_FOLDER
 from svnup.pruning import prune_model

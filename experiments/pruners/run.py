@@ -24,7 +24,8 @@ from experiments.study import built_in, parse, parser, publish, text
 from svnup.allocation import Budget
 from svnup.config import CONF
 from svnup.evaluation import perplexity
-from svnup.model.language_model import LanguageModel, matrix
+from svnup.model.language_model import LanguageModel
+from svnup.model.linears import matrix
 from svnup.pruning.walk import Inputs, Pruner, temporarily_pruned
 from svnup.results.provenance import hardware
 

@@ -171,7 +171,7 @@ class Job:
 
     def check_shapes(self) -> LanguageModel:
         """Check pattern, budget and lengths against the real shapes of the model; returns the skeleton that has them."""
-        from svnup.model.language_model import matrix
+        from svnup.model.linears import matrix
         from svnup.pruning.walk import check_profile
 
         lm = self.skeleton
