@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -188,11 +189,12 @@ class Job:
                 check_profile(lm, self.allocator.allocate(self.budget(lm)))
         if getattr(self.scorer, "granularity", "block") == "sublayer":
             key = "shapley.game.players" if self.shapley is not None else "allocator.granularity"
-            try:
+            with _told_as(key):
                 for index in range(lm.n_blocks):
                     lm.sublayers(index)
-            except ValueError as error:
-                raise ValueError(str(error).replace("players=", f"{key}=")) from None
+        if self.granularity != "block":
+            with _told_as("allocator.granularity"):
+                self.budget(lm)
         return lm
 
     def _check_lengths(self, lm: LanguageModel) -> None:
@@ -207,6 +209,15 @@ class Job:
                 raise ValueError(
                     f"{given}: too long for the model ({reason}); choose a shorter one, for all texts by model.seq_len=..."
                 )
+
+
+@contextlib.contextmanager
+def _told_as(key: str) -> Iterator[None]:
+    """Context in which a ValueError of the model, about players or units, names the key that asked for them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"\b(players|granularity)=", f"{key}=", str(error))) from None
 
 
 def texts_of(

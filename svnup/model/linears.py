@@ -218,7 +218,7 @@ class _Watch(TorchDispatchMode):
     """Shows what enters the matrices of stacks, in every product that torch computes."""
 
     def __init__(self, stacks: list[_Stack], see: See) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._stacks, self._see = stacks, see
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -80,8 +80,8 @@ class Inputs:
     """Statistics and first tokens of the inputs of a block's linear layers, once per distinct input.
 
     An expert reads the tokens that are routed to it. Where these are fewer than the inputs of a matrix, so that the outputs on
-    them do not determine it, the matrix gets the statistics of all tokens that enter the experts, as if they were routed to this
-    one; where the experts' module takes no routes, those of uncorrelated inputs of equal size. `fallback` says so.
+    them do not determine it, the matrix gets the statistics of all tokens that enter the experts, as if all were routed to this
+    expert; where the experts' module takes no routes, those of uncorrelated inputs of equal size. `fallback` says so.
 
     Args:
         linears: the linear layers of the block by name.
