@@ -377,12 +377,18 @@ class LanguageModel:
         Vectors, such as biases and the weights of norms, are left out.
         """
         out: dict[str, int] = {}
-        for index, block in enumerate(self.blocks):
-            pruned = self.linear_parameters(index)
-            for name, p in block.named_parameters():
-                if p.dim() > 1 and name not in pruned:
-                    out[name] = out.get(name, 0) + p.numel()
+        for index in range(self.n_blocks):
+            for name, p in self._others(index).items():
+                out[name] = out.get(name, 0) + p.numel()
         return out
+
+    def has_others(self, index: int) -> bool:
+        """Whether a block has weights that `left_alone` counts."""
+        return bool(self._others(index))
+
+    def _others(self, index: int) -> dict[str, nn.Parameter]:
+        pruned = self.linear_parameters(index)
+        return {name: p for name, p in self.blocks[index].named_parameters() if p.dim() > 1 and name not in pruned}
 
     @property
     def offloaded(self) -> bool:

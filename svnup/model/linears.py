@@ -184,16 +184,17 @@ def by_linear(linears: Mapping[str, Linear], tensors: Mapping[str, Tensor]) -> d
 
 @dataclass(frozen=True)
 class _Stack:
-    """A parameter that stacks matrices, and which linear layers those of interest are."""
+    """A parameter that stacks matrices, and which linear layers those of interest are; of a module it is a stack of one."""
 
     data: Tensor
     transposed: bool
+    whole: bool
     names: dict[int, str]
 
     def places(self, factor: Tensor) -> range | None:
         """The matrices of this stack that are the right factor of a product; None if it is none of them.
 
-        Raises ValueError where a matrix is multiplied in part, or transposed.
+        Raises ValueError where a matrix has to be multiplied as a `whole`, and is multiplied in part or transposed.
         """
         size = self.data[0].numel()
         if factor.device != self.data.device or factor.dtype != self.data.dtype:
@@ -204,6 +205,8 @@ class _Stack:
         first = offset // size
         own = self.data[first] if self.transposed else self.data[first].T
         if offset % size or factor.shape[-2:] != own.shape or factor.stride()[-2:] != own.stride():
+            if not self.whole:
+                return None
             raise ValueError(
                 f"{next(iter(self.names.values()), 'an expert')}: is multiplied otherwise than as a matrix "
                 f"{'(d_in, d_out)' if self.transposed else '(d_out, d_in)'}; choose a model with other experts"
@@ -229,10 +232,11 @@ class _Watch(TorchDispatchMode):
         if name == "aten::linear":
             self._product(args[0], args[1].T, None)
         elif name in PRODUCTS:
-            left, right = PRODUCTS[name]
+            left, right = (args[place] for place in PRODUCTS[name])
             grouped = "grouped" in name
-            ends = (args[2] if len(args) > 2 else kwargs.get("offs")) if grouped else None
-            self._product(args[left], args[right], ends)
+            self._product(left, right, (args[2] if len(args) > 2 else kwargs.get("offs")) if grouped else None)
+            if left.dim() == 2 and right.dim() > 1:  # a weight may stand on the left
+                self._product(right.mT, left.T, None)
         return func(*args, **kwargs)
 
     def _product(self, x: Tensor, factor: Tensor, ends: Tensor | None) -> None:
@@ -257,20 +261,22 @@ def _rows(x: Tensor, factor: Tensor, ends: Tensor | None) -> list[Tensor]:
 
 @contextmanager
 def watched(linears: Mapping[str, Linear], see: See) -> Iterator[None]:
-    """Context in which `see(name, rows)` is called with what enters matrices of stacked experts, (tokens, d_in).
+    """Context in which `see(name, rows)` is called with what enters the matrices of linear layers, (tokens, d_in).
 
     Args:
-        linears: linear layers of a block whose weights are on the device; those that are modules are left out.
-        see: is called for each product with each of the others.
+        linears: linear layers of a block, whose weights are on the device.
+        see: is called for each product with each of them.
 
     Raises:
-        ValueError: a matrix is multiplied otherwise than its parameter's layout says.
+        ValueError: an expert's matrix is multiplied otherwise than its parameter's layout says.
     """
     stacks: dict[str, _Stack] = {}
     for name, linear in linears.items():
         if isinstance(linear, ExpertLinear):
-            stack = stacks.setdefault(linear.parameter, _Stack(linear.stack.detach(), linear.transposed, {}))
+            stack = stacks.setdefault(linear.parameter, _Stack(linear.stack.detach(), linear.transposed, True, {}))
             stack.names[linear.place] = name
+        else:
+            stacks[name] = _Stack(linear.weight.detach()[None], is_transposed(linear), False, {0: name})
     with _Watch(list(stacks.values()), see):
         yield
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, ClassVar, Protocol
 
@@ -131,33 +132,49 @@ class Inputs:
             advance: keep the outputs as inputs of the next block; if not, the block is run only up to its last linear layer.
 
         Raises:
-            ValueError: a linear layer is never called, and belongs to no expert; or experts are called in an unknown way.
+            ValueError: a linear layer is never called, or no expert's of one name; or experts compute in an unknown way.
         """
         self._observe(visit, advance and not self._experts)
-        if unseen := set(self._linears) - set(self._reads) - set(self._experts):
+        seen = {self._kind(name) for name in self._reads}  # an expert may well get no token, but not all of them
+        if unseen := {name for name in self._linears if self._kind(name) not in seen}:
             raise ValueError(f"block {visit.index}: no input ever reached {sorted(unseen)}")
         if self._experts:
             self._complete(visit, advance)
 
+    def _kind(self, name: str) -> str:
+        """The name of a linear layer, without the number of its expert."""
+        return re.sub(r"\.\d+\b", "", name) if name in self._experts else name
+
     def _observe(self, visit: Visit, advance: bool) -> None:
         names = {module: name for name, module in self._linears.items() if isinstance(module, torch.nn.Module)}
-        stop_early = not advance and not self._experts  # which are called as often as tokens are routed to them
+        # What is called as a module is seen there; what is none, or may be multiplied without a call, in torch's products.
+        watch = len(names) < len(self._linears) or visit.lm.has_others(visit.index)
+        stop_early = not advance and not watch  # experts are called as often as tokens are routed to them
+        called: list[str] = []  # and not yet left
 
         def see(module: Any, args: Any) -> None:
+            called.append(names[module])
             self._see(names[module], args[0])
             self._calls += 1
             if self._calls == self._n_calls and stop_early:
                 self._next_batch()
                 raise StopForward
 
+        def leave(module: Any, args: Any, out: Any) -> None:
+            called.remove(names[module])
+
+        def multiplied(name: str, rows: Tensor) -> None:
+            if name not in called:
+                self._reads[name] = name
+                self._observe_rows(name, rows)
+
         hooks = [m.register_forward_pre_hook(see) for m in names]
+        if watch:
+            hooks += [m.register_forward_hook(leave) for m in names]
         hooks.append(visit.block.register_forward_hook(lambda *_: self._next_batch()))
         try:
-            if len(names) == len(self._linears):
+            with watched(self._linears, multiplied) if watch else nullcontext():
                 visit.run(advance)
-            else:
-                with watched(self._linears, self._see_of_expert):
-                    visit.run(advance)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -198,10 +215,6 @@ class Inputs:
             return
         self._current.append((name, x))
         self._observe_rows(name, x.reshape(-1, x.shape[-1]))
-
-    def _see_of_expert(self, name: str, rows: Tensor) -> None:
-        self._reads[name] = name
-        self._observe_rows(name, rows)
 
     def _observe_rows(self, name: str, rows: Tensor) -> None:
         n_first = self._n_first_of_expert if name in self._experts else self._n_first
