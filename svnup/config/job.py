@@ -189,11 +189,11 @@ class Job:
                 check_profile(lm, self.allocator.allocate(self.budget(lm)))
         if getattr(self.scorer, "granularity", "block") == "sublayer":
             key = "shapley.game.players" if self.shapley is not None else "allocator.granularity"
-            with _told_as(key):
+            with _errors_named(key):
                 for index in range(lm.n_blocks):
                     lm.sublayers(index)
         if self.granularity != "block":
-            with _told_as("allocator.granularity"):
+            with _errors_named("allocator.granularity"):
                 self.budget(lm)
         return lm
 
@@ -212,7 +212,7 @@ class Job:
 
 
 @contextlib.contextmanager
-def _told_as(key: str) -> Iterator[None]:
+def _errors_named(key: str) -> Iterator[None]:
     """Context in which a ValueError of the model, about players or units, names the key that asked for them."""
     try:
         yield
