@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from svnup.allocation import Budget
+from svnup.model.checkpoint import Checkpoint
 from svnup.model.language_model import LanguageModel, make_config
 from svnup.model.linears import by_linear, by_parameter, linears_of, matrix, watched
 from svnup.model.loading import read_tokenizer
@@ -215,6 +216,19 @@ def test_pruning_from_disk_is_pruning_in_memory(tmp_path):
         (r.name, r.n_zeros, r.error, r.fallback) for r in b.per_linear
     ]
     assert np.array_equal(lm.nll(TEXT), disk.nll(TEXT))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "jetmoe"])
+def test_an_offloaded_model_is_saved_as_one_in_memory_is(family, tmp_path):
+    lm = make(family)
+    prune_model(lm, uniform(lm), Wanda(), TEXT)
+    lm.save(tmp_path / "model")
+    disk = LanguageModel.load(str(tmp_path / "model"), tokenizer=object(), device="cpu", offload="disk")
+    disk.tokenizer = None
+    disk.save(tmp_path / "again")
+    one, other = ((c := Checkpoint(tmp_path / folder)).read(c.names()) for folder in ("model", "again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def test_weights_come_back_after_a_trial():

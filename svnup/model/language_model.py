@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten
 from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from svnup.files import at_home
 from svnup.model.blocks import (
@@ -525,6 +526,13 @@ class LanguageModel:
             of_block.clear()  # there is memory for one block, even if the caller still holds this one
         yield rest
 
+    def _as_released(self) -> Iterator[Tensors]:
+        """The groups of `state_dict_by_block`, named and divided as in released checkpoints, as `save_pretrained` does."""
+        for group in self.state_dict_by_block():
+            released = revert_weight_conversion(self.model, group)
+            yield released
+            released.clear()  # as these groups are
+
     def pruned_names(self) -> list[str]:
         """Names, in the state dict, of the parameters that hold the prunable weights."""
         return [f"{self.blocks_path}.{i}.{name}" for i in range(self.n_blocks) for name in self.linear_parameters(i)]
@@ -547,7 +555,7 @@ class LanguageModel:
                 if self.model.generation_config is not None:
                     self.model.generation_config.save_pretrained(partial)
                 if form == "dense":
-                    write_dense(partial, self.state_dict_by_block())
+                    write_dense(partial, self._as_released())
                 else:
                     write_bitmask(partial, self.state_dict_by_block(), set(self.pruned_names()))
             if self.tokenizer is not None:
