@@ -142,11 +142,11 @@ def _parts(component: Any) -> Any:
 def allocator_name(node: dict[str, Any]) -> str:
     """The display name of a configuration's allocator: the name of its scorer, or its own if it has none.
 
-    It ends in `sublayers` or `linears` if these have budgets of their own.
+    It ends in `sublayers`, `experts` or `linears` if these have budgets of their own.
     """
     scorer, own = node.get("scorer"), method_name(node)
     name = method_name(scorer) if scorer else own
     if scorer and "game" in scorer:
         control = "reversed" if node.get("reverse") else "random" if node.get("shuffle") is not None else "shapley"
         name = own if own.startswith("shapley") else control
-    return name + {"sublayer": "sublayers", "linear": "linears"}.get(str(node.get("granularity")), "")
+    return name + {"sublayer": "sublayers", "expert": "experts", "linear": "linears"}.get(str(node.get("granularity")), "")

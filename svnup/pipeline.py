@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from svnup.pruning.walk import Pruner
 
 logger = logging.getLogger(__name__)
+LEFT_SHOWN = 6  # names in the log
 
 
 def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
@@ -44,6 +45,9 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     tokens = job.tokens()
     ended("load", lm.device)
     logger.info("%s: %d blocks, %s prunable weights, on %s", job.name, lm.n_blocks, f"{lm.block_params.sum():,}", lm.device)
+    if left := lm.left_alone():
+        names = ", ".join([*left][:LEFT_SHOWN]) + (", ..." if len(left) > LEFT_SHOWN else "")
+        logger.info("not pruned, for no linear layer's or what routes tokens: %s weights, %s", f"{sum(left.values()):,}", names)
 
     gate = partial(check_dense, known=job.model.dense_ppl, gate=job.protocol_gate, model=job.model.name)
     dense = job.evaluation.dense(lm, job.cache_dir, gate)

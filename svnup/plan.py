@@ -15,7 +15,8 @@ from svnup.allocation import Chooser
 from svnup.game.layer_game import state_bytes
 from svnup.game.walk_plan import WalkPlan
 from svnup.memory import least_seconds, resident
-from svnup.model.language_model import BATCH_TOKENS, HEAD_TOKENS, LanguageModel, matrix, pick_device
+from svnup.model.language_model import BATCH_TOKENS, HEAD_TOKENS, LanguageModel, pick_device
+from svnup.model.linears import Linear, expert_of, matrix
 from svnup.naming import moving_numbers
 from svnup.pruning.nothing import Nothing
 from svnup.pruning.walk import ERROR_TOKENS, Inputs, workspace
@@ -58,6 +59,8 @@ def plan(job: Job) -> dict[str, int]:
         "evaluation": activations + 3 * min(HEAD_TOKENS, batch) * lm.vocab_size * FLOAT,
     }
     out = {"blocks": lm.n_blocks, "prunable weights": int(lm.block_params.sum()), "bytes of weights": weights}
+    if left := lm.left_alone():
+        out["weights of blocks that are not pruned"] = sum(left.values())
     out |= {"bytes of calibration states": states, "bytes of statistics of a block": statistics}
     of_token = 2 * int(lm.block_params.sum())  # operations in all blocks, but for the products of attention
     if n_calibration:
@@ -249,13 +252,21 @@ def _statistics(job: Job, lm: LanguageModel) -> int:
     with torch.inference_mode():
         for visit in probe.walk(np.zeros((1, 2), dtype=np.int64)):
             inputs.collect(visit, advance=False)
-    total = 0
-    for name, linear in lm.linears(0).items():
-        if inputs.reads(name) == name:
-            weight = matrix(linear)
-            gathered = _n_bytes(job.pruner.new_stats(weight))
-            total += gathered * (3 if gathered >= FLOAT * weight.shape[1] ** 2 else 1)  # a Hessian is kept with its factor
-            total += min(ERROR_TOKENS, _n_tokens(job)) * weight.shape[1] * FLOAT
+    reads = {name: inputs.reads(name) for name in probe.linears(0)}
+    blocks = [{n: m for n, m in lm.linears(i).items() if reads.get(n, n) == n} for i in range(lm.n_blocks)]
+    kinds = {tuple((n, matrix(m).shape) for n, m in block.items()): block for block in blocks}
+    return max(_statistics_of(job, block) for block in kinds.values())
+
+
+def _statistics_of(job: Job, linears: dict[str, Linear]) -> int:
+    """Bytes of the statistics and first tokens of linear layers that read inputs of their own."""
+    total, n_experts = 0, len({expert_of(name, m) for name, m in linears.items()} - {None})
+    for name, linear in linears.items():
+        weight = matrix(linear)
+        gathered = _n_bytes(job.pruner.new_stats(weight))
+        total += gathered * (3 if gathered >= FLOAT * weight.shape[1] ** 2 else 1)  # a Hessian is kept with its factor
+        n_first = min(ERROR_TOKENS, _n_tokens(job)) // (n_experts if expert_of(name, linear) is not None else 1)
+        total += n_first * weight.shape[1] * FLOAT
     return total
 
 

@@ -18,7 +18,7 @@ Offload = Literal["none", "cpu", "disk"]
 SaveFormat = Literal["dense", "bitmask"]
 SelectionLoss = Literal["nll", "kl"]
 Players = Literal["block", "sublayer"]  # of a game, and what has scores
-Granularity = Literal["block", "sublayer", "linear"]  # of budgets
+Granularity = Literal["block", "sublayer", "expert", "linear"]  # of budgets
 LOCAL_COPY = "@sha256:"  # in a fingerprint: between the name of a data set of the hub and the content of the copy that was read
 CHOICES = 4  # endings that the accuracy payoff of a game tells apart
 

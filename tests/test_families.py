@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from svnup.allocation import Budget
 from svnup.allocation.maps import ScoreBudget
 from svnup.game import LayerGame
-from svnup.model.language_model import LanguageModel, make_config, matrix
+from svnup.model.language_model import LanguageModel, make_config
+from svnup.model.linears import matrix
 from svnup.model.loading import read_tokenizer
 from svnup.model.source import BUILT_IN_FOLDER
 from svnup.pruning import prune_model
@@ -54,6 +55,7 @@ FAMILIES = {
     "opt_350m": ("opt", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 16}, [Q, Q, Q, Q, UP, DOWN]),
     "gpt2": ("gpt2", WALKED["gpt2"][1], FUSED),
     "gpt_neox": ("gpt_neox", SHAPE, [(96, 32), (32, 32), UP, DOWN]),
+    "mixtral": ("mixtral", GROUPED | {"num_local_experts": 3}, [Q, KV, KV, Q, *[(96, 32), DOWN] * 3]),
 }
 
 
@@ -90,7 +92,7 @@ WAYS = {
     "2:4": (SparseGPT("2:4"), 0.5),
 }
 QUICK = [("llama3", "sparsegpt"), ("gemma3", "wanda"), ("phi3", "sparsegpt"), ("gpt2", "sparsegpt"), ("gpt2", "2:4")]
-QUICK += [("opt_350m", "wanda"), ("gpt_neox", "sparsegpt")]
+QUICK += [("opt_350m", "wanda"), ("gpt_neox", "sparsegpt"), ("mixtral", "sparsegpt")]
 ALL = [
     (f, w) if (f, w) in QUICK else pytest.param(f, w, marks=pytest.mark.slow)
     for f in FAMILIES
@@ -155,6 +157,7 @@ VOCABULARY = {"vocab_size": 2048, "bos_token_id": 0, "eos_token_id": 0}
         ("gpt2", "none"),
         ("gemma3", "disk"),
         pytest.param("gpt2", "disk", marks=pytest.mark.slow),
+        pytest.param("mixtral", "disk", marks=pytest.mark.slow),
         pytest.param("gemma3", "none", marks=pytest.mark.slow),
     ],
 )
@@ -175,32 +178,3 @@ def test_a_family_through_the_command(family, offload, tmp_path, own_place):
     other = json.loads((run / "result.json").read_text())
     assert other["metrics"]["docs/ppl"]["value"] == row["metrics"]["docs/ppl"]["value"]
     assert other["sparsity"]["actual"] == row["sparsity"]["actual"]
-
-
-EXPERTS = GROUPED | VOCABULARY | {"num_hidden_layers": 2}
-
-
-@pytest.mark.parametrize(
-    ("kind", "shape"),
-    [
-        ("mixtral", EXPERTS | {"num_local_experts": 4, "num_experts_per_tok": 2}),
-        ("qwen3_moe", EXPERTS | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
-    ],
-)
-def test_mixtures_of_experts_are_refused_before_weights_are_read(kind, shape, tmp_path, own_place):
-    config = make_config(kind, **shape)
-    with pytest.raises(ValueError, match=r"mixture of experts.*choose a dense model"):
-        LanguageModel.skeleton(config)
-    config.save_pretrained(tmp_path / "source")
-    read_tokenizer(str(BUILT_IN_FOLDER)).save_pretrained(tmp_path / "source")  # and no weights at all
-    for offload in ("none", "disk"):
-        if offload == "disk":
-            (tmp_path / "source" / "model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"{}")  # of no tensors
-        done = command(*JOB, f"offload={offload}")
-        assert done.code == 2
-        last = done.err.rstrip("\n").splitlines()[-1]
-        assert last.startswith("svnup: ")
-        assert "mixture of experts" in last
-        assert "choose a dense model" in last
-        assert "Traceback" not in done.err
-        assert not Path("results").exists()

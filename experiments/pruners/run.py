@@ -25,7 +25,8 @@ from svnup.allocation import Budget
 from svnup.config import choices, composed
 from svnup.config.construction import construct
 from svnup.evaluation import perplexity
-from svnup.model.language_model import LanguageModel, matrix
+from svnup.model.language_model import LanguageModel
+from svnup.model.linears import matrix
 from svnup.pruning.walk import Inputs, Pruner, temporarily_pruned
 
 SETTINGS = {"70 %": ("unstructured", 0.7), "2:4": ("2:4", 0.5)}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from svnup.model.language_model import LanguageModel, MicroBatch
+from svnup.model.linears import by_linear
 from svnup.progress import stage
 from svnup.types import Ints, SelectionLoss
 
@@ -93,7 +94,7 @@ class _Between:
                 products = {
                     n: g.float() * (present[n].float() - absent[n].float()) for n, g in zip(leaves, gradients, strict=True)
                 }
-            yield index, {n.removesuffix(".weight"): float(p.double().sum()) for n, p in products.items()}
+            yield index, {n: float(p.double().sum()) for n, p in by_linear(lm.linears(index), products).items()}
 
     def _slope_of_head(self, last: MicroBatch, batch: MicroBatch, kind: SelectionLoss) -> Tensor:
         """Derivative of the summed loss by the hidden states after the last block; a sequence at a time through the head."""

@@ -27,8 +27,8 @@ class Search:
     are not measured again, so that a search that was interrupted goes on. Under a pattern 'mixed:M' a step is at least 1/M.
 
     With `trial` candidates are put together from weights that are pruned in advance; only the best and the uniform profile are
-    pruned for real, of which the better is taken. `granularity`: sparsity moves between blocks, between attentions and MLPs, or
-    between linear layers.
+    pruned for real, of which the better is taken. `granularity`: sparsity moves between blocks, between attentions and MLPs,
+    between experts, or between linear layers.
 
     Source: EvoPress, arXiv 2410.14649, algorithm 1 and its multi-step selection, and the released code. There a level is a
     fixed number of weights of one linear, so that two linear layers of any size trade a level for a level; all levels are

@@ -151,12 +151,17 @@ class ShapleySplit:
 
 def _output_errors(visit: Visit, absent: dict[str, Tensor], coalitions: Bools) -> Floats:
     """Payoffs (m,) of coalitions of the block's linear layers (m, k); the block advances."""
+    from svnup.model.linears import by_linear, by_parameter
+
+    pruned = by_linear(visit.linears, absent)
     inputs = [replace(batch) for batch in visit.batches]
     visit.run(advance=True)
     total = sum(float(batch.hidden.double().square().sum()) for batch in visit.batches)
     payoffs = np.zeros(len(coalitions))
     for row, present in enumerate(coalitions):
-        weights = {f"{n}.weight": absent[f"{n}.weight"] for n, here in zip(visit.linears, present, strict=True) if not here}
+        weights = by_parameter(
+            visit.linears, {n: pruned[n] for n, here in zip(visit.linears, present, strict=True) if not here}
+        )
         for before, after in zip(inputs, visit.batches, strict=True):
             out = visit.lm.run_block(visit.index, before, weights=weights)
             payoffs[row] -= float((out.hidden.double() - after.hidden.double()).square().sum()) / total

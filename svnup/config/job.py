@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -193,7 +194,7 @@ class Job(Components):
 
     def check_shapes(self) -> LanguageModel:
         """Check pattern, budget and lengths against the real shapes of the model; returns the skeleton that has them."""
-        from svnup.model.language_model import matrix
+        from svnup.model.linears import matrix
         from svnup.pruning.walk import check_profile
 
         lm = self.skeleton
@@ -210,11 +211,12 @@ class Job(Components):
                 check_profile(lm, self.allocator.allocate(self.budget(lm)))
         if getattr(self.scorer, "granularity", "block") == "sublayer":
             key = "shapley.game.players" if self.shapley is not None else "allocator.granularity"
-            try:
+            with _errors_named(key):
                 for index in range(lm.n_blocks):
                     lm.sublayers(index)
-            except ValueError as error:
-                raise ValueError(str(error).replace("players=", f"{key}=")) from None
+        if self.granularity != "block":
+            with _errors_named("allocator.granularity"):
+                self.budget(lm)
         return lm
 
     def _check_lengths(self, lm: LanguageModel) -> None:
@@ -229,6 +231,15 @@ class Job(Components):
                 raise ValueError(
                     f"{given}: too long for the model ({reason}); choose a shorter one, for all texts by model.seq_len=..."
                 )
+
+
+@contextlib.contextmanager
+def _errors_named(key: str) -> Iterator[None]:
+    """Context in which a ValueError of the model, about players or units, names the key that asked for them."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"\b(players|granularity)=", f"{key}=", str(error))) from None
 
 
 def config_key(config: dict[str, Any], chooses: bool) -> str:

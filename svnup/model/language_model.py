@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten
 from transformers import AutoConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers.core_model_loading import revert_weight_conversion
 
 from svnup.files import at_home
 from svnup.model.blocks import (
@@ -41,15 +41,11 @@ from svnup.model.blocks import (
     with_hidden,
 )
 from svnup.model.checkpoint import Tensors, in_place, is_bitmask, write_bitmask, write_dense
+from svnup.model.linears import LINEAR_MODULES, Linear, expert_of, linears_of, parameter_of
 from svnup.model.loading import Loader, auto_class, outline, quiet_unless_terminal
 from svnup.model.offload import BlockStore, DiskBlockStore, HostBlockStore
 from svnup.progress import stage
 from svnup.types import Floats, Granularity, Ints, Offload, SaveFormat
-
-if TYPE_CHECKING:  # mypy does not read transformers
-    Linear = nn.Linear
-else:
-    Linear = nn.Linear | Conv1D
 
 # Fixed and not derived from free memory: the sizes of matrix products decide the last bits of a number.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -157,7 +153,7 @@ class LanguageModel:
         blocks_path: dotted name of the ModuleList of blocks; None finds it by its length, `num_hidden_layers`.
 
     Raises:
-        ValueError: the blocks are not found, or are mixtures of experts.
+        ValueError: the blocks are not found.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None, blocks_path: str | None = None) -> None:
@@ -169,7 +165,7 @@ class LanguageModel:
         self.n_block_runs = 0  # of visited blocks on all inputs
         self._store: BlockStore | None = None
         self._companions: dict[str, bytes] = {}  # files that are saved beside the model
-        _refuse_experts(model, self.blocks)
+        self._shared = _shared_by_blocks(self.blocks)
 
     @classmethod
     def load(
@@ -364,8 +360,36 @@ class LanguageModel:
         return None
 
     def linears(self, index: int) -> dict[str, Linear]:
-        """The prunable linear layers of a block by name (nn.Linear, or GPT-2's Conv1D); no embeddings, norms or LM head."""
-        return {name: m for name, m in self.blocks[index].named_modules() if isinstance(m, Linear)}
+        """The prunable linear layers of a block by name: nn.Linear, GPT-2's Conv1D, and each matrix of each expert.
+
+        Routers and gates of experts are none, and what several blocks share belongs to none of them.
+        """
+        found = linears_of(self.blocks[index])
+        return {name: m for name, m in found.items() if f"{index}.{parameter_of(name, m)}" not in self._shared}
+
+    def linear_parameters(self, index: int) -> dict[str, nn.Parameter]:
+        """The parameters of a block that hold the weights of its prunable linear layers, by name in the block."""
+        names = {parameter_of(name, m): None for name, m in self.linears(index).items()}
+        return {name: self.blocks[index].get_parameter(name) for name in names}
+
+    def left_alone(self) -> dict[str, int]:
+        """Numbers of weights of what is no prunable linear layer in blocks, by name in a block: routers, convolutions, ...
+
+        Vectors, such as biases and the weights of norms, are left out.
+        """
+        out: dict[str, int] = {}
+        for index in range(self.n_blocks):
+            for name, p in self._others(index).items():
+                out[name] = out.get(name, 0) + p.numel()
+        return out
+
+    def has_others(self, index: int) -> bool:
+        """Whether a block has weights that `left_alone` counts."""
+        return bool(self._others(index))
+
+    def _others(self, index: int) -> dict[str, nn.Parameter]:
+        pruned = self.linear_parameters(index)
+        return {name: p for name, p in self.blocks[index].named_parameters() if p.dim() > 1 and name not in pruned}
 
     @property
     def offloaded(self) -> bool:
@@ -405,26 +429,45 @@ class LanguageModel:
         return np.array([sum(m.weight.numel() for m in unit.values()) for _, unit in self.budget_units(granularity)])
 
     def budget_units(self, granularity: Granularity) -> list[tuple[int, dict[str, Linear]]]:
-        """The units with a budget of their own: blocks, sublayers (attention before MLP), or linear layers.
+        """The units with a budget of their own: blocks, sublayers (attention before MLP), experts, or linear layers.
+
+        With experts, what is of no expert is a unit of its block, too.
 
         Returns:
             For each unit the index of its block and its prunable linear layers by name.
 
         Raises:
-            ValueError: as `sublayers`.
+            ValueError: as `sublayers`, or no block has experts.
         """
         if granularity == "block":
             return [(index, self.linears(index)) for index in range(self.n_blocks)]
         if granularity == "sublayer":
             return [(index, unit) for index in range(self.n_blocks) for unit in self.sublayer_linears(index)]
+        if granularity == "expert":
+            units = [(index, unit) for index in range(self.n_blocks) for unit in self._expert_linears(index)]
+            if len(units) == self.n_blocks:
+                raise ValueError(f"granularity=expert: {type(self.model).__name__} has no experts; use granularity=sublayer")
+            return units
         return [(index, {name: m}) for index in range(self.n_blocks) for name, m in self.linears(index).items()]
 
     def granularity_of(self, params: Ints) -> Granularity:
         """The granularity of a profile whose units have this many weights, int64 (n_units,)."""
         if len(params) == self.n_blocks:
             return "block"
-        sublayers = len(params) == 2 * self.n_blocks and np.array_equal(params, self.budget_params("sublayer"))
-        return "sublayer" if sublayers else "linear"
+        finer: tuple[Granularity, ...] = ("sublayer", "expert")
+        for granularity in finer:
+            with contextlib.suppress(ValueError):  # this model has no such units
+                if np.array_equal(params, self.budget_params(granularity)):
+                    return granularity
+        return "linear"
+
+    def _expert_linears(self, index: int) -> list[dict[str, Linear]]:
+        """The prunable linear layers of a block that are of no expert, and those of each expert."""
+        units: dict[str | None, dict[str, Linear]] = {}
+        for name, linear in self.linears(index).items():
+            units.setdefault(expert_of(name, linear), {})[name] = linear
+        others = units.pop(None, None)
+        return [*([others] if others else []), *units.values()]
 
     def sublayer_linears(self, index: int) -> list[dict[str, Linear]]:
         """The prunable linear layers of a block's attention, and those of its MLP; raises ValueError as `sublayers`."""
@@ -483,9 +526,16 @@ class LanguageModel:
             of_block.clear()  # there is memory for one block, even if the caller still holds this one
         yield rest
 
+    def _as_released(self) -> Iterator[Tensors]:
+        """The groups of `state_dict_by_block`, named and divided as in released checkpoints, as `save_pretrained` does."""
+        for group in self.state_dict_by_block():
+            released = revert_weight_conversion(self.model, group)
+            yield released
+            released.clear()  # as these groups are
+
     def pruned_names(self) -> list[str]:
-        """Names of the prunable weights in the state dict."""
-        return [f"{self.blocks_path}.{i}.{name}.weight" for i in range(self.n_blocks) for name in self.linears(i)]
+        """Names, in the state dict, of the parameters that hold the prunable weights."""
+        return [f"{self.blocks_path}.{i}.{name}" for i in range(self.n_blocks) for name in self.linear_parameters(i)]
 
     def save(self, folder: str | Path, form: SaveFormat = "dense") -> None:
         """Write a checkpoint; its folder appears when it is complete.
@@ -505,7 +555,7 @@ class LanguageModel:
                 if self.model.generation_config is not None:
                     self.model.generation_config.save_pretrained(partial)
                 if form == "dense":
-                    write_dense(partial, self.state_dict_by_block())
+                    write_dense(partial, self._as_released())
                 else:
                     write_bitmask(partial, self.state_dict_by_block(), set(self.pruned_names()))
             if self.tokenizer is not None:
@@ -581,7 +631,7 @@ class LanguageModel:
         attention = {n: m for n, m in heavy.items() if "attn" in n or "attention" in n}
         mlp = {n: m for n, m in heavy.items() if n not in attention}
         own = [n for n, p in self.blocks[index].named_parameters(recurse=False) if p.dim() > 1]
-        one = len(mlp) == 1 or (mlp and all(isinstance(m, Linear) for m in mlp.values()))
+        one = len(mlp) == 1 or (mlp and all(isinstance(m, LINEAR_MODULES) for m in mlp.values()))
         if len(attention) != 1 or not one or own:
             raise ValueError(
                 f"players=sublayer: block {index} is not an attention and an MLP ({[*heavy, *own]}); use players=block"
@@ -813,11 +863,6 @@ class LanguageModel:
                 raise self._unfit(f"what block {index} computes depends on more than it is given")
 
 
-def matrix(linear: Linear) -> Tensor:
-    """The weight of a linear layer as a view (d_out, d_in); GPT-2's Conv1D stores the transpose."""
-    return linear.weight.T if isinstance(linear, Conv1D) else linear.weight
-
-
 def _same(a: Any, b: Any) -> bool:
     """Whether two nested structures of arguments have equal values."""
     (left, shape), (right, other) = tree_flatten(a), tree_flatten(b)
@@ -834,14 +879,15 @@ def _same(a: Any, b: Any) -> bool:
     return True
 
 
-def _refuse_experts(model: PreTrainedModel, blocks: nn.Module) -> None:
-    """Raise ValueError for mixtures of experts: fused experts are no matrices, and separate ones may see no token."""
-    for name, p in blocks.named_parameters():
-        if p.dim() > 2 or "experts" in name:
-            raise ValueError(
-                f"{type(model).__name__}: block parameter {name} {tuple(p.shape)} belongs to a mixture of experts or a "
-                "convolution, which svnup does not support yet; choose a dense model"
-            )
+def _shared_by_blocks(blocks: nn.ModuleList) -> frozenset[str]:
+    """Names, in the list of blocks, of the parameters that are those of several blocks."""
+    owners: dict[int, set[int]] = {}
+    names: dict[str, int] = {}
+    for index, block in enumerate(blocks):
+        for name, p in block.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(p), set()).add(index)
+            names[f"{index}.{name}"] = id(p)
+    return frozenset(name for name, p in names.items() if len(owners[p]) > 1)
 
 
 def _find_blocks(model: PreTrainedModel, path: str | None) -> str:

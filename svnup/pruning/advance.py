@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from svnup.model.language_model import LanguageModel, matrix
+from svnup.model.language_model import LanguageModel
+from svnup.model.linears import by_parameter, is_transposed, matrix
 from svnup.progress import stage
 from svnup.pruning.walk import Inputs, Pruner
 from svnup.types import Ints, SparsityProfile
@@ -56,8 +57,8 @@ class PrunedInAdvance:
 
     def block(self, index: int, profile: SparsityProfile) -> dict[str, Tensor]:
         """The weights of a block by parameter name, as a profile of blocks or of their linear layers asks."""
-        names = self._lm.linears(index)
-        return {f"{name}.weight": self.weight(index, name, profile.of(index, name)) for name in names}
+        linears = self._lm.linears(index)
+        return by_parameter(linears, {name: self.weight(index, name, profile.of(index, name)) for name in linears})
 
 
 def pruned_in_passing(
@@ -89,7 +90,8 @@ def _dense_inputs(lm: LanguageModel, pruner: Pruner, tokens: Ints) -> Iterator[t
 def _pruned_block(
     lm: LanguageModel, pruner: Pruner, index: int, inputs: Inputs | None, profile: SparsityProfile
 ) -> dict[str, Tensor]:
-    return {f"{n}.weight": _pruned(lm, pruner, index, n, inputs, profile.of(index, n)) for n in lm.linears(index)}
+    linears = lm.linears(index)
+    return by_parameter(linears, {n: _pruned(lm, pruner, index, n, inputs, profile.of(index, n)) for n in linears})
 
 
 def _pruned(lm: LanguageModel, pruner: Pruner, index: int, name: str, inputs: Inputs | None, sparsity: float) -> Tensor:
@@ -99,7 +101,7 @@ def _pruned(lm: LanguageModel, pruner: Pruner, index: int, name: str, inputs: In
         pruned = pruner.prune(matrix(linear), None if inputs is None else inputs.stats(name), sparsity)
     except ValueError as error:
         raise ValueError(f"stage trial: block {index}, {name}: {error}") from error
-    return pruned if matrix(linear) is linear.weight else pruned.T
+    return pruned.T if is_transposed(linear) else pruned
 
 
 def _refuse_offload(lm: LanguageModel) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, ClassVar, Protocol
 
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from svnup.memory import peak_memory, synchronize
 from svnup.model.blocks import StopForward
-from svnup.model.language_model import LanguageModel, Linear, Visit, matrix
+from svnup.model.language_model import LanguageModel, Visit
+from svnup.model.linears import Linear, expert_of, matrix, routed_to_all, watched
 from svnup.progress import stage
 from svnup.pruning.masks import n_zeros
 from svnup.pruning.packed import apply_masks, save_masks
@@ -78,17 +80,25 @@ def workspace(pruner: Pruner, d_out: int, d_in: int) -> int:
 class Inputs:
     """Statistics and first tokens of the inputs of a block's linear layers, once per distinct input.
 
+    An expert reads the tokens that are routed to it. Where these are fewer than the inputs of a matrix, so that the outputs on
+    them do not determine it, the matrix gets the statistics of all tokens that enter the experts, as if all were routed to this
+    expert; where the experts' module takes no routes, those of uncorrelated inputs of equal size. `fallback` says so.
+
     Args:
         linears: the linear layers of the block by name.
         pruner: makes the statistics.
-        n_first: how many of the first tokens to keep.
+        n_first: how many of the first tokens to keep; the experts of a block share this number.
     """
 
     def __init__(self, linears: dict[str, Linear], pruner: Pruner, n_first: int = ERROR_TOKENS) -> None:
         self._linears, self._pruner, self._n_first = linears, pruner, n_first
+        self._experts = {name: expert for name, m in linears.items() if (expert := expert_of(name, m)) is not None}
+        self._n_first_of_expert = n_first // max(1, len(set(self._experts.values())))
         self._reads: dict[str, str] = {}  # linear layer -> the first one that reads the same input
         self._stats: dict[str, Any] = {}
         self._first: dict[str, Tensor] = {}
+        self._n_tokens: dict[str, int] = {}  # that were routed to an expert
+        self._fallbacks: dict[str, str] = {}
         self._current: list[tuple[str, Tensor]] = []
         self._calls, self._n_calls = 0, 0  # of linear layers: in this batch so far, in a run of the block
 
@@ -104,6 +114,16 @@ class Inputs:
         """The first inputs of a linear layer, (at most n_first, d_in)."""
         return self._first[self._reads[name]]
 
+    def fallback(self, name: str) -> str | None:
+        """How the statistics of a linear layer, or the pruning by them, deviate from what was asked; None if they do not."""
+        said = (self._fallbacks.get(name), getattr(self.stats(name), "fallback", None))
+        return "; ".join(text for text in said if text is not None) or None
+
+    @property
+    def short_of_tokens(self) -> list[str]:
+        """The linear layers of experts that saw fewer tokens than they have inputs."""
+        return list(self._fallbacks)
+
     def collect(self, visit: Visit, advance: bool) -> None:
         """Run the visited block on its inputs and gather the statistics.
 
@@ -112,26 +132,77 @@ class Inputs:
             advance: keep the outputs as inputs of the next block; if not, the block is run only up to its last linear layer.
 
         Raises:
-            ValueError: a linear layer is never called.
+            ValueError: a linear layer is never called, or no expert's of one name; or experts compute in an unknown way.
         """
-        names = {module: name for name, module in self._linears.items()}
+        self._observe(visit, advance and not self._experts)
+        seen = {self._kind(name) for name in self._reads}  # an expert may well get no token, but not all of them
+        if unseen := {name for name in self._linears if self._kind(name) not in seen}:
+            raise ValueError(f"block {visit.index}: no input ever reached {sorted(unseen)}")
+        if self._experts:
+            self._complete(visit, advance)
+
+    def _kind(self, name: str) -> str:
+        """The name of a linear layer, without the number of its expert."""
+        return re.sub(r"\.\d+\b", "", name) if name in self._experts else name
+
+    def _observe(self, visit: Visit, advance: bool) -> None:
+        names = {module: name for name, module in self._linears.items() if isinstance(module, torch.nn.Module)}
+        # What is called as a module is seen there; what is none, or may be multiplied without a call, in torch's products.
+        watch = len(names) < len(self._linears) or visit.lm.has_others(visit.index)
+        stop_early = not advance and not watch  # experts are called as often as tokens are routed to them
+        called: list[str] = []  # and not yet left
 
         def see(module: Any, args: Any) -> None:
+            called.append(names[module])
             self._see(names[module], args[0])
             self._calls += 1
-            if self._calls == self._n_calls and not advance:
+            if self._calls == self._n_calls and stop_early:
                 self._next_batch()
                 raise StopForward
 
+        def leave(module: Any, args: Any, out: Any) -> None:
+            called.remove(names[module])
+
+        def multiplied(name: str, rows: Tensor) -> None:
+            if name not in called:
+                self._reads[name] = name
+                self._observe_rows(name, rows)
+
         hooks = [m.register_forward_pre_hook(see) for m in names]
+        if watch:
+            hooks += [m.register_forward_hook(leave) for m in names]
         hooks.append(visit.block.register_forward_hook(lambda *_: self._next_batch()))
         try:
-            visit.run(advance)
+            with watched(self._linears, multiplied) if watch else nullcontext():
+                visit.run(advance)
         finally:
             for hook in hooks:
                 hook.remove()
-        if unseen := set(self._linears) - set(self._reads):
-            raise ValueError(f"block {visit.index}: no input ever reached {sorted(unseen)}")
+
+    def _complete(self, visit: Visit, advance: bool) -> None:
+        """Give experts that saw too few tokens other statistics, and run the block once more where it has to be."""
+        few = {}
+        for name in self._experts:
+            n_tokens, d_in = self._n_tokens.get(self._reads.get(name, name), 0), matrix(self._linears[name]).shape[1]
+            if n_tokens < d_in:
+                few[name] = f"{n_tokens} tokens were routed to this expert, fewer than the {d_in} inputs"
+        if not few:
+            if advance:
+                visit.run(advance)
+            return
+        for name in few:
+            for known in (self._stats, self._first, self._n_tokens):
+                known.pop(name, None)
+            self._reads[name] = name
+        with routed_to_all({name: self._linears[name] for name in few}, self._observe_rows):
+            visit.run(advance)
+        for name, reason in few.items():
+            rule = "all tokens that enter the experts"
+            if name not in self._stats:
+                rule = "uncorrelated inputs of equal size"
+                for x in _unit_inputs(matrix(self._linears[name])):
+                    self._observe_rows(name, x)
+            self._fallbacks[name] = f"{reason}; pruned by the statistics of {rule}"
 
     def _next_batch(self) -> None:
         self._n_calls, self._calls = self._calls, 0
@@ -143,11 +214,25 @@ class Inputs:
         if leader != name:
             return
         self._current.append((name, x))
-        rows = x.reshape(-1, x.shape[-1])
+        self._observe_rows(name, x.reshape(-1, x.shape[-1]))
+
+    def _observe_rows(self, name: str, rows: Tensor) -> None:
+        n_first = self._n_first_of_expert if name in self._experts else self._n_first
         if name not in self._stats:
             self._stats[name] = self._pruner.new_stats(matrix(self._linears[name]))
-            self._first[name] = rows[: self._n_first].clone()
+            self._first[name] = rows[:n_first].clone()
+        elif name in self._experts and len(self._first[name]) < n_first:
+            self._first[name] = torch.cat([self._first[name], rows[: n_first - len(self._first[name])]])
+        self._n_tokens[name] = self._n_tokens.get(name, 0) + len(rows)
         self._pruner.observe(self._stats[name], rows)
+
+
+def _unit_inputs(weight: Tensor) -> Iterator[Tensor]:
+    """One input (tokens, d_in) for each of the inputs of a matrix, which is 1 while the others are 0."""
+    d_in = weight.shape[1]
+    for start in range(0, d_in, ERROR_TOKENS):
+        places = torch.arange(start, min(start + ERROR_TOKENS, d_in), device=weight.device)
+        yield torch.nn.functional.one_hot(places, d_in).to(weight.dtype)
 
 
 @torch.inference_mode()
@@ -213,6 +298,14 @@ def _prune_block(
     if pruner.needs_inputs:
         with _timed(clock, "inputs"):  # a block that stays as it is need not run twice
             inputs.collect(visit, advance=not pruner.prunes)
+    if short := inputs.short_of_tokens:
+        logger.warning(
+            "block %d: %d matrices of experts saw fewer tokens than they have inputs, such as %s; they are pruned by the "
+            "statistics of more; for all by their own, use more calibration text (dataset.n_seq)",
+            visit.index,
+            len(short),
+            short[0],
+        )
     with _timed(clock, "prune"):
         return [_prune_linear(visit, name, pruner, inputs, sparsity[name], errors) for name in visit.linears]
 
@@ -264,14 +357,14 @@ def _weights_restored(lm: LanguageModel, blocks: Iterable[int]) -> Iterator[None
     """Context after which the linear layers of these blocks have their former weights."""
     if lm.offloaded:
         raise ValueError("offload: pruned and dense weights do not fit side by side; use offload=none")
-    linears = [m for index in blocks for m in lm.linears(index).values()]
+    parameters = [p for index in blocks for p in lm.linear_parameters(index).values()]
     with torch.inference_mode(False):  # gradients cannot pass tensors of inference mode
-        dense = [m.weight.detach().clone() for m in linears]
+        dense = [p.detach().clone() for p in parameters]
     try:
         yield
     finally:
-        for m, weight in zip(linears, dense, strict=True):
-            m.weight.data = weight
+        for p, weight in zip(parameters, dense, strict=True):
+            p.data = weight
 
 
 def pruned_weights(
@@ -279,7 +372,7 @@ def pruned_weights(
 ) -> list[dict[str, Tensor]]:
     """The pruned weights of each block by parameter name; the model keeps its own. Args and Raises as `temporarily_pruned`."""
     with temporarily_pruned(lm, profile, pruner, tokens):
-        return [{f"{n}.weight": m.weight.data for n, m in lm.linears(i).items()} for i in range(lm.n_blocks)]
+        return [{name: p.data for name, p in lm.linear_parameters(i).items()} for i in range(lm.n_blocks)]
 
 
 def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, sparsity: float, errors: bool) -> LinearReport:
@@ -300,8 +393,8 @@ def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, spars
     # More zeros than asked: kept weights were zero before, or too small for the dtype after an update. Fewer zeros are a bug.
     if pruner.prunes and not asked <= zeros <= asked + zeros_before + weight.numel() // 1000:
         raise ValueError(f"stage pruning: {full_name}: {zeros} zeros where {asked} were asked for")
-    fallback = getattr(inputs.stats(name), "fallback", None) if pruner.needs_inputs else None
-    if fallback is not None:
+    fallback = inputs.fallback(name) if pruner.needs_inputs else None
+    if fallback is not None and name not in inputs.short_of_tokens:
         logger.warning("%s: %s", full_name, fallback)
     return LinearReport(visit.index, name, zeros, weight.numel(), error_ratio, time.perf_counter() - start, fallback)
 

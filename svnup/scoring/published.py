@@ -212,7 +212,7 @@ def hill(eigenvalues: Floats) -> float:
 
 def wanda_scores(visit: Visit) -> dict[str, Tensor]:
     """Wanda scores |W_ij| ||X_j||_2 of each linear layer of a visited block by name, float32 (d_out, d_in); runs the block."""
-    from svnup.model.language_model import matrix
+    from svnup.model.linears import matrix
     from svnup.pruning.walk import Inputs
     from svnup.pruning.wanda import Wanda
 
