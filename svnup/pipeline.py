@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,9 +86,7 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
 
     not_compared = {"not_compared": job.not_compared} if job.not_compared is not None else {}
     stored: dict[str, Any] = {scores.stored_as: scores.to_dict()} if scores is not None else {}
-    return replace(
-        blank,
-        status="finished",
+    return blank.finished(
         metrics=metrics.to_dict(),
         dense=dense.to_dict(),
         sparsity={"target": job.sparsity, "actual": report.sparsity, "pattern": job.pattern},

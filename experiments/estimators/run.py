@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     head = [
         "# Estimators against exact Shapley values, built-in model",
         "",
-        f"Made by `make study NAME=estimators`. {machine['cpu']}, {machine['threads']} threads, torch {torch.__version__}, "
+        f"Made by `make study NAME=estimators`. {machine.cpu}, {machine.threads} threads, torch {torch.__version__}, "
         f"float32; payoff text: {n_seq} sequences of {seq_len} tokens. {sizes.n_seeds} seeds for the random estimators, mean ± "
         "standard deviation.",
         "",

@@ -270,7 +270,7 @@ def report(
     lines = [
         "# Games, payoffs, estimators and scales: which budget prunes best",
         "",
-        f"Made by `make study NAME=games`. {machine['cpu']}, {machine['cores']} cores, torch {torch.__version__}, float32. "
+        f"Made by `make study NAME=games`. {machine.cpu}, {machine.cores} cores, torch {torch.__version__}, float32. "
         f"Built-in model, lam 0.15, {sizes.n_calibration} x {length} calibration tokens, payoff text of {sizes.n_payoff} x "
         f"{length} tokens, selection text of {sizes.n_selection} x {length}.",
         "",

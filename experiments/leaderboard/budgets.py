@@ -23,6 +23,7 @@ from experiments.leaderboard.run import OF_SUBLAYERS, Bench, Cell, Sizes, worker
 from experiments.study import parse, parser, publish
 from svnup.pipeline import replacements, trial_of
 from svnup.results.provenance import hardware
+from svnup.results.row import Tuning
 from svnup.scoring import Context
 from svnup.shapley import Game, all_coalitions, exact_values
 from svnup.shapley.sliding_window import SlidingWindow
@@ -163,10 +164,9 @@ def tuned(*options: str, scores: Callable[[Game], Floats] | None = None, allocat
             values = BlockScores(scores(job.shapley.build_game(lm, replacements(job, lm), job.cache_dir)), "study")
         budget, trial = job.budget(lm), trial_of(job, lm, tokens)
         job.allocator.allocate(budget, values.per_unit(budget.n_units), trial)
-        curve = trial.to_dict()
-        assert curve is not None
-        best = min(curve["curve"], key=lambda call: math.inf if call["loss"] is None else call["loss"])
-        return best["loss"], best["label"]
+        best = min(Tuning.from_dict(trial.to_dict()).curve, key=lambda tried: math.inf if tried.loss is None else tried.loss)
+        assert best.loss is not None
+        return best.loss, best.label
 
     return idea
 
@@ -180,7 +180,7 @@ def report(found: dict[str, dict[str, tuple[float, str]]], sizes: Sizes) -> list
     text = [
         "# Ideas for a better Shapley budget",
         "",
-        f"Made by `make study NAME=budgets`. {machine['cpu']}, one thread, torch {torch.__version__}, float32. Built-in "
+        f"Made by `make study NAME=budgets`. {machine.cpu}, one thread, torch {torch.__version__}, float32. Built-in "
         f"model, 70 %, {sizes.n_calibration} x {length} calibration tokens, payoff text {sizes.n_payoff} x {length}; "
         f"perplexity on selection text ({sizes.n_selection} x {length}), on which the amplitude of each was chosen from seven; "
         "of rounds from three, then for each further round one of two steps.",

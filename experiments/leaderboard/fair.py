@@ -29,6 +29,7 @@ from svnup.config import Job
 from svnup.language_model import LanguageModel
 from svnup.pipeline import replacements, trial_of
 from svnup.results.provenance import hardware
+from svnup.results.row import Tuning
 from svnup.scoring import Context
 from svnup.types import BlockScores, Floats, Granularity, SparsityProfile
 
@@ -194,15 +195,15 @@ def choose(bench: Bench, cell: Cell, row: Row) -> Choice:
         params = lm.budget_params(row.parts or job.granularity)
         scores, cost = scored(bench, job, lm, len(params))
         profile = job.allocator.allocate(Budget(params, job.sparsity, job.pattern), scores, trial)
-    tuning = trial.to_dict() or {"curve": []}
-    if not row.tries and tuning["curve"]:
-        whole = [c for c in tuning["curve"] if not {"trial", "n_seq"} & c.keys() and not c["label"].startswith("layer ")]
-        label = min(whole, key=lambda c: math.inf if c["loss"] is None else c["loss"])["label"]
-    n_trials = sum("trial" in call for call in tuning["curve"])
+    tuning = Tuning.from_dict(trial.to_dict() or {})
+    if not row.tries and tuning.curve:
+        whole = [tried for tried in tuning.curve if tried.on_all and not tried.label.startswith("layer ")]
+        label = min(whole, key=lambda tried: math.inf if tried.loss is None else tried.loss).label
+    n_trials = sum(tried.trial for tried in tuning.curve)
     found_it: dict[str, Any] = {
         "label": label,
         "profile": profile.to_dict(),
-        "n_prunings": len(tuning["curve"]) - n_trials,
+        "n_prunings": len(tuning.curve) - n_trials,
         "n_trials": n_trials,
         "cost": cost + allocation_cost(job, cell[1], None, tuning, lm.n_blocks, bench.sizes),
     }
@@ -274,7 +275,7 @@ def report(board: Board, stages: tuple[Stage, ...], models: tuple[str, ...], siz
     text = [
         "# The leaderboard on even terms",
         "",
-        f"Made by `make study NAME=fair`. {hardware()['cpu']}, one thread, torch {torch.__version__}, float32. Calibration "
+        f"Made by `make study NAME=fair`. {hardware().cpu}, one thread, torch {torch.__version__}, float32. Calibration "
         f"{sizes.n_calibration} x {length} tokens; selection text {sizes.n_selection} x {length}, payoff text {sizes.n_payoff} "
         f"x {length}; perplexity on the first {sizes.n_test} windows of {length} tokens of the test text, mean ± standard "
         "deviation where more than one calibration seed was run.",

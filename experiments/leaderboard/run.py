@@ -42,6 +42,7 @@ from svnup.language_model import LanguageModel
 from svnup.pipeline import replacements, trial_of
 from svnup.pruning.walk import temporarily_pruned
 from svnup.results.provenance import hardware
+from svnup.results.row import Round, Tuning
 from svnup.scoring import Context
 from svnup.types import Floats, SparsityProfile
 
@@ -197,7 +198,7 @@ class Bench:
         return []
 
     def _measure(self, cell: Cell, allocator: str, overrides: list[str]) -> dict[str, Any]:
-        chosen, tuning, cost, sizes = "-", None, 0.0, self.sizes
+        chosen, tuning, cost, sizes = "-", Tuning(), 0.0, self.sizes
         losses, profiles = [], []
         for seed in sizes.seeds:
             job = self.job(cell, allocator, seed, *overrides)
@@ -210,11 +211,10 @@ class Bench:
             if seed == sizes.seeds[0]:
                 trial = trial_of(job, lm, tokens)
                 profile = job.allocator.allocate(budget, scores, trial)
-                tuning = trial.to_dict()
+                tuning = Tuning.from_dict(trial.to_dict() or {})
                 cost = allocation_cost(job, cell[1], found, tuning, lm.n_blocks, sizes)
                 if allocator == ROUNDS or isinstance(job.allocator, Tuned):
-                    assert tuning is not None
-                    chosen = min(tuning["curve"], key=lambda call: math.inf if call["loss"] is None else call["loss"])["label"]
+                    chosen = min(tuning.curve, key=lambda tried: math.inf if tried.loss is None else tried.loss).label
             elif isinstance(job.allocator, Tuned):
                 fixed = job.allocator.candidates(budget)[chosen]
                 profile = fixed.allocate(budget, scores)
@@ -227,9 +227,9 @@ class Bench:
             "chosen": chosen if chosen != "-" else ", ".join(o.partition(".")[2] for o in overrides) or "-",
             "losses": losses,
             "profiles": profiles,
-            "n_losses": tuning["n_evaluations"] if tuning else 0,
+            "n_losses": tuning.n_evaluations,
             "cost": cost,
-            "curve": tuning["curve"] if tuning else [],
+            "curve": [tried.to_dict() for tried in tuning.curve],
         }
 
     def read(self, job: Job, lm: LanguageModel, profile: SparsityProfile) -> list[float]:
@@ -266,27 +266,23 @@ def score_cost(job: Job, scores: Any, n_blocks: int, sizes: Sizes = FULL) -> flo
     return float(scores.cost.n_block_forwards / n_blocks * share)
 
 
-def round_cost(pruner: str, values: dict[str, Any], n_blocks: int, sizes: Sizes = FULL) -> float:
+def round_cost(pruner: str, values: Round, n_blocks: int, sizes: Sizes = FULL) -> float:
     """Of values of a pruned model: its coalitions, and two prunings; of those at the margin a forward and a backward pass, in
     which each forward is made again."""
-    if "n_sequences" in values:
-        return float(4 * values["n_sequences"] / sizes.n_calibration)
+    if values.n_sequences is not None:
+        return 4 * values.n_sequences / sizes.n_calibration
     share = sizes.n_payoff / sizes.n_calibration
-    return float(values["n_block_forwards"] / n_blocks * share) + 2 * loss_cost(pruner, 0, sizes)
+    return values.n_block_forwards / n_blocks * share + 2 * loss_cost(pruner, 0, sizes)
 
 
-def allocation_cost(
-    job: Job, pruner: str, scores: Any, tuning: dict[str, Any] | None, n_blocks: int, sizes: Sizes = FULL
-) -> float:
+def allocation_cost(job: Job, pruner: str, scores: Any, tuning: Tuning, n_blocks: int, sizes: Sizes = FULL) -> float:
     """Of a whole allocation: scores, losses, rounds. A trial prunes nothing; statistics in advance are taken once."""
-    tuning = tuning or {"curve": []}
     cost = score_cost(job, scores, n_blocks, sizes) if scores is not None else 0.0
-    trials = [call for call in tuning["curve"] if "trial" in call]
+    trials = [tried for tried in tuning.curve if tried.trial]
     cost += sum(
-        loss_cost("magnitude" if "trial" in call else pruner, call.get("n_seq", sizes.n_selection), sizes)
-        for call in tuning["curve"]
+        loss_cost("magnitude" if tried.trial else pruner, tried.n_seq or sizes.n_selection, sizes) for tried in tuning.curve
     )
-    cost += sum(round_cost(pruner, values, n_blocks, sizes) for values in tuning.get("rounds", []))
+    cost += sum(round_cost(pruner, values, n_blocks, sizes) for values in tuning.rounds)
     return cost + (loss_cost(pruner, 0, sizes) if trials else 0.0)
 
 
@@ -479,7 +475,7 @@ def report(
     text = [
         "# Leaderboard: allocators, pruners, sparsities",
         "",
-        f"Made by `make study NAME=leaderboard`. {machine['cpu']}, one thread a worker, torch {torch.__version__}, float32. "
+        f"Made by `make study NAME=leaderboard`. {machine.cpu}, one thread a worker, torch {torch.__version__}, float32. "
         f"Calibration {sizes.n_calibration} x {length} tokens, seeds {', '.join(map(str, sizes.seeds))}; selection text "
         f"{sizes.n_selection} x {length}, payoff text {sizes.n_payoff} x {length}; perplexity on the first {sizes.n_test} "
         f"windows of {length} tokens of the test text, mean ± "

@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     lines = [
         "# Pruners against each other",
         "",
-        f"Made by `make study NAME=pruners`. {machine['cpu']}, {machine['cores']} cores, torch {torch.__version__}, float32; "
+        f"Made by `make study NAME=pruners`. {machine.cpu}, {machine.cores} cores, torch {torch.__version__}, float32; "
         f"{sizes.n_seq} x {sizes.seq_len} calibration tokens.",
         "",
         "## Layer by layer",

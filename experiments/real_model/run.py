@@ -204,7 +204,7 @@ def report(
     lines = [
         "# Games on a real model, beside measured sensitivity",
         "",
-        f"Made by `{options.command}`. {machine['cpu']}, {machine['cores']} cores, torch {torch.__version__}, float32. "
+        f"Made by `{options.command}`. {machine.cpu}, {machine.cores} cores, torch {torch.__version__}, float32. "
         f"Model {options.model_name}. Wanda at {100 * options.sparsity:g} %, {options.n_calibration} x {options.seq_len} "
         "calibration tokens of C4, weights pruned in advance; all values and losses on the same "
         f"{n_seq} x {options.seq_len} tokens of selection text.",
