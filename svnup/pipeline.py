@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from svnup.allocation import Budget
 from svnup.allocation.trial import Trial
+from svnup.data import tokens_sha256
 from svnup.evaluation.gate import check_dense
 from svnup.files import sealed, write_text
 from svnup.game.layer_game import Replacements
@@ -133,7 +133,7 @@ def replacements(job: Job, lm: LanguageModel) -> Callable[[Pruner], Replacements
     def make(pruner: Pruner) -> Replacements:
         tokens = job.tokens()
         uniform = Budget(lm.block_params, job.sparsity, job.pattern).uniform()
-        name = f"{identity(pruner)} {job.sparsity!r} {job.pattern} {hashlib.sha256(tokens.tobytes()).hexdigest()}"
+        name = f"{identity(pruner)} {job.sparsity!r} {job.pattern} {tokens_sha256(tokens)}"
         return Replacements(pruned_weights(lm, uniform, pruner, tokens), name)
 
     return make

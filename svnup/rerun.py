@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from svnup.config.construction import refuse_outside
+from svnup.keys import flatten
 from svnup.results.provenance import MOVES_NUMBERS
 from svnup.results.row import ResultRow
-from svnup.results.select import flatten
 from svnup.results.store import load
 
 Verdict = Literal["equal", "within 1 %", "different", "other protocol"]

@@ -38,6 +38,7 @@ from svnup import NUMBERS_VERSION, config
 from svnup.allocation import Budget
 from svnup.allocation.maps import Tuned
 from svnup.config import CONF, Job
+from svnup.data import tokens_sha256
 from svnup.language_model import LanguageModel
 from svnup.pipeline import replacements, trial_of
 from svnup.pruning.walk import temporarily_pruned
@@ -235,7 +236,7 @@ class Bench:
     def read(self, job: Job, lm: LanguageModel, profile: SparsityProfile) -> list[float]:
         """NLL per window of test text; the same profile, weights and calibration are pruned once."""
         tokens = job.tokens() if job.pruner.needs_inputs else None
-        calibration = hashlib.sha256(tokens.tobytes()).hexdigest() if tokens is not None else None
+        calibration = tokens_sha256(tokens) if tokens is not None else None
         what = [
             "test",
             lm.fingerprint(),

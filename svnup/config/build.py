@@ -34,12 +34,13 @@ from svnup.config.checks import (
     refuse_removed,
     refuse_unknown,
 )
-from svnup.config.construction import check_node, construct, did_you_mean, error_context, refuse_outside, type_complaint
+from svnup.config.construction import check_node, construct, error_context, refuse_outside, type_complaint
 from svnup.config.job import Job, config_key, texts_of
 from svnup.config.schema import CONF, GROUPS, Schema
 from svnup.data import NAMED, TokenSource
 from svnup.evaluation.protocol import Evaluation
 from svnup.files import at_home, default_cache_dir
+from svnup.keys import did_you_mean
 from svnup.model.source import Model
 from svnup.pattern import Pattern
 from svnup.results.tracker import Tracker

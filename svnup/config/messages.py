@@ -5,19 +5,15 @@ from __future__ import annotations
 import contextlib
 import re
 import typing
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 
-from svnup.config.construction import did_you_mean
 from svnup.config.schema import CONF, GROUPS, register
-
-if TYPE_CHECKING:
-    pass
+from svnup.keys import did_you_mean, walk
 
 
 def explain(error: Exception, overrides: list[str]) -> str:
@@ -93,12 +89,5 @@ def _known_keys(overrides: list[str]) -> list[str]:
     for chosen in (choices, []):
         with contextlib.suppress(Exception), initialize_config_dir(str(CONF), version_base="1.3"):
             plain = typing.cast(dict[str, Any], OmegaConf.to_container(compose("config", overrides=chosen), resolve=False))
-            return [*groups, *_flatten(plain)]
+            return [*groups, *(key for key, _ in walk(plain))]
     return sorted(groups)
-
-
-def _flatten(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in node.items():
-        yield f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from svnup.keys import flatten
 from svnup.reports.grid import Cell, Grid
 from svnup.results.row import Dequantized, ResultRow
 from svnup.results.select import (
@@ -22,7 +23,6 @@ from svnup.results.select import (
     Where,
     check_key,
     fallback_of,
-    flatten,
     is_seed,
     listed,
     model_of,

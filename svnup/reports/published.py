@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from svnup.keys import did_you_mean
 from svnup.pattern import UNSTRUCTURED
 from svnup.reports.grid import Cell, Grid
 from svnup.reports.pivot import Pivot, Summary, grid, number, pivot, shown
@@ -72,9 +72,7 @@ class Published:
         """Load a table by its name, with other models or metrics if given; raises ValueError if there is no such table."""
         spec = json.loads((FOLDER / "tables.json").read_text(encoding="utf-8"))
         if name not in spec["tables"]:
-            near = difflib.get_close_matches(name, spec["tables"], n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"--table {name}: choose {', '.join(spec['tables'])}{hint}")
+            raise ValueError(f"--table {name}: choose {', '.join(spec['tables'])}{did_you_mean(name, spec['tables'])}")
         table = spec["tables"][name]
         metrics = tuple(metrics or table["metrics"])
         columns = table["columns"] | ({"model": list(models)} if models else {})

@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from svnup.keys import flatten
 from svnup.reports.grid import Cell, Grid
 from svnup.reports.pivot import number
 from svnup.results.row import ResultRow
-from svnup.results.select import MISSING, fallback_of, flatten, settings, uniform_taken, word
+from svnup.results.select import MISSING, fallback_of, settings, uniform_taken, word
 from svnup.types import player_names
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from svnup.keys import flatten
 from svnup.results.row import Protocol, ResultRow
-from svnup.results.select import flatten, settings, word
+from svnup.results.select import settings, word
 from svnup.results.store import load
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE)

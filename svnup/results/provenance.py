@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from svnup import NUMBERS_VERSION
+from svnup.keys import walk
 from svnup.outside import OURS, code_hash, git, outside_code
 from svnup.results.row import Hardware, Provenance
 from svnup.secrets import redact_code
@@ -75,7 +75,7 @@ def provenance(
         "sweep": asked.sweep,
         "seed": config.get("seed"),
         "numbers": NUMBERS_VERSION,
-        "seeds": dict(_seeds(config)),
+        "seeds": {key: value for key, value in walk(config) if key.rpartition(".")[2] == "seed"},
         "texts": texts or {},
         "dequantized_from": dequantized_from,
         "code_sha256": code_hash(OURS),
@@ -150,11 +150,3 @@ def _cut(text: str) -> str:
     if len(text) <= LONGEST_DIFF:
         return text
     return f"{text[:LONGEST_DIFF]}\n[cut: {LONGEST_DIFF:,} of {len(text):,} characters are kept]\n"
-
-
-def _seeds(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
-    for name, value in node.items():
-        if name == "seed":
-            yield f"{prefix}seed", value
-        elif isinstance(value, dict):
-            yield from _seeds(value, f"{prefix}{name}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
+from svnup.keys import did_you_mean, flatten
 from svnup.naming import allocator_name, method_name, moving_numbers
 from svnup.results.row import Measured, ResultRow
 
@@ -77,14 +77,6 @@ def short_names(models: Iterable[str]) -> dict[str, str]:
     names = set(models)
     short = {name: name.rstrip("/").rpartition("/")[2] for name in names}
     return {name: s if list(short.values()).count(s) == 1 else name for name, s in short.items()}
-
-
-def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    out: dict[str, Any] = {}
-    for name, value in node.items():
-        out |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return out
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
@@ -194,19 +186,17 @@ def same(key: str, text: str, wanted: str) -> bool:
 
 
 def listed(there: set[str], given: str) -> str:
-    close = difflib.get_close_matches(given, there, n=1)
     shown = sorted(there)
     listed = ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "")
-    return f"{'is' if len(there) == 1 else 'are'} {listed}" + (f"; did you mean {close[0]}?" if close else "")
+    return f"{'is' if len(there) == 1 else 'are'} {listed}{did_you_mean(given, shown)}"
 
 
 def check_key(key: str, runs: Iterable[Run], option: str) -> None:
     """Raise ValueError where no run has a key."""
     known = {name for run in runs for name in run.settings} | ({METRIC} if option != "--where" else set())
     if key not in known:
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else "svnup-results show DIR ID lists the keys of a run"
-        raise ValueError(f"{option} {key}: no run has such a key; {hint}")
+        hint = did_you_mean(key, sorted(known)) or "; svnup-results show DIR ID lists the keys of a run"
+        raise ValueError(f"{option} {key}: no run has such a key{hint}")
 
 
 def metrics_of(runs: Iterable[Run], asked: Sequence[str] = ()) -> list[str]:
