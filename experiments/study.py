@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from svnup.data import Docs, Role
 from svnup.language_model import LanguageModel
 from svnup.model.loading import read_tokenizer
 from svnup.model.source import BUILT_IN_FOLDER
-from svnup.types import Ints
+from svnup.types import Floats, Ints
 
 QUICK = Path("results") / "quick"
 
@@ -51,6 +53,18 @@ def built_in(n_blocks: int | None = None) -> LanguageModel:
 def text(role: Role, n_seq: int | None, seq_len: int = 256, seed: int = 0) -> Ints:
     """Tokens of the built-in text by the built-in tokenizer, int64 (n_seq, seq_len); None takes all of it."""
     return Docs(n_seq=n_seq, seq_len=seq_len, role=role, seed=seed).tokens(read_tokenizer(str(BUILT_IN_FOLDER)))
+
+
+def segment_means(losses: Floats, n_segments: int) -> Floats:
+    """Means over contiguous segments of windows, (..., n_windows) -> (..., n_segments): what a bootstrap draws from, since
+    neighbouring windows are not independent."""
+    return np.stack([part.mean(axis=-1) for part in np.array_split(losses, n_segments, axis=-1)], axis=-1)
+
+
+def interval(drawn: Floats) -> tuple[float, float]:
+    """The 95 % interval of what a bootstrap has drawn, (n_draws,)."""
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def publish(options: argparse.Namespace, name: str, lines: Sequence[str]) -> None:

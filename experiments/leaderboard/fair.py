@@ -22,7 +22,7 @@ import torch
 
 from experiments.leaderboard import run
 from experiments.leaderboard.run import MODELS, OF_SUBLAYERS, Bench, Cell, Sizes, allocation_cost, score_cost
-from experiments.study import parse, parser, publish
+from experiments.study import interval, parse, parser, publish, segment_means
 from svnup.allocation import Budget
 from svnup.allocation.maps import Tuned
 from svnup.config import Job
@@ -230,9 +230,9 @@ def against(mine: Result, theirs: Result) -> tuple[float, float, float]:
     contiguous segments of the test text: neighbouring windows are not independent. It says nothing of other calibration."""
     seeds = [seed for seed in mine.losses if seed in theirs.losses]
     apart = np.mean([np.subtract(mine.losses[seed], theirs.losses[seed]) for seed in seeds], axis=0)
-    parts = [float(part.mean()) for part in np.array_split(apart, min(SEGMENTS, len(apart)))]
+    parts = segment_means(apart, min(SEGMENTS, len(apart)))
     drawn = np.random.default_rng(0).integers(len(parts), size=(4000, len(parts)))
-    low, high = np.percentile(np.array(parts)[drawn].mean(axis=1), [2.5, 97.5])
+    low, high = interval(parts[drawn].mean(axis=1))
     return tuple(100 * math.expm1(x) for x in (apart.mean(), low, high))  # type: ignore[return-value]
 
 

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments.study import figure, parse, parser, publish
+from experiments.study import figure, interval, parse, parser, publish
 from svnup import NUMBERS_VERSION, config
 from svnup.allocation import Budget
 from svnup.allocation.maps import Tuned
@@ -349,7 +349,7 @@ def change(entry: Entry, other: Entry) -> tuple[float, float, float, float]:
     rng, (n_seeds, n_windows) = np.random.default_rng(0), entry.losses.shape
     seeds, windows = (rng.integers(n, size=(2000, n)) for n in (n_seeds, n_windows))
     one, two = (np.exp(e.losses[seeds[:, :, None], windows[:, None, :]].mean(axis=2)).mean(axis=1) for e in (entry, other))
-    low, high = np.percentile(one / two, [2.5, 97.5])
+    low, high = interval(one / two)
     return 100 * (ratio - 1), 100 * error, 100 * (low - 1), 100 * (high - 1)
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from svnup import config
+from svnup.cli.outcome import outcome, tell
 from svnup.execute import execute
-from svnup.files import fault
 from svnup.outside import OURS
 from svnup.reports import figures
 from svnup.results.provenance import Asked
 from svnup.results.row import ResultRow
-from svnup.secrets import redact
 
 
 def repeat(result: Path, into: str, cache_dir: str, trust: bool) -> int:
@@ -36,16 +35,13 @@ def repeat(result: Path, into: str, cache_dir: str, trust: bool) -> int:
     try:
         job = config.build(config.stored(row.config, trust, **changes))
         execute(job, Asked(made.command or OURS, list(made.overrides), made.sweep), figures)
-    except ValueError as error:
-        message, code = str(error), 2
-    except OSError as error:
-        if (told := fault(error)) is None:
+    except Exception as error:
+        if (told := outcome(error)) is None:
             raise
-        message, code = told, 1
-    else:
-        return 0
-    sys.stderr.write(redact(f"svnup-results: {' '.join(message.split())}\n"))
-    return code
+        message, code = told
+        tell("svnup-results", message)
+        return code
+    return 0
 
 
 if __name__ == "__main__":
