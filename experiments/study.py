@@ -118,8 +118,8 @@ def made_by(command: str, cores: str | None = None) -> str:
     import torch
 
     machine = hardware()
-    cores = cores or f"{machine['cores']} cores"
-    return f"Made by `{command}`. {machine['cpu']}, {cores}, torch {torch.__version__}, float32"
+    cores = cores or f"{machine.cores} cores"
+    return f"Made by `{command}`. {machine.cpu}, {cores}, torch {torch.__version__}, float32"
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]], align: str = "") -> list[str]:
@@ -133,6 +133,18 @@ def table_file(options: argparse.Namespace, name: str) -> Path:
     path: Path = options.output / "results" / "tables" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def segment_means(losses: Floats, n_segments: int) -> Floats:
+    """Means over contiguous segments of windows, (..., n_windows) -> (..., n_segments): what a bootstrap draws from, since
+    neighbouring windows are not independent."""
+    return np.stack([part.mean(axis=-1) for part in np.array_split(losses, n_segments, axis=-1)], axis=-1)
+
+
+def interval(drawn: Floats) -> tuple[float, float]:
+    """The 95 % interval of what a bootstrap has drawn, (n_draws,)."""
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def publish(options: argparse.Namespace, name: str, lines: Sequence[str]) -> None:

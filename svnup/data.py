@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from svnup.files import at_home
 from svnup.types import LOCAL_COPY, Ints
 
 Role = Literal["calibration", "payoff", "selection", "test"]
@@ -107,7 +108,7 @@ class TextFile(TokenSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        file = Path(self.path).expanduser()
+        file = at_home("path", self.path)
         if not self.path or not file.is_file():
             raise ValueError(f"path={self.path or chr(39) * 2}: there is no such file; name a text file: path=my_text.txt")
         if not file.stat().st_size:
@@ -134,7 +135,7 @@ class TextFile(TokenSource):
         """The decompressed text without its byte-order mark, in chunks; raises ValueError if it is too large."""
         size = 0
         try:
-            with (gzip.open if self.path.endswith(".gz") else open)(Path(self.path).expanduser(), "rb") as file:
+            with (gzip.open if self.path.endswith(".gz") else open)(at_home("path", self.path), "rb") as file:
                 chunk = file.read(CHUNK).removeprefix(BOM_UTF8)
                 while chunk:
                     size += len(chunk)
@@ -209,12 +210,17 @@ class C4(TokenSource):
         return _load(self, data_files={"part": file}, split="part")
 
 
+def tokens_sha256(tokens: Ints) -> str:
+    """The SHA-256 of tokens, int64 (n_seq, seq_len), in hex."""
+    return hashlib.sha256(tokens.tobytes()).hexdigest()
+
+
 NAMED: dict[str, type[TokenSource]] = {source.name: source for source in (Docs, TextFile, WikiText2, C4)}
 
 
 def local_copy(path: str, datasets_dir: str | None) -> Path | None:
     """The folder with a copy of a data set of the Hub: its name below `datasets_dir` or the working directory; else None."""
-    places = [Path(folder).expanduser() / path for folder in (datasets_dir, ".") if folder is not None]
+    places = [at_home("datasets_dir", folder) / path for folder in (datasets_dir, ".") if folder is not None]
     return next((place for place in places if place.is_dir()), None)
 
 

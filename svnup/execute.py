@@ -22,9 +22,8 @@ from svnup.files import fault, naming
 from svnup.naming import moving_numbers
 from svnup.progress import listening, say
 from svnup.results.provenance import Asked, provenance
-from svnup.results.row import ResultRow
+from svnup.results.row import Process, ResultRow, Status
 from svnup.results.store import RunFolder, run_folders
-from svnup.results.stored import Status
 from svnup.results.tracker import Figures
 from svnup.secrets import redact, redacted
 
@@ -129,7 +128,7 @@ def _run_claimed(folder: RunFolder, job: config.Job, asked: Asked, there: _Befor
     blank = ResultRow("running", job.key, job.config, made_by, there.prints)
     earlier = there.row if there.row is not None and there.row.status == "finished" else None
     if earlier is None:  # else it stays until there is another one that is complete
-        folder.write(replace(blank, process={"host": socket.gethostname(), "pid": os.getpid()}))
+        folder.write(replace(blank, process=Process(socket.gethostname(), os.getpid())))
     try:
         row = _run_into(folder, job, blank, there, plots)
     except BaseException as error:
@@ -156,7 +155,7 @@ def _run_into(folder: RunFolder, job: config.Job, blank: ResultRow, there: _Befo
         listening(tell),
     ):
         folder.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(job.config))))
-        row = pipeline.run(job, folder.begin(keep_blocks=not job.force), blank).finite()
+        row = pipeline.run(job, folder.begin(keep_blocks=not job.force), blank)
         figures: dict[str, Path] = {}
         try:
             figures = plots.figures(row, folder.path / "figures")
@@ -258,21 +257,22 @@ def print_plan(job: config.Job) -> None:
 
 def summary_of(row: ResultRow) -> str:
     """The metrics of a result in one line."""
-    numbers = ("none" if metric["value"] is None else f"{metric['value']:.2f}" for metric in row.metrics.values())
+    numbers = ("none" if metric.value is None else f"{metric.value:.2f}" for metric in row.metrics.values())
     return ", ".join(f"{name} {number}" for name, number in zip(row.metrics, numbers, strict=True)) or "not evaluated"
 
 
 def _print_result(row: ResultRow) -> None:
     scores = row.shapley or row.scores
     if scores is not None and row.profile is not None:
-        sparsity = row.profile["sparsity"]
-        values = np.reshape(scores["values"], (len(sparsity), -1)).sum(axis=1)  # attention and MLP may be apart
+        sparsity = row.profile.sparsity
+        values = np.reshape(scores.values, (len(sparsity), -1)).sum(axis=1)  # attention and MLP may be apart
         _say(f"  {'layer':>5}  {'Shapley value' if row.shapley else 'score':>13}  {'sparsity':>8}  kept")
         for index, (value, share) in enumerate(zip(values, sparsity, strict=True)):
             _say(f"  {index:>5}  {value:>13.4f}  {share:>8.3f}  {'█' * round(40 * (1 - share))}")
     for name, metric in row.metrics.items():
-        dense = f"  (dense {row.dense[name]['value']:.2f})" if name in row.dense else ""
-        error = f" ± {metric['stderr']:.2f}" if "stderr" in metric else ""
-        zeros = f" at {100 * row.sparsity['actual']:.2f} % zeros" if row.sparsity else ""
-        value = f"none: {metric['reason']}" if metric["value"] is None else f"{metric['value']:.2f}"
+        before = row.dense[name].value if name in row.dense else None
+        dense = f"  (dense {before:.2f})" if before is not None else ""
+        error = f" ± {metric.stderr:.2f}" if metric.stderr is not None else ""
+        zeros = f" at {100 * row.sparsity.actual:.2f} % zeros" if row.sparsity else ""
+        value = f"none: {metric.reason}" if metric.value is None else f"{metric.value:.2f}"
         _say(f"  {name} {value}{error}{dense}{zeros}")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svnup.allocation import Budget
 from svnup.allocation.trial import Trial
+from svnup.data import tokens_sha256
 from svnup.evaluation.gate import check_dense
 from svnup.files import sealed, write_text
 from svnup.game.layer_game import Replacements
@@ -91,9 +90,7 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
 
     not_compared = {"not_compared": job.not_compared} if job.not_compared is not None else {}
     stored: dict[str, Any] = {scores.stored_as: scores.to_dict()} if scores is not None else {}
-    return replace(
-        blank,
-        status="finished",
+    return blank.finished(
         metrics=metrics.to_dict(),
         dense=dense.to_dict(),
         sparsity={"target": job.sparsity, "actual": report.sparsity, "pattern": job.pattern},
@@ -140,7 +137,7 @@ def replacements(job: Job, lm: LanguageModel) -> Callable[[Pruner], Replacements
     def make(pruner: Pruner) -> Replacements:
         tokens = job.tokens()
         uniform = Budget(lm.block_params, job.sparsity, job.pattern).uniform()
-        name = f"{identity(pruner)} {job.sparsity!r} {job.pattern} {hashlib.sha256(tokens.tobytes()).hexdigest()}"
+        name = f"{identity(pruner)} {job.sparsity!r} {job.pattern} {tokens_sha256(tokens)}"
         return Replacements(pruned_weights(lm, uniform, pruner, tokens), name)
 
     return make

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from svnup.config.construction import refuse_outside
+from svnup.keys import flatten
 from svnup.results.provenance import MOVES_NUMBERS
 from svnup.results.row import ResultRow
-from svnup.results.select import flatten
 from svnup.results.store import load
 
 Verdict = Literal["equal", "within 1 %", "different", "other protocol"]
@@ -63,7 +63,8 @@ class Repeated:
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
         """Differences in the origin of the two results by key; keys that a result of an earlier version lacks are left out."""
-        first, second = _origin(self.first, self.first.provenance), _origin(self.second, self.first.provenance)
+        told = self.first.provenance.to_dict()
+        first, second = _origin(self.first, told), _origin(self.second, told)
         both = [k for k in first if k in second or k.startswith(("versions", "environment", "inputs", "outside"))]
         both += [k for k in second if k not in first and k.startswith(("environment", "outside"))]
         return {k: (first.get(k), second.get(k)) for k in both if first.get(k) != second.get(k)}
@@ -75,7 +76,8 @@ class Repeated:
         width = max(map(len, verdicts), default=0)
         lines += [f"  {n:{width}}  {_shown(a):>24}  {_shown(b):>24}  {verdict}" for n, (a, b, verdict) in verdicts.items()]
         differences = self.differences()
-        unknown = [what for what, key in NEEDED.items() if key not in self.first.provenance]
+        told = self.first.provenance.to_dict()
+        unknown = [what for what, key in NEEDED.items() if key not in told]
         if not (differences or unknown):
             lines += ["both have the same code, packages and machine"]
         if differences:
@@ -111,7 +113,7 @@ def rerun(row: ResultRow, into: str | Path, trust: bool = False) -> Repeated:
     original = place / "original.json"
     original.write_text(row.to_json(), encoding="utf-8")
     env = dict(os.environ)
-    if (was := row.provenance.get("environment")) is not None:  # earlier versions did not record it
+    if (was := row.provenance.environment) is not None:  # earlier versions did not record it
         env = {k: v for k, v in env.items() if k not in MOVES_NUMBERS} | {k: was[k] for k in MOVES_NUMBERS if k in was}
     path = [str(Path(__file__).parent.parent), *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     env["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, path))  # the result chooses the working directory, not modules
@@ -130,20 +132,20 @@ def _numbers(row: ResultRow) -> dict[str, Any]:
     """Every number that a repetition should reproduce by name; metrics with their protocols."""
     out: dict[str, Any] = {}
     for prefix, metrics in (("", row.metrics), ("dense ", row.dense)):
-        out |= {prefix + name: (metric["value"], metric["protocol"]) for name, metric in metrics.items()}
+        out |= {prefix + name: (metric.value, metric.protocol.to_dict()) for name, metric in metrics.items()}
     if row.sparsity:
-        out["sparsity"] = row.sparsity["actual"]
+        out["sparsity"] = row.sparsity.actual
     for name, scores in (("Shapley values", row.shapley), ("scores", row.scores)):
-        out |= {name: scores["values"]} if scores else {}
-    return out | ({"profile": row.profile["sparsity"]} if row.profile else {})
+        out |= {name: scores.values} if scores else {}
+    return out | ({"profile": row.profile.sparsity} if row.profile else {})
 
 
 def _origin(row: ResultRow, told: Mapping[str, Any]) -> dict[str, Any]:
     """The origin of a result with dotted keys, as far as the provenance `told` has it; of outside code version and hash."""
-    known = {k: row.provenance.get(k) for k in ENDS if k in told}
+    known = {k: v for k, v in row.provenance.to_dict().items() if k in ENDS and k in told}
     if "outside" in known:
-        code: dict[str, dict[str, Any]] = known["outside"] or {}
-        known["outside"] = {package: {k: of[k] for k in ("version", "sha256")} for package, of in code.items()}
+        code = row.provenance.outside or {}
+        known["outside"] = {package: {"version": of.version, "sha256": of.sha256} for package, of in code.items()}
     return flatten(known | {"inputs": row.fingerprints, "config_key": row.config_key})
 
 

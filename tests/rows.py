@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from svnup.results.row import ResultRow
+from svnup.results.row import Provenance, ResultRow
 from svnup.results.store import RunFolder
 
 GAME = {
@@ -41,6 +41,16 @@ def protocol(model: str = "svnup/tiny", **changed: Any) -> dict[str, Any]:
     digest = hashlib.sha256(model.encode()).hexdigest()[:16]
     whole = {"dataset": "docs", "role": "test", "text": "t" * 64, "tokens_sha256": digest, "seq_len": 256, "n_windows": 300}
     return whole | {"n_tokens": 76800, "complete": True, "mean": "over windows"} | changed
+
+
+def stored(**fields: Any) -> ResultRow:
+    """A row by the JSON of its fields, those that it lacks as in a run that has just begun."""
+    return changed(ResultRow("running", "k", {}, Provenance(), {}), **fields)
+
+
+def changed(row: ResultRow, **fields: Any) -> ResultRow:
+    """The row with other JSON at some of its fields."""
+    return ResultRow.from_dict(row.to_dict() | fields)
 
 
 def run(
@@ -92,18 +102,18 @@ def run(
     entries = {name: {"value": v, "protocol": protocol(model, **(measured or {}))} for name, v in values.items()}
     before = DENSE.get(model, 5.68) if dense is None else dense
     made_by = {"cpu": "Abacus 9000", "cores": 2, "gpus": [], "threads": 1}
-    return ResultRow(
-        status,  # type: ignore[arg-type]
-        key,
-        config,
-        {
+    return stored(
+        status=status,
+        config_key=key,
+        config=config,
+        provenance={
             "hardware": made_by,
             "versions": {"svnup": "0.1.0", "torch": "2.13.0"},
             "command": "svnup",
             "overrides": [],
             "seed": seed,
         },
-        {"weights": "w"},
+        fingerprints={"weights": "w"},
         metrics=entries,
         dense={name: {"value": before, "protocol": entry["protocol"]} for name, entry in entries.items()},
         sparsity={"target": sparsity, "actual": sparsity - 1e-4, "pattern": "unstructured"} if entries else None,

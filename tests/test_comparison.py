@@ -65,7 +65,7 @@ def test_equal_folders(tmp_path, capsys):
 
 
 def test_numbers_within_the_tolerance_and_beyond(tmp_path, capsys):
-    moved = [*ROWS[:1], replace(ROWS[1], metrics={"docs/ppl": {**ROWS[1].metrics["docs/ppl"], "value": 20.15}}), ROWS[2]]
+    moved = [*ROWS[:1], replace(ROWS[1], metrics={"docs/ppl": replace(ROWS[1].metrics["docs/ppl"], value=20.15)}), ROWS[2]]
     code, out = told(tmp_path, capsys, ROWS, moved)
     assert code == 0
     assert "within 1 %; the largest difference is 0.74 %" in out
@@ -188,4 +188,4 @@ def test_a_committed_number_comes_out_again(pruner, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     (made,) = load(tmp_path)
-    assert made.metrics["docs/ppl"]["value"] == pytest.approx(float(row.split("|")[3].replace("*", "")), rel=0.01)
+    assert made.metrics["docs/ppl"].value == pytest.approx(float(row.split("|")[3].replace("*", "")), rel=0.01)

@@ -20,7 +20,7 @@ from svnup.naming import identity, named
 from svnup.pruning.refit import Refit
 from svnup.pruning.wanda import Wanda
 from svnup.rerun import rerun
-from svnup.results.row import ResultRow
+from svnup.results.row import Provenance, ResultRow
 from svnup.results.store import RunFolder, load
 
 WANDA = "svnup.pruning.wanda.Wanda"
@@ -249,7 +249,7 @@ def test_a_result_that_names_code_from_outside_is_repeated_with_trust_alone(svnu
     "key", [*PLAIN_PLACES, "pruner", "model", "evaluation.datasets.docs", "allocator.scorer.game.data", "tracker", "hydra"]
 )
 def test_nothing_of_a_stranger_s_result_is_imported(plain, trap, key, capsys, monkeypatch):
-    row = ResultRow("finished", "abc", with_value(plain, key, TRAP), {}, {})
+    row = ResultRow("finished", "abc", with_value(plain, key, TRAP), Provenance(), {})
     with pytest.raises(ValueError, match=r"^[\w.]+\._target_=trap\.spring: would run code from outside.*--trust$"):
         config.stored(row.config)
     RunFolder.of(trap, "abc").write(row)
@@ -301,7 +301,7 @@ def test_words_in_the_place_of_a_group_are_one_line(plain, group):
 @pytest.mark.parametrize("key", ["../../x", "/tmp/x", "..", ".", "", "a/b", "a\\b", "a\0b", "a\n", "x" * 101, "ä", 7, None])
 def test_a_key_stays_in_the_folder(tmp_path, key, capsys):
     with pytest.raises(ValueError, match=r"^config_key="):
-        ResultRow("finished", key, {}, {}, {})
+        ResultRow("finished", key, {}, Provenance(), {})
     good = rows.run(7.5)
     folder = tmp_path / "results" / "runs" / "x"
     folder.mkdir(parents=True)
@@ -359,6 +359,6 @@ def test_a_result_of_today_s_earlier_form_is_read_and_built(plain, tmp_path):
         "docs": ("docs", 4, 32, "test"),
         "text_file": ("text_file", 2, 32, "test"),
     }
-    row = replace(ResultRow("finished", "abc", older, {}, {}), metrics={})
+    row = replace(ResultRow("finished", "abc", older, Provenance(), {}), metrics={})
     assert json.loads(row.to_json())["config"] == older
     assert Path(path).is_file()

@@ -412,18 +412,18 @@ def test_a_kill_between_model_and_result_is_made_good(svnup, run_folder, monkeyp
     job = [*JOB, "save_model=true", "save_masks=true"]
     assert svnup(*job)[0] == 0
     folder = run_folder()
-    old, masks = folder.read().provenance["started"], (folder.path / "masks.safetensors").stat().st_ino
+    old, masks = folder.read().provenance.started, (folder.path / "masks.safetensors").stat().st_ino
     time.sleep(1.1)  # `started` tells seconds
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert svnup(*JOB, "save_model=true", "force=true")[0] == 130
     assert (folder.unfinished / MOVES).is_file()
-    assert folder.read().provenance["started"] == old
+    assert folder.read().provenance.started == old
     assert (folder.path / "masks.safetensors").stat().st_ino == masks
     monkeypatch.setattr(pipeline, "run", None)
     code, out, _ = svnup(*JOB, "save_model=true")
     assert (code, "already finished" in out) == (0, True)
-    assert folder.read().provenance["started"] > old
+    assert folder.read().provenance.started > old
     assert not folder.unfinished.exists()
     assert not (folder.path / "masks.safetensors").exists(), "of the earlier pruning"
     assert set(folder.models()) == {"dense"}

@@ -10,6 +10,7 @@ import pytest
 
 from experiments.leaderboard import fair
 from experiments.leaderboard import run as board_of
+from svnup.results.row import Round, Tried, Tuning
 
 
 def entry(run, cell, name, nll, least=None):
@@ -96,7 +97,10 @@ def test_what_a_loss_costs():
     full = board_of.FULL
     assert board_of.loss_cost("magnitude", full.n_calibration) == 1
     assert board_of.loss_cost("wanda", full.n_calibration) == 3, "two runs of each block to prune it"
-    assert board_of.round_cost("wanda", {"n_block_forwards": 120}, 12) == 10 * full.n_payoff / full.n_calibration + 4
+    assert (
+        board_of.round_cost("wanda", Round("Exact", (), n_block_forwards=120), 12)
+        == 10 * full.n_payoff / full.n_calibration + 4
+    )
 
 
 @pytest.mark.slow
@@ -185,8 +189,8 @@ def test_the_table_says_what_has_not_been_run():
 
 def test_a_trial_prunes_nothing_and_statistics_in_advance_are_taken_once():
     full = board_of.FULL
-    trial = {"label": "round 1", "loss": 3.0, "n_seq": 16, "trial": True}
-    tuning = {"curve": [trial, trial, {"label": "uniform", "loss": 3.0}], "rounds": [{"n_sequences": 8}, {"n_sequences": 8}]}
+    trial, values = Tried("round 1", 3.0, n_seq=16, trial=True), Round("AumannShapley", (), n_sequences=8)
+    tuning = Tuning(curve=(trial, trial, Tried("uniform", 3.0)), rounds=(values, values))
     whole = 2 + full.n_selection / full.n_calibration
     assert board_of.allocation_cost(None, "wanda", None, tuning, 12, full) == 2 + 2 * 4 * 8 / 16 + 2 * 16 / 16 + whole
-    assert board_of.allocation_cost(None, "wanda", None, None, 12, full) == 0
+    assert board_of.allocation_cost(None, "wanda", None, Tuning(), 12, full) == 0

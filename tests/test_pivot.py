@@ -65,7 +65,7 @@ def some_rows(draw):
 def test_every_number_is_in_the_mean_of_exactly_one_cell(rows):
     cells = table(rows).cells
     assert sorted(v for cell in cells.values() for v in cell.values) == sorted(
-        row.metrics["docs/ppl"]["value"] for row in rows if row.status == "finished"
+        row.metrics["docs/ppl"].value for row in rows if row.status == "finished"
     )
     for cell in cells.values():
         if cell.values:
@@ -75,7 +75,7 @@ def test_every_number_is_in_the_mean_of_exactly_one_cell(rows):
         place = (row.config["pruner"]["_target_"].rpartition(".")[2].lower(), settings(row.config)["allocator"])
         label = (row.config["model"]["pretrained_model_name_or_path"].rpartition("/")[2], str(row.config["sparsity"]))
         cell = cells[place, label]
-        assert "fail" in cell.states if row.status == "failed" else row.metrics["docs/ppl"]["value"] in cell.values
+        assert "fail" in cell.states if row.status == "failed" else row.metrics["docs/ppl"].value in cell.values
 
 
 @given(some_rows(), st.randoms(use_true_random=False))
@@ -202,7 +202,7 @@ def test_a_fallback_and_a_limit_stay_out_of_the_means_visibly():
 
 def test_a_number_that_is_none_is_a_failed_cell_with_its_reason():
     rows = [run(30.0), run(25.0, allocator="shapley"), run(20.0, allocator="owl")]
-    rows[1].metrics["docs/ppl"] |= {"value": None, "reason": "the loss is nan"}
+    rows[1].metrics["docs/ppl"] = replace(rows[1].metrics["docs/ppl"], value=None, reason="the loss is nan")
     text = grid(table(rows)).render("markdown")
     assert "| wanda | shapley | fail |" in text
     assert re.search(r"Failed: \w+ .*shapley\), the loss is nan\.", text)
@@ -212,14 +212,14 @@ def test_a_number_that_is_none_is_a_failed_cell_with_its_reason():
 def test_standard_errors_over_items_are_told():
     rows = [run(metrics={"boolq/acc": 60.0}), run(metrics={"boolq/acc": 50.0}, allocator="shapley")]
     for row, error in zip(rows, (1.5, 1.75), strict=True):
-        row.metrics["boolq/acc"] |= {"stderr": error}
-        row.dense["boolq/acc"] |= {"stderr": 1.25}
+        row.metrics["boolq/acc"] = replace(row.metrics["boolq/acc"], stderr=error)
+        row.dense["boolq/acc"] = replace(row.dense["boolq/acc"], stderr=1.25)
     of = table(rows, metrics=["boolq/acc"])
     text, notes = grid(of).render("markdown"), of.notes
     assert "| wanda | uniform | **60.00 ± 1.50** |" in text
-    assert f"| dense |  | {rows[0].dense['boolq/acc']['value']:.2f} ± 1.25 |" in text
+    assert f"| dense |  | {rows[0].dense['boolq/acc'].value:.2f} ± 1.25 |" in text
     more = run(metrics={"boolq/acc": 64.0}, seed=1)
-    more.metrics["boolq/acc"] |= {"stderr": 1.5}
+    more.metrics["boolq/acc"] = replace(more.metrics["boolq/acc"], stderr=1.5)
     assert "62.00 ± 2.83" in grid(table([*rows, more], metrics=["boolq/acc"])).render("markdown"), "over seeds, that of seeds"
     assert (
         "Standard error of boolq/acc over its items, of each run: 1.50 to 1.75; it stands behind the ± of a single run."
@@ -250,7 +250,7 @@ def test_the_same_number_twice_counts_once_and_two_numbers_of_one_seed_are_refus
     row = run(30.0)
     (cell,) = table([row, row]).cells.values()
     assert cell.values == (30.0,)
-    other = replace(row, metrics={"docs/ppl": {**row.metrics["docs/ppl"], "value": 31.0}}, config_key="ffff")
+    other = replace(row, metrics={"docs/ppl": replace(row.metrics["docs/ppl"], value=31.0)}, config_key="ffff")
     refused([row, other], "same settings and seeds", "--where key=")
 
 

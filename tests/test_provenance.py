@@ -42,39 +42,41 @@ def checkout(tmp_path, monkeypatch):
 def test_what_is_told():
     asked = Asked("svnup seed=3 'model.x=a b'", ["seed=3", "model.x=a b"], "a sweep")
     made = provenance.provenance(asked, {"seed": 3, "dataset": {"seed": 4, "a": {"seed": 0}}, "b": {}})
-    assert (made["command"], made["overrides"], made["sweep"]) == (asked.command, asked.overrides, "a sweep")
-    assert (made["code_sha256"], made["outside"]) == (code_hash("svnup"), {})
-    assert made["numbers"] == svnup.NUMBERS_VERSION
-    assert (made["seed"], made["seeds"]) == (3, {"seed": 3, "dataset.seed": 4, "dataset.a.seed": 0})
-    assert made["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert {"svnup", "torch", "transformers", "numpy", "hydra-core", "wandb"} <= set(made["versions"])
-    assert made["hardware"]["cores"] == len(os.sched_getaffinity(0))
-    assert made["hardware"]["memory_bytes"] > 2**28
-    assert made["hardware"]["cpu"]
-    assert made["cwd"] == str(Path.cwd())
-    assert json.loads(json.dumps(made)) == made
+    assert (made.command, list(made.overrides), made.sweep) == (asked.command, asked.overrides, "a sweep")
+    assert (made.code_sha256, made.outside) == (code_hash("svnup"), {})
+    assert made.numbers == svnup.NUMBERS_VERSION
+    assert (made.seed, made.seeds) == (3, {"seed": 3, "dataset.seed": 4, "dataset.a.seed": 0})
+    assert made.versions["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert {"svnup", "torch", "transformers", "numpy", "hydra-core", "wandb"} <= set(made.versions)
+    assert made.hardware.cores == len(os.sched_getaffinity(0))
+    assert made.hardware.memory_bytes > 2**28
+    assert made.hardware.cpu
+    assert made.cwd == str(Path.cwd())
+    told = made.to_dict()
+    assert json.loads(json.dumps(told)) == told
+    assert provenance.Provenance.from_dict(told) == made
 
 
 def test_a_clean_checkout(checkout):
     made = provenance.provenance(Asked(), {})
-    assert made["git"] == git(checkout, "rev-parse", "HEAD")
-    assert (made["dirty"], made["diff"], made["diff_sha256"], made["untracked"]) == (False, None, None, [])
+    assert made.git == git(checkout, "rev-parse", "HEAD")
+    assert (made.dirty, made.diff, made.diff_sha256, made.untracked) == (False, None, None, ())
 
 
 def test_a_changed_checkout(checkout):
     (checkout / "types.py").write_text("a = 2\n")
     (checkout / "new.py").write_text("")
     made = provenance.provenance(Asked(), {})
-    assert made["dirty"] is True
-    assert made["diff"].splitlines()[-2:] == ["-a = 1", "+a = 2"]
-    assert made["untracked"] == ["new.py"]
+    assert made.dirty is True
+    assert made.diff.splitlines()[-2:] == ["-a = 1", "+a = 2"]
+    assert made.untracked == ("new.py",)
     (checkout / "types.py").write_text("a = 3\n")
-    assert provenance.provenance(Asked(), {})["diff_sha256"] != made["diff_sha256"]
+    assert provenance.provenance(Asked(), {}).diff_sha256 != made.diff_sha256
 
 
 def test_a_long_difference_is_cut_and_says_so(checkout):
     (checkout / "types.py").write_text("a = 2\n" * LONGEST_DIFF)
-    diff = provenance.provenance(Asked(), {})["diff"]
+    diff = provenance.provenance(Asked(), {}).diff
     assert len(diff) < LONGEST_DIFF + 100
     assert "[cut: 50,000 of " in diff.splitlines()[-1]
 
@@ -90,7 +92,7 @@ def test_no_secret_is_in_the_difference(checkout, monkeypatch):
     git(checkout, "add", ".env")
     git(checkout, "commit", "-q", "-m", "env", ".env")
     (checkout / ".env").write_text("unseen")
-    diff = provenance.provenance(Asked(), {})["diff"]
+    diff = provenance.provenance(Asked(), {}).diff
     assert [m for m in marks if m in diff] == []
     assert "unseen" not in diff
     for kept in ("+x = '[SOME_TOKEN]'", "+WANDB_API_KEY = '[redacted]'", "https://me:[redacted]@host/a", "PASSWORD=[redacted]"):
@@ -104,7 +106,7 @@ def test_outside_a_checkout(tmp_path, monkeypatch):
     (tmp_path / "lib" / "svnup").mkdir(parents=True)
     (tmp_path / "lib" / "svnup" / "types.py").write_text("")
     made = provenance.provenance(Asked(), {})
-    assert (made["git"], made["dirty"], made["diff"]) == (None, None, None)
+    assert (made.git, made.dirty, made.diff) == (None, None, None)
 
 
 def test_only_variables_that_are_named_as_secrets_are_redacted(monkeypatch, tmp_path):

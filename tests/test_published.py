@@ -6,12 +6,11 @@ import csv
 import io
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
-from rows import run, write
+from rows import changed, run, write
 
 from svnup.cli.results import main
 from svnup.reports.published import FOLDER, Published
@@ -212,9 +211,9 @@ def test_a_budget_that_came_out_uniform_is_said_to_be_no_comparison(tmp_path, ca
     nm = {"sparsity": 0.5, "pattern": "mixed:4", "pruner__pattern": "mixed:4", "measured": {**FIELD, "seq_len": 4096}}
     nm |= {"model": "meta-llama/Llama-2-7b-hf"}
     rows = [
-        replace(llama(11.5, **nm), profile=even),
-        replace(llama(11.5, allocator="shapley", **nm), profile=even),
-        replace(llama(11.0, allocator="shapley", **nm | {"pruner": "sparsegpt"}), profile=even | {"sparsity": [0.25, 0.75]}),
+        changed(llama(11.5, **nm), profile=even),
+        changed(llama(11.5, allocator="shapley", **nm), profile=even),
+        changed(llama(11.0, allocator="shapley", **nm | {"pruner": "sparsegpt"}), profile=even | {"sparsity": [0.25, 0.75]}),
     ]
     assert main(["published", write(tmp_path, *rows), "--table", "nm"]) == 0
     said = "because the budget came out uniform: wanda, shapley, llama2_7b, mixed:4."

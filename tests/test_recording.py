@@ -255,14 +255,14 @@ def test_the_command_of_a_run_is_what_was_typed(svnup, theirs):
     rows = {row.config["pruner"]["_target_"]: row for row in load("results")}
     assert len(rows) == 2
     for pruner, row in rows.items():
-        command = row.provenance["command"]
+        command = row.provenance.command
         words = shlex.split(command)
         assert (words[0].startswith("PYTHONPATH=")) == (pruner == "their_pruner.Theirs"), command
         kept = {"--config-dir", str(theirs), "++dataset.seed=4", "~selection.seed=null", "hydra.job.chdir=false"}
         assert kept | {"hydra.mode=RUN"} <= set(words)
     first = rows["their_pruner.Theirs"]
-    told = first.provenance["outside"]["their_pruner"]
+    told = first.provenance.outside["their_pruner"]
     assert (told["targets"], told["version"], told["git"]) == (["their_pruner.Theirs"], None, None)
     assert told["sha256"] == code_hash("their_pruner")
-    planned = in_a_shell(f"{first.provenance['command']} results_dir=again dry_run=true")
+    planned = in_a_shell(f"{first.provenance.command} results_dir=again dry_run=true")
     assert f"its folder would be runs/{first.config_key}\n" in planned

@@ -14,13 +14,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from rows import run
+from rows import changed, run
 
 from svnup.cli.results import main
 from svnup.reports import svg
 from svnup.reports.html import report
 from svnup.reports.svg import Markup, element
-from svnup.results.row import ResultRow
+from svnup.results.row import Measured, Protocol, ResultRow
 from svnup.results.store import RunFolder, load
 
 VOID = {"meta", "input"}
@@ -89,8 +89,8 @@ def row(key, ppl=30.0, *, allocator="uniform", values=None, method=None, cost=10
     scorer, tuning, pruning = (given.pop(name, None) for name in ("scorer", "tuning", "pruning"))
     lengths = {"measured": {"seq_len": seq_len}, "evaluation__seq_len": seq_len, "dataset__n_seq": 16}
     made = run(ppl, key=key, allocator=allocator, dense=12.5, **lengths, **given)
-    made = replace(made, provenance=made.provenance | {"command": f"svnup key={key}", "git": "c0ffee"})
-    made = replace(made, tuning=tuning, pruning=pruning)
+    made = replace(made, provenance=replace(made.provenance, command=f"svnup key={key}", git="c0ffee"))
+    made = changed(made, tuning=tuning, pruning=pruning)
     if scorer is not None:
         made.config["allocator"]["scorer"] = scorer
     if made.status != "finished":
@@ -100,8 +100,8 @@ def row(key, ppl=30.0, *, allocator="uniform", values=None, method=None, cost=10
         method, values = method or "SlidingWindow(window=5)", values if values is not None else [0.7, 0.2]
         counts = {"n_evaluations": 4, "n_block_forwards": cost, "n_backward_passes": 0}
         shapley = {"values": values, "stderr": None, "method": method, "higher_is": "denser"} | counts
-        made = replace(made, shapley=shapley)
-    return replace(made, profile=profile)
+        made = changed(made, shapley=shapley)
+    return changed(made, profile=profile)
 
 
 def sweep():
@@ -224,7 +224,7 @@ def test_hostile_text_stays_text():
         data["dense"] = {f"{HOSTILE}/ppl": v for v in data["dense"].values()}
         if data["profile"]:
             data["scores"] = {"values": data["profile"]["sparsity"], "method": HOSTILE, "higher_is": "denser"}
-        rows.append(ResultRow(**data))
+        rows.append(ResultRow.from_dict(data))
     clean, page = Page(report(sweep())), Page(report(rows))
     assert len(page.all("script")) == len(page.all("style")) == 1
     assert page.all("script")[0]["text"] == clean.all("script")[0]["text"]
@@ -391,7 +391,7 @@ def test_runs_without_anything_still_make_a_page():
 
 def test_a_metric_without_a_value_says_why():
     broken = row("a")
-    broken.metrics["docs/ppl"] = broken.metrics["docs/ppl"] | {"value": None, "reason": "the loss is nan"}
+    broken.metrics["docs/ppl"] = replace(broken.metrics["docs/ppl"], value=None, reason="the loss is nan")
     assert "none: the loss is nan" in Page(report([broken])).by_id("run-a")["text"]
 
 
@@ -400,8 +400,7 @@ def test_of_accuracies_more_is_better_and_a_part_of_a_task_is_compared_with_noth
     for key, accuracy in (("a", 40.0), ("b", 60.0)):
         one = row(key, allocator="uniform" if key == "a" else "shapley")
         for name, limit in (("boolq/acc", None), ("piqa/acc", 10)):
-            protocol = {"task": name, "num_fewshot": 0, "limit": limit}
-            one.metrics[name] = {"value": accuracy, "protocol": protocol, "stderr": 1.5}
+            one.metrics[name] = Measured(accuracy, Protocol(dataset=name, num_fewshot=0, limit=limit), stderr=1.5)
         rows.append(one)
     page = Page(report(rows))
     best = {

@@ -15,17 +15,17 @@ from svnup.cli.repeat import repeat
 from svnup.config import build, register, stored
 from svnup.rerun import Repeated, rerun
 from svnup.results.provenance import Asked, provenance
-from svnup.results.row import ResultRow
+from svnup.results.row import Measured, Profile, Provenance, ResultRow, Sparsity
 
 
 def metric(value, **protocol):
-    return {"value": value, "protocol": {"dataset": "docs", "seq_len": 8} | protocol}
+    return Measured.from_dict({"value": value, "protocol": {"dataset": "docs", "seq_len": 8} | protocol})
 
 
 def result(value=10.0, status="finished", key="abc123", **changes):
     made = provenance(Asked(), {"seed": 0})
     row = ResultRow(status, key, {}, made, {"weights": "w"}, {"docs/ppl": metric(value)}, {"docs/ppl": metric(5.0)})
-    return replace(row, sparsity={"target": 0.5, "actual": 0.5}, profile={"sparsity": [0.25, 0.75]}, **changes)
+    return replace(row, sparsity=Sparsity(0.5, 0.5), profile=Profile((0.25, 0.75), 0.5), **changes)
 
 
 def verdicts(first, again):
@@ -58,7 +58,7 @@ def test_what_only_one_has_is_different():
 
 def test_lists_are_judged_by_their_largest():
     def near(*sparsity):
-        return verdicts(result(), replace(result(), profile={"sparsity": list(sparsity)}))[0]["profile"]
+        return verdicts(result(), replace(result(), profile=Profile(sparsity, 0.5)))[0]["profile"]
 
     assert near(0.2501, 0.7499) == "within 1 %"
     assert near(0.26, 0.74) == "different"
@@ -74,16 +74,18 @@ def test_the_same_number_under_another_protocol_is_not_the_same():
 
 def test_differences_of_provenance():
     first = result()
-    made = json.loads(json.dumps(first.provenance))
+    made = first.provenance.to_dict()
     made["versions"]["torch"] = "9.9"
     made["hardware"]["cpu"] = "Abacus 9000"
     made["git"] = "f00"
     made["environment"]["OMP_NUM_THREADS"] = "77"
-    repeated = Repeated(first, replace(first, provenance=made, fingerprints={"weights": "v"}), Path("there"))
+    repeated = Repeated(
+        first, replace(first, provenance=Provenance.from_dict(made), fingerprints={"weights": "v"}), Path("there")
+    )
     assert set(repeated.differences()) == {
         *("versions.torch", "hardware.cpu", "git", "environment.OMP_NUM_THREADS", "inputs.weights")
     }
-    assert repeated.differences()["hardware.cpu"] == (first.provenance["hardware"]["cpu"], "Abacus 9000")
+    assert repeated.differences()["hardware.cpu"] == (first.provenance.hardware.cpu, "Abacus 9000")
     assert "hardware.cpu: " in repeated.report()
     assert "same code, packages and machine" in Repeated(first, first, Path("there")).report()
 
@@ -94,7 +96,7 @@ def code(sha256="c0de", outside="0ff", **more):
         "code_sha256": sha256,
         "outside": {"mine": {"sha256": outside, "version": None, "folder": "/a", "git": "f00"} | more},
     }
-    return replace(result(), provenance=result().provenance | told)
+    return replace(result(), provenance=Provenance.from_dict(result().provenance.to_dict() | told))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,8 @@ def test_the_same_code_is_said_of_the_same_code_only(again, differs):
 
 def test_a_result_that_does_not_tell_its_code_is_not_said_to_have_the_same():
     older = result()
-    older = replace(older, provenance={k: v for k, v in older.provenance.items() if k not in ("code_sha256", "outside")})
+    told = {k: v for k, v in older.provenance.to_dict().items() if k not in ("code_sha256", "outside")}
+    older = replace(older, provenance=Provenance.from_dict(told))
     said = Repeated(older, result(), Path("there")).report()
     assert "both have the same code, " not in said
     assert "whether both have the same code is not known" in said

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rows import run
+from rows import changed, run
 
 from svnup.cli.results import main
 from svnup.files import unsealed
@@ -51,8 +51,8 @@ def test_a_run_is_read_as_it_was_written(tmp_path):
     folder.write(SHAPLEY)
     assert folder.path == tmp_path / "runs" / "b2"
     assert folder.read() == SHAPLEY
-    assert unsealed(json.loads((folder.path / "profile.json").read_text())) == SHAPLEY.profile
-    assert json.loads((folder.path / "shapley.json").read_text()) == SHAPLEY.shapley
+    assert unsealed(json.loads((folder.path / "profile.json").read_text())) == SHAPLEY.profile.to_dict()
+    assert json.loads((folder.path / "shapley.json").read_text()) == SHAPLEY.shapley.to_dict()
     folder.write_text("config.yaml", "a: 1\n")
     assert (folder.path / "config.yaml").read_text() == "a: 1\n"
     assert {p.name for p in folder.path.iterdir()} == {"result.json", "profile.json", "shapley.json", "config.yaml"}
@@ -98,7 +98,7 @@ def test_a_result_is_replaced_whole(tmp_path):
 def test_nan_never_gets_into_a_result(tmp_path):
     folder = RunFolder.of(tmp_path, "a1")
     with pytest.raises(ValueError, match="JSON"):
-        folder.write(row("a1", float("nan")))
+        folder.write(replace(UNIFORM, seconds=float("nan")))
     assert folder.read() is None
 
 
@@ -153,7 +153,7 @@ def test_copies_of_a_run_with_other_numbers_are_named(tmp_path, caplog):
 
 def of_version(key: str, ppl: float, numbers: int) -> ResultRow:
     made = row(key, ppl)
-    return replace(made, provenance=made.provenance | ({"numbers": numbers} if numbers else {}))
+    return replace(made, provenance=replace(made.provenance, numbers=numbers)) if numbers else made
 
 
 def test_numbers_of_earlier_versions_are_left_out_of_tables(tmp_path, capsys, caplog):
@@ -319,9 +319,9 @@ def some_results(tmp_path) -> Path:
 def test_a_table_says_what_no_setting_tells():
     origin = {"file": "m.gguf", "package": "m 1.0", "quantization": "Q4_1", "sha256": "f" * 64}
     texts = {"dataset": f"allenai/c4@sha256:{'a' * 64}", "evaluation.datasets.0": f"some/text@sha256:{'b' * 64}"}
-    made = replace(
+    made = changed(
         row("c3", 50.0, measured={"skip": 32, "n_windows": 128}),
-        provenance=UNIFORM.provenance | {"dequantized_from": origin},
+        provenance=UNIFORM.provenance.to_dict() | {"dequantized_from": origin},
         fingerprints={"weights": "w"} | texts,
     )
     for form in ("markdown", "terminal"):
@@ -380,7 +380,13 @@ def test_results_that_cannot_be_read_are_named(tmp_path, capsys, caplog, monkeyp
         (tmp_path / "runs" / key).mkdir()
         (tmp_path / "runs" / key / "result.json").write_text(text)
     assert main(["table", str(tmp_path)]) == 0
-    assert sorted(Path(record.args[0]).parent.name for record in caplog.records) == ["bare", "torn"]
+    bare, torn = sorted(caplog.messages)
+    place = tmp_path / "runs"
+    assert bare == (
+        f"{place / 'bare' / 'result.json'}: no result of this version (config: lacks model, pruner, allocator, sparsity, "
+        "pattern, seed); it is left out"
+    )
+    assert torn.startswith(f"{place / 'torn' / 'result.json'}: no result of this version (Unterminated string")
     shutil.rmtree(tmp_path / "runs" / UNIFORM.config_key)
     assert main(["table", str(tmp_path)]) == 2
     assert "that can be read" in capsys.readouterr().err
@@ -424,7 +430,7 @@ def test_a_reader_who_leaves_is_no_error(tmp_path):
 
 
 def test_a_fallback_keeps_its_run_out_of_the_numbers():
-    fell = replace(row("c3", 25.0), pruning={"per_linear": [{"fallback": None}, {"fallback": "damping 0.1 instead of 0.01"}]})
+    fell = changed(row("c3", 25.0), pruning={"per_linear": [{"fallback": None}, {"fallback": "damping 0.1 instead of 0.01"}]})
     shown = cells(render([UNIFORM, fell], "markdown"))
     assert {line["status"] for line in shown} == {"finished", "fallback"}
     assert [line["docs/ppl"] for line in shown if line["status"] == "fallback"] == ["-"]

@@ -87,7 +87,7 @@ def test_an_export_has_every_metric_with_its_whole_configuration(folder, capsys)
     for line in lines:
         row = next(row for row in ROWS if row.config_key == line["key"])
         assert {k.removeprefix("config."): v for k, v in line.items() if k.startswith("config.")} == flatten(row.config)
-        assert line["value"] == (row.metrics["docs/ppl"]["value"] if row.metrics else None)
+        assert line["value"] == (row.metrics["docs/ppl"].value if row.metrics else None)
         assert line["status"] == row.status
     table = list(csv.DictReader(io.StringIO(said(capsys, "export", folder))))
     assert len(table) == len(lines)

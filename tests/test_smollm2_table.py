@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,7 @@ def test_windows_are_written_and_read_back_with_budgets_told_apart(script, tmp_p
     losses = np.linspace(3, 4, 32)
     for i, one in enumerate(rows):
         (metric,) = one.metrics.values()
-        one.metrics["wikitext2/ppl"] = metric | {"window_nll": (losses + i / 10).tolist()}
+        one.metrics["wikitext2/ppl"] = replace(metric, window_nll=tuple((losses + i / 10).tolist()))
     write(tmp_path, *rows)
     script.write_windows(tmp_path, tmp_path / "w.csv")
     ((cell, runs),) = read(tmp_path / "w.csv").items()

@@ -14,6 +14,7 @@ import torch
 from cli import last_row
 from games import Given, LossOf
 from hydra import compose, initialize_config_dir
+from rows import changed
 from rows import run as made_up
 
 from svnup import NUMBERS_VERSION, config
@@ -497,12 +498,12 @@ def test_methods_that_are_compared_are_left_as_they_are(allocator):
 
 def test_tables_and_pages_mark_a_run_whose_uniform_budget_was_taken():
     calls = [{"label": "scores", "loss": 3.25, "trial": True}, {"label": "uniform", "loss": 3.125, "trial": True}]
-    taken = replace(made_up(20.0, allocator="shapley"), tuning={"curve": calls, "taken": "uniform"})
+    taken = changed(made_up(20.0, allocator="shapley"), tuning={"curve": calls, "taken": "uniform"})
     said = "the uniform budget was taken, which loses 3.1250 nats per token by trial, by scores 3.2500"
     assert uniform_taken(taken) == said
     assert "uniform taken" in describe(taken)["allocator"]
     assert said in show(taken, taken.config)
     for tuning in (None, {"curve": calls, "taken": "scores"}, {"curve": calls}):
-        other = replace(taken, tuning=tuning)
+        other = changed(taken, tuning=tuning)
         assert uniform_taken(other) is None
         assert "uniform taken" not in describe(other)["allocator"]

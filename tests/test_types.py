@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import rows
 
 from svnup.pattern import Pattern
-from svnup.results.row import SCHEMA_VERSION, ResultRow
+from svnup.results.row import SCHEMA_VERSION, Measured, Protocol, Provenance, ResultRow
 from svnup.types import BlockScores, Cost, LinearReport, Metric, Metrics, PruneReport, ShapleyValues, Share, SparsityProfile
 
 
@@ -171,17 +174,72 @@ def test_metrics_are_finite_or_say_why_not():
 def test_result_rows_survive_json_and_carry_their_version():
     method = {"_target_": "svnup.some.Method"}
     config = {"model": {}, "pruner": method, "allocator": method, "sparsity": 0.5, "pattern": "unstructured", "seed": 0}
-    metrics = {"docs/ppl": {"value": 1.5, "protocol": {"n_windows": 2, "seq_len": 8, "role": "test"}}}
-    row = ResultRow("finished", "k", config | {"a": {"b": [1, None]}}, {}, {"weights": "w"}, metrics=metrics)
-    assert ResultRow.from_json(row.to_json()) == row
+    number = Measured(1.5, Protocol(n_windows=2, seq_len=8, role="test"))
+    row = ResultRow("finished", "k", config | {"a": {"b": [1, None]}}, Provenance(), {"weights": "w"}, {"docs/ppl": number})
+    assert ResultRow.from_json(row.to_json()) == ResultRow.from_dict(row.to_dict()) == row
     assert json.loads(row.to_json())["schema_version"] == SCHEMA_VERSION
     with pytest.raises(ValueError, match=rf"schema_version=99.*{SCHEMA_VERSION}"):
         ResultRow.from_json(json.dumps(json.loads(row.to_json()) | {"schema_version": 99}))
     del config["seed"]
     with pytest.raises(ValueError, match="config: lacks seed"):
-        ResultRow.from_json(ResultRow("finished", "k", config, {}, {}).to_json())
+        ResultRow.from_json(ResultRow("finished", "k", config, Provenance(), {}).to_json())
     with pytest.raises(ValueError, match="JSON compliant"):
-        ResultRow("finished", "k", {}, {}, {}, seconds=math.nan).to_json()
+        replace(row, seconds=math.nan).to_json()
+
+
+def test_a_result_is_written_as_it_was_read_with_what_it_lacks_and_what_is_not_known():
+    """Files of earlier and of later versions: no key appears, none goes, and their order stays."""
+    data = rows.run(20.0, allocator="shapley").to_dict()
+    data["metrics"]["docs/ppl"]["protocol"] = {"seq_len": 8, "of_tomorrow": [1, {"a": None}], "n_windows": 3}
+    data["shapley"] = {"method": "Exact()", "values": [1, 2.5], "stderr": None}
+    del data["stages"]
+    row = ResultRow.from_dict(data)
+    assert json.dumps(row.to_dict()) == json.dumps(data)
+    assert (row.metrics["docs/ppl"].protocol.n_windows, row.shapley.values, row.stages) == (3, (1, 2.5), None)
+    assert row.metrics["docs/ppl"].protocol.more == {"of_tomorrow": [1, {"a": None}]}
+    later = replace(row, shapley=replace(row.shapley, n_evaluations=4)).to_dict()
+    assert later["shapley"] == {"method": "Exact()", "values": [1, 2.5], "stderr": None, "n_evaluations": 4}
+
+
+def test_two_protocols_that_differ_in_a_key_that_no_reader_knows_differ():
+    one, other = (Protocol.from_dict({"seq_len": 8, "of_tomorrow": n}) for n in (1, 2))
+    assert one != other
+    assert one == Protocol.from_dict({"of_tomorrow": 1, "seq_len": 8})
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("shapley.values.1", "2", "shapley.values.1: must be a number"),
+        ("shapley.n_evaluations", 1.5, "shapley.n_evaluations: must be a whole number"),
+        ("shapley.seconds", True, "shapley.seconds: must be a number"),
+        ("sparsity", {"actual": 0.5}, "sparsity: lacks target"),
+        ("metrics.docs/ppl.protocol.seq_len", "8", "metrics.docs/ppl.protocol.seq_len: must be a whole number"),
+        ("pruning.per_linear.0", [], "pruning.per_linear.0: must be an object"),
+        ("profile.params", 7, "profile.params: must be a list"),
+        ("status", "over", "status: must be one of running, finished, failed, interrupted, dead"),
+        ("config.pruner._target_", None, "config.pruner._target_: must be text"),
+        ("tomorrow", 1, f"tomorrow: results of version {SCHEMA_VERSION} have no such key"),
+    ],
+)
+def test_what_is_of_another_type_is_told_by_its_key(path, value, told):
+    data = json.loads(rows.run(20.0, allocator="shapley").to_json())
+    *outer, last = path.split(".") if "docs/ppl" not in path else ["metrics", "docs/ppl", "protocol", "seq_len"]
+    node = data
+    for name in outer:
+        node = node[int(name) if isinstance(node, list) else name]
+    node[int(last) if isinstance(node, list) else last] = value
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+        ResultRow.from_dict(data)
+
+
+def test_what_a_job_measured_that_is_not_finite_is_null_and_said():
+    blank = rows.stored(**{name: getattr(rows.run(), name) for name in ("config_key", "config")} | {"provenance": {}})
+    linear = {"block": 0, "name": "q", "n_zeros": 1, "size": 2, "error": math.inf, "seconds": 0.5, "fallback": None}
+    row = blank.finished(pruning={"per_linear": [linear], "seconds": {}}, seconds=2.0)
+    assert (row.status, row.seconds, row.pruning.per_linear[0].error) == ("finished", 2.0, None)
+    assert row.not_finite == {"pruning.per_linear.0.error": "inf"}
+    assert blank.finished(seconds=1.0).not_finite is None
 
 
 # -- steps, and linears

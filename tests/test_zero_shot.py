@@ -610,7 +610,7 @@ def test_the_command():
     assert set(row["dense"]) == set(row["metrics"]) == {"docs_cloze/acc", "docs_cloze/acc_norm"}
     assert set(row["fingerprints"]) >= {"evaluation.tasks"}
     assert "already finished" in command(*job, "evaluation=zero_shot", "evaluation.limit=8").out
-    table = render([ResultRow(**row)], "markdown")
+    table = render([ResultRow.from_dict(row)], "markdown")
     assert "docs_cloze/acc (limit 8) dense" in table
     assert "acc_norm" not in table
     assert "docs_cloze/acc: 8 items, 0-shot, without BOS, in %, limit 8" in table

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         "",
         f"Made by `python -m experiments.benchmarks.offload --blocks {options.blocks} --width {options.width} --pruner "
         f"{options.pruner}`. "
-        f"{machine['cpu']}, {machine['cores']} cores, torch {torch.__version__}, float32. A Llama of {options.blocks} blocks "
+        f"{machine.cpu}, {machine.cores} cores, torch {torch.__version__}, float32. A Llama of {options.blocks} blocks "
         f"of width {options.width}, pruned at 70 % on 8 x 256 tokens, evaluated dense and pruned, and saved; both ways give "
         "the same perplexity.",
         "",

@@ -284,13 +284,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(argv)
     machine = hardware()
-    device = torch.cuda.get_device_name() if options.device != "cpu" else f"{machine['cpu']}, {machine['cores']} cores"
+    device = torch.cuda.get_device_name() if options.device != "cpu" else f"{machine.cpu}, {machine.cores} cores"
     kernel = options.device != "cpu" and can_build_kernels()
     lines = [
         "# Cost of pruning",
         "",
         f"Made by `make benchmarks`: median of {options.repeats} after a warm-up, ways taking turns. {device}, "
-        f"{machine['threads']} threads, torch {torch.__version__}, float32, columns settled by "
+        f"{machine.threads} threads, torch {torch.__version__}, float32, columns settled by "
         f"{'Triton' if kernel else 'torch'}. Sparsity {SPARSITY}.",
     ]
     for shape in options.shapes.split(","):

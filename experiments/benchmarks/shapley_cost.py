@@ -192,8 +192,8 @@ def main(argv: list[str] | None = None) -> None:
     lines = [
         f"# Cost of Shapley values on the built-in model, {lm.n_blocks} blocks",
         "",
-        f"Made by `make benchmarks`: median of {options.repeats}, ways taking turns. {machine['cpu']}, "
-        f"{machine['cores']} cores, {machine['threads']} threads, torch {torch.__version__}, float32. Payoff: sequences of "
+        f"Made by `make benchmarks`: median of {options.repeats}, ways taking turns. {machine.cpu}, "
+        f"{machine.cores} cores, {machine.threads} threads, torch {torch.__version__}, float32. Payoff: sequences of "
         f"{options.seq_len} tokens, {options.exact_n_seq} for exact, {options.window_n_seq} for the window.",
         "",
         "| values | way | evaluations | block-forwards | seconds | times svnup | over floor | largest difference |",

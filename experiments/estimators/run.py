@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     for title, game in games.items():
         lines, points[title] = study(title, game, units, sizes)
         found += lines
-    threads = f"{hardware()['threads']} threads"
+    threads = f"{hardware().threads} threads"
     head = [
         "# Estimators against exact Shapley values, built-in model",
         "",

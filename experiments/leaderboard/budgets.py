@@ -22,6 +22,7 @@ from experiments.leaderboard import run
 from experiments.leaderboard.run import OF_SUBLAYERS, Bench, Cell, Sizes, workers
 from experiments.study import made_by, parse, parser, publish, table
 from svnup.pipeline import replacements, trial_of
+from svnup.results.row import Tuning
 from svnup.scoring import Context
 from svnup.shapley import Game, all_coalitions, exact_values
 from svnup.shapley.sliding_window import SlidingWindow
@@ -162,10 +163,9 @@ def tuned(*options: str, scores: Callable[[Game], Floats] | None = None, allocat
             values = BlockScores(scores(job.shapley.build_game(lm, replacements(job, lm), job.cache_dir)), "study")
         budget, trial = job.budget(lm), trial_of(job, lm, tokens)
         job.allocator.allocate(budget, values.per_unit(budget.n_units), trial)
-        curve = trial.to_dict()
-        assert curve is not None
-        best = min(curve["curve"], key=lambda call: math.inf if call["loss"] is None else call["loss"])
-        return best["loss"], best["label"]
+        best = min(Tuning.from_dict(trial.to_dict()).curve, key=lambda tried: math.inf if tried.loss is None else tried.loss)
+        assert best.loss is not None
+        return best.loss, best.label
 
     return idea
 

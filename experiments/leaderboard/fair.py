@@ -22,12 +22,13 @@ import torch
 
 from experiments.leaderboard import run
 from experiments.leaderboard.run import MODELS, OF_SUBLAYERS, Bench, Cell, Sizes, allocation_cost, score_cost
-from experiments.study import made_by, mean_and_spread, parse, parser, publish, table, table_file
+from experiments.study import interval, made_by, mean_and_spread, parse, parser, publish, segment_means, table, table_file
 from svnup.allocation import Budget
 from svnup.allocation.maps import Tuned
 from svnup.config import Job
 from svnup.language_model import LanguageModel
 from svnup.pipeline import replacements, trial_of
+from svnup.results.row import Tuning
 from svnup.scoring import Context
 from svnup.types import BlockScores, Floats, Granularity, SparsityProfile
 
@@ -193,15 +194,15 @@ def choose(bench: Bench, cell: Cell, row: Row) -> Choice:
         params = lm.budget_params(row.parts or job.granularity)
         scores, cost = scored(bench, job, lm, len(params))
         profile = job.allocator.allocate(Budget(params, job.sparsity, job.pattern), scores, trial)
-    tuning = trial.to_dict() or {"curve": []}
-    if not row.tries and tuning["curve"]:
-        whole = [c for c in tuning["curve"] if not {"trial", "n_seq"} & c.keys() and not c["label"].startswith("layer ")]
-        label = min(whole, key=lambda c: math.inf if c["loss"] is None else c["loss"])["label"]
-    n_trials = sum("trial" in call for call in tuning["curve"])
+    tuning = Tuning.from_dict(trial.to_dict() or {})
+    if not row.tries and tuning.curve:
+        whole = [tried for tried in tuning.curve if tried.on_all and not tried.label.startswith("layer ")]
+        label = min(whole, key=lambda tried: math.inf if tried.loss is None else tried.loss).label
+    n_trials = sum(tried.trial for tried in tuning.curve)
     found_it: dict[str, Any] = {
         "label": label,
         "profile": profile.to_dict(),
-        "n_prunings": len(tuning["curve"]) - n_trials,
+        "n_prunings": len(tuning.curve) - n_trials,
         "n_trials": n_trials,
         "cost": cost + allocation_cost(job, cell[1], None, tuning, lm.n_blocks, bench.sizes),
     }
@@ -228,9 +229,9 @@ def against(mine: Result, theirs: Result) -> tuple[float, float, float]:
     contiguous segments of the test text: neighbouring windows are not independent. It says nothing of other calibration."""
     seeds = [seed for seed in mine.losses if seed in theirs.losses]
     apart = np.mean([np.subtract(mine.losses[seed], theirs.losses[seed]) for seed in seeds], axis=0)
-    parts = [float(part.mean()) for part in np.array_split(apart, min(SEGMENTS, len(apart)))]
+    parts = segment_means(apart, min(SEGMENTS, len(apart)))
     drawn = np.random.default_rng(0).integers(len(parts), size=(4000, len(parts)))
-    low, high = np.percentile(np.array(parts)[drawn].mean(axis=1), [2.5, 97.5])
+    low, high = interval(parts[drawn].mean(axis=1))
     return tuple(100 * math.expm1(x) for x in (apart.mean(), low, high))  # type: ignore[return-value]
 
 

@@ -22,6 +22,7 @@ from experiments.leaderboard import run
 from experiments.leaderboard.run import MODELS, OF_SUBLAYERS, Bench, Cell, Sizes, allocation_cost
 from experiments.study import made_by, parse, parser, publish, table
 from svnup.pipeline import replacements, trial_of
+from svnup.results.row import Tuning
 from svnup.scoring import Context
 
 FULL = Sizes(pruners=("wanda", "sparsegpt"))
@@ -76,17 +77,15 @@ def measure(bench: Bench, cell: Cell, allocator: str, options: tuple[str, ...]) 
     budget, trial = job.budget(lm), trial_of(job, lm, tokens)
     scores = job.scorer.score(lm, Context(tokens, job.cache_dir, replacements(job, lm))) if job.scorer is not None else None
     job.allocator.allocate(budget, scores.per_unit(budget.n_units) if scores is not None else None, trial)
-    tuning = trial.to_dict()
-    assert tuning is not None
-    calls: list[dict[str, Any]] = tuning["curve"]
+    tuning = Tuning.from_dict(trial.to_dict())
     seconds = time.process_time() - began
-    tried = {c["label"]: c["loss"] for c in calls if not {"trial", "n_seq"} & c.keys() and c["loss"] is not None}
+    tried = {one.label: one.loss for one in tuning.curve if one.on_all and one.loss is not None}
     chosen = min(tried, key=lambda label: tried[label])
-    n_trials = sum("trial" in call for call in calls)
-    found = {
+    n_trials = sum(one.trial for one in tuning.curve)
+    found: dict[str, Any] = {
         "loss": tried[chosen],
         "chosen": chosen,
-        "n_prunings": len(calls) - n_trials,
+        "n_prunings": len(tuning.curve) - n_trials,
         "n_trials": n_trials,
         "cost": allocation_cost(job, cell[1], scores, tuning, lm.n_blocks, bench.sizes),
         "seconds": seconds,

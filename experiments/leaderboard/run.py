@@ -16,7 +16,6 @@ quarters of an hour a cell.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import multiprocessing
 import time
@@ -31,14 +30,16 @@ import numpy as np
 import torch
 
 from experiments import study
-from experiments.study import Known, figure, made_by, mean_and_spread, parse, parser, publish, table, table_file
+from experiments.study import Known, figure, interval, made_by, mean_and_spread, parse, parser, publish, table, table_file
 from svnup import config
 from svnup.allocation import Budget
 from svnup.allocation.maps import Tuned
 from svnup.config import Job
+from svnup.data import tokens_sha256
 from svnup.language_model import LanguageModel
 from svnup.pipeline import replacements, trial_of
 from svnup.pruning.walk import temporarily_pruned
+from svnup.results.row import Round, Tuning
 from svnup.scoring import Context
 from svnup.types import Floats, SparsityProfile
 
@@ -168,7 +169,7 @@ class Bench:
         return []
 
     def _measure(self, cell: Cell, allocator: str, overrides: list[str]) -> dict[str, Any]:
-        chosen, tuning, cost, sizes = "-", None, 0.0, self.sizes
+        chosen, tuning, cost, sizes = "-", Tuning(), 0.0, self.sizes
         losses, profiles = [], []
         for seed in sizes.seeds:
             job = self.job(cell, allocator, seed, *overrides)
@@ -181,11 +182,10 @@ class Bench:
             if seed == sizes.seeds[0]:
                 trial = trial_of(job, lm, tokens)
                 profile = job.allocator.allocate(budget, scores, trial)
-                tuning = trial.to_dict()
+                tuning = Tuning.from_dict(trial.to_dict() or {})
                 cost = allocation_cost(job, cell[1], found, tuning, lm.n_blocks, sizes)
                 if allocator == ROUNDS or isinstance(job.allocator, Tuned):
-                    assert tuning is not None
-                    chosen = min(tuning["curve"], key=lambda call: math.inf if call["loss"] is None else call["loss"])["label"]
+                    chosen = min(tuning.curve, key=lambda tried: math.inf if tried.loss is None else tried.loss).label
             elif isinstance(job.allocator, Tuned):
                 fixed = job.allocator.candidates(budget)[chosen]
                 profile = fixed.allocate(budget, scores)
@@ -198,15 +198,15 @@ class Bench:
             "chosen": chosen if chosen != "-" else ", ".join(o.partition(".")[2] for o in overrides) or "-",
             "losses": losses,
             "profiles": profiles,
-            "n_losses": tuning["n_evaluations"] if tuning else 0,
+            "n_losses": tuning.n_evaluations,
             "cost": cost,
-            "curve": tuning["curve"] if tuning else [],
+            "curve": [tried.to_dict() for tried in tuning.curve],
         }
 
     def read(self, job: Job, lm: LanguageModel, profile: SparsityProfile) -> list[float]:
         """NLL per window of test text; the same profile, weights and calibration are pruned once."""
         tokens = job.tokens() if job.pruner.needs_inputs else None
-        calibration = hashlib.sha256(tokens.tobytes()).hexdigest() if tokens is not None else None
+        calibration = tokens_sha256(tokens) if tokens is not None else None
         what = [
             "test",
             lm.fingerprint(),
@@ -238,27 +238,23 @@ def score_cost(job: Job, scores: Any, n_blocks: int, sizes: Sizes = FULL) -> flo
     return float(scores.cost.n_block_forwards / n_blocks * share)
 
 
-def round_cost(pruner: str, values: dict[str, Any], n_blocks: int, sizes: Sizes = FULL) -> float:
+def round_cost(pruner: str, values: Round, n_blocks: int, sizes: Sizes = FULL) -> float:
     """Of values of a pruned model: its coalitions, and two prunings; of those at the margin a forward and a backward pass, in
     which each forward is made again."""
-    if "n_sequences" in values:
-        return float(4 * values["n_sequences"] / sizes.n_calibration)
+    if values.n_sequences is not None:
+        return 4 * values.n_sequences / sizes.n_calibration
     share = sizes.n_payoff / sizes.n_calibration
-    return float(values["n_block_forwards"] / n_blocks * share) + 2 * loss_cost(pruner, 0, sizes)
+    return values.n_block_forwards / n_blocks * share + 2 * loss_cost(pruner, 0, sizes)
 
 
-def allocation_cost(
-    job: Job, pruner: str, scores: Any, tuning: dict[str, Any] | None, n_blocks: int, sizes: Sizes = FULL
-) -> float:
+def allocation_cost(job: Job, pruner: str, scores: Any, tuning: Tuning, n_blocks: int, sizes: Sizes = FULL) -> float:
     """Of a whole allocation: scores, losses, rounds. A trial prunes nothing; statistics in advance are taken once."""
-    tuning = tuning or {"curve": []}
     cost = score_cost(job, scores, n_blocks, sizes) if scores is not None else 0.0
-    trials = [call for call in tuning["curve"] if "trial" in call]
+    trials = [tried for tried in tuning.curve if tried.trial]
     cost += sum(
-        loss_cost("magnitude" if "trial" in call else pruner, call.get("n_seq", sizes.n_selection), sizes)
-        for call in tuning["curve"]
+        loss_cost("magnitude" if tried.trial else pruner, tried.n_seq or sizes.n_selection, sizes) for tried in tuning.curve
     )
-    cost += sum(round_cost(pruner, values, n_blocks, sizes) for values in tuning.get("rounds", []))
+    cost += sum(round_cost(pruner, values, n_blocks, sizes) for values in tuning.rounds)
     return cost + (loss_cost(pruner, 0, sizes) if trials else 0.0)
 
 
@@ -324,7 +320,7 @@ def change(entry: Entry, other: Entry) -> tuple[float, float, float, float]:
     rng, (n_seeds, n_windows) = np.random.default_rng(0), entry.losses.shape
     seeds, windows = (rng.integers(n, size=(2000, n)) for n in (n_seeds, n_windows))
     one, two = (np.exp(e.losses[seeds[:, :, None], windows[:, None, :]].mean(axis=2)).mean(axis=1) for e in (entry, other))
-    low, high = np.percentile(one / two, [2.5, 97.5])
+    low, high = interval(one / two)
     return 100 * (ratio - 1), 100 * error, 100 * (low - 1), 100 * (high - 1)
 
 

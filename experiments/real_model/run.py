@@ -25,7 +25,7 @@ from torch import Tensor
 from experiments.study import built_in, made_by, parse, parser, publish, spearman, table, text
 from svnup.allocation import Budget
 from svnup.allocation.margins import marginal_values
-from svnup.data import C4
+from svnup.data import C4, tokens_sha256
 from svnup.game.walk_plan import WalkPlan
 from svnup.memo import Memo
 from svnup.model import smollm2
@@ -59,7 +59,7 @@ class Losses:
 
     def __init__(self, lm: LanguageModel, tokens: Ints, cache: Path) -> None:
         self.lm, self.tokens = lm, tokens
-        identity = f"{lm.fingerprint()} {hashlib.sha256(tokens.tobytes()).hexdigest()}"
+        identity = f"{lm.fingerprint()} {tokens_sha256(tokens)}"
         self._memo = Memo(cache / "real_model" / hashlib.sha256(identity.encode()).hexdigest()[:32], lm.device.type)
         with torch.inference_mode():
             self._batches = list(lm.micro_batches(tokens))

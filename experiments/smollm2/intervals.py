@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.leaderboard.comparisons import holm
-from experiments.study import table
+from experiments.study import interval, segment_means, table
 from svnup.types import Floats
 
 TABLES = Path(__file__).parents[2] / "results" / "tables"
@@ -67,14 +67,14 @@ def change(cell: Cell, name: str, other: str, runs: dict[str, dict[str, Floats]]
     """The change of perplexity over the seeds that both have."""
     seeds = sorted(runs[name].keys() & runs[other].keys())
     difference = np.array([runs[name][seed] - runs[other][seed] for seed in seeds])  # (seeds, windows)
-    segments = np.array([[part.mean() for part in np.array_split(row, N_SEGMENTS)] for row in difference])
+    segments = segment_means(difference, N_SEGMENTS)
     sizes = np.array([len(part) for part in np.array_split(difference[0], N_SEGMENTS)])
     rng = np.random.default_rng(SEED)
     chosen = rng.integers(N_SEGMENTS, size=(N_DRAWS, N_SEGMENTS))
     drawn = rng.integers(len(seeds), size=(N_DRAWS, len(seeds)))
     weights = sizes[chosen] / sizes[chosen].sum(axis=1, keepdims=True)
     means = (segments[drawn[:, :, None], chosen[:, None, :]].mean(axis=1) * weights).sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = interval(means)
     beyond = 2 * min(float((means >= 0).mean()), float((means <= 0).mean()))
     mean, low, high = (100 * math.expm1(float(value)) for value in (difference.mean(), low, high))
     return Change(cell, name, other, mean, low, high, max(beyond, 1 / N_DRAWS), len(seeds))

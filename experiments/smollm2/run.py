@@ -71,8 +71,8 @@ def chosen(results: Path, allocator: str, knob: str) -> str | None:
             and row.tuning
             and allocator_name(row.config["allocator"]) == allocator.replace("_", "")
         ):
-            points = [point for point in row.tuning["curve"] if point["loss"] is not None]
-            return str(min(points, key=lambda point: point["loss"])["label"]).partition("=")[2] if points else None
+            tried = [(one.loss, one.label) for one in row.tuning.curve if one.loss is not None]
+            return min(tried, key=lambda one: one[0])[1].partition("=")[2] if tried else None
     return None
 
 
@@ -115,11 +115,11 @@ def write_windows(results: Path, output: Path) -> None:
     """A line a finished run with the loss of each window of its test text, in nats per token."""
     lines = []
     for run in newest(runs_of(load(results))):
-        losses = run.metrics.get("wikitext2/ppl", {}).get("window_nll") if run.row.status == "finished" else None
-        if losses is not None:
+        metric = run.metrics.get("wikitext2/ppl")
+        if run.row.status == "finished" and metric is not None and metric.window_nll is not None:
             what = {name: run.settings[name] for name in ("pruner", "sparsity", "seed")}
             what |= {"allocator": describe(run.row)["allocator"]}
-            lines.append(what | {f"w{i}": f"{loss:.6f}" for i, loss in enumerate(losses)})
+            lines.append(what | {f"w{i}": f"{loss:.6f}" for i, loss in enumerate(metric.window_nll)})
     lines.sort(key=lambda line: [line[name] for name in ("sparsity", "pruner", "allocator", "seed")])
     if lines:
         with output.open("w", encoding="utf-8", newline="") as file:

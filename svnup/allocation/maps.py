@@ -6,14 +6,13 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from svnup.allocation import Allocator, Budget, Needs, Trial
 from svnup.allocation.budget import Scale, project, rescale
-from svnup.files import unsealed
+from svnup.files import at_home, unsealed
 from svnup.pattern import UNSTRUCTURED
 from svnup.types import BlockScores, Players, SparsityProfile
 
@@ -175,10 +174,10 @@ class FromFile:
         return Needs(whole_blocks=self._read().linears is None)
 
     def _read(self) -> SparsityProfile:
-        if not self.path or not Path(self.path).expanduser().is_file():
+        if not self.path or not at_home("path", self.path).is_file():
             raise ValueError(f"path={self.path or chr(39) * 2}: no such profile; name a profile.json of a run")
         try:
-            data = json.loads(Path(self.path).expanduser().read_text(encoding="utf-8"))
+            data = json.loads(at_home("path", self.path).read_text(encoding="utf-8"))
             return SparsityProfile.from_dict(unsealed(data))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error

@@ -111,9 +111,7 @@ class _Between:
 
     @torch.no_grad()
     def _dense(self, batch: MicroBatch) -> MicroBatch:
-        for index in range(self._lm.n_blocks):
-            batch = self._lm.run_block(index, batch)
-        return batch
+        return self._lm.run_blocks(batch)
 
 
 def _between(absent: Weights, present: Weights, degree: float) -> Weights:

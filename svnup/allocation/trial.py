@@ -20,7 +20,7 @@ from torch import Tensor
 from svnup import NUMBERS_VERSION
 from svnup.allocation.margins import marginal_values
 from svnup.allocation.splits import Split
-from svnup.data import TokenSource
+from svnup.data import TokenSource, tokens_sha256
 from svnup.game.layer_game import max_states
 from svnup.game.walk_plan import WalkPlan
 from svnup.memo import Memo
@@ -96,7 +96,7 @@ class Trial:
 
     @cached_property
     def _memo(self) -> Memo:
-        calibration, tokens = (hashlib.sha256(ids.tobytes()).hexdigest() for ids in (self._calibration, self._tokens))
+        calibration, tokens = map(tokens_sha256, (self._calibration, self._tokens))
         how = f"{identity(self._pruner)} {identity(self._split)} {calibration} {NUMBERS_VERSION}"
         kind = [] if self._kind == "nll" else [self._kind]
         text = json.dumps([self._lm.fingerprint(), how, tokens, list(self._tokens.shape), *kind])
@@ -180,7 +180,7 @@ class Trial:
         start, text = time.perf_counter(), self._payoff.tokens(self._lm.tokenizer)
         tokens = text.take(range(first, first + min(n_seq, len(text))), axis=0, mode="wrap")
         digest: dict[str, Any] = {
-            "tokens": hashlib.sha256(tokens.tobytes()).hexdigest(),
+            "tokens": tokens_sha256(tokens),
             "nodes": nodes,
             "sparser": _key(sparser, {}),
         }
@@ -275,10 +275,7 @@ class Trial:
         """The batches behind the last block of the dense model, outside the counts."""
         n_seq = sum(len(batch.tokens) for batch in selection)
         if n_seq not in self._dense_states:
-            states = selection
-            for index in range(self._lm.n_blocks):
-                states = [self._lm.run_block(index, batch) for batch in states]
-            self._dense_states[n_seq] = states
+            self._dense_states[n_seq] = [self._lm.run_blocks(batch) for batch in selection]
         return self._dense_states[n_seq]
 
     def to_dict(self) -> dict[str, Any] | None:

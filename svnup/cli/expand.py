@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from svnup import __version__
-from svnup.files import at_home, fault
+from svnup.cli.outcome import outcome, tell
+from svnup.files import at_home
 from svnup.model.checkpoint import expand
 
 
@@ -20,15 +20,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         expand(at_home("source", args.source), at_home("target", args.target))
-    except ValueError as error:
-        message, code = str(error), 2
-    except OSError as error:
-        if (told := fault(error)) is None:
+    except (Exception, KeyboardInterrupt) as error:
+        if (told := outcome(error)) is None:
             raise
-        message, code = told, 1
-    except KeyboardInterrupt:
-        message, code = "interrupted (Ctrl-C)", 130
-    else:
-        return 0
-    sys.stderr.write(f"svnup-expand: {' '.join(message.split())}\n")
-    return code
+        message, code = told
+        tell("svnup-expand", message)
+        return code
+    return 0

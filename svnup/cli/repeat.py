@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from svnup import config
+from svnup.cli.outcome import outcome, tell
 from svnup.execute import execute
-from svnup.files import fault
+from svnup.outside import OURS
 from svnup.reports import figures
 from svnup.results.provenance import Asked
 from svnup.results.row import ResultRow
-from svnup.secrets import redact
 
 
 def repeat(result: Path, into: str, cache_dir: str, trust: bool) -> int:
@@ -21,12 +21,12 @@ def repeat(result: Path, into: str, cache_dir: str, trust: bool) -> int:
     import torch
 
     row = ResultRow.from_json(result.read_text(encoding="utf-8"))
-    threads = row.provenance.get("hardware", {}).get("threads")
+    made = row.provenance
+    threads = made.hardware.threads if made.hardware is not None else None
     if threads and threads <= (os.cpu_count() or 1):
         torch.set_num_threads(threads)
-    where = row.provenance.get("cwd")
-    if where and Path(where).is_dir():
-        os.chdir(where)
+    if made.cwd and Path(made.cwd).is_dir():
+        os.chdir(made.cwd)
     changes: dict[str, Any] = {"results_dir": into, "cache_dir": cache_dir, "force": True, "dry_run": False}
     changes["tracker"] = {"_target_": "svnup.results.tracker.NoTracker"}
     if row.config.get("offload") != "disk":  # which has to write a checkpoint; others repeat the numbers only
@@ -34,18 +34,14 @@ def repeat(result: Path, into: str, cache_dir: str, trust: bool) -> int:
     config.register()
     try:
         job = config.build(config.stored(row.config, trust, **changes))
-        made = row.provenance
-        execute(job, Asked(made.get("command", "svnup"), made.get("overrides", []), made.get("sweep")), figures)
-    except ValueError as error:
-        message, code = str(error), 2
-    except OSError as error:
-        if (told := fault(error)) is None:
+        execute(job, Asked(made.command or OURS, list(made.overrides), made.sweep), figures)
+    except Exception as error:
+        if (told := outcome(error)) is None:
             raise
-        message, code = told, 1
-    else:
-        return 0
-    sys.stderr.write(redact(f"svnup-results: {' '.join(message.split())}\n"))
-    return code
+        message, code = told
+        tell("svnup-results", message)
+        return code
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 
 from svnup import __version__
-from svnup.files import at_home, fault, naming
+from svnup.cli.outcome import outcome, tell
+from svnup.files import at_home, naming
 from svnup.progress import close_output, open_streams, say
 from svnup.reports.grid import FORMATS, csv_text, render_all
 from svnup.results.row import ResultRow
 from svnup.results.store import load, run_folders
-from svnup.results.stored import plain
-from svnup.secrets import redact
 
 Options = argparse.Namespace
 PATHS = {"results_dir", "folder", "a", "b", "into", "output"}  # options, by their names
@@ -47,15 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         if (unsaid := close_output()) is not None:
             raise ValueError(unsaid)
         return code
-    except (ValueError, OSError) as error:
-        return _tell(fault(error) or str(error), 2)
-    except KeyboardInterrupt:
-        return _tell("interrupted (Ctrl-C)", 130)
-
-
-def _tell(message: str, code: int) -> int:
-    sys.stderr.write(redact(f"svnup-results: {plain(' '.join(message.split()))}\n"))
-    return code
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        message, code = outcome(error) or (str(error), 2)
+        tell("svnup-results", message)
+        return 2 if isinstance(error, OSError) else code
 
 
 def _rows(results_dir: str) -> list[ResultRow]:

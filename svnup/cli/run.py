@@ -28,13 +28,12 @@ from omegaconf.errors import OmegaConfBaseException
 from hydra_plugins.svnup import Sweeper
 from svnup import __version__, config
 from svnup.cli import sweep as sweeps
+from svnup.cli.outcome import outcome, tell
 from svnup.cli.sweep import JobFailed
 from svnup.execute import execute, print_plan
-from svnup.files import fault
 from svnup.outside import is_ours, targets
 from svnup.progress import close_output, open_streams, say, to_nobody
 from svnup.results.provenance import Asked, python_path
-from svnup.results.stored import plain
 from svnup.secrets import redact, redact_code
 
 CONFIG_NAME = "config"
@@ -55,13 +54,14 @@ def main() -> int:
         try:
             code = _compose_and_run()
         except (KeyboardInterrupt, Stopped) as stop:
-            _tell(f"interrupted ({str(stop) or 'Ctrl-C'}); what is done is kept, and the same command goes on from there")
+            way = "what is done is kept, and the same command goes on from there"
+            tell("svnup", f"interrupted ({str(stop) or 'Ctrl-C'}); {way}")
             code = stop.code if isinstance(stop, Stopped) else 130
         finally:
             with contextlib.suppress(OSError):
                 config.KeepSecrets.redact()
     if (unsaid := close_output()) is not None:
-        _tell(unsaid)
+        tell("svnup", unsaid)
         return code or 1
     return code
 
@@ -96,13 +96,13 @@ def _compose_and_run() -> int:
     except BrokenPipeError:  # `svnup --help | head -1`
         to_nobody()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        _tell(config.explain(error, overrides, _own_folder()))
+        tell("svnup", config.explain(error, overrides, _own_folder()))
         return 2
     except OSError as error:
-        if (told := fault(error)) is None:
+        if (told := outcome(error)) is None:
             raise
-        _tell(told)
-        return 1
+        tell("svnup", told[0])
+        return told[1]
     return max(codes, default=0)
 
 
@@ -122,19 +122,16 @@ def _job(cfg: Any, texts: config.Texts, program: list[str], given: list[str]) ->
         config.KeepSecrets.redact()
         sweep = hydra_cfg.runtime.choices["experiment"] or _sweep_name(given)
     overrides = [redact_code(o) for o in hydra_cfg.overrides.task]
-    code = 2
     try:
         with stoppable():  # also in the process of a launcher, which is not that of `main`
             number = None if alone else str(hydra_cfg.sweep.subdir)
             _run(cfg, texts, Asked(_command(cfg, program, hydra_cfg), overrides, sweep), number)
         return 0
-    except ValueError as error:
-        message = str(error)
-        _tell(message)
     except Exception as error:
-        message, code = repr(error), 1
-        if (told := fault(error)) is not None:
-            _tell(told)
+        told = outcome(error)
+        message, code = told or (repr(error), 1)
+        if told is not None:
+            tell("svnup", message)
         elif alone:
             raise
         else:
@@ -191,10 +188,6 @@ def _sweep_name(overrides: list[str]) -> str:
     """The display name of a sweep without an experiment: what it sweeps, in at most 120 characters, and a digest."""
     digest = hashlib.sha256(" ".join(overrides).encode()).hexdigest()[:6]
     return f"{' '.join(o for o in overrides if ',' in o)[:112]} {digest}".strip()
-
-
-def _tell(message: str) -> None:
-    sys.stderr.write(redact(f"svnup: {plain(' '.join(message.split()))}\n"))
 
 
 def _run(cfg: Any, texts: config.Texts, asked: Asked, number: str | None) -> None:

@@ -7,19 +7,19 @@ import math
 import re
 import typing
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup.allocation import Budget
 from svnup.allocation.maps import Compare
-from svnup.config.construction import did_you_mean, error_context, type_complaint
+from svnup.config.construction import error_context, type_complaint
 from svnup.config.job import Components, Gate
 from svnup.config.messages import explain
 from svnup.config.schema import GROUPS, Schema
 from svnup.data import TokenSource
 from svnup.files import at_home
+from svnup.keys import did_you_mean
 from svnup.pattern import Pattern
 from svnup.scoring.shapley import ShapleyScorer
 from svnup.types import Offload, SaveFormat, SelectionLoss
@@ -65,7 +65,7 @@ def refuse_mixed_roles(texts: dict[str, TokenSource]) -> None:
 def refuse_unknown(config: dict[str, Any]) -> None:
     """Keys that were added with + at the top, where the schema is no longer asked."""
     for name in set(config) - set(Schema.__annotations__):
-        raise ValueError(f"{name}={config[name]}: there is no such key{did_you_mean(name, list(Schema.__annotations__))}")
+        raise ValueError(f"{name}={config[name]}: there is no such key{did_you_mean(name, Schema.__annotations__)}")
 
 
 def refuse_removed(config: dict[str, Any]) -> None:
@@ -102,7 +102,7 @@ def check_scalars(config: dict[str, Any]) -> None:
         if config[name] == "":
             raise ValueError(f"{name}='': is empty; name a folder, or leave out {name}=")
     folder = config["datasets_dir"]
-    if folder is not None and not Path(folder).expanduser().is_dir():
+    if folder is not None and not at_home("datasets_dir", folder).is_dir():
         raise ValueError(f"datasets_dir={folder}: there is no such folder; name one with data sets in it, such as allenai/c4")
     sparsity = config["sparsity"]
     if not 0 <= sparsity < 1:
@@ -114,7 +114,7 @@ def check_scalars(config: dict[str, Any]) -> None:
     for name, options in closed.items():
         choices = typing.get_args(options)
         if config[name] not in choices:
-            hint = did_you_mean(str(config[name]), list(choices))
+            hint = did_you_mean(str(config[name]), choices)
             raise ValueError(f"{name}={config[name]}: choose {', '.join(choices[:-1])} or {choices[-1]}{hint}")
     if config["save_format"] != "dense" and not config["save_model"]:
         raise ValueError(f"save_format={config['save_format']}: no model would be saved; add save_model=true")

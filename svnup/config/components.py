@@ -9,9 +9,10 @@ from typing import Any
 
 from svnup.allocation import Allocator
 from svnup.allocation.maps import Tuned
-from svnup.config.construction import check_node, construct, did_you_mean, error_context
+from svnup.config.construction import check_node, construct, error_context
 from svnup.config.job import Components
 from svnup.data import NAMED, TokenSource
+from svnup.keys import did_you_mean
 from svnup.scoring import Scorer
 from svnup.scoring.shapley import ShapleyScorer
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import inspect
 import re
@@ -14,6 +13,7 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
+from svnup.keys import did_you_mean
 from svnup.naming import current_path
 from svnup.outside import is_ours
 
@@ -71,7 +71,7 @@ def check_node(node: Any, key: str, kind: Any) -> tuple[Any, dict[str, Any]]:
         if name == "_target_":
             continue
         if name not in parameters:
-            raise ValueError(f"{key}.{name}={value}: {target} has no such option{did_you_mean(str(name), list(parameters))}")
+            raise ValueError(f"{key}.{name}={value}: {target} has no such option{did_you_mean(str(name), parameters)}")
         arguments[name] = _argument(value, f"{key}.{name}", hints.get(name, Any))
     return cls, arguments
 
@@ -266,12 +266,6 @@ def type_complaint(value: Any, hint: Any) -> str | None:
 
 
 # -- messages
-
-
-def did_you_mean(given: str, options: list[str]) -> str:
-    lower = {option.lower(): option for option in options}
-    close = difflib.get_close_matches(given.lower(), lower, n=1, cutoff=0.6)
-    return f"; did you mean {lower[close[0]]}?" if close else ""
 
 
 @contextlib.contextmanager

@@ -20,8 +20,9 @@ from svnup.allocation import Allocator, Budget
 from svnup.allocation.maps import Compare
 from svnup.allocation.splits import Split
 from svnup.config.construction import error_context
-from svnup.data import TokenSource
+from svnup.data import TokenSource, tokens_sha256
 from svnup.evaluation.protocol import Evaluation
+from svnup.files import at_home
 from svnup.model.source import Model
 from svnup.naming import allocator_name, code_from_outside, method_name, moving_numbers, named
 from svnup.pattern import Pattern
@@ -113,14 +114,14 @@ class Job(Components):
         prints = {"weights": self.model.fingerprint()} | {k: s.fingerprint() for k, s in self.sources().items()}
         path = self.config["allocator"].get("path")
         if path is not None:
-            prints["allocator.path"] = hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+            prints["allocator.path"] = hashlib.sha256(at_home("allocator.path", path).read_bytes()).hexdigest()
         return prints | self.evaluation.fingerprints() | code_from_outside(_counting(self.config))
 
     def texts(self) -> dict[str, dict[str, Any]]:
         """What was read of each text, by the key of its source, for the record: after `check_texts`, which reads them."""
         read = {key: source.tokens(self.model.tokenizer) for key, source in self.sources().items()}
         return {
-            key: {"tokens_sha256": hashlib.sha256(ids.tobytes()).hexdigest()[:16], "n_seq": len(ids), "seq_len": ids.shape[1]}
+            key: {"tokens_sha256": tokens_sha256(ids)[:16], "n_seq": len(ids), "seq_len": ids.shape[1]}
             for key, ids in read.items()
         }
 

@@ -12,8 +12,8 @@ from typing import Any
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 
-from svnup.config.construction import did_you_mean
 from svnup.config.schema import GROUPS, choices, composed
+from svnup.keys import did_you_mean, walk
 
 
 def explain(error: Exception, overrides: list[str], folder: str | None = None) -> str:
@@ -96,15 +96,8 @@ def _known_keys(overrides: list[str], own: list[str]) -> list[str]:
     for given in ((*own, *chosen), own, ()):
         with contextlib.suppress(Exception):
             plain = typing.cast(dict[str, Any], OmegaConf.to_container(composed(*given), resolve=False))
-            return [*groups, *_flatten(plain)]
+            return [*groups, *(key for key, _ in walk(plain))]
     return [*groups]
-
-
-def _flatten(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in node.items():
-        yield f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
 
 
 # -- copies that a configuration makes of its own nodes

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from svnup import NUMBERS_VERSION
 from svnup.claims import claimed, holder
-from svnup.data import TokenSource
+from svnup.data import TokenSource, tokens_sha256
 from svnup.files import SEAL, sealed, set_aside, unsealed, write_text
 from svnup.types import Ints, Metrics
 
@@ -110,7 +110,7 @@ def text_protocol(source: TokenSource, tokens: Ints) -> dict[str, Any]:
         "dataset": source.name,
         "role": source.role,
         "text": source.fingerprint(),
-        "tokens_sha256": hashlib.sha256(tokens.tobytes()).hexdigest()[:16],
+        "tokens_sha256": tokens_sha256(tokens)[:16],
         "seq_len": int(tokens.shape[1]),
         "n_windows": int(tokens.shape[0]),
         "n_tokens": int(tokens.size),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import hashlib
 import io
 import itertools
@@ -24,6 +23,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from svnup.data import folder_digest
 from svnup.evaluation.ppl import Perplexity
 from svnup.evaluation.protocol import Check, Evaluation, NoNumberError, measured_once, unchecked
+from svnup.files import at_home
+from svnup.keys import did_you_mean
 from svnup.types import Metric, Metrics
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class ZeroShot(Evaluation):
         for name, least in (("num_fewshot", 0), ("batch_size", 1), ("limit", 1)):
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: choose {least} or more")
-        if self.include_path is not None and not Path(self.include_path).expanduser().is_dir():
+        if self.include_path is not None and not at_home("include_path", self.include_path).is_dir():
             raise ValueError(f"include_path={self.include_path}: no such folder; give one with tasks in lm-eval's format")
         if find_spec("lm_eval") is None or find_spec("accelerate") is None:
             raise ValueError(f"tasks={self.tasks}: needs lm-eval; pip install 'svnup[zero_shot]', or evaluation=ppl")
@@ -204,7 +205,7 @@ class ZeroShot(Evaluation):
         """The yaml file of each task: below `include_path`, which takes precedence, of svnup, or of lm-eval."""
         known = _task_files(OWN_TASKS)
         if self.include_path is not None:
-            known |= _task_files(Path(self.include_path).expanduser())
+            known |= _task_files(at_home("include_path", self.include_path))
         if set(self.shown) - set(known):
             spec = find_spec("lm_eval.tasks")  # found, not imported
             folder = Path(str(spec and spec.origin)).parent
@@ -213,8 +214,7 @@ class ZeroShot(Evaluation):
             known = _task_files(folder) | known
         for name in self.shown:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else "; of a group, list the tasks; add include_path for your own"
+                hint = did_you_mean(name, known) or "; of a group, list the tasks; add include_path for your own"
                 raise ValueError(f"tasks={name}: lm-eval has no such task{hint}")
         return {name: known[name] for name in self.shown}
 
@@ -253,7 +253,7 @@ class ZeroShot(Evaluation):
         if self.datasets_dir is None:
             return str(path)
         config = load_yaml(path, resolve_func=True)
-        copy = Path(self.datasets_dir).expanduser() / str(config.get("dataset_path"))
+        copy = at_home("datasets_dir", self.datasets_dir) / str(config.get("dataset_path"))
         if not config.get("dataset_path") or not copy.is_dir():
             return str(path)
         unused = ["training_split", "fewshot_split", *(["validation_split"] if config.get("test_split") else [])]

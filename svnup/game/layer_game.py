@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from svnup import NUMBERS_VERSION
+from svnup.data import tokens_sha256
 from svnup.game.walk_plan import WalkPlan
 from svnup.memo import Memo
 from svnup.model.language_model import LanguageModel, MicroBatch, Unit
@@ -121,7 +122,7 @@ class LayerGame:
         identity = {
             "weights": lm.fingerprint(),
             "pruned": pruned.name if pruned is not None else None,
-            "tokens": hashlib.sha256(self.tokens.numpy().astype(np.int64).tobytes()).hexdigest(),
+            "tokens": tokens_sha256(self.tokens.numpy().astype(np.int64)),
             "shape": list(self.tokens.shape),
             "payoff": payoff,
             "cap": cap,

@@ -619,6 +619,12 @@ class LanguageModel:
             out = functional_call(block, weights, (hidden, *args), kwargs) if weights else block(hidden, *args, **kwargs)
         return MicroBatch(batch.tokens, hidden_of(out), batch.calls, tuple(map(copy.copy, shared)))
 
+    def run_blocks(self, batch: MicroBatch) -> MicroBatch:
+        """The outputs of the last block for a micro-batch of inputs of the first; the model is not offloaded."""
+        for index in range(self.n_blocks):
+            batch = self.run_block(index, batch)
+        return batch
+
     def sublayers(self, index: int) -> dict[str, dict[str, nn.Module]]:
         """The modules of a block's `attention` and of its `mlp`, by name; together they have all matrices of the block.
 
@@ -691,8 +697,7 @@ class LanguageModel:
             return torch.cat([self.token_nll(b).double().mean(1).cpu() for b in last.batches]).numpy()
         with stage("evaluation", len(tokens), "sequences") as advance:
             for batch in self.micro_batches(tokens):
-                for index in range(self.n_blocks):
-                    batch = self.run_block(index, batch)
+                batch = self.run_blocks(batch)
                 losses.append(self.token_nll(batch).double().mean(1).cpu())
                 advance(len(batch.tokens))
         return torch.cat(losses).numpy()

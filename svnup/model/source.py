@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from svnup.files import means_folder
+from svnup.files import at_home, means_folder
 from svnup.model import smollm2
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class Pretrained:
         given = self.pretrained_model_name_or_path
         if (own := own_folder(given)) is not None:
             return str(own)
-        return str(Path(given).expanduser()) if self._is_local else given
+        return str(at_home("pretrained_model_name_or_path", given)) if self._is_local else given
 
     @property
     def _is_local(self) -> bool:

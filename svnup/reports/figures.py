@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from svnup.files import replacing
-from svnup.results.row import ResultRow
+from svnup.results.row import Profile, ResultRow, Scores, Tried
 
 UNITS = {
     "neg_nll": "nats per token",
@@ -35,17 +36,16 @@ def figures(row: ResultRow, folder: Path) -> dict[str, Path]:
         Paths by name.
     """
     drawn: dict[str, Path] = {}
-    n_blocks = len(row.profile["sparsity"]) if row.profile else 0
+    n_blocks = len(row.profile.sparsity) if row.profile else 0
     if row.shapley and n_blocks:
-        unit, title = UNITS[row.config["shapley"]["game"]["payoff"]], f"What each layer contributes\n{row.shapley['method']}"
-        values = row.shapley["values"], row.shapley["stderr"]
-        drawn["shapley"] = _bars(*values, n_blocks, "Shapley value", unit, title, folder / "shapley.png")
+        unit, title = UNITS[row.config["shapley"]["game"]["payoff"]], f"What each layer contributes\n{row.shapley.method}"
+        drawn["shapley"] = _bars(row.shapley, n_blocks, "Shapley value", unit, title, folder / "shapley.png")
     if row.scores and n_blocks:
-        unit, title = f"higher: {row.scores['higher_is']}", f"How each layer scores\n{row.scores['method']}"
-        drawn["scores"] = _bars(row.scores["values"], None, n_blocks, "score", unit, title, folder / "scores.png")
+        unit, title = f"higher: {row.scores.higher_is}", f"How each layer scores\n{row.scores.method}"
+        drawn["scores"] = _bars(row.scores, n_blocks, "score", unit, title, folder / "scores.png")
     if row.tuning:
-        comparable = row.tuning.get("best", True)
-        drawn["tuning"] = _curve(row.tuning["curve"], bool(comparable), folder / "tuning.png")
+        comparable = row.tuning.best is None or bool(row.tuning.best)
+        drawn["tuning"] = _curve(row.tuning.curve, comparable, folder / "tuning.png")
     if drawn and row.profile:
         drawn["profile"] = _profile(row.profile, folder / "profile.png")
     return drawn
@@ -67,7 +67,8 @@ def _axes(n: int) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _bars(values: list[float], stderr: list[float] | None, n_blocks: int, name: str, unit: str, title: str, path: Path) -> Path:
+def _bars(scores: Scores, n_blocks: int, name: str, unit: str, title: str, path: Path) -> Path:
+    values, stderr = scores.values, scores.stderr
     per_block = len(values) // n_blocks
     figure, axes = _axes(n_blocks)
     for i in range(per_block):  # a block, or its attention and its MLP side by side
@@ -95,29 +96,27 @@ def _bars(values: list[float], stderr: list[float] | None, n_blocks: int, name: 
     return _save(figure, path)
 
 
-def _curve(curve: list[dict[str, Any]], comparable: bool, path: Path) -> Path:
+def _curve(curve: Sequence[Tried], comparable: bool, path: Path) -> Path:
     """Plot the finite loss of each candidate on the whole selection text; mark the least if all have the same budget."""
-    curve = [point for point in curve if "n_seq" not in point]
-    finite = [(i, point["loss"]) for i, point in enumerate(curve) if point["loss"] is not None]
+    curve = [point for point in curve if point.n_seq is None]
+    finite = [(i, point.loss) for i, point in enumerate(curve) if point.loss is not None]
     figure, axes = _axes(len(curve))
     axes.plot(*zip(*finite, strict=True), marker="o", color="#3b6ea5")
     if comparable:
         axes.plot(*min(finite, key=lambda point: point[1]), marker="o", markersize=11, fillstyle="none", color="#c1666b")
     named = range(0, len(curve), 1 + len(curve) // 20)
-    axes.set_xticks(named, [curve[i]["label"] for i in named], rotation=30, ha="right", fontsize=8)
+    axes.set_xticks(named, [curve[i].label for i in named], rotation=30, ha="right", fontsize=8)
     axes.set_xlabel("")
     axes.set_ylabel("loss on selection text\n(nats per token)")
     axes.set_title("What was tried", fontsize=9)
     return _save(figure, path)
 
 
-def _profile(profile: dict[str, Any], path: Path) -> Path:
-    sparsity = profile["sparsity"]
+def _profile(profile: Profile, path: Path) -> Path:
+    sparsity = profile.sparsity
     figure, axes = _axes(len(sparsity))
     axes.bar(range(len(sparsity)), [100 * s for s in sparsity], color="#c1666b")
-    axes.axhline(
-        100 * profile["target"], color="0.2", linestyle="--", linewidth=1, label=f"target {100 * profile['target']:g} %"
-    )
+    axes.axhline(100 * profile.target, color="0.2", linestyle="--", linewidth=1, label=f"target {100 * profile.target:g} %")
     axes.set_ylim(0, 100)
     axes.set_ylabel("sparsity (% zeros)")
     axes.set_title("Pruning budget per layer", fontsize=9)

@@ -27,7 +27,7 @@ from svnup.reports import svg
 from svnup.reports.figures import UNITS
 from svnup.reports.svg import Markup, Point, Series, element
 from svnup.reports.tables import frame
-from svnup.results.row import ResultRow
+from svnup.results.row import Protocol, ResultRow, Scores, Tuning
 from svnup.types import player_names
 
 LONGEST = 2000  # characters of a value that a run's page shows; result.json has the rest
@@ -206,9 +206,9 @@ class Page:
         return next((c for c in self.metrics if _metric(c) == metric and run.value(c) is not None), None)
 
     @cached_property
-    def protocols(self) -> dict[str, dict[str, Any]]:
+    def protocols(self) -> dict[str, Protocol]:
         """The protocol of each column."""
-        found = {c: m["protocol"] for run in self.runs for name, m in run.row.metrics.items() if (c := self.column(run, name))}
+        found = {c: m.protocol for run in self.runs for name, m in run.row.metrics.items() if (c := self.column(run, name))}
         return {column: found[column] for column in self.metrics if column in found}
 
 
@@ -334,7 +334,7 @@ def _ends(series: Iterable[Series]) -> list[float]:
 
 def _summary(page: Page) -> Markup:
     models = sorted({run.model for run in page.runs})
-    blocks = next((len(run.row.profile["sparsity"]) for run in page.runs if run.row.profile), None)
+    blocks = next((len(run.row.profile.sparsity) for run in page.runs if run.row.profile), None)
     count = Counter(run.row.status for run in page.runs)
     tiles: list[tuple[str, object, object]] = [
         ("runs", len(page.runs), ", ".join(f"{n} {status}" for status, n in sorted(count.items()))),
@@ -355,8 +355,8 @@ def _summary(page: Page) -> Markup:
 def _machines(page: Page) -> str:
     machines, versions = set(), set()
     for run in page.runs:
-        hardware, found = run.row.provenance.get("hardware") or {}, run.row.provenance.get("versions") or {}
-        machines.add(", ".join(map(str, filter(None, (hardware.get("cpu"), *(hardware.get("gpus") or []))))))
+        hardware, found = run.row.provenance.hardware, run.row.provenance.versions
+        machines.add(", ".join(filter(None, (hardware.cpu, *hardware.gpus) if hardware is not None else ())))
         versions.add(", ".join(f"{name} {found[name]}" for name in ("svnup", "torch", "transformers") if name in found))
     return f"Measured on {'; '.join(sorted(machines))} with {'; '.join(sorted(versions))}."
 
@@ -369,7 +369,7 @@ def _leaderboard(page: Page) -> Markup:
     means: dict[tuple[str, str, str], list[float]] = {}
     for runs in page.settings:
         for column in page.metrics:
-            limited = page.protocols.get(column, {}).get("limit") is not None  # of part of a task: not compared
+            limited = column in page.protocols and page.protocols[column].limit is not None  # part of a task: not compared
             if (stat := page.stat(runs, column)) is not None and not limited:
                 means.setdefault((runs[0].model, runs[0].budget, column), []).append(stat.mean)
     best = {at: (min if _is_ppl(at[2]) else max)(found) for at, found in means.items() if len(found) > 1}
@@ -547,7 +547,7 @@ def _game(run: PageRun) -> dict[str, str]:
 def _estimator(run: PageRun) -> str:
     """A run's estimator and its options without the seed."""
     assert run.row.shapley is not None
-    return re.sub(r", seed=\w+|(?<=\()seed=\w+(, )?", "", str(run.row.shapley.get("method")))
+    return re.sub(r", seed=\w+|(?<=\()seed=\w+(, )?", "", run.row.shapley.method)
 
 
 def _estimator_names(methods: Iterable[str]) -> dict[str, str]:
@@ -565,8 +565,8 @@ def _shapley(runs: list[PageRun]) -> Markup:
     series: list[Series] = []
     for same in sorted(_grouped(runs, _estimator), key=lambda same: (-len(same), _estimator(same[0]))):
         found = [run.row.shapley for run in same if run.row.shapley]
-        values = np.array([one["values"] for one in found])
-        error = np.array([one.get("stderr") or np.zeros(values.shape[1]) for one in found]).max(axis=0)
+        values = np.array([one.values for one in found])
+        error = np.array([one.stderr or np.zeros(values.shape[1]) for one in found]).max(axis=0)
         name, mean = names[_estimator(same[0])], values.mean(axis=0)
         low, high = np.minimum(values.min(axis=0), mean - error), np.maximum(values.max(axis=0), mean + error)
         series.append(Series(name, _points(mean, low, high, n_blocks, name), len(series) + 1))
@@ -581,7 +581,7 @@ def _shapley(runs: list[PageRun]) -> Markup:
 
 
 def _n_blocks(run: PageRun) -> int:
-    return len(run.row.profile["sparsity"]) if run.row.profile else 0
+    return len(run.row.profile.sparsity) if run.row.profile else 0
 
 
 def _points(values: Any, low: Any, high: Any, n_blocks: int, name: str = "") -> list[Point]:
@@ -616,7 +616,7 @@ def _profiles(page: Page, runs: list[PageRun]) -> Markup:
     n_blocks, title = _n_blocks(runs[0]), f"Budgets at {runs[0].budget}"
     series = []
     for same in _grouped(runs, lambda run: run.method):
-        shares = 100 * np.array([run.row.profile["sparsity"] for run in same if run.row.profile])
+        shares = 100 * np.array([run.row.profile.sparsity for run in same if run.row.profile])
         points = _points(shares.mean(axis=0), shares.min(axis=0), shares.max(axis=0), n_blocks, same[0].method)
         series.append(Series(same[0].method, points, page.styles[same[0].method]))
     series.sort(key=lambda one: one.style)
@@ -648,15 +648,15 @@ def _estimators(page: Page) -> Markup:
     return Markup(_note(note) + "".join(shown))
 
 
-def _errors(exact: dict[str, Any], runs: list[PageRun]) -> Markup:
-    truth = np.array(exact["values"])
+def _errors(exact: Scores, runs: list[PageRun]) -> Markup:
+    truth = np.array(exact.values)
     names = _estimator_names(map(_estimator, runs))
     points: dict[str, list[Point]] = {kind: [] for kind in sorted({method.partition("(")[0] for method in names})}
     body = []
     for same in _grouped(runs, _estimator):
-        found = {str(v["method"]): v for run in same if (v := run.row.shapley)}.values()  # runs with other pruners share them
-        errors = [float(np.sqrt(np.mean((np.array(v["values"]) - truth) ** 2)) / (truth.std() or 1.0)) for v in found]
-        cost = statistics.fmean(v["n_block_forwards"] + PASSES * len(truth) * v["n_backward_passes"] for v in found)
+        found = {v.method: v for run in same if (v := run.row.shapley)}.values()  # runs with other pruners share them
+        errors = [float(np.sqrt(np.mean((np.array(v.values) - truth) ** 2)) / (truth.std() or 1.0)) for v in found]
+        cost = statistics.fmean(v.n_block_forwards + PASSES * len(truth) * v.n_backward_passes for v in found)
         stat, method = Stat.of(errors), _estimator(same[0])
         assert stat is not None
         tip = f"{names[method]}: error {stat.text('.3f')}, {cost:,.0f} block-forwards"
@@ -664,7 +664,7 @@ def _errors(exact: dict[str, Any], runs: list[PageRun]) -> Markup:
         body.append((cost, [names[method], f"{cost:,.0f}", stat.text(".4f"), stat.n]))
     kinds = [next(iter(_estimator_names([kind]).values())) for kind in points]
     series = [Series(kind, found, 1 + i) for i, (kind, found) in enumerate(zip(kinds, points.values(), strict=True))]
-    price = max(1, exact["n_block_forwards"])
+    price = max(1, exact.n_block_forwards)
     x = svg.logarithmic("cost (block-forwards)", [*(p.x for one in series for p in one.points), price])
     y = svg.logarithmic("error", _ends(series))
     chart = svg.scatter("Error of estimators against their cost", x, y, series, (price, f"exact: {price:,}"))
@@ -679,18 +679,18 @@ def _errors(exact: dict[str, Any], runs: list[PageRun]) -> Markup:
 def _protocols(page: Page) -> Markup:
     if not page.protocols:
         return _note("Left out: nothing was evaluated.")
-    flat = [_flat(protocol) for protocol in page.protocols.values()]
+    flat = [_flat(protocol.to_dict()) for protocol in page.protocols.values()]
     keys = dict.fromkeys(key for one in flat for key in one)
     table = _table("Protocols", ["protocol", *page.protocols], [[key, *(one.get(key, "–") for one in flat)] for key in keys])
     note = "Numbers are compared only with numbers of the same protocol; those of another have a column of their own."
     return Markup(_note(note) + table)
 
 
-def _protocol_words(protocol: dict[str, Any]) -> str:
+def _protocol_words(protocol: Protocol) -> str:
     """A protocol in one line."""
-    kept = {k: v for k, v in _flat(protocol).items() if k != "complete" and len(v) <= 12}
+    kept = {k: v for k, v in _flat(protocol.to_dict()).items() if k != "complete" and len(v) <= 12}
     words = ", ".join(f"{k} {v}" for k, v in kept.items())
-    return words + (" (part of the text only)" if protocol.get("complete") is False else "")
+    return words + (" (part of the text only)" if protocol.complete is False else "")
 
 
 # -- runs
@@ -706,14 +706,14 @@ def _runs(page: Page) -> Markup:
 
 def _run(page: Page, run: PageRun) -> Markup:
     row, status = run.row, str(run.line["status"])
-    first = next((f"{name} {m['value']:.2f}" for name, m in row.metrics.items() if m["value"] is not None), "")
+    first = next((f"{name} {m.value:.2f}" for name, m in row.metrics.items() if m.value is not None), "")
     words = element("code", row.config_key), f" {run.name} · seed {run.line['seed']} ", element("span", first, class_="result")
     badge = "" if status == "finished" else _badge(status)
     command = (
-        element("pre", element("code", row.provenance.get("command", ""))),
+        element("pre", element("code", row.provenance.command)),
         element("button", "copy", type="button", class_="copy", hidden=True),
     )
-    made = {key: value for key, value in row.provenance.items() if key not in ("command", "overrides")}
+    made = {key: value for key, value in row.provenance.to_dict().items() if key not in ("command", "overrides")}
     made |= {"fingerprints": row.fingerprints, "seconds": round(row.seconds, 2), "peak_memory_bytes": row.peak_memory_bytes}
     parts = [
         element("p", trouble, class_="error", role="note") if (trouble := _trouble(row, status)) else "",
@@ -721,7 +721,7 @@ def _run(page: Page, run: PageRun) -> Markup:
         element("div", element("h3", "Command"), *command, class_="command"),
         _charts(*_run_figures(run)),
         _listing("Configuration", row.config),
-        _listing("Protocol", {name: metric["protocol"] for name, metric in row.metrics.items()}),
+        _listing("Protocol", {name: metric.protocol.to_dict() for name, metric in row.metrics.items()}),
         _listing("Provenance", made),
     ]
     return element("details", element("summary", *words, badge), element("div", *parts, class_="run"), id=run.anchor)
@@ -731,7 +731,7 @@ def _trouble(row: ResultRow, status: str) -> str:
     if row.error:
         return row.error
     if status == "fallback":
-        done = sorted({str(one["fallback"]) for one in (row.pruning or {}).get("per_linear", []) if one.get("fallback")})
+        done = sorted({one.fallback for one in (row.pruning.per_linear if row.pruning else ()) if one.fallback})
         return f"Not done as asked, and kept out of charts and rankings: {'; '.join(done)}"
     return "No result: this run has not ended, or was ended from outside." if status == "running" else ""
 
@@ -739,14 +739,15 @@ def _trouble(row: ResultRow, status: str) -> str:
 def _metrics(page: Page, run: PageRun) -> Markup:
     body = []
     for name, metric in run.row.metrics.items():
-        column, value, dense = page.column(run, name), metric["value"], run.row.dense.get(name, {}).get("value")
+        column, value = page.column(run, name), metric.value
+        dense = run.row.dense[name].value if name in run.row.dense else None
         change = page.changes.get((run.row.config_key, column)) if column else None
-        error = f" ± {metric['stderr']:.4f} (standard error)" if metric.get("stderr") is not None else ""
-        pruned = f"none: {metric.get('reason')}" if value is None else f"{value:.4f}{error}"
+        error = f" ± {metric.stderr:.4f} (standard error)" if metric.stderr is not None else ""
+        pruned = f"none: {metric.reason}" if value is None else f"{value:.4f}{error}"
         against = "–" if change is None else _signed(change, 2)
         body.append([column or name, pruned, "–" if dense is None else f"{dense:.4f}", against])
     if run.row.sparsity:
-        body.append(["sparsity", f"{run.row.sparsity['actual']:.6f}", f"target {run.row.sparsity['target']:g}", ""])
+        body.append(["sparsity", f"{run.row.sparsity.actual:.6f}", f"target {run.row.sparsity.target:g}", ""])
     return _table(f"Numbers of {run.row.config_key}", ["metric", "pruned", "dense", "vs uniform"], body) if body else Markup()
 
 
@@ -754,14 +755,14 @@ def _run_figures(run: PageRun) -> list[Markup]:
     row, n_blocks, figures = run.row, _n_blocks(run), []
     for kind, scores in (("Shapley value", row.shapley), ("score", row.scores)):
         if scores and n_blocks:
-            values = np.array(scores["values"])
-            error = np.array(scores.get("stderr") or np.zeros(len(values)))
+            values = np.array(scores.values)
+            error = np.array(scores.stderr or np.zeros(len(values)))
             series = Series("", _points(values, values - error, values + error, n_blocks))
             title = f"{kind} per layer: " + ", ".join(f"{v:.3g}" for v in values)
             drawn = svg.bars(title, svg.layers(n_blocks), svg.symlog(kind, _ends([series])), series)
-            figures.append(_figure(f"{kind}: {scores['method']}", drawn))
+            figures.append(_figure(f"{kind}: {scores.method}", drawn))
     if row.profile:
-        shares, target = 100 * np.array(row.profile["sparsity"]), 100 * row.profile["target"]
+        shares, target = 100 * np.array(row.profile.sparsity), 100 * row.profile.target
         title = "Sparsity per layer in percent: " + ", ".join(f"{v:.1f}" for v in shares)
         series = Series("", _points(shares, shares, shares, n_blocks), 2)
         y = svg.linear(ZEROS, [0.0, 100.0])
@@ -771,9 +772,9 @@ def _run_figures(run: PageRun) -> list[Markup]:
     return figures
 
 
-def _tuning(tuning: dict[str, Any]) -> list[Markup]:
+def _tuning(tuning: Tuning) -> list[Markup]:
     """The losses of candidates on the whole selection text."""
-    tried = [(str(point.get("label")), point.get("loss")) for point in tuning.get("curve", []) if "n_seq" not in point]
+    tried = [(point.label, point.loss) for point in tuning.curve if point.n_seq is None]
     points = [Point(i, loss, tip=f"{label}: {loss:.4f}") for i, (label, loss) in enumerate(tried) if loss is not None]
     if not points:
         return []
@@ -784,9 +785,7 @@ def _tuning(tuning: dict[str, Any]) -> list[Markup]:
     series = [Series("loss", points)]
     x = svg.Axis("tried", -0.5, len(tried) - 0.5, range(0, len(tried), 1 + len(tried) // 8), show=label)
     drawn = svg.lines("Loss of what was tried", x, svg.linear("loss (nats per token)", _ends(series)), series)
-    return [
-        _figure(f"Tuning: {tuning['n_evaluations']} evaluations on selection text", drawn, _numbers(series, "tried", label))
-    ]
+    return [_figure(f"Tuning: {tuning.n_evaluations} evaluations on selection text", drawn, _numbers(series, "tried", label))]
 
 
 def _listing(title: str, node: dict[str, Any]) -> Markup:

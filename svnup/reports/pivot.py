@@ -11,10 +11,10 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
+from svnup.keys import flatten
 from svnup.reports.grid import Cell, Grid
-from svnup.results.row import ResultRow
+from svnup.results.row import Dequantized, ResultRow
 from svnup.results.select import (
     METRIC,
     MISSING,
@@ -23,7 +23,6 @@ from svnup.results.select import (
     Where,
     check_key,
     fallback_of,
-    flatten,
     is_seed,
     listed,
     model_of,
@@ -45,7 +44,7 @@ def notes_on_inputs(rows: Iterable[ResultRow]) -> list[str]:
     """Notes on inputs that no setting shows: files that weights were dequantized from, and local copies of data sets."""
     weights, texts = set(), set()
     for row in rows:
-        if origin := row.provenance.get("dequantized_from"):
+        if (origin := row.provenance.dequantized_from) is not None:
             weights.add(f"Weights of {model_of(row.config)}: dequantized from {_origin(origin)}.")
         for name, content, digest in (text.partition(LOCAL_COPY) for text in row.fingerprints.values()):
             if content:
@@ -53,12 +52,12 @@ def notes_on_inputs(rows: Iterable[ResultRow]) -> list[str]:
     return [*sorted(weights), *([f"Texts from local copies: {', '.join(sorted(texts))}."] if texts else [])]
 
 
-def _origin(origin: Mapping[str, Any]) -> str:
+def _origin(origin: Dequantized) -> str:
     """A quantized file or checkpoint in words."""
-    if (quantized := origin.get("quantization_config")) is not None:
-        return f"a checkpoint in {quantized.get('quant_method')}"
-    file = " of ".join(filter(None, (origin.get("file") or origin.get("gguf_file"), origin.get("package"))))
-    return f"{file} ({origin.get('quantization') or ', '.join(origin.get('tensors', ()))}, SHA-256 {origin['sha256']})"
+    if origin.quantization_config is not None:
+        return f"a checkpoint in {origin.quantization_config.get('quant_method')}"
+    file = " of ".join(filter(None, (origin.file or origin.gguf_file, origin.package)))
+    return f"{file} ({origin.quantization or ', '.join(origin.tensors)}, SHA-256 {origin.sha256})"
 
 
 @dataclass(frozen=True)
@@ -288,7 +287,7 @@ def pivot(
     summaries = {place: summarize(entries) for place, entries in cells.items()}
     before = {label: _dense(entries) for label, entries in dense.items()}
     notes = tuple(dict.fromkeys([*_notes(runs, metrics), *notes_on_inputs(run.row for run in runs)]))
-    percent = {name for run in runs for name, metric in run.metrics.items() if metric["protocol"].get("unit") == "%"}
+    percent = {name for run in runs for name, metric in run.metrics.items() if metric.protocol.unit == "%"}
     names = tuple(f"{name} (%)" if name in percent else name for name in metrics)
     return Pivot(by, across, tuple(metrics), names, summaries, before, dict(baseline or {}), notes, dict(where or {}))
 
@@ -299,7 +298,7 @@ def _of_dense(key: str) -> bool:
 
 def _dense(entries: Iterable[tuple[Run, str]]) -> Summary:
     there = [run.dense[metric] for run, metric in entries if metric in run.dense]
-    errors = {m["value"]: m.get("stderr") for m in there if m["protocol"].get("limit") is None and m["value"] is not None}
+    errors = {m.value: m.stderr for m in there if m.protocol.limit is None and m.value is not None}
     return Summary(tuple(sorted(errors)), errors=tuple(errors[value] for value in sorted(errors)))
 
 
@@ -319,7 +318,8 @@ def summarize(entries: Sequence[tuple[Run, str]]) -> Summary:
         if (state := run.state(metric)) is not None:
             states[seeds] = max(state, states.get(seeds, MISSING), key=[MISSING, *STATES].index)
             continue
-        value, error = run.metrics[metric]["value"], run.metrics[metric].get("stderr")
+        value, error = run.metrics[metric].value, run.metrics[metric].stderr
+        assert value is not None
         other, other_key, *_ = values.setdefault(seeds, (value, key, run.seeds(of_method=False), error))
         if other != value:
             first, second = sorted((key, other_key))
@@ -397,11 +397,11 @@ def _by_size(text: str) -> tuple[float, str]:
 def check_protocols(runs: Sequence[Run], metric: str) -> None:
     """Raise ValueError if protocols of a metric differ in more than what depends on the model."""
     entries = [
-        (run.settings["model"], flatten(of[metric]["protocol"]))
+        (run.settings["model"], flatten(of[metric].protocol.to_dict()))
         for run in runs
         if run.state(metric) in (None, "fail")
         for of in (run.metrics, run.dense)
-        if metric in of and of[metric]["protocol"].get("limit") is None
+        if metric in of and of[metric].protocol.limit is None
     ]
     differing: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for _, protocol in entries for name in protocol):
@@ -432,20 +432,19 @@ def _notes(runs: Sequence[Run], metrics: Sequence[str]) -> Iterable[str]:
         for metric in metrics:
             state = run.state(metric)
             if state == "limit":
-                limit = run.metrics[metric]["protocol"]["limit"]
-                yield f"Left out: {name}, {metric} was measured on limit={limit} items."
+                yield f"Left out: {name}, {metric} was measured on limit={run.metrics[metric].protocol.limit} items."
             elif state == "fallback":
                 yield f"Left out: {name}, its pruning fell back: {fallback_of(run.row)}."
             elif state == "fail":
-                reason = run.metrics[metric].get("reason") if metric in run.metrics else run.row.error
+                reason = run.metrics[metric].reason if metric in run.metrics else run.row.error
                 yield f"Failed: {name}, {' '.join(str(reason).split())[:160]}."
             elif state is None:
                 if (taken := uniform_taken(run.row)) is not None:
                     yield f"Uniform: {name}, {taken}."
-                if (stderr := run.metrics[metric].get("stderr")) is not None:
+                if (stderr := run.metrics[metric].stderr) is not None:
                     errors.setdefault(metric, []).append(stderr)
                 if run.row.sparsity is not None:
-                    actual.setdefault(run.row.sparsity["target"], []).append(run.row.sparsity["actual"])
+                    actual.setdefault(run.row.sparsity.target, []).append(run.row.sparsity.actual)
     for metric, found in errors.items():
         low, high = number(min(found)), number(max(found))
         span = low if low == high else f"{low} to {high}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +11,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from svnup.keys import did_you_mean
 from svnup.pattern import UNSTRUCTURED
 from svnup.reports.grid import Cell, Grid
 from svnup.reports.pivot import Pivot, Summary, grid, number, pivot, shown
-from svnup.results.row import ResultRow
+from svnup.results.row import Protocol, ResultRow
 from svnup.results.select import METRIC, MISSING, Label, Run, choose, newest, runs_of, same
 
 HERE = Path(__file__).parents[1]
@@ -72,9 +72,7 @@ class Published:
         """Load a table by its name, with other models or metrics if given; raises ValueError if there is no such table."""
         spec = json.loads((FOLDER / "tables.json").read_text(encoding="utf-8"))
         if name not in spec["tables"]:
-            near = difflib.get_close_matches(name, spec["tables"], n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"--table {name}: choose {', '.join(spec['tables'])}{hint}")
+            raise ValueError(f"--table {name}: choose {', '.join(spec['tables'])}{did_you_mean(name, spec['tables'])}")
         table = spec["tables"][name]
         metrics = tuple(metrics or table["metrics"])
         columns = table["columns"] | ({"model": list(models)} if models else {})
@@ -155,19 +153,19 @@ class Ours:
     field: Published
 
     @cached_property
-    def protocols(self) -> list[dict[str, Any]]:
+    def protocols(self) -> list[Protocol]:
         """The protocols of our numbers."""
-        return [r.metrics[m]["protocol"] for r in self.runs for m in self.field.metrics if r.state(m) is None]
+        return [r.metrics[m].protocol for r in self.runs for m in self.field.metrics if r.state(m) is None]
 
     @property
     def seq_len(self) -> int | None:
         """Tokens of a window, of our numbers or else of the table."""
-        return next((p["seq_len"] for p in self.protocols if "seq_len" in p), self.field.seq_len)
+        return next((p.seq_len for p in self.protocols if p.seq_len is not None), self.field.seq_len)
 
     @property
     def on_whole_text(self) -> bool:
         """Whether ours were measured on the whole test text, as in the literature."""
-        return all(p.get("complete") and p.get("role") == "test" for p in self.protocols)
+        return all(p.complete and p.role == "test" for p in self.protocols)
 
     @cached_property
     def calibration_differences(self) -> str:
@@ -192,9 +190,9 @@ class Ours:
         keys = [key for key in (*self.table.by, *self.table.across) if key != METRIC]
         found = []
         for run in self.runs:
-            profile = run.row.profile or {"sparsity": []}
-            same = len(set(profile["sparsity"])) == 1 and not profile.get("linears")
-            if same and run.settings["allocator"] != "uniform":
+            profile = run.row.profile
+            even = profile is not None and len(set(profile.sparsity)) == 1 and not profile.linears
+            if even and run.settings["allocator"] != "uniform":
                 found.append(", ".join(run.settings.get(key, MISSING) for key in keys))
         return list(dict.fromkeys(found))
 

@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from svnup.keys import flatten
 from svnup.reports.grid import Cell, Grid
 from svnup.reports.pivot import number
 from svnup.results.row import ResultRow
-from svnup.results.select import MISSING, fallback_of, flatten, settings, uniform_taken, word
+from svnup.results.select import MISSING, fallback_of, settings, uniform_taken, word
 from svnup.types import player_names
 
 
@@ -40,7 +41,7 @@ def show(row: ResultRow, defaults: Mapping[str, Any]) -> str:
     sections = {
         "settings apart from the defaults": _changes(settings(row.config), settings(defaults)),
         "metrics": _metrics(row),
-        "sparsity": {} if row.sparsity is None else {k: word(v) for k, v in row.sparsity.items()},
+        "sparsity": {} if row.sparsity is None else {k: word(v) for k, v in row.sparsity.to_dict().items()},
         "layers": _layers(row),
         "cost": _cost(row),
         "provenance": _provenance(row),
@@ -57,7 +58,7 @@ def show(row: ResultRow, defaults: Mapping[str, Any]) -> str:
 
 def _provenance(row: ResultRow) -> dict[str, str]:
     """The provenance without the text of the difference to the commit, which is in result.json."""
-    found = dict(row.provenance)
+    found = row.provenance.to_dict()
     diff = found.pop("diff", None)
     shown = {k: word(v) for k, v in flatten(found).items() if v is not None}
     return shown | ({"diff": f"{len(diff):,} characters, in result.json"} if diff else {})
@@ -73,9 +74,10 @@ def _metrics(row: ResultRow) -> Grid | None:
     head: list[tuple[str, ...]] = [("metric",), ("dense",), ("pruned",), ("change",), ("protocol",)]
     lines = []
     for name in names:
-        dense, pruned = (of.get(name, {}).get("value") for of in (row.dense, row.metrics))
+        before, after = row.dense.get(name), row.metrics.get(name)
+        dense, pruned = (of.value if of is not None else None for of in (before, after))
         change = MISSING if not dense or pruned is None else f"{100 * (pruned / dense - 1):+.1f} %"
-        protocol = row.metrics.get(name, row.dense.get(name, {}))["protocol"]
+        protocol = (after or row.dense[name]).protocol.to_dict()
         said = ", ".join(f"{k} {word(v)}" for k, v in flatten(protocol).items() if len(word(v)) <= 16)
         lines.append([name, *(MISSING if v is None else number(v) for v in (dense, pruned)), change, said])
     return Grid(head, [[Cell(text) for text in line] for line in lines]) if lines else None
@@ -85,13 +87,13 @@ def _layers(row: ResultRow) -> Grid | None:
     """Score, standard error and sparsity of each block; scores of attention and MLP have a line each."""
     if row.profile is None:
         return None
-    sparsity, scores = row.profile["sparsity"], row.shapley or row.scores
+    sparsity, scores = row.profile.sparsity, row.shapley or row.scores
     n = len(sparsity)
-    actual = row.profile.get("actual") or [None] * n
+    actual = row.profile.actual or [None] * n
     columns: dict[str, Sequence[Any]] = {"layer": range(n), "sparsity": sparsity, "actual": actual}
     if scores is not None:
-        values = scores["values"]
-        errors = scores.get("stderr") or [None] * len(values)
+        values = scores.values
+        errors = scores.stderr or [None] * len(values)
         per_block = len(values) // n
         columns = {
             "layer": range(n) if per_block == 1 else player_names(n),
@@ -110,8 +112,8 @@ def _cost(row: ResultRow) -> dict[str, str]:
     counts = ("n_evaluations", "n_new_evaluations", "n_block_forwards", "n_backward_passes", "seconds")
     out: dict[str, str] = {}
     for stage, of in (("scores", row.shapley or row.scores), ("tuning", row.tuning)):
-        out |= {f"{stage} {k}": word(round(of[k], 2)) for k in counts if of is not None and of.get(k)}
-    out |= {f"pruning seconds, {k}": f"{v:.2f}" for k, v in (row.pruning or {}).get("seconds", {}).items()}
+        out |= {f"{stage} {k}": word(round(spent, 2)) for k in counts if (spent := getattr(of, k, 0))}
+    out |= {f"pruning seconds, {k}": f"{v:.2f}" for k, v in row.pruning.seconds.items()} if row.pruning is not None else {}
     out |= {"seconds": f"{row.seconds:.2f}"} if row.seconds else {}
     return out | ({"peak memory": f"{row.peak_memory_bytes / 2**20:.0f} MiB"} if row.peak_memory_bytes else {})
 
@@ -121,14 +123,16 @@ def records(rows: Iterable[ResultRow]) -> list[dict[str, Any]]:
     out = []
     for row in sorted(rows, key=lambda row: row.config_key):
         common: dict[str, Any] = {"key": row.config_key, "status": row.status, "fallback": fallback_of(row), "error": row.error}
-        common |= {"actual_sparsity": row.sparsity["actual"] if row.sparsity else None, "seconds": row.seconds}
+        common |= {"actual_sparsity": row.sparsity.actual if row.sparsity else None, "seconds": row.seconds}
         config = {f"config.{k}": v for k, v in flatten(row.config).items()}
         names: list[str] = sorted({*row.dense, *row.metrics})
         for name in names or [""]:
-            metric, dense = row.metrics.get(name, {}), row.dense.get(name, {})
-            measured = {"metric": name or None, "value": metric.get("value"), "dense": dense.get("value")}
-            measured |= {"stderr": metric.get("stderr"), "reason": metric.get("reason")}
-            protocol = {f"protocol.{k}": v for k, v in flatten((metric or dense).get("protocol", {})).items()}
+            metric, dense = row.metrics.get(name), row.dense.get(name)
+            measured: dict[str, Any] = {"metric": name or None}
+            measured |= {"value": metric.value if metric else None, "dense": dense.value if dense else None}
+            measured |= {"stderr": metric.stderr if metric else None, "reason": metric.reason if metric else None}
+            told = metric or dense
+            protocol = {f"protocol.{k}": v for k, v in flatten(told.protocol.to_dict()).items()} if told else {}
             out.append({**common, **measured, **protocol, **config})
     return out
 

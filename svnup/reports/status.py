@@ -55,10 +55,11 @@ def _of_job(one: JobState, folder: Path, now: float) -> str:
 def of_run(run: RunFolder, row: ResultRow, now: float) -> str:
     """Of a run that is running where, for how long and how far it is; of another one what went wrong, and its log."""
     if row.status == "running":
-        where, started = row.process or {}, row.provenance.get("started")
+        where, started = row.process, row.provenance.started
         since = f" for {duration(now - _seconds(started))}" if started is not None else ""
         far = run.progress()
-        return f"process {where.get('pid')} of {where.get('host')}{since}" + (f": {far}" if far is not None else "")
+        at = f"process {where.pid} of {where.host}" if where is not None else "a process that is not named"
+        return f"{at}{since}" + (f": {far}" if far is not None else "")
     log = run.path / "svnup.log"
     return " ".join((row.error or "no error is told").split()) + (f"; log: {log}" if log.is_file() else "")
 

@@ -13,7 +13,7 @@ from svnup.naming import allocator_name, method_name, moving_numbers
 from svnup.pattern import UNSTRUCTURED
 from svnup.reports.grid import Cell, Grid, csv_text
 from svnup.reports.pivot import notes_on_inputs
-from svnup.results.row import ResultRow
+from svnup.results.row import Protocol, ResultRow
 from svnup.results.select import fallback_of, model_of, short_names, uniform_taken
 
 LIMITED = " (limit "  # in names of columns with numbers of part of a task, which have no change
@@ -30,16 +30,16 @@ def frame(rows: list[ResultRow]) -> pd.DataFrame:
             lines.append(line | {"status": "fallback", "seconds": round(row.seconds, 1), "key": row.config_key})
             continue  # not pruned as asked: its numbers are in its result, and in no table
         if row.sparsity is not None:
-            line |= {"actual": row.sparsity["actual"]}
+            line |= {"actual": row.sparsity.actual}
         for name, metric in row.metrics.items():
-            if metric.get("secondary"):
+            if metric.secondary:
                 continue
-            if metric["value"] is None:
+            if metric.value is None:
                 line["status"] = "failed"  # the run is finished, but the metric has no value
-            column = names[name, _digest(metric["protocol"])]
+            column = names[name, _digest(metric.protocol)]
             line |= {
-                column: metric["value"],
-                f"{column} dense": row.dense[name]["value"] if name in row.dense else None,
+                column: metric.value,
+                f"{column} dense": row.dense[name].value if name in row.dense else None,
             }
         lines.append(line | {"seconds": round(row.seconds, 1), "key": row.config_key})
     data = pd.DataFrame(lines)
@@ -70,8 +70,8 @@ def describe(row: ResultRow) -> dict[str, Any]:
     if (inside := method_name(split).removesuffix("split")) != "uniform":
         words.append(", ".join(filter(None, (f"split by {inside}", _options(split)))))
     words = [word for word in (*words, _options(config["allocator"])) if word]
-    if row.tuning and row.tuning.get("kind", "nll") != "nll":
-        words.append(f"by {row.tuning['kind']}")
+    if row.tuning is not None and row.tuning.kind != "nll":
+        words.append(f"by {row.tuning.kind}")
     words += ["uniform taken"] if uniform_taken(row) else []
     return {
         "model": model_of(config),
@@ -195,36 +195,35 @@ def _cell(column: str, value: Any) -> str:
 
 def about(rows: list[ResultRow], command: str | None = None) -> str:
     """Where the numbers come from: command, machines, versions and protocols."""
-    machines = [r.provenance["hardware"] for r in rows if "hardware" in r.provenance]
-    hardware = {f"{machine['cpu']}, {machine['cores']} cores" for machine in machines}
-    hardware |= {gpu for machine in machines for gpu in machine["gpus"]}
-    versions = {f"svnup {v.get('svnup')}, torch {v.get('torch')}" for r in rows for v in [r.provenance.get("versions", {})]}
-    protocols = {_in_words(name, m["protocol"]) for row in rows for name, m in row.metrics.items() if not m.get("secondary")}
+    machines = [machine for row in rows if (machine := row.provenance.hardware) is not None]
+    hardware = {f"{machine.cpu}, {machine.cores} cores" for machine in machines}
+    hardware |= {gpu for machine in machines for gpu in machine.gpus}
+    versions = {f"svnup {v.get('svnup')}, torch {v.get('torch')}" for v in (row.provenance.versions for row in rows)}
+    protocols = {_in_words(name, m.protocol) for row in rows for name, m in row.metrics.items() if not m.secondary}
     made = f"Made by `{command}`. " if command else ""
     return f"{made}Machine: {'; '.join(sorted(hardware))}. {'; '.join(sorted(versions))}. {'; '.join(sorted(protocols))}."
 
 
-def _in_words(name: str, protocol: dict[str, Any]) -> str:
-    if "n_windows" in protocol:
-        skip, n = protocol.get("skip", 0), protocol["n_windows"]
-        which = f", its windows {skip + 1} to {skip + n}" if skip else ""
-        return f"{name}: {n} windows of {protocol['seq_len']} tokens ({protocol['role']} text{which})"
-    limit = "" if protocol["complete"] else f", limit {protocol['limit']}"
-    what = f"mean over {', '.join(protocol['tasks'])}" if "tasks" in protocol else f"{protocol['n_items']} items"
-    bos = {True: ", with BOS", False: ", without BOS", None: ""}[protocol.get("add_bos_token")]  # unknown in older results
-    return f"{name}: {what}, {protocol['num_fewshot']}-shot{bos}, in %{limit}"
+def _in_words(name: str, protocol: Protocol) -> str:
+    if (n := protocol.n_windows) is not None:
+        which = f", its windows {protocol.skip + 1} to {protocol.skip + n}" if protocol.skip else ""
+        return f"{name}: {n} windows of {protocol.seq_len} tokens ({protocol.role} text{which})"
+    limit = "" if protocol.complete else f", limit {protocol.limit}"
+    what = f"mean over {', '.join(protocol.tasks)}" if protocol.tasks is not None else f"{protocol.n_items} items"
+    bos = {True: ", with BOS", False: ", without BOS", None: ""}[protocol.add_bos_token]  # unknown in older results
+    return f"{name}: {what}, {protocol.num_fewshot}-shot{bos}, in %{limit}"
 
 
-def _digest(protocol: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:6]
+def _digest(protocol: Protocol) -> str:
+    return hashlib.sha256(json.dumps(protocol.to_dict(), sort_keys=True).encode()).hexdigest()[:6]
 
 
 def _metric_columns(rows: list[ResultRow]) -> dict[tuple[str, str], str]:
     """The column of each metric and protocol: its name, with the protocol's hash if there are several, and its limit."""
-    seen: dict[str, dict[str, Any]] = {}
+    seen: dict[str, dict[str, int | None]] = {}
     for row in rows:
         for name, metric in row.metrics.items():
-            seen.setdefault(name, {})[_digest(metric["protocol"])] = metric["protocol"].get("limit")
+            seen.setdefault(name, {})[_digest(metric.protocol)] = metric.protocol.limit
     return {
         (name, digest): name + (f" [{digest}]" if len(limits) > 1 else "") + (f"{LIMITED}{limit})" if limit is not None else "")
         for name, limits in seen.items()

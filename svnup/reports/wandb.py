@@ -104,7 +104,7 @@ class WandbTracker:
                         for artifact in filter(None, (_values(row), _profile(row))):
                             run.log_artifact(artifact)
                     run.log(_numbers(row) | _layers_of_scores(row) | _tuning(row) | _layers_of_profile(row) | _images(figures))
-                    run.log_artifact(_artifact(f"result-{row.config_key}", "result", "result.json", row.redacted().to_json()))
+                    run.log_artifact(_artifact(f"result-{row.config_key}", "result", "result.json", row.to_json()))
                     finished.append(row)
 
                 yield log
@@ -121,8 +121,9 @@ class WandbTracker:
         import wandb
 
         names = _names(row.config)
-        title = redact(self.name or row.provenance.get("name") or " ".join(names.values()))
-        made = {k: row.provenance.get(k) for k in ("command", "git", "dirty", "versions", "hardware", "seeds")}
+        title = redact(self.name or row.provenance.name or " ".join(names.values()))
+        told = row.provenance.to_dict()
+        made = {k: told.get(k) for k in ("command", "git", "dirty", "versions", "hardware", "seeds")}
         setting = {"setting": " ".join(names.values())}
         config = {"config_key": row.config_key, "names": names | setting, "provenance": made, **row.config}
         argv = sys.argv  # which W&B records
@@ -135,7 +136,7 @@ class WandbTracker:
                 dir=str(folder.resolve()),  # absolute: wandb's service outlives a run and its directory
                 project=redact(self.project),
                 entity=self.entity,
-                group=redact(self.group or row.provenance.get("sweep") or "") or None,
+                group=redact(self.group or row.provenance.sweep or "") or None,
                 job_type=job_type,
                 tags=[redact(tag)[:64] for tag in dict.fromkeys([*self.tags, *names.values()])],
                 name=title if job_type == self.job_type else f"{title} ({job_type})",
@@ -225,7 +226,7 @@ def _write_mark(folder: Path, mark: dict[str, Any]) -> None:
 
 
 def _digest(row: ResultRow) -> str:
-    return hashlib.sha256(row.redacted().to_json().encode()).hexdigest()
+    return hashlib.sha256(row.to_json().encode()).hexdigest()
 
 
 def _names(config: dict[str, Any]) -> dict[str, str]:
@@ -251,17 +252,17 @@ def _numbers(row: ResultRow) -> dict[str, Any]:
     for prefix, metrics in (("", row.metrics), ("dense/", row.dense)):
         for name, metric in metrics.items():
             name = name.replace(".", "/")  # W&B reads dots as nested keys
-            if metric["value"] is None:
-                record[f"reason/{prefix}{name}"] = metric.get("reason")
+            if metric.value is None:
+                record[f"reason/{prefix}{name}"] = metric.reason
             else:
-                record[f"{prefix}{name}"] = metric["value"]
+                record[f"{prefix}{name}"] = metric.value
     for name, metric in row.metrics.items():
-        dense = row.dense.get(name, {}).get("value")
-        if metric["value"] is not None and dense:
-            record[f"vs_dense/{name.replace('.', '/')}"] = metric["value"] / dense - 1
+        dense = row.dense[name].value if name in row.dense else None
+        if metric.value is not None and dense:
+            record[f"vs_dense/{name.replace('.', '/')}"] = metric.value / dense - 1
     record["comparable"] = int(_comparable(row))
     if row.sparsity:
-        record |= {f"sparsity/{key}": row.sparsity[key] for key in ("target", "actual")}
+        record |= {"sparsity/target": row.sparsity.target, "sparsity/actual": row.sparsity.actual}
     record["cost/seconds"] = row.seconds
     if row.peak_memory_bytes is not None:
         record["cost/peak_memory_gib"] = row.peak_memory_bytes / 2**30
@@ -272,37 +273,37 @@ def _numbers(row: ResultRow) -> dict[str, Any]:
 
 def _comparable(row: ResultRow) -> bool:
     """Whether all numbers are of whole test texts and tasks and pruning did not fall back."""
-    protocols = [metric["protocol"] for metric in row.metrics.values()]
-    return not fallback_of(row) and all(p.get("complete", True) and p.get("role", "test") == "test" for p in protocols)
+    protocols = [metric.protocol for metric in row.metrics.values()]
+    return not fallback_of(row) and all(p.complete is not False and p.role in (None, "test") for p in protocols)
 
 
 def _cost(row: ResultRow, stage: str) -> dict[str, float]:
     spent = (row.stages or {}).get(stage)
-    return {f"cost/{stage}_seconds": spent["seconds"]} if spent else {}
+    return {f"cost/{stage}_seconds": spent.seconds} if spent else {}
 
 
 def _layers_of_scores(row: ResultRow) -> dict[str, Any]:
     record: dict[str, Any] = {}
     if row.shapley:
-        values = row.shapley["values"]
-        errors = row.shapley["stderr"] or [None] * len(values)
-        n_blocks = len(row.profile["sparsity"]) if row.profile else len(values)
+        values = row.shapley.values
+        errors = row.shapley.stderr or [None] * len(values)
+        n_blocks = len(row.profile.sparsity) if row.profile else len(values)
         names = list(range(n_blocks)) if len(values) == n_blocks else player_names(n_blocks)
         lines = [[n, v, e] for n, v, e in zip(names, values, errors, strict=True)]
         record |= _bars("shapley", ["layer", "shapley", "stderr"], lines, "Shapley value per layer")
         scalars = ("v_empty", "v_full", "efficiency_gap", "n_evaluations", "n_block_forwards", "seconds")
-        record |= {f"shapley/{key}": row.shapley[key] for key in scalars}
+        record |= {f"shapley/{key}": getattr(row.shapley, key) for key in scalars}
     if row.scores:
-        lines = [[i, s] for i, s in enumerate(row.scores["values"])]
-        record |= _bars("scores", ["layer", "score"], lines, f"Score per layer: {row.scores['method']}")
-        record |= {f"scores/{key}": row.scores[key] for key in ("n_block_forwards", "seconds")}
+        lines = [[i, s] for i, s in enumerate(row.scores.values)]
+        record |= _bars("scores", ["layer", "score"], lines, f"Score per layer: {row.scores.method}")
+        record |= {f"scores/{key}": getattr(row.scores, key) for key in ("n_block_forwards", "seconds")}
     return record
 
 
 def _layers_of_profile(row: ResultRow) -> dict[str, Any]:
     if not row.profile:
         return {}
-    lines = [[i, s] for i, s in enumerate(row.profile["sparsity"])]
+    lines = [[i, s] for i, s in enumerate(row.profile.sparsity)]
     return _bars("sparsity", ["layer", "sparsity"], lines, "Sparsity per layer")
 
 
@@ -311,8 +312,8 @@ def _tuning(row: ResultRow) -> dict[str, Any]:
         return {}
     import wandb
 
-    curve = wandb.Table(["tried", "loss"], [[p["label"], p["loss"]] for p in row.tuning["curve"]])
-    numbers = {f"tuning/{key}": row.tuning[key] for key in ("n_evaluations", "n_new_evaluations", "seconds")}
+    curve = wandb.Table(["tried", "loss"], [[tried.label, tried.loss] for tried in row.tuning.curve])
+    numbers = {f"tuning/{key}": getattr(row.tuning, key) for key in ("n_evaluations", "n_new_evaluations", "seconds")}
     return {"tuning/curve": curve, **numbers}
 
 
@@ -338,7 +339,8 @@ def _values(row: ResultRow) -> Any:
     scores = row.shapley or row.scores
     if scores is None:
         return None
-    kept = {k: scores[k] for k in ("method", "values", "stderr", "higher_is", "v_empty", "v_full") if k in scores}
+    told = scores.to_dict()
+    kept = {k: told[k] for k in ("method", "values", "stderr", "higher_is", "v_empty", "v_full") if k in told}
     text = json.dumps(kept, indent=1)
     return _artifact(f"values-{hashlib.sha256(text.encode()).hexdigest()[:12]}", "values", "values.json", text)
 
@@ -346,7 +348,7 @@ def _values(row: ResultRow) -> Any:
 def _profile(row: ResultRow) -> Any:
     if row.profile is None:
         return None
-    return _artifact(f"profile-{row.config_key}", "profile", "profile.json", json.dumps(row.profile))
+    return _artifact(f"profile-{row.config_key}", "profile", "profile.json", json.dumps(row.profile.to_dict()))
 
 
 def _artifact(name: str, kind: str, file: str, content: str) -> Any:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from svnup.results.row import ResultRow
-from svnup.results.select import flatten, settings, word
+from svnup.keys import flatten
+from svnup.results.row import Protocol, ResultRow
+from svnup.results.select import settings, word
 from svnup.results.store import load
 
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE)
@@ -175,21 +176,21 @@ def _runs(out: Comparison, a: list[ResultRow], b: list[ResultRow], path_a: Path,
         one, other = of_a[identity], of_b[identity]
         out.cell(f"{_people(one)}, status", one.status, other.status)
         if one.sparsity and other.sparsity:
-            out.cell(f"{_people(one)}, actual sparsity", str(one.sparsity["actual"]), str(other.sparsity["actual"]))
+            out.cell(f"{_people(one)}, actual sparsity", str(one.sparsity.actual), str(other.sparsity.actual))
         for kind, x, y in (("", one.metrics, other.metrics), (" dense", one.dense, other.dense)):
             for metric in sorted({*x, *y}):
                 place = f"{_people(one)}, {metric}{kind}"
                 if metric not in x or metric not in y:
                     out.apart(place, f"only in {path_a if metric in x else path_b}")
-                elif protocols := _fields(x[metric]["protocol"], y[metric]["protocol"]):
+                elif protocols := _fields(x[metric].protocol, y[metric].protocol):
                     out.apart(place, f"under different protocols, {protocols[0]} | {protocols[1]}")
                 else:
-                    out.cell(place, word(x[metric]["value"]), word(y[metric]["value"]))
+                    out.cell(place, word(x[metric].value), word(y[metric].value))
 
 
-def _fields(a: Mapping[str, object], b: Mapping[str, object]) -> tuple[str, str] | None:
+def _fields(a: Protocol, b: Protocol) -> tuple[str, str] | None:
     """The fields in which two protocols differ."""
-    x, y = flatten(a), flatten(b)
+    x, y = flatten(a.to_dict()), flatten(b.to_dict())
     names = [name for name in dict.fromkeys([*x, *y]) if x.get(name) != y.get(name)]
     if not names:
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from svnup import NUMBERS_VERSION
+from svnup.keys import walk
 from svnup.outside import OURS, code_hash, git, outside_code
+from svnup.results.row import Hardware, Provenance
 from svnup.secrets import redact_code
 
 PACKAGES = (
@@ -61,32 +62,33 @@ def provenance(
     name: str | None = None,
     texts: dict[str, dict[str, Any]] | None = None,
     dequantized_from: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Where a number came from, as nested JSON values: command, seeds, texts, code and what of it is not committed, machine.
+) -> Provenance:
+    """Where a number came from: command, seeds, texts, code and what of it is not committed, machine.
 
     `config` is the resolved one, `texts` says by key what was read, `dequantized_from` what the weights were dequantized from,
     if anything. Raises ValueError where code that `config` names is not found.
     """
-    return {
+    told = {
         "command": asked.command,
         "overrides": asked.overrides,
         "name": name,
         "sweep": asked.sweep,
         "seed": config.get("seed"),
         "numbers": NUMBERS_VERSION,
-        "seeds": dict(_seeds(config)),
+        "seeds": {key: value for key, value in walk(config) if key.rpartition(".")[2] == "seed"},
         "texts": texts or {},
         "dequantized_from": dequantized_from,
         "code_sha256": code_hash(OURS),
         **_checkout(),
         "outside": outside_code(config),
         "versions": {"python": platform.python_version()} | {p: v for p in PACKAGES if (v := _version(p)) is not None},
-        "hardware": hardware(),
+        "hardware": hardware().to_dict(),
         "environment": {k: os.environ[k] for k in ENVIRONMENT if k in os.environ},
         "pythonpath": python_path(),
         "cwd": str(Path.cwd()),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+    return Provenance.from_dict(told, "provenance")
 
 
 def python_path() -> str | None:
@@ -95,8 +97,8 @@ def python_path() -> str | None:
     return os.pathsep.join(map(os.path.abspath, places)) or None
 
 
-def hardware() -> dict[str, Any]:
-    """The machine: cpu, cores that this process may use, threads of torch, bytes of memory, gpus with their bytes."""
+def hardware() -> Hardware:
+    """The machine that this process runs on."""
     import torch
 
     cpu = platform.processor() or platform.machine()
@@ -106,16 +108,16 @@ def hardware() -> dict[str, Any]:
         cpu = names[0] if names else cpu
     gpus = range(torch.cuda.device_count())
     known = getattr(os, "sysconf_names", {})
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in known else None,
-        "gpus": [torch.cuda.get_device_name(i) for i in gpus],
-        "gpu_memory_bytes": [torch.cuda.get_device_properties(i).total_memory for i in gpus],
-        "cuda": torch.version.cuda if gpus else None,
-        "system": platform.system(),
-    }
+    return Hardware(
+        cpu=cpu,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        threads=torch.get_num_threads(),
+        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in known else None,
+        gpus=tuple(torch.cuda.get_device_name(i) for i in gpus),
+        gpu_memory_bytes=tuple(torch.cuda.get_device_properties(i).total_memory for i in gpus),
+        cuda=torch.version.cuda if gpus else None,
+        system=platform.system(),
+    )
 
 
 def _version(package: str) -> str | None:
@@ -148,11 +150,3 @@ def _cut(text: str) -> str:
     if len(text) <= LONGEST_DIFF:
         return text
     return f"{text[:LONGEST_DIFF]}\n[cut: {LONGEST_DIFF:,} of {len(text):,} characters are kept]\n"
-
-
-def _seeds(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
-    for name, value in node.items():
-        if name == "seed":
-            yield f"{prefix}seed", value
-        elif isinstance(value, dict):
-            yield from _seeds(value, f"{prefix}{name}.")

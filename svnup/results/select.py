@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,15 +9,15 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
+from svnup.keys import did_you_mean, flatten
 from svnup.naming import allocator_name, method_name, moving_numbers
-from svnup.results.row import ResultRow
+from svnup.results.row import Measured, ResultRow
 
 logger = logging.getLogger(__name__)
 Label = tuple[str, ...]
 Where = Mapping[str, Sequence[str]]
 MISSING = "-"
 METRIC = "metric"  # a key of tables of several metrics
-BEFORE = 2  # the version of the numbers of results that do not tell it
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class Run:
 
     row: ResultRow
     settings: Mapping[str, str]
-    metrics: Mapping[str, dict[str, Any]]
-    dense: Mapping[str, dict[str, Any]]
+    metrics: Mapping[str, Measured]
+    dense: Mapping[str, Measured]
 
     def state(self, metric: str) -> str | None:
         """Why the run has no number of a metric in a table; None where it has one, '-' where it was not asked for."""
@@ -38,9 +37,9 @@ class Run:
             return "fallback"
         if metric not in self.metrics:
             return MISSING
-        if self.metrics[metric]["protocol"].get("limit") is not None:
+        if self.metrics[metric].protocol.limit is not None:
             return "limit"
-        return "fail" if self.metrics[metric]["value"] is None else None
+        return "fail" if self.metrics[metric].value is None else None
 
     def seeds(self, of_method: bool = True) -> Label:
         """Those of the run; without those of its method, of which another method has none."""
@@ -52,15 +51,16 @@ class Run:
 
 def fallback_of(row: ResultRow) -> str | None:
     """What pruning had to do otherwise than asked, if anything."""
-    return next((r["fallback"] for r in (row.pruning or {}).get("per_linear", []) if r.get("fallback")), None)
+    return next((linear.fallback for linear in row.pruning.per_linear if linear.fallback), None) if row.pruning else None
 
 
 def uniform_taken(row: ResultRow) -> str | None:
     """Where the uniform budget was taken in place of the one by scores: what both lose by trial."""
-    if not row.tuning or row.tuning.get("taken") != "uniform":
+    if row.tuning is None or row.tuning.taken != "uniform":
         return None
-    lost = {call["label"]: MISSING if call["loss"] is None else f"{call['loss']:.4f}" for call in row.tuning["curve"]}
-    return f"the uniform budget was taken, which loses {lost['uniform']} nats per token by trial, by scores {lost['scores']}"
+    lost = {tried.label: MISSING if tried.loss is None else f"{tried.loss:.4f}" for tried in row.tuning.curve}
+    uniform, scores = (lost.get(label, MISSING) for label in ("uniform", "scores"))
+    return f"the uniform budget was taken, which loses {uniform} nats per token by trial, by scores {scores}"
 
 
 def is_seed(key: str) -> bool:
@@ -77,14 +77,6 @@ def short_names(models: Iterable[str]) -> dict[str, str]:
     names = set(models)
     short = {name: name.rstrip("/").rpartition("/")[2] for name in names}
     return {name: s if list(short.values()).count(s) == 1 else name for name, s in short.items()}
-
-
-def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    out: dict[str, Any] = {}
-    for name, value in node.items():
-        out |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return out
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
@@ -142,7 +134,7 @@ def runs_of(rows: Iterable[ResultRow]) -> list[Run]:
 
 def newest(runs: Sequence[Run]) -> list[Run]:
     """The runs whose numbers are of the newest version among them; how many others are left out is said in a warning."""
-    versions = [run.row.provenance.get("numbers", BEFORE) for run in runs]
+    versions = [run.row.provenance.numbers for run in runs]
     kept = [run for run, version in zip(runs, versions, strict=True) if version == max(versions)]
     if len(kept) < len(runs):
         logger.warning("left out: %d runs with numbers of versions before %d", len(runs) - len(kept), max(versions))
@@ -172,11 +164,11 @@ def _setting_is(runs: list[Run], key: str, wanted: Sequence[str]) -> list[Run]:
 def _protocol_is(runs: list[Run], key: str, wanted: Sequence[str]) -> list[Run]:
     name = key.removeprefix("protocol.")
 
-    def kept(metrics: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        fields = {k: flatten(metric["protocol"]) for k, metric in metrics.items()}
+    def kept(metrics: Mapping[str, Measured]) -> dict[str, Measured]:
+        fields = {k: flatten(metric.protocol.to_dict()) for k, metric in metrics.items()}
         return {k: m for k, m in metrics.items() if any(same(key, word(fields[k].get(name)), value) for value in wanted)}
 
-    there = {word(flatten(m["protocol"]).get(name)) for run in runs for m in run.metrics.values()}
+    there = {word(flatten(m.protocol.to_dict()).get(name)) for run in runs for m in run.metrics.values()}
     left = [replace(run, metrics=kept(run.metrics), dense=kept(run.dense)) for run in runs]
     left = [new for new, old in zip(left, runs, strict=True) if new.metrics or not old.metrics]
     if not any(run.metrics for run in left):
@@ -194,19 +186,17 @@ def same(key: str, text: str, wanted: str) -> bool:
 
 
 def listed(there: set[str], given: str) -> str:
-    close = difflib.get_close_matches(given, there, n=1)
     shown = sorted(there)
     listed = ", ".join(shown[:12]) + (", ..." if len(shown) > 12 else "")
-    return f"{'is' if len(there) == 1 else 'are'} {listed}" + (f"; did you mean {close[0]}?" if close else "")
+    return f"{'is' if len(there) == 1 else 'are'} {listed}{did_you_mean(given, shown)}"
 
 
 def check_key(key: str, runs: Iterable[Run], option: str) -> None:
     """Raise ValueError where no run has a key."""
     known = {name for run in runs for name in run.settings} | ({METRIC} if option != "--where" else set())
     if key not in known:
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else "svnup-results show DIR ID lists the keys of a run"
-        raise ValueError(f"{option} {key}: no run has such a key; {hint}")
+        hint = did_you_mean(key, sorted(known)) or "; svnup-results show DIR ID lists the keys of a run"
+        raise ValueError(f"{option} {key}: no run has such a key{hint}")
 
 
 def metrics_of(runs: Iterable[Run], asked: Sequence[str] = ()) -> list[str]:
@@ -216,7 +206,7 @@ def metrics_of(runs: Iterable[Run], asked: Sequence[str] = ()) -> list[str]:
     """
     runs = list(runs)
     there = sorted({name for run in runs for name in run.metrics})
-    first = sorted({name for run in runs for name, metric in run.metrics.items() if not metric.get("secondary")})
+    first = sorted({name for run in runs for name, metric in run.metrics.items() if not metric.secondary})
     if not there:
         return list(asked) or ["no metric"]
     if not asked:

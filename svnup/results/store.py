@@ -52,10 +52,18 @@ class RunFolder:
         A run whose process is not there any more is `dead`.
         """
         try:
-            row = ResultRow.from_json((self.path / "result.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, TypeError, RecursionError):
+            return self.result()
+        except (OSError, ValueError):
             return None
-        if row.status == "running" and row.process and is_dead(self.path / CLAIM, row.process["host"], row.process["pid"]):
+
+    def result(self) -> ResultRow:
+        """The same; raises OSError or ValueError, with the file and the key at fault, where there is none."""
+        file = self.path / "result.json"
+        try:
+            row = ResultRow.from_json(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: no result of this version ({error})") from None
+        if row.status == "running" and row.process and is_dead(self.path / CLAIM, row.process.host, row.process.pid):
             return replace(row, status="dead", error=row.error or "its process is not there any more; run it again")
         return row
 
@@ -102,7 +110,7 @@ class RunFolder:
         """Write result.json, and before it what else the row makes."""
         for name, text in self._parts(row).items():
             self._write(name, text)
-        self._write("result.json", row.redacted().to_json())
+        self._write("result.json", row.to_json())
 
     def complete(self, row: ResultRow) -> None:
         """Write what the row makes beside result.json, as far as it is not there."""
@@ -112,9 +120,9 @@ class RunFolder:
 
     @staticmethod
     def _parts(row: ResultRow) -> dict[str, str]:
-        profile = sealed(row.profile) if row.profile is not None else None  # which jobs read again
-        parts = {"profile.json": profile, "shapley.json": row.shapley}
-        return {name: json.dumps(part, indent=1) + "\n" for name, part in parts.items() if part is not None}
+        parts = {"profile.json": sealed(row.profile.to_dict())} if row.profile is not None else {}  # which jobs read again
+        parts |= {"shapley.json": row.shapley.to_dict()} if row.shapley is not None else {}
+        return {name: json.dumps(part, indent=1) + "\n" for name, part in parts.items()}
 
     def has(self, model: bool, form: SaveFormat, masks: bool) -> bool:
         """Whether what was asked to be saved is there, in the form that was asked for."""
@@ -157,7 +165,7 @@ class RunFolder:
         moves |= {MASKS: MASKS} if (made.path / MASKS).is_file() else {}
         gone = [name for name in SAVED if (self.path / name).exists() and name not in moves.values()] if anew else []
         if moves or gone:
-            made._write(MOVES, json.dumps({"row": row.redacted().to_json(), "moves": moves, "gone": gone}))
+            made._write(MOVES, json.dumps({"row": row.to_json(), "moves": moves, "gone": gone}))
         self._move(row, moves, gone)
         return gone
 
@@ -206,13 +214,15 @@ def run_folders(results_dir: str | Path) -> list[RunFolder]:
 
 
 def load(results_dir: str | Path) -> list[ResultRow]:
-    """Every readable result below a folder, in the order of their keys; the others are named in a warning, and so are copies
-    of one run with other numbers."""
+    """Every readable result below a folder, in the order of their keys; the others are named in a warning with what is wrong,
+    and so are copies of one run with other numbers."""
     rows = []
     first: dict[str, tuple[Path, ResultRow]] = {}
     for folder in run_folders(results_dir):
-        if (row := folder.read()) is None:
-            logger.warning("%s: left out, since it is torn, of another version or no run's", folder.path / "result.json")
+        try:
+            row = folder.result()
+        except (OSError, ValueError) as error:
+            logger.warning("%s; it is left out", error)
             continue
         rows.append(row)
         path, other = first.setdefault(row.config_key, (folder.path, row))

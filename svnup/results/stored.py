@@ -1,206 +1,93 @@
-"""What a result is made of where it lies in a file, so that one from elsewhere is either whole or left out.
+"""Values that lie in JSON files: frozen dataclasses, checked as they are read and written again as they were.
 
-Keys of which a reader asks nothing are not named here, and keys may be added; what is named has its type, and is there where it
-is `Required`.
+A key with a default may lack in a file, and a file may have keys that are not named here: earlier and later versions are read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import types
 import typing
-from typing import Any, Literal, Required, TypedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Annotated, Any, Literal, Required, Self
 
-Numbers = list[float | None]  # null: not finite
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 LARGEST = sys.float_info.max  # a whole number beyond it is none that Python makes a float of
 
 
-# A run that is `running` whose process is not there any more is read as `dead`; `interrupted` was by its user or the system.
-Status = Literal["running", "finished", "failed", "interrupted", "dead"]
+@dataclass(frozen=True)
+class Stored:
+    """A JSON object, each key a field.
+
+    Args:
+        more: what a file has besides, by keys that this version does not know.
+        keys: those of the file, in its order; None for a value that was made here, which has all of them.
+    """
+
+    more: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    keys: tuple[str, ...] | None = field(default=None, kw_only=True, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested JSON values, as in the file that was read; a field that it lacks is written once it has been given a value."""
+        cls: Any = type(self)
+        known = _fields(cls)
+        missing = [name for name, of in known.items() if self.keys is None or getattr(self, name) != _default(of)]
+        names = dict.fromkeys([*(self.keys or ()), *missing, *self.more])
+        return {name: self.more[name] if name in self.more else _plain_json(getattr(self, name)) for name in names}
+
+    @classmethod
+    def from_dict(cls, data: Any, key: str = "") -> Self:
+        """Read parsed JSON; `key` is its own in the file.
+
+        Raises:
+            ValueError: it is not of this type; the message begins with the key at fault.
+        """
+        if not isinstance(data, dict):
+            raise ValueError(f"{key}: must be an object".removeprefix(": "))
+        this: Any = cls
+        known, hints = _fields(this), _hints(this)
+        _check_there(data, [name for name, of in known.items() if _is_needed(of)], key)
+        values = {name: read(hints[name], value, _inside(key, name)) for name, value in data.items() if name in known}
+        return cls(**values, more={name: value for name, value in data.items() if name not in known}, keys=tuple(data))
 
 
-class Method(TypedDict, total=False):
-    _target_: Required[str]
-    base: Method
+def read(hint: Any, value: Any, key: str) -> Any:
+    """A value of parsed JSON as one of a type: lists as tuples, objects as `Stored` or mappings.
 
+    Args:
+        hint: the type. `Annotated[dict, T]` is an object that stays as it is, if it is one of the TypedDict T.
+        value: of the JSON.
+        key: its dotted key in the file.
 
-class Game(TypedDict, total=False):
-    data: dict[str, Any]
-    payoff: str
-    pruner: Method | None
-
-
-class ScorerNode(TypedDict, total=False):
-    _target_: Required[str]
-    game: Game
-
-
-class AllocatorNode(TypedDict, total=False):
-    _target_: Required[str]
-    scorer: ScorerNode | None
-
-
-class ModelNode(TypedDict, total=False):
-    pretrained_model_name_or_path: str
-    model_type: str
-
-
-class Config(TypedDict, total=False):
-    """The configuration of a job, with what names it."""
-
-    model: Required[ModelNode]
-    pruner: Required[Method]
-    allocator: Required[AllocatorNode]
-    sparsity: Required[float]
-    pattern: Required[str | int]
-    seed: Required[int]
-    dataset: dict[str, Any]
-    split: Method
-    evaluation: dict[str, Any]
-    tracker: dict[str, Any]
-
-
-class Hardware(TypedDict, total=False):
-    cpu: Required[str | None]
-    cores: Required[int | None]
-    gpus: Required[list[str]]
-    threads: int
-
-
-class Provenance(TypedDict, total=False):
-    """Where a result came from; a sweep that a row was made up in, as for a table, has none of it."""
-
-    command: str
-    overrides: list[str]
-    name: str | None
-    sweep: str | None
-    cwd: str | None
-    numbers: int
-    hardware: Hardware
-    versions: dict[str, str | None]
-    environment: dict[str, str]
-    dequantized_from: dict[str, Any] | None
-    outside: dict[str, dict[str, Any]] | None
-    untracked: list[str] | None
-    diff: str | None
-
-
-class OnWindows(TypedDict, total=False):
-    """The protocol of a perplexity."""
-
-    n_windows: Required[int]
-    seq_len: Required[int]
-    role: Required[str]
-    skip: int
-
-
-class OnItems(TypedDict, total=False):
-    """The protocol of an accuracy, or of a mean over tasks."""
-
-    num_fewshot: Required[int]
-    complete: Required[bool]
-    limit: int | None
-    n_items: int
-    tasks: dict[str, dict[str, Any]]
-    add_bos_token: bool | None
-
-
-class MetricEntry(TypedDict, total=False):
-    value: Required[float | None]
-    protocol: Required[OnWindows | OnItems]
-    reason: str
-    stderr: float
-    secondary: bool
-    window_nll: list[float]
-
-
-class Sparsity(TypedDict, total=False):
-    target: float
-    actual: Required[float]
-
-
-class Profile(TypedDict, total=False):
-    sparsity: Required[list[float]]
-    actual: Numbers | None
-
-
-class Cost(TypedDict, total=False):
-    n_evaluations: int
-    n_new_evaluations: int
-    n_block_forwards: int
-    n_backward_passes: int
-    seconds: float
-
-
-class Values(Cost, total=False):
-    values: Required[Numbers]
-    stderr: Numbers | None
-    method: Required[str]
-
-
-class Tried(TypedDict, total=False):
-    label: str
-    loss: float | None
-
-
-class Tuning(Cost, total=False):
-    curve: list[Tried]
-
-
-class LinearEntry(TypedDict, total=False):
-    fallback: str | None
-    error: float | None
-    block: int
-    name: str
-
-
-class Pruning(TypedDict, total=False):
-    per_linear: list[LinearEntry]
-    seconds: dict[str, float]
-
-
-class Stage(TypedDict, total=False):
-    seconds: Required[float]
-    peak_memory_bytes: int | None
-
-
-class Process(TypedDict):
-    """Where a run is running."""
-
-    host: Required[str]
-    pid: Required[int]
-
-
-class Result(TypedDict, total=False):
-    """The JSON of a `ResultRow`."""
-
-    status: Required[Status]
-    config_key: Required[str]
-    config: Required[Config]
-    provenance: Required[Provenance]
-    fingerprints: Required[dict[str, str]]
-    metrics: dict[str, MetricEntry]
-    dense: dict[str, MetricEntry]
-    sparsity: Sparsity | None
-    profile: Profile | None
-    shapley: Values | None
-    scores: Values | None
-    tuning: Tuning | None
-    pruning: Pruning | None
-    stages: dict[str, Stage] | None
-    peak_memory_bytes: int | None
-    seconds: float
-    error: str | None
-    process: Process | None
-    not_finite: dict[str, str] | None
-
-
-def check(data: Any) -> None:
-    """Raise ValueError, with the key at fault, where parsed JSON is not that of a result."""
-    if wrong := _wrong(data, Result, ""):
-        raise ValueError(wrong)
+    Raises:
+        ValueError: it is of another type; the message begins with the key.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Annotated, Required):
+        return read(args[-1], value, key)
+    if origin in (typing.Union, types.UnionType):
+        return _read_either(args, value, key)
+    if isinstance(hint, type) and issubclass(hint, Stored):
+        return hint.from_dict(value, key)
+    if typing.is_typeddict(hint):
+        return _read_typed(hint, value, key)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{key}: must be a list")
+        return tuple(read(args[0], entry, _inside(key, i)) for i, entry in enumerate(value))
+    if origin in (dict, Mapping):
+        if not isinstance(value, dict):
+            raise ValueError(f"{key}: must be an object")
+        return {name: read(args[1], entry, _inside(key, name)) for name, entry in value.items()}
+    if wrong := _wrong(hint, value):
+        raise ValueError(f"{key}: must be {wrong}")
+    return value
 
 
 def plain(node: Any) -> Any:
@@ -215,37 +102,73 @@ def plain(node: Any) -> Any:
     return CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", node) if isinstance(node, str) else node
 
 
-def _wrong(value: Any, hint: Any, key: str) -> str | None:
-    """Why a value of JSON is not of a type, None where it is."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
+def _read_either(hints: tuple[Any, ...], value: Any, key: str) -> Any:
+    if value is None and types.NoneType in hints:
         return None
-    if origin is Required:
-        return _wrong(value, args[0], key)
-    if origin in (typing.Union, types.UnionType):
-        found = [_wrong(value, arg, key) for arg in args]
-        return None if None in found else max(filter(None, found), key=len)  # the one that looked deepest
-    if typing.is_typeddict(hint):
-        if not isinstance(value, dict):
-            return f"{key}: must be an object"
-        hints = typing.get_type_hints(hint, include_extras=True)
-        needed = [name for name, of in hints.items() if typing.get_origin(of) is Required]
-        if lacking := [name for name in needed if name not in value]:
-            return f"{key}: lacks {', '.join(lacking)}".removeprefix(": ")
-        return next((w for k in hints if k in value and (w := _wrong(value[k], hints[k], f"{key}.{k}".lstrip(".")))), None)
-    if origin is list or origin is dict:
-        if not isinstance(value, origin):
-            return f"{key}: must be {'a list' if origin is list else 'an object'}"
-        entries = value.items() if isinstance(value, dict) else enumerate(value)
-        return next((w for k, entry in entries if (w := _wrong(entry, args[-1], f"{key}.{k}"))), None)
-    if origin is Literal:
-        return None if value in args else f"{key}: must be one of {', '.join(args)}"
+    told: list[str] = []
+    for hint in hints:
+        try:
+            return read(hint, value, key)
+        except ValueError as error:
+            told.append(str(error))
+    raise ValueError(max(told, key=len))  # of the type that fits the farthest
+
+
+def _read_typed(hint: Any, value: Any, key: str) -> Any:
+    """An object that is one of a TypedDict, as it is."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{key}: must be an object")
+    hints = _hints(hint)
+    _check_there(value, [name for name, of in hints.items() if typing.get_origin(of) is Required], key)
+    for name in hints.keys() & value.keys():
+        read(hints[name], value[name], _inside(key, name))
+    return value
+
+
+def _wrong(hint: Any, value: Any) -> str | None:
+    """What a plain value must be, None where it is."""
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        return None if value in choices else f"one of {', '.join(choices)}"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
     if hint is float:
-        return None if _is_number(value) else f"{key}: must be a number"
+        return None if is_number else "a number"
     if hint is int:
-        return None if _is_number(value) and isinstance(value, int) else f"{key}: must be a whole number"
-    return None if type(value) is hint else f"{key}: must be {'null' if hint is types.NoneType else hint.__name__}"
+        return None if is_number and isinstance(value, int) else "a whole number"
+    return None if type(value) is hint else "null" if hint is types.NoneType else {str: "text", bool: "true or false"}[hint]
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= LARGEST
+def _check_there(data: Mapping[str, Any], needed: list[str], key: str) -> None:
+    if lacking := [name for name in needed if name not in data]:
+        raise ValueError(f"{key}: lacks {', '.join(lacking)}".removeprefix(": "))
+
+
+def _inside(key: str, name: object) -> str:
+    return f"{key}.{name}" if key else str(name)
+
+
+def _plain_json(value: Any) -> Any:
+    if isinstance(value, Stored):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {name: _plain_json(entry) for name, entry in value.items()}
+    return [_plain_json(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+@cache
+def _fields(cls: Any) -> dict[str, dataclasses.Field[Any]]:
+    own = [each.name for each in dataclasses.fields(Stored)]
+    return {each.name: each for each in dataclasses.fields(cls) if each.name not in own}
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+def _is_needed(of: dataclasses.Field[Any]) -> bool:
+    return of.default is dataclasses.MISSING and of.default_factory is dataclasses.MISSING
+
+
+def _default(of: dataclasses.Field[Any]) -> Any:
+    return of.default_factory() if of.default_factory is not dataclasses.MISSING else of.default
