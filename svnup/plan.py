@@ -17,7 +17,7 @@ from svnup.game.walk_plan import WalkPlan
 from svnup.memory import least_seconds, resident
 from svnup.model.language_model import BATCH_TOKENS, HEAD_TOKENS, LanguageModel, pick_device
 from svnup.model.linears import Linear, expert_of, matrix
-from svnup.naming import moving_numbers
+from svnup.naming import identity, moving_numbers
 from svnup.pruning.nothing import Nothing
 from svnup.pruning.walk import ERROR_TOKENS, Inputs, workspace
 from svnup.shapley import block_forwards
@@ -139,7 +139,8 @@ class SweepPlan:
 def plan_of_sweep(jobs: Sequence[Job]) -> SweepPlan:
     """What checked jobs will cost together, where what they share is computed once and nothing of it is in the cache.
 
-    Counted are passes over texts: solving for the weights that are kept takes time of its own, and so do lm-eval's tasks.
+    Counted are passes over texts for games, trials, pruning and perplexities. Solving for the weights that are kept, published
+    heuristics, values at the margin and lm-eval's tasks take time of their own.
     """
     plans: dict[str, dict[str, int]] = {}  # jobs that differ in seeds alone cost the same
     groups: dict[tuple[str, str], list[Job]] = {}
@@ -150,10 +151,10 @@ def plan_of_sweep(jobs: Sequence[Job]) -> SweepPlan:
             plans[like] = plan(job)
         if (model := _text(job.config["model"])) not in speeds:
             speeds[model] = _flop_per_second(job)
-        passes = plans[like].get("GFLOP of pruning's passes", 0) * 1e9
+        passes = plans[like].get("GFLOP of pruning's passes", 0) * 1e9 + _of_rounds(job, plans[like])
         work.append((job, passes + _evaluated(job) * sum(_per_token(job))))
-        for what, identity in _shared(job).items():
-            groups.setdefault((what, _text(identity)), []).append(job)
+        for what, found in _shared(job).items():
+            groups.setdefault((what, _text(found)), []).append(job)
     shared = [SHARED[what](those) for (what, _), those in groups.items()]
     work += [(those[0], one.flop) for those, one in zip(groups.values(), shared, strict=True)]
     return SweepPlan(
@@ -170,7 +171,7 @@ def _shared(job: Job) -> dict[str, Any]:
     model, calibration = [config["model"], job.config["model"].get("device")], config["dataset"] if job.calibrates else None
     if job.shapley is not None:
         pruned = [config["sparsity"], config["pattern"], calibration] if job.game_prunes else []
-        found["game"] = [model, job.config["allocator"]["scorer"]["game"], *pruned]
+        found["game"] = [model, identity(job.shapley.game), *pruned]
     if job.evaluation.sources() or job.evaluation.needs_whole_model:
         found["dense numbers"] = [model, config["evaluation"]]
     if job.allocator.needs.selection:
@@ -182,12 +183,30 @@ def _shared(job: Job) -> dict[str, Any]:
 def _game(jobs: list[Job]) -> SharedWork:
     lm, scorers = jobs[0].skeleton, [job.shapley for job in jobs if job.shapley is not None]
     coalitions = np.unique(np.concatenate([scorer.shard_coalitions(lm.n_blocks) for scorer in scorers]), axis=0)
-    game = scorers[0].game
-    walk = WalkPlan.of(coalitions, absent_costs=game.absence == "prune")
+    walk = WalkPlan.of(coalitions, absent_costs=scorers[0].game.absence == "prune")
     through, head = _per_token(jobs[0])
     flop = walk.n_block_forwards * through / coalitions.shape[1] + walk.n_evaluations * head
     counts = {"evaluations": walk.n_evaluations, "block-forwards": walk.n_block_forwards}
-    return SharedWork("game", len(jobs), counts, (game.data.n_seq or 0) * game.data.seq_len * flop)
+    gates = {identity(scorer.estimator): scorer.plan(lm.n_blocks).get("backward_passes", 0) for scorer in scorers}
+    if backward := sum(gates.values()):
+        counts["backward passes"] = backward
+        flop += 4 * backward * (through + head)  # with the forward, which is repeated block by block
+    return SharedWork("game", len(jobs), counts, _n_payoff(jobs[0]) * flop)
+
+
+def _of_rounds(job: Job, told: dict[str, int]) -> float:
+    """Operations of the games in pruned models, which no other job has."""
+    if job.shapley is None:
+        return 0.0
+    (through, head), n_players = _per_token(job), job.shapley.game.n_players(job.skeleton.n_blocks)
+    forwards, evaluations = (told.get(f"{what} of later rounds", 0) for what in ("block forwards", "evaluations"))
+    return _n_payoff(job) * (forwards * through / n_players + evaluations * head)
+
+
+def _n_payoff(job: Job) -> int:
+    """Tokens of the payoff text of a job with a game."""
+    assert job.shapley is not None
+    return (job.shapley.game.data.n_seq or 0) * job.shapley.game.data.seq_len
 
 
 def _dense(jobs: list[Job]) -> SharedWork:

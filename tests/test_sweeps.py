@@ -193,7 +193,7 @@ def test_a_plan_tells_what_is_finished_and_what_is_wrong(own_place):
 
 
 def test_games_that_overlap_are_counted_once():
-    from svnup.plan import _game
+    from svnup.plan import _game, _shared
 
     config.register()
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
@@ -207,8 +207,13 @@ def test_games_that_overlap_are_counted_once():
 
         exact, one = job("shapley=exact"), job("shapley.window=1")
         shards = [job("shapley.window=2", f"shapley.shard={k}/3") for k in range(3)]
+        alike = [job("shapley.window=2", f"pruner={name}", "compare_uniform=trial") for name in ("wanda", "magnitude")]
+        pruned = [job("shapley.window=2", "shapley.game.absence=prune", f"pruner={name}") for name in ("wanda", "magnitude")]
     assert _game([exact, one]).counts["evaluations"] == 2**3
     assert _game(shards).counts["evaluations"] == 6
+    assert _shared(alike[0])["game"] == _shared(alike[1])["game"], "a game without pruned blocks knows no pruner"
+    assert _shared(pruned[0])["game"] != _shared(pruned[1])["game"]
+    assert _shared(alike[0])["losses"] != _shared(alike[1])["losses"]
 
 
 # -- how far a sweep is
