@@ -14,16 +14,17 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 from rows import run
 
 from svnup.cli.results import main
 from svnup.reports import svg
 from svnup.reports.html import report
-from svnup.reports.svg import Markup, element
+from svnup.reports.svg import element
 from svnup.results.row import ResultRow
 from svnup.results.store import RunFolder, load
 
-VOID = {"meta", "input"}
+VOID = {"meta", "input", "wbr"}
 HOSTILE = "</pre></title></style></script><script>alert(1)</script>\"'><img src=x onerror=alert(1)> & Ω"
 EXACT = "Exact()"
 
@@ -237,8 +238,8 @@ def test_hostile_text_stays_text():
 
 
 def test_an_element_escapes_all_but_markup():
-    assert element("b", "<i>", title='"<') == '<b title="&quot;&lt;">&lt;i&gt;</b>'
-    assert element("b", element("i"), Markup("&amp;"), hidden=True, id=None) == "<b hidden><i></i>&amp;</b>"
+    assert element("b", "<i>", title='"<') == '<b title="&#34;&lt;">&lt;i&gt;</b>'
+    assert element("b", element("i"), Markup("&amp;"), class_="c", id=None) == '<b class="c"><i></i>&amp;</b>'
 
 
 # -- the same results make the same bytes

@@ -55,6 +55,12 @@ def fallback_of(row: ResultRow) -> str | None:
     return next((r["fallback"] for r in (row.pruning or {}).get("per_linear", []) if r.get("fallback")), None)
 
 
+def is_whole(protocol: Mapping[str, Any]) -> bool:
+    """Whether a number under this protocol is of a whole test text or task."""
+    whole = protocol.get("complete", True) and protocol.get("limit") is None
+    return bool(whole) and protocol.get("role", "test") == "test"
+
+
 def uniform_taken(row: ResultRow) -> str | None:
     """Where the uniform budget was taken in place of the one by scores: what both lose by trial."""
     if not row.tuning or row.tuning.get("taken") != "uniform":
