@@ -44,13 +44,17 @@ function filter() {
   all(".chart g[data-runs]").forEach(join);
   all(".chart:has([data-row])").forEach(compact);
   const left = (node) => !node.querySelector("[data-runs]") || node.querySelector("[data-runs]:not([hidden])") !== null;
-  all("[data-holds]").forEach((node) => show(node, left(node)));
+  const filtered = wanted.length > 0 || choices.some((c) => c.value);
+  all("[data-holds]").forEach((node) => {
+    show(node, left(node));
+    if (filtered && node.tagName === "DETAILS") node.open = true;
+  });
   all("main>section").forEach((section) => {
     const holder = section.querySelector("#all-runs");
     show(section.querySelector(".nothing"), holder ? !chosen.includes(true) : !left(section));
   });
   document.getElementById("count").textContent = chosen.filter(Boolean).length + " of " + runs.length + " runs";
-  show(document.getElementById("filtered"), wanted.length > 0 || choices.some((c) => c.value));
+  show(document.getElementById("filtered"), filtered);
 }
 
 // A line and its band go through the marks that are left.

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from svnup.naming import current_path, moving_numbers
+from svnup.naming import current, moving_numbers
 from svnup.pattern import UNSTRUCTURED
 from svnup.reports.figures import UNITS
 from svnup.reports.tables import frame
@@ -258,13 +258,11 @@ def disambiguated(names: Sequence[str], nodes: Sequence[dict[str, str]], form: s
 
 
 def flat(node: Any, prefix: str = "", without: tuple[str, ...] = ()) -> dict[str, str]:
-    """Nested values as texts by dotted key, components by their current paths."""
+    """Nested values as texts by dotted key."""
     if isinstance(node, list) and any(isinstance(item, dict) for item in node):
         node = {str(i): item for i, item in enumerate(node)}
-    if isinstance(node, str):
-        return {prefix: current_path(node) if prefix.endswith("_target_") else node}
     if not isinstance(node, dict):
-        return {prefix: json.dumps(node)}
+        return {prefix: node if isinstance(node, str) else json.dumps(node)}
     inside = [flat(v, f"{prefix}.{k}" if prefix else str(k), without) for k, v in node.items() if k not in without]
     return {key: value for part in inside for key, value in part.items()}
 
@@ -281,7 +279,7 @@ class _Names:
 
 def _names(rows: list[ResultRow], lines: list[dict[str, Any]]) -> list[_Names]:
     """Unique names of model and method: where several share a name, the settings in which they differ are added."""
-    configs = [moving_numbers(row.config) for row in rows]
+    configs = [current(moving_numbers(row.config)) for row in rows]
     weights = [{"weights": str(row.fingerprints.get("weights"))[:8]} for row in rows]
     nodes = [flat(config["model"]) | prints for config, prints in zip(configs, weights, strict=True)]
     models = disambiguated([str(line["model"]) for line in lines], nodes)
@@ -362,7 +360,7 @@ def _scores(row: ResultRow, n_blocks: int) -> list[Scores]:
         stderr = np.nan_to_num(stderr) if stderr.shape == values.shape else np.zeros(len(values))
         one = Scores(kind, str(told.get("method")), values, stderr)
         if told is row.shapley:
-            game = _game(row, n_blocks)
+            game = _game(row, n_blocks, len(values))
             payoff = game.get("game.payoff", "")
             cost = told.get("n_block_forwards", 0), told.get("n_backward_passes", 0)
             one = replace(one, game=game, unit=UNITS.get(payoff, payoff), cost=cost)
@@ -370,15 +368,15 @@ def _scores(row: ResultRow, n_blocks: int) -> list[Scores]:
     return found
 
 
-def _game(row: ResultRow, n_blocks: int) -> dict[str, str]:
+def _game(row: ResultRow, n_blocks: int, n_players: int) -> dict[str, str]:
     """The settings of the game of a run's Shapley values, with dotted keys."""
-    config = moving_numbers(row.config)
+    config = current(moving_numbers(row.config))
     game = dict((config["allocator"].get("scorer") or {}).get("game") or {})
     prunes = game.get("absence", "skip") != "skip"
     more = {key: config.get(key) for key in ("sparsity", "pattern", "dataset")} if prunes else {}
     game = game if prunes else {key: value for key, value in game.items() if key != "pruner"}
     weights = row.fingerprints.get("weights")
-    return flat({"model": config["model"], "weights": weights, **more, "game": game, "layers": n_blocks})
+    return flat({"model": config["model"], "weights": weights, **more, "game": game, "layers": n_blocks, "n": n_players})
 
 
 def _trouble(row: ResultRow, status: str) -> str:

@@ -141,7 +141,8 @@ def linear(label: str, values: Sequence[float], *, zero: bool = False) -> Axis:
     low, high = min(values), max(values)
     if zero:
         low, high = min(0.0, low), max(0.0, high)
-    low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
+    room = max(0.5, 0.05 * abs(low)) if low == high else 0.0
+    low, high = low - room, high + room
     step = next(s for s in _steps(10.0 ** (math.floor(math.log10(high - low)) - 1)) if (high - low) / s <= 6)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return Axis(label, first * step, last * step, [round(i * step, 12) for i in range(first, last + 1)])
@@ -255,7 +256,7 @@ def lines(title: str, x: Axis, y: Axis, series: Sequence[Series], reference: Ref
 
 def scatter(title: str, x: Axis, y: Axis, series: Sequence[Series], upright: Reference | None = None) -> Markup:
     """A scatter chart with whiskers; `upright` is a named vertical line."""
-    plot = _Plot(x, y, _name_of(upright, x))
+    plot = _Plot(x, y, _name_of(upright, x, upright=True))
     drawn = [_line(s, plot, joined=False) for s in series]
     if upright is not None and _inside(upright, x):
         ref = f"M{plot.px(upright.value):.1f} {plot.top}V{HEIGHT - BOTTOM}"
@@ -278,7 +279,7 @@ def bars(title: str, x: Axis, y: Axis, series: Series, reference: Reference | No
 
 def ranking(title: str, x: Axis, series: Sequence[Series], reference: Reference | None = None) -> Markup:
     """One row per series with its first point below its name, to compare series at one place."""
-    name, left = _name_of(reference, x), 14.0
+    name, left = _name_of(reference, x, upright=True), 14.0
     top = 24.0 if name else 6.0
     inside = reference is not None and _inside(reference, x)
     rows: list[Markup] = []
@@ -289,7 +290,7 @@ def ranking(title: str, x: Axis, series: Sequence[Series], reference: Reference 
         px = _x(x, point.x, left)
         marks = [element("path", class_="rule", d=f"M{left:g} {cy:g}H{WIDTH - RIGHT}")]
         if inside and reference is not None:  # only beside the rule, so that it crosses no name
-            marks.append(element("path", class_="ref", d=f"M{_x(x, reference.value, left):.1f} {cy - 5:g}v10"))
+            marks.append(element("path", class_="ref", d=f"M{_x(x, reference.value, left):.1f} {cy - 3:g}v8"))
         if point.low is not None and point.high is not None:
             whisker = f"M{_x(x, point.low, left):.1f} {cy:g}H{_x(x, point.high, left):.1f}"
             marks.append(element("path", class_="whisker", d=whisker))
@@ -324,12 +325,12 @@ def _inside(reference: Reference, axis: Axis) -> bool:
     return -1e-9 <= axis.at(reference.value) <= 1 + 1e-9
 
 
-def _name_of(reference: Reference | None, axis: Axis) -> str:
-    """How a reference is named beside a chart, which says so where it lies outside."""
-    if reference is None:
-        return ""
-    side = "" if _inside(reference, axis) else " (below the axis)" if axis.at(reference.value) < 0 else " (above the axis)"
-    return reference.name + side
+def _name_of(reference: Reference | None, axis: Axis, upright: bool = False) -> str:
+    """How a reference line is named beside a chart, which says so where it would lie outside."""
+    if reference is None or _inside(reference, axis):
+        return reference.name if reference is not None else ""
+    sides = ("left of", "right of") if upright else ("below", "above")
+    return f"{reference.name} ({sides[axis.at(reference.value) > 0]} the chart)"
 
 
 def _named(name: str, y: float) -> Markup:

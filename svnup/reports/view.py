@@ -445,8 +445,7 @@ def _shapley(runs: Collection, some: list[Measured]) -> list[Figure]:
     names, n_blocks = _estimator_names(map(estimator, some)), some[0].n_blocks
     series: list[Series] = []
     for same in sorted(grouped(some, estimator), key=lambda same: (-len(same), estimator(same[0]))):
-        size = len(_values_of(same[0]).values)
-        found = [scores for run in same if len((scores := _values_of(run)).values) == size]
+        found = [_values_of(run) for run in same]
         values = np.array([one.values for one in found])
         error = np.array([one.stderr for one in found]).max(axis=0)
         name, mean = names[estimator(same[0])], values.mean(axis=0)
@@ -457,19 +456,20 @@ def _shapley(runs: Collection, some: list[Measured]) -> list[Figure]:
     x, y = svg.layers(n_blocks), svg.symlog(_values_of(some[0]).unit, svg.ends(series))
     title = f"Shapley values of {some[0].model}"
     chart = svg.bars(title, x, y, series[0]) if len(series) == 1 else svg.lines(title, x, y, series)
-    return [Figure("Shapley values", chart, _legend(series), _numbers(series, "layer", _layer_names(series, n_blocks)))]
+    numbers = _numbers(series, "layer", _layer_names(len(_values_of(some[0]).values) // n_blocks, n_blocks))
+    return [Figure("Shapley values", chart, _legend(series), numbers)]
 
 
 def _points(values: Floats, low: Floats, high: Floats, n_blocks: int, name: str = "") -> list[Point]:
     """One point per block, or one for each of its parts that has a value of its own; none where it is not a number."""
-    names = _player_names(len(values) // n_blocks, n_blocks)
-    found = []
+    per_block, found = len(values) // n_blocks, []
+    names = _player_names(per_block, n_blocks)
     for i, (value, a, b) in enumerate(zip(values.tolist(), low.tolist(), high.tolist(), strict=True)):
         if not np.isfinite(value):
             continue
         tip = f"{name}, layer {names[i]}: {value:.4g}" if name else ""
         low_end, high_end = (a, b) if a < b else (None, None)
-        found.append(Point(i * n_blocks / len(values), value, low_end, high_end, tip))
+        found.append(Point((i - (per_block - 1) / 2) / per_block, value, low_end, high_end, tip))
     return found
 
 
@@ -479,10 +479,10 @@ def _player_names(per_block: int, n_blocks: int) -> list[str]:
     return [f"{block}.{part}" if per_block > 1 else str(block) for block in range(n_blocks) for part in range(per_block)]
 
 
-def _layer_names(series: Sequence[Series], n_blocks: int) -> Callable[[float], str]:
-    per_block = max((round(1 / (p.x % 1)) for one in series for p in one.points[:2] if p.x % 1), default=1)
+def _layer_names(per_block: int, n_blocks: int) -> Callable[[float], str]:
+    """The name of what stands at a place of the axis of layers."""
     names = _player_names(per_block, n_blocks)
-    return lambda at: names[round(per_block * at)]
+    return lambda at: names[round(per_block * at + (per_block - 1) / 2)]
 
 
 def _beside(runs: Collection, title: str, values: list[Figure], some: list[Measured]) -> Panel:
@@ -517,7 +517,7 @@ def _estimators(runs: Collection) -> Section:
     panels = []
     for name, some in zip(names, games, strict=True):
         exact = [run for run in some if _values_of(run).estimator.startswith("Exact(")]
-        others = [run for run in some if run not in exact and len(_values_of(run).values) == len(_values_of(some[0]).values)]
+        others = [run for run in some if not _values_of(run).estimator.startswith("Exact(")]
         if exact and others:
             panels.append(_errors(runs, name, _values_of(exact[0]), others))
     if not panels:
