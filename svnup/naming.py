@@ -70,6 +70,15 @@ def current_path(target: str) -> str:
     return target
 
 
+def current(node: Any) -> Any:
+    """A stored configuration with the current import path of every `_target_`, so that older ones compare with newer ones."""
+    if isinstance(node, list):
+        return [current(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    return {k: current_path(v) if k == "_target_" and isinstance(v, str) else current(v) for k, v in node.items()}
+
+
 def component_name(target: str) -> str:
     """The stable name of a component by its `_target_`: the first name of its class (MOVED) in lower case."""
     now = current_path(target)

@@ -6,8 +6,9 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -20,8 +21,15 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:.3g}/s" if speed else "")
 
 
-Listener = Callable[[str, int, int, str], None]  # of a stage: its name, steps done, of how many, their unit
+# Of a stage: its name, steps done, of how many, their unit, and numbers measured in the last ones, by name.
+Listener = Callable[[str, int, int, str, Mapping[str, float]], None]
 _listeners: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=())
+
+
+class Advance(Protocol):
+    """Call it with the number of steps done, and with numbers that were measured in them."""
+
+    def __call__(self, steps: int, /, **numbers: float) -> None: ...
 
 
 @contextlib.contextmanager
@@ -35,16 +43,16 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stage(description: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def stage(description: str, total: int, unit: str) -> Iterator[Advance]:
     """Show a stage of `total` steps while the block runs; call what it yields with the number of steps done."""
     done = 0
 
-    def advance(steps: int) -> None:
+    def advance(steps: int, /, **numbers: float) -> None:
         nonlocal done
         done += steps
         progress.advance(task, steps)
         for listener in _listeners.get():
-            listener(description, done, total, unit)
+            listener(description, done, total, unit, numbers)
 
     console = Console(stderr=True)
     columns = (

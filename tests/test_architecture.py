@@ -21,6 +21,8 @@ ONLY_IN = {
     "lm_eval": {"evaluation/zero_shot"},
     "pandas": {"results", "reports"},
     "matplotlib": {"reports/figures"},
+    "jinja2": {"reports"},
+    "markupsafe": {"reports"},
     "datasets": {"data", "assets/tasks/docs_cloze"},
     "shapiq": {"shapley/library"},
     "gguf": {"model"},

@@ -7,23 +7,27 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 from rows import changed, run
 
 from svnup.cli.results import main
 from svnup.reports import svg
 from svnup.reports.html import report
-from svnup.reports.svg import Markup, element
+from svnup.reports.svg import element
+from svnup.reports.templates import _breaks
 from svnup.results.row import Measured, Protocol, ResultRow
 from svnup.results.store import RunFolder, load
 
-VOID = {"meta", "input"}
+VOID = {"meta", "input", "wbr"}
 HOSTILE = "</pre></title></style></script><script>alert(1)</script>\"'><img src=x onerror=alert(1)> & Ω"
 EXACT = "Exact()"
 
@@ -237,8 +241,8 @@ def test_hostile_text_stays_text():
 
 
 def test_an_element_escapes_all_but_markup():
-    assert element("b", "<i>", title='"<') == '<b title="&quot;&lt;">&lt;i&gt;</b>'
-    assert element("b", element("i"), Markup("&amp;"), hidden=True, id=None) == "<b hidden><i></i>&amp;</b>"
+    assert element("b", "<i>", title='"<') == '<b title="&#34;&lt;">&lt;i&gt;</b>'
+    assert element("b", element("i"), Markup("&amp;"), class_="c", id=None) == '<b class="c"><i></i>&amp;</b>'
 
 
 # -- the same results make the same bytes
@@ -367,6 +371,38 @@ def test_estimators_are_measured_against_the_exact_values_of_their_own_game():
     assert len([n for n in page.inside(section, "svg") if n.get("role") == "img"]) == 1
 
 
+def measured_on_part(one):
+    """The same run, measured on part of the text."""
+    entry = one.metrics["docs/ppl"]
+    return replace(one, metrics={"docs/ppl": entry | {"protocol": entry["protocol"] | {"complete": False}}})
+
+
+def test_a_number_from_part_of_a_text_is_never_the_headline():
+    whole = [row("u", 40.0, seed=1), row("s", 36.0, seed=1, allocator="shapley")]
+    part = [measured_on_part(row("pu", 40.0)), measured_on_part(row("ps", 4.0, allocator="shapley"))]
+    headline = Page(report([*whole, *part])).all("dl", class_="tiles")[0]["text"]
+    assert "−10.0 %" in headline
+    assert "−90.0 %" not in headline
+    page = Page(report(part))
+    assert "part of a text" in page.all("dl", class_="tiles")[0]["text"]
+    assert not re.search(r"\d %", page.all("dl", class_="tiles")[0]["text"])
+    assert "−90.0 %" in page.by_id("leaderboard")["text"], "the table has it, with its protocol"
+
+
+def test_a_component_that_has_moved_is_the_same():
+    rows = [row("u", 40.0), row("s", 20.0, allocator="shapley")]
+    rows[0].config["model"]["_target_"] = "svnup.model.Pretrained"
+    (shapley, uniform) = Page(report(rows)).board()
+    assert (shapley["vs uniform of docs/ppl"], uniform["method"].strip()) == ("−50.0 %", "uniformwanda")
+
+
+def test_values_that_are_no_numbers_are_left_out_of_charts():
+    broken = row("a", allocator="shapley", values=[None, 0.5])
+    page = Page(report([broken, row("b", allocator="shapley", values=[None, None], sparsity=0.6)]))
+    assert "NaN" not in page.by_id("layers")["text"]
+    assert not [n for n in page.found if n["tag"] == "path" and "nan" in n.get("d", "")]
+
+
 def test_values_of_different_games_share_no_chart():
     rows = [row("a", allocator="shapley", values=[0.111, 0.5]), row("b", allocator="shapley", values=[0.222, 0.5])]
     rows[1].config["allocator"]["scorer"]["game"]["payoff"] = "kl"
@@ -427,7 +463,123 @@ def test_five_hundred_runs_of_a_deep_model_are_a_page_of_a_few_megabytes():
     assert len(html.encode()) < 6e6
 
 
+# -- the filter
+
+
+def test_lines_and_charts_name_the_runs_that_they_are_of(whole):
+    """By this the filter moves them: places of runs in their order on the page."""
+    page = Page(whole)
+    runs = [n for n in page.inside(page.by_id("all-runs"), "details") if n.get("id", "").startswith("run-")]
+    assert [n["data-status"] for n in runs].count("failed") == 1
+    keys = [n["id"].removeprefix("run-") for n in runs]
+    for line in page.inside(page.by_id("board"), "tr"):
+        linked = {n["href"].removeprefix("#run-") for n in page.inside(line, "a")}
+        assert {keys[int(place)] for place in line["data-runs"].split()} == linked
+    for place in ("sparsity", "layers"):
+        drawn = [n for n in page.inside(page.by_id(place), "g") if "data-s" in n]
+        assert drawn
+        for series in drawn:
+            of = {keys[int(i)] for i in series["data-runs"].split()}
+            assert of
+            assert all((key[0] == "s") == series["data-s"].startswith("shapley") for key in of if key[1:2] == "0")
+            marks = [n for n in page.inside(series, "path") if "data-runs" in n]
+            assert {i for n in marks for i in n["data-runs"].split()} <= set(series["data-runs"].split())
+    folded = page.inside(page.by_id("sparsity"), "table")
+    assert all("data-runs" in head for table in folded for head in page.inside(table, "th")[1:3])
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser")
+@pytest.mark.parametrize("words", ["shapley", "nobody"])
+def test_in_a_browser_the_filter_moves_all_that_is_of_runs(whole, tmp_path, words):
+    act = f'<script>words.value = "{words}"; filter();</script>'
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", whole).replace("</body>", f"{act}</body>")
+    (tmp_path / "page.html").write_text(page)
+    command = [BROWSER, "--headless=new", "--no-sandbox", f"--user-data-dir={tmp_path / 'home'}", "--dump-dom"]
+    done = subprocess.run(
+        [*command, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    page = Page(done.stdout)
+    runs = [n for n in page.inside(page.by_id("all-runs"), "details") if n.get("id", "").startswith("run-")]
+    chosen = {str(i) for i, n in enumerate(runs) if "hidden" not in n}
+    assert page.by_id("count")["text"] == f"{len(chosen)} of {len(runs)} runs"
+    assert len(chosen) == (len([n for n in runs if "shapley" in n["text"].split("Command")[0]]) if words == "shapley" else 0)
+    for node in page.found:
+        if "data-runs" in node:
+            assert ("hidden" in node) == (not chosen & set(node["data-runs"].split()))
+    for section in page.all("section"):
+        left = [n for n in page.found if "data-runs" in n and any(o is section for o in n["in"]) and "hidden" not in n]
+        (nothing,) = (n for n in page.inside(section, "p") if "nothing" in n.get("class", ""))
+        if section["id"] in ("leaderboard", "sparsity", "layers", "runs"):
+            assert ("hidden" in nothing) == bool(left or (section["id"] == "runs" and chosen))
+
+
 # -- charts
+
+
+def test_a_reference_that_is_far_away_does_not_squeeze_the_values():
+    far, near = svg.Reference(10.0, "dense"), svg.Reference(90.0, "dense")
+    assert svg.logarithmic("x", [100.0, 150.0], far).low > 90
+    assert svg.logarithmic("x", [100.0, 150.0], near).low < 90
+    assert svg.logarithmic("x", [100.0], far).low < 10, "one value has no range"
+    shown = [svg.Series("a", [svg.Point(0, 100.0), svg.Point(1, 150.0)])]
+    chart = svg.lines("t", svg.linear("x", [0, 1]), svg.logarithmic("y", [100.0, 150.0], far), shown, far)
+    assert "dense (below the chart)" in chart
+    assert 'class="ref"' not in chart
+
+
+@pytest.mark.parametrize("draw", ["lines", "bars", "scatter", "ranking"])
+def test_no_label_lies_on_what_is_drawn(draw):
+    points = [svg.Point(i, 100.0 + 10 * i, 95.0 + 10 * i, 105.0 + 10 * i) for i in range(5)]
+    reference = svg.Reference(120.0 if draw != "scatter" else 2.0, "a name")
+    x, y = svg.linear("x", [0, 4]), svg.linear("a label that is so long that it needs a line of its own", [90.0, 150.0])
+    if draw == "ranking":
+        rows = [svg.Series("long_name_" * 12, [svg.Point(p.y, 0, p.low, p.high)]) for p in points]
+        chart = svg.ranking("t", svg.linear("x", [90.0, 150.0]), rows, reference)
+    else:
+        series = svg.Series("a", points)
+        chart = getattr(svg, draw)("t", x, y, series if draw == "bars" else [series], reference)
+    page = Page(f"<svg>{chart}</svg>")
+    (name,) = page.all("text", class_="refname")
+    heights = [float(v) for n in page.all("path", class_="m") for v in re.findall(r"^M[\d.]+ ([\d.]+)", n["d"])]
+    heights += [float(v) for n in page.all("path", class_="bar") for v in re.findall(r"V([\d.]+)h", n["d"])]
+    assert len(heights) == 5
+    assert float(name["y"]) < min(heights)
+    if draw == "ranking":
+        for row, height in zip((n for n in page.all("g") if "data-row" in n), heights, strict=True):
+            (text,) = page.inside(row, "text")
+            further = [n for n in page.inside(row, "tspan") if "dy" in n]
+            assert len(further) == 2
+            assert float(text["y"]) + sum(float(n["dy"]) for n in further) < height - 4
+    else:
+        (label,) = (n for n in page.all("text") if n["text"].startswith("a label"))
+        assert float(label["y"]) < float(name["y"]), "two long ones have a line each"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "org/a_model_with_a_long_name-instruct-v0.2",
+        "dataset.n_seq=16, lam=0.00125",
+        "shapley [allocator.scorer.window=5]",
+        "x" * 99,
+    ],
+)
+def test_names_break_at_separators(name):
+    parts = svg.pieces(name)
+    assert "".join(parts) == name
+    for before, after in pairwise(parts):
+        assert not (before[-1].isalnum() and after[0].isalnum())
+        assert not re.search(r"\d\.$", before), "a number is one piece"
+    html = Page(f"<p>{_breaks(name)}</p>")
+    assert html.all("p")[0]["text"] == name
+    assert len(html.all("wbr")) <= len(parts) - 1
+    lines = svg._wrapped(name, 24)
+    assert all(len(line) <= 24 for line in lines)
+    assert "".join(lines).replace(" ", "") == name.replace(" ", "")
 
 
 @pytest.mark.parametrize("seed", range(30))

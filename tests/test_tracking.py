@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -96,6 +97,7 @@ class Logged:
         self.id = folder.name.split("-", 3)[3]
         self.config: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
         self.artifacts: list[Any] = []
         self.exit_code = None
         self.run = None
@@ -108,6 +110,8 @@ class Logged:
                 self._update(record.config)
             elif kind == "history":
                 self.history.append(nested(record.history.item))
+            elif kind == "summary":
+                nested(record.summary.update, self.summary)
             elif kind == "artifact":
                 self.artifacts.append(record.artifact)
             elif kind == "exit":
@@ -118,9 +122,19 @@ class Logged:
 
     @property
     def step(self) -> dict[str, Any]:
-        """The one thing that was logged."""
-        (step,) = [h for h in self.history if any("/" in key for key in h)]
+        """The one thing that was logged when the job had ended."""
+        (step,) = [h for h in self.history if any("/" in key and not key.startswith("live/") for key in h)]
         return step
+
+    def live(self, stage: str) -> list[dict[str, Any]]:
+        """What was told of a stage while it lasted."""
+        told = [
+            {k.removeprefix(f"live/{stage}/"): v for k, v in h.items() if k.startswith(f"live/{stage}/")} for h in self.history
+        ]
+        return [one for one in told if one]
+
+    def file(self, name: str) -> str:
+        return (self.folder / "files" / name).read_text()
 
     def table(self, key: str) -> dict[str, Any]:
         return json.loads((self.folder / "files" / self.step[key]["path"]).read_text())
@@ -181,7 +195,10 @@ def test_names_under_which_the_run_is_found(tracked):
     _, run, _ = tracked
     assert (run.run.project, run.run.run_group, run.run.job_type) == ("p1", "g1", "j1")
     assert list(run.run.tags) == ["t1", "t2", "random llama", "wanda", "shapley", "0.7"]
-    assert run.run.display_name == "random_llama_3x32 wanda shapley 0.7"
+    options = "model.seq_len=32 dataset.n_seq=4 evaluation.n_seq=4 shapley.game.data.n_seq=2 shapley.window=2"
+    shape = "model.num_hidden_layers=3 model.hidden_size=32 model.intermediate_size=64 model.num_attention_heads=2"
+    whole = f"random_llama_3x32 wanda shapley 0.7 {shape} {options}"
+    assert run.run.display_name == f"{whole[:112]}… {run.config['config_key'][:6]}"
     assert run.run.run_id == run.id
 
 
@@ -257,7 +274,7 @@ def test_stages_log_what_is_theirs(tracked):
     assert stages["shapley"].table("layers/shapley")["data"] == [[i, v, None] for i, v in enumerate(row["shapley"]["values"])]
     assert stages["shapley"].step["cost/scores_seconds"] == row["stages"]["scores"]["seconds"]
     assert stages["allocate"].table("layers/sparsity")["data"] == [[i, s] for i, s in enumerate(row["profile"]["sparsity"])]
-    assert stages["shapley"].run.display_name == "random_llama_3x32 wanda shapley 0.7 (shapley)"
+    assert stages["shapley"].run.display_name == f"{stages['j1'].run.display_name} (shapley)"
     for stage in ("shapley", "allocate"):
         assert not [key for key in stages[stage].step if "ppl" in key]
         assert stages[stage].config["pruner"] == row["config"]["pruner"]
@@ -273,8 +290,33 @@ def test_an_offline_run_says_how_to_sync_it(tracked):
 
 
 def test_the_run_was_finished(tracked):
-    _, run, _ = tracked
+    folder, run, _ = tracked
     assert run.exit_code == 0
+    assert run.summary["status"] == "finished"
+    assert "error" not in run.summary
+    (log,) = (folder / "results").glob("runs/*/svnup.log")
+    assert run.file("svnup.log") in log.read_text()
+    assert "pruned:" in run.file("svnup.log")
+
+
+def test_stages_are_told_while_they_last(tracked):
+    _, run, row = tracked
+    coalitions, pruning = run.live("coalitions"), run.live("pruning")
+    assert row["shapley"]["n_evaluations"] in [one["done"] for one in coalitions if one["done"] == one["total"]]
+    assert [one["done"] for one in pruning] == [1, 2, 3]
+    assert pruning[0]["seconds_left"] > pruning[-1]["seconds_left"] == 0
+    errors = {block: [x["error"] for x in row["pruning"]["per_linear"] if x["block"] == block] for block in range(3)}
+    assert [one["error"] for one in pruning] == pytest.approx([sum(e) / len(e) for e in errors.values()])
+    assert run.table("layers/error")["data"] == [[block, pytest.approx(sum(e) / len(e))] for block, e in errors.items()]
+    assert not [key for key in run.summary if key.startswith("live/")]
+
+
+def test_git_state_is_where_wandb_keeps_it(tracked):
+    _, run, row = tracked
+    if (commit := row["provenance"]["git"]) is None:
+        pytest.skip("not in a checkout")
+    assert run.run.git.commit == commit
+    assert (run.folder / "files" / "diff.patch").is_file() == bool(row["provenance"]["diff"])
 
 
 def test_standard_error_of_a_permutation_is_in_the_table(tmp_path):
@@ -351,6 +393,9 @@ def test_a_failed_job_finishes_its_run_too(tmp_path):
     assert runs[0.5].exit_code == 1
     assert runs[0.6].exit_code == 0
     assert [h for h in runs[0.5].history if "docs/ppl" in h] == []
+    assert runs[0.5].summary["error"] == "ValueError: stage pruning: no luck"
+    assert (runs[0.5].summary["status"], runs[0.6].summary["status"]) == ("failed", "finished")
+    assert "raise ValueError" in runs[0.5].file("svnup.log"), "with the traceback"
     assert runs[0.6].step["docs/ppl"] > 0
 
 
@@ -433,8 +478,6 @@ def test_finished_runs_are_uploaded_afterwards_once_each_with_the_same_records(t
     with a_place(tmp_path):
         results_cli = importlib.import_module("svnup.cli.results")
         shutil.copytree(folder / "results", "results", ignore=shutil.ignore_patterns("wandb*"))
-        (run_folder,) = Path("results/runs").iterdir()
-        RunFolder(Path("results/runs/failed")).write(replace(RunFolder(run_folder).read(), status="failed", config_key="f0"))
         upload = ["wandb", "results", "--mode", "offline", "--group", "later"]
         assert results_cli.main(upload) == 0
         said = capsys.readouterr().out
@@ -460,6 +503,79 @@ def test_finished_runs_are_uploaded_afterwards_once_each_with_the_same_records(t
         shutil.copytree(folder / "results", "tracked")
         assert results_cli.main(["wandb", "tracked", "--mode", "offline"]) == 0
         assert f"is there already as {live.id}; it was offline: wandb sync tracked/" in capsys.readouterr().out
+
+
+def test_failed_runs_are_uploaded_too_and_what_is_passed_over_is_told(tmp_path, capsys):
+    with a_place(tmp_path):
+        results_cli = importlib.import_module("svnup.cli.results")
+        failed = made_up(None, key="f0", status="failed")
+        RunFolder.of("results", "f0").write(failed)
+        (Path("results/runs/f0") / "svnup.log").write_text("so far so good\n")
+        RunFolder.of("results", "r0").write(made_up(None, key="r0", status="running"))
+        RunFolder.of("results", "t0").write(failed)
+        Path("results/runs/t0/result.json").write_text("{")
+        assert results_cli.main(["wandb", "results", "--mode", "offline"]) == 0
+        told = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+        (run,) = all_logged(Path("results"))
+        assert told["f0"].startswith(f"failed, logged as {run.id}, offline")
+        assert told["r0"].startswith("passed over: it is running")
+        assert told["t0"].startswith("passed over: its result.json cannot be read")
+        assert (run.summary["status"], run.summary["error"]) == ("failed", "ValueError: no luck")
+        assert run.exit_code == 1
+        assert run.file("svnup.log") == "so far so good\n"
+        assert results_cli.main(["wandb", "results", "--mode", "offline"]) == 0
+        assert f"is there already as {run.id}" in capsys.readouterr().out
+
+
+def test_names_tell_options_and_seeds_apart_and_runs_of_one_job_share_a_group():
+    from svnup.reports.wandb import LONGEST, _title
+
+    def named(*overrides: str, **options: Any) -> str:
+        row = made_up(20.0, **options)
+        return _title(replace(row, provenance=row.provenance | {"name": "tiny wanda shapley", "overrides": list(overrides)}))
+
+    assert named("pruner=wanda", "pruner.damp=0.1", "seed=3") == "tiny wanda shapley seed=3 pruner.damp=0.1"
+    assert (
+        named("shapley.window=3", "tracker=wandb", "results_dir=x", allocator="shapley")
+        == "tiny wanda shapley shapley.window=3"
+    )
+    assert named("shapley.window=3") == "tiny wanda shapley", "the uniform budget asks no game"
+    long = [named(f"pruner.damp={'1' * 200}", key=key) for key in ("aaaaaa1", "bbbbbb1")]
+    assert max(map(len, long)) <= LONGEST
+    assert long[0] != long[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_after_a_signal_what_was_logged_can_be_read(tmp_path, number):
+    """To the whole group, as a batch system sends it."""
+    options = ["results_dir=results", "cache_dir=cache", "model=tiny", "shapley=exact", "tracker=wandb", "evaluation=none"]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    home = {f"WANDB_{k}_DIR": str(tmp_path / "home") for k in ("CONFIG", "CACHE", "DATA", "ARTIFACT")}
+    env = kept | home | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    code = "import svnup.reports.wandb as w; w.SECONDS = 0.0; from svnup.cli.run import main; import sys; sys.exit(main())"
+    command = [sys.executable, "-c", code, *options, "shapley.game.data.n_seq=2", "shapley.game.data.seq_len=32"]
+    job = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while len(cli.memo_lines(tmp_path / "cache")) < 20:
+            assert job.poll() is None, job.stderr.read()
+            assert time.monotonic() < deadline, "nothing was played in time"
+            time.sleep(0.2)
+        os.killpg(job.pid, number)
+        _, err = job.communicate(timeout=60)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.communicate()
+    assert job.returncode == 128 + number, err
+    (run,) = all_logged(tmp_path / "results")
+    assert run.exit_code == 128 + number
+    assert run.summary["status"] == "interrupted"
+    told = run.live("coalitions")
+    assert 0 < len(told) <= told[-1]["done"] < told[-1]["total"]
+    assert "blocks" in run.file("svnup.log")
+    (mark,) = tmp_path.glob("results/runs/*/wandb.json")
+    assert json.loads(mark.read_text())["ended"] == "interrupted"
 
 
 def test_uploading_without_an_account_or_without_runs_is_a_mistake_in_one_line(tracked, tmp_path, capsys):

@@ -40,6 +40,10 @@ def test_a_wheel_runs_where_there_is_no_checkout(tmp_path):
     for model in ("tiny", "tiny_opt"):
         assert "plan of" in run("-m", "svnup", f"model={model}", "evaluation=full", "dry_run=true")
     assert "llama_7b" in run("-c", "from svnup.cli.results import main; main(['published', '.'])")
+    row = "from rows import run, write; from pathlib import Path; write(Path('results'), run(30.0))"
+    run("-c", f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); {row}")
+    run("-c", "from svnup.cli.results import main; assert main(['report', 'results']) == 0")
+    assert "<!DOCTYPE html>" in (elsewhere / "results" / "report.html").read_text()
     (elsewhere / "code").mkdir()
     (elsewhere / "code" / "own.py").write_text(
         "from svnup.pruning.magnitude import Magnitude\n\n\nclass Own(Magnitude):\n    pass\n"

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     _published_options(commands.add_parser("published", help="a table of the field: ours, published and the difference"))
     _export_options(commands.add_parser("export", help="every metric of every run with its whole configuration"))
     _rerun_options(commands.add_parser("rerun", help="repeat a run from its result, and compare the numbers"))
-    _wandb_options(commands.add_parser("wandb", help="upload finished runs to W&B, each once"))
+    _wandb_options(commands.add_parser("wandb", help="upload runs that have ended to W&B, each once"))
     _report_options(commands.add_parser("report", help="write one HTML page about the runs that lie in a results folder"))
     open_streams()
     options = parser.parse_args(argv)
@@ -291,8 +291,13 @@ def _wandb(options: Options) -> int:
     given = {k: v for k in ("project", "entity", "group", "mode") if (v := getattr(options, k)) is not None}
     for folder in run_folders(options.results_dir):
         row = folder.read()
-        if row is not None and row.status == "finished":
-            say(f"{row.config_key}  {upload(folder.path, row, figures, options.force, **given)}\n")
+        if row is None:
+            told = "passed over: its result.json cannot be read"
+        elif row.status == "running":
+            told = "passed over: it is running; upload it when it has ended"
+        else:
+            told = upload(folder.path, row, figures, options.force, **given)
+        say(f"{folder.path.name if row is None else row.config_key}  {told}\n")
     return 0
 
 

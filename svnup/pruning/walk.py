@@ -266,7 +266,8 @@ def prune_model(lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tok
             else:  # pruned by a process that was interrupted
                 of_block = [LinearReport(**report) for report in json.loads(note)]
             reports += of_block
-            advance(1)
+            errors = [report.error for report in of_block if report.error is not None]
+            advance(1, **({"error": sum(errors) / len(errors)} if errors else {}))
     total = time.perf_counter() - start
     seconds = clock | {"rerun": total - sum(clock.values()), "total": total}
     return PruneReport(tuple(reports), seconds, peak_memory(lm.device))

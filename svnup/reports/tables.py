@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from svnup.naming import allocator_name, method_name, moving_numbers
+from svnup.naming import allocator_name, current, method_name, moving_numbers
 from svnup.pattern import UNSTRUCTURED
 from svnup.reports.grid import Cell, Grid, csv_text
 from svnup.reports.pivot import notes_on_inputs
@@ -115,7 +115,7 @@ def _method(scorer: dict[str, Any]) -> str:
 
 def _setting(row: ResultRow) -> str:
     """A hash of all that a run shares with its uniform counterpart: settings without the budget, and weights."""
-    config = {k: v for k, v in moving_numbers(row.config).items() if k not in ("allocator", "split")}
+    config = {k: v for k, v in current(moving_numbers(row.config)).items() if k not in ("allocator", "split")}
     return hashlib.sha256(json.dumps([config, row.fingerprints.get("weights")], sort_keys=True).encode()).hexdigest()
 
 

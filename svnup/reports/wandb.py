@@ -8,17 +8,20 @@ import logging
 import os
 import shlex
 import sys
+import time
+import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from svnup.config.construction import construct
-from svnup.files import write_text
-from svnup.naming import allocator_name, method_name
+from svnup.files import fault, write_text
+from svnup.naming import NOT_IN_KEY, allocator_name, method_name
 from svnup.pattern import UNSTRUCTURED
+from svnup.progress import listening
 from svnup.results.row import ResultRow
 from svnup.results.select import fallback_of
 from svnup.results.tracker import Figures, Log
@@ -28,6 +31,12 @@ from svnup.types import player_names
 logger = logging.getLogger(__name__)
 TARGET = "svnup.reports.wandb.WandbTracker"
 MARK = "wandb.json"  # in the run folder: the id of its W&B run, and the result that was logged there
+LOG = "svnup.log"
+CHECKOUT = Path(__file__).parents[2]  # of svnup, if it is not installed from a wheel
+LONGEST = 120  # characters of a name or group; W&B takes 128
+SECONDS = 5.0  # at least between two records of how far a stage is
+ENDED = ("failed", "interrupted", "dead")  # without a result
+NAMED = ("model", "pruner", "allocator", "sparsity", "pattern", "experiment", "model.pretrained_model_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -37,10 +46,10 @@ class WandbTracker:
     Args:
         project: of W&B.
         entity: user or team; None is the default of the account.
-        group: None is the sweep.
+        group: None is the sweep; the runs of a job alone share one of their own.
         job_type: of the run.
         tags: beside those of the methods.
-        name: of the run; None is made from the methods.
+        name: of the run; None is made from the methods, and what was set of their options and seeds.
         mode: None follows WANDB_MODE; offline needs no account.
         stages: scores and budget have runs of their own, of job types `shapley` (or `score`) and `allocate`, so that artifacts
             have a lineage: values -> profile -> result.
@@ -71,11 +80,13 @@ class WandbTracker:
     def run(self, folder: Path, row: ResultRow, fresh: bool) -> Iterator[Log]:
         """Context of the W&B run of a run folder, which ends with the state of the job.
 
-        The id of the W&B run is kept in the folder, so that an interrupted job goes on in the same run.
+        While it lasts the run is told how far each stage is. If it ends without a result, the summary has the error; svnup.log,
+        with the traceback, is among its files. The id of the W&B run is kept in the folder, so that an interrupted job goes on
+        in the same run.
 
         Args:
             folder: the run folder.
-            row: the result so far.
+            row: the result so far; one that is of a job that has ended without a result ends its W&B run likewise.
             fresh: start another W&B run, for an execution with force or changed inputs.
 
         Yields:
@@ -96,18 +107,21 @@ class WandbTracker:
                     _write_mark(folder, mark)
 
                 def log(row: ResultRow, figures: dict[str, Path]) -> None:
-                    if self.stages and not self.awaited:  # a W&B sweep expects one run per job
-                        self._log_stages(folder, row, mark["id"], places)
-                        if row.profile is not None:
-                            _use(run, _profile(row))
+                    if row.status in ENDED:
+                        run.summary.update({"status": row.status, "error": redact(row.error or row.status)})
                     else:
-                        for artifact in filter(None, (_values(row), _profile(row))):
-                            run.log_artifact(artifact)
-                    run.log(_numbers(row) | _layers_of_scores(row) | _tuning(row) | _layers_of_profile(row) | _images(figures))
+                        self._log_result(run, folder, row, figures, mark["id"], places)
                     run.log_artifact(_artifact(f"result-{row.config_key}", "result", "result.json", row.to_json()))
                     finished.append(row)
 
-                yield log
+                try:
+                    with listening(_Live(run)):
+                        yield log
+                except BaseException as error:
+                    mark["ended"] = _ended(run, error)
+                    _keep(run, LOG, _log_of(folder) + traceback.format_exc())
+                    raise
+                _keep(run, LOG, _log_of(folder))
         finally:
             if finished and not run.disabled:
                 mark["logged"] = _digest(finished[0])
@@ -116,13 +130,28 @@ class WandbTracker:
                 logger.info("W&B offline: to upload this run: %s", _sync(folder, mark))
             _write_mark(folder, mark)
 
+    def _log_result(
+        self, run: Any, folder: Path, row: ResultRow, figures: dict[str, Path], run_id: str, places: list[str]
+    ) -> None:
+        if self.stages and not self.awaited:  # a W&B sweep expects one run per job
+            self._log_stages(folder, row, run_id, places)
+            if row.profile is not None:
+                _use(run, _profile(row))
+        else:
+            for artifact in filter(None, (_values(row), _profile(row))):
+                run.log_artifact(artifact)
+        layers = _layers_of_scores(row) | _tuning(row) | _layers_of_profile(row) | _layers_of_pruning(row)
+        run.log(_numbers(row) | layers | _images(figures))
+        run.summary.update({"status": row.status})
+
     @contextmanager
     def _open(self, folder: Path, row: ResultRow, job_type: str, run_id: str, places: list[str]) -> Iterator[Any]:
         import wandb
 
         names = _names(row.config)
-        title = redact(self.name or row.provenance.name or " ".join(names.values()))
-        told = row.provenance.to_dict()
+        title = redact(self.name or _title(row))
+        own = f"{_cut(title, row.config_key)} {row.config_key[:6]}" if self.stages and not self.awaited else ""
+        git, told = row.provenance.git, row.provenance.to_dict()
         made = {k: told.get(k) for k in ("command", "git", "dirty", "versions", "hardware", "seeds")}
         setting = {"setting": " ".join(names.values())}
         config = {"config_key": row.config_key, "names": names | setting, "provenance": made, **row.config}
@@ -136,14 +165,14 @@ class WandbTracker:
                 dir=str(folder.resolve()),  # absolute: wandb's service outlives a run and its directory
                 project=redact(self.project),
                 entity=self.entity,
-                group=redact(self.group or row.provenance.sweep or "") or None,
+                group=redact(self.group or row.provenance.sweep or own) or None,
                 job_type=job_type,
                 tags=[redact(tag)[:64] for tag in dict.fromkeys([*self.tags, *names.values()])],
                 name=title if job_type == self.job_type else f"{title} ({job_type})",
                 mode=mode,
                 reinit="create_new",
                 config=redacted(config),
-                settings=wandb.Settings(silent=True),
+                settings=wandb.Settings(silent=True, git_commit=git, git_root=str(CHECKOUT) if git else None),
             )
         except wandb.errors.Error as error:
             raise ValueError(
@@ -151,12 +180,17 @@ class WandbTracker:
             ) from error
         finally:
             sys.argv = argv
-        failed = True
+        code = 1
         try:
+            if job_type == self.job_type and (diff := row.provenance.diff):
+                _keep(run, "diff.patch", diff)
             yield run
-            failed = False
+            code = int(row.status in ENDED)
+        except BaseException as error:
+            code = _exit_code(error)
+            raise
         finally:
-            run.finish(exit_code=int(failed))
+            run.finish(exit_code=code)
             if run.offline:
                 places.append(Path(run.dir).parent.name)
 
@@ -176,7 +210,7 @@ class WandbTracker:
 
 
 def upload(folder: Path, row: ResultRow, plots: Figures, force: bool, **given: Any) -> str:
-    """Log a finished run as if it had been tracked, unless it already was.
+    """Log a run that has ended, with a result or without, as if it had been tracked, unless it already was.
 
     Args:
         folder: the run folder.
@@ -192,7 +226,7 @@ def upload(folder: Path, row: ResultRow, plots: Figures, force: bool, **given: A
         ValueError: wandb is not installed or does not start.
     """
     mark = _mark(folder)
-    if mark.get("logged") == _digest(row) and not force:
+    if not force and (mark.get("logged") == _digest(row) or (row.status in ENDED and mark.get("ended") == row.status)):
         return f"is there already as {mark['id']}" + (f"; it was offline: {_sync(folder, mark)}" if "offline" in mark else "")
     own = row.config.get("tracker", {})
     own = own if own.get("_target_") == TARGET else {"_target_": TARGET}
@@ -201,9 +235,71 @@ def upload(folder: Path, row: ResultRow, plots: Figures, force: bool, **given: A
     )  # checked: the result may come from an untrusted source
     tracker.check()
     with tracker.run(folder, row, fresh=force or "logged" in mark) as log:
-        log(row, plots.figures(row, folder / "figures"))
+        log(row, {} if row.status in ENDED else plots.figures(row, folder / "figures"))
     mark = _mark(folder)
-    return f"logged as {mark['id']}" + (f", offline; to upload it: {_sync(folder, mark)}" if "offline" in mark else "")
+    what = f"{row.status}, " if row.status in ENDED else ""
+    return f"{what}logged as {mark['id']}" + (f", offline; to upload it: {_sync(folder, mark)}" if "offline" in mark else "")
+
+
+class _Live:
+    """Tells a W&B run how far each stage is, and what its steps measure: `live/<stage>/done`, `seconds_left`, `error`.
+
+    It keeps out of the summary, and out of the way: what W&B refuses is told once, and the work goes on.
+    """
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+        self._started: dict[str, float] = {}
+        self._told = -SECONDS
+        self._refused = False
+
+    def __call__(self, stage: str, done: int, total: int, unit: str, numbers: Mapping[str, float]) -> None:
+        now, key = time.monotonic(), f"live/{stage.replace(' ', '_')}"
+        if done == 0 or key not in self._started:
+            self._started[key] = now
+        if self._refused or done == 0 or not (numbers or done >= total or now - self._told >= SECONDS):
+            return
+        self._told = now
+        left = (now - self._started[key]) / done * (total - done)
+        record = {"done": done, "total": total, "seconds_left": left, **numbers}
+        try:
+            self._run.define_metric(f"{key}/done", summary="none", hidden=True)
+            for name in record.keys() - {"done"}:
+                self._run.define_metric(f"{key}/{name}", step_metric=f"{key}/done", summary="none")
+            self._run.log({f"{key}/{name}": value for name, value in record.items()})
+        except Exception as error:  # whatever a client raises must not stop what it only watches
+            self._refused = True
+            logger.warning("W&B takes no more live numbers (%s: %s)", type(error).__name__, error)
+
+
+def _ended(run: Any, error: BaseException) -> str:
+    """Put into the summary why a run ends without a result; returns its status."""
+    status = "failed" if isinstance(error, Exception) else "interrupted"
+    told = redact(fault(error) or f"{type(error).__name__}: {error}")
+    run.summary.update({"status": status, "error": told})
+    return status
+
+
+def _exit_code(error: BaseException) -> int:
+    """That of the process that ends by an error: 130 by Ctrl-C, 143 by SIGTERM, else 1."""
+    code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
+    return code if isinstance(code, int) and code else 1
+
+
+def _log_of(folder: Path) -> str:
+    try:
+        return (folder / LOG).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _keep(run: Any, name: str, text: str) -> None:
+    """Put a text among the files of a run."""
+    if not text or run.disabled:
+        return
+    path = Path(run.dir) / name
+    write_text(path, redact(text))
+    run.save(str(path), base_path=run.dir, policy="now")
 
 
 def _sync(folder: Path, mark: dict[str, Any]) -> str:
@@ -241,6 +337,30 @@ def _names(config: dict[str, Any]) -> dict[str, str]:
         "sparsity": f"{config['sparsity']:g}",
         **pattern,
     }
+
+
+def _title(row: ResultRow) -> str:
+    """The name of a run: model and methods, and what else was set on the command line that can move a number."""
+    name = row.provenance.name or " ".join(_names(row.config).values())
+    return _cut(" ".join([name, *_options(row)]), row.config_key)
+
+
+def _options(row: ResultRow) -> list[str]:
+    """Overrides that can move a number and are in no name, seeds first."""
+    scorer = row.config["allocator"].get("scorer") or {}
+    unused = set(NOT_IN_KEY) - ({"shapley", "selection"} if "game" in scorer else set())
+    found = []
+    for override in row.provenance.overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        top = key.rpartition("@")[2].partition(".")[0]
+        if key not in NAMED and top not in unused and not top.startswith("hydra"):
+            found.append(f"{key}={value}")
+    return sorted(found, key=lambda option: not option.partition("=")[0].endswith("seed"))
+
+
+def _cut(text: str, key: str) -> str:
+    """A text that W&B takes as a name; a longer one ends in the beginning of the run's key, by which it differs."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 8]}… {key[:6]}"
 
 
 # -- what is logged, all in one step: numbers, and tables per layer
@@ -305,6 +425,18 @@ def _layers_of_profile(row: ResultRow) -> dict[str, Any]:
         return {}
     lines = [[i, s] for i, s in enumerate(row.profile.sparsity)]
     return _bars("sparsity", ["layer", "sparsity"], lines, "Sparsity per layer")
+
+
+def _layers_of_pruning(row: ResultRow) -> dict[str, Any]:
+    """The mean reconstruction error of the linear layers of each block, where it was measured."""
+    of_block: dict[int, list[float]] = {}
+    for linear in (row.pruning or {}).get("per_linear", []):
+        if linear.get("error") is not None and "block" in linear:
+            of_block.setdefault(linear["block"], []).append(linear["error"])
+    if not of_block:
+        return {}
+    lines = [[block, sum(errors) / len(errors)] for block, errors in sorted(of_block.items())]
+    return _bars("error", ["layer", "error"], lines, "Reconstruction error per layer")
 
 
 def _tuning(row: ResultRow) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from svnup.keys import did_you_mean, flatten
 from svnup.naming import allocator_name, method_name, moving_numbers
-from svnup.results.row import Measured, ResultRow
+from svnup.results.row import Measured, Protocol, ResultRow
 
 logger = logging.getLogger(__name__)
 Label = tuple[str, ...]
@@ -52,6 +52,11 @@ class Run:
 def fallback_of(row: ResultRow) -> str | None:
     """What pruning had to do otherwise than asked, if anything."""
     return next((linear.fallback for linear in row.pruning.per_linear if linear.fallback), None) if row.pruning else None
+
+
+def is_whole(protocol: Protocol) -> bool:
+    """Whether a number under this protocol is of a whole test text or task."""
+    return protocol.complete is not False and protocol.limit is None and protocol.role in (None, "test")
 
 
 def uniform_taken(row: ResultRow) -> str | None:
