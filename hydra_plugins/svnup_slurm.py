@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import subprocess
 import sys
 import time
@@ -23,9 +24,9 @@ ASK = 10.0  # seconds between two questions to Slurm; a job that is missing twic
 class SlurmLauncher(Launcher):
     """Submits the jobs of a sweep to Slurm as one array, by submitit, and waits until the last of them has ended.
 
-    It has the keys of hydra-submitit-launcher. What differs: a job that fails is FAILED in Slurm's accounts, every job is waited
-    for, whatever becomes of the others, and how one without a result ended (cancelled, out of memory, out of time) is told.
-    Since it asks the queue, it needs no accounting.
+    It has the keys of hydra-submitit-launcher. What differs: a job that fails is FAILED in Slurm's accounts, every job is
+    waited for, whatever becomes of the others, and how one without a result ended (cancelled, out of memory, out of time) is
+    told. Since it asks the queue, it needs no accounting.
     """
 
     def __init__(self, **params: Any) -> None:
@@ -54,7 +55,7 @@ class SlurmLauncher(Launcher):
                 told = " ".join(o for o in filter_overrides(job_overrides[n]) if not all(o in job for job in job_overrides))
                 ends[n] = JobReturn(overrides=job_overrides[n], status=JobStatus.COMPLETED)
                 if end is not None:
-                    told = f"job {n + 1} of {len(jobs)} ({told}): {end}; its log: {jobs[n].paths.stderr}"
+                    told = f"job {jobs[n].job_id} ({told}): {end}; its log: {jobs[n].paths.stderr}"
                     ends[n] = JobReturn(overrides=job_overrides[n], status=JobStatus.FAILED, _return_value=_failed(told))
                     _tell(told)
         except BaseException:
@@ -168,8 +169,7 @@ def _state(job_id: str) -> str:
 
 def _reason(trace: str) -> str:
     """The last line of a traceback, without the name of our own error."""
-    last = trace.strip().splitlines()[-1]
-    return last.removeprefix("svnup.cli.run.JobFailed: ")
+    return re.sub(r"^[\w.]+\.JobFailed: ", "", trace.strip().splitlines()[-1])
 
 
 def _failed(told: str) -> Exception:

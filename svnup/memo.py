@@ -28,7 +28,7 @@ class Memo:
         self._file: FileIO | None = None
         dropped = 0
         for path in sorted(folder.glob("*.jsonl")) if folder is not None and folder.is_dir() else []:
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in _lines(path):
                 entry = _parse(line)
                 if entry is None:
                     dropped += 1
@@ -53,6 +53,14 @@ class Memo:
         with naming(Path(self._file.name)):
             while left:  # a disk that is filling up takes a part, then says so
                 left = left[self._file.write(left) :]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        logger.warning("%s: cannot be read (%s); its coalitions are evaluated again", path, error.strerror)
+        return []
 
 
 def _checksum(line: dict[str, object]) -> int:

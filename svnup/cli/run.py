@@ -18,11 +18,13 @@ from typing import Any, TextIO
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hydra_plugins.svnup_slurm import SlurmLauncher
 from svnup import config
 from svnup.execute import execute, print_plan
 from svnup.files import fault
@@ -42,6 +44,7 @@ def main() -> int:
     open_streams()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back as exceptions, and become one line here
     config.register()
+    Plugins.instance().register(SlurmLauncher)  # which an editable installation keeps Hydra from finding
     with stoppable(), contextlib.redirect_stderr(typing.cast(TextIO, _Redacting(sys.stderr))):
         try:
             code = _compose_and_run()

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from svnup.files import unsealed
 from svnup.naming import KEY
 from svnup.results import stored
 from svnup.secrets import redacted
@@ -73,7 +74,7 @@ class ResultRow:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Raises ValueError or TypeError where the text is not that of a result, whoever wrote it."""
-        data = stored.plain(json.loads(text))
+        """Raises ValueError or TypeError where the text is not that of a result, or of its checksum, whoever wrote it."""
+        data = stored.plain(unsealed(json.loads(text)))
         stored.check(data)
         return cls(**data)

@@ -55,10 +55,22 @@ PRUNERS = {
     "cancelled": "_target_: own.Waits\nname: cancelled",
     "requeued": "_target_: own.Waits\nname: requeued",
 }
+TEXT = [  # short ones, of which a job is soon done
+    *("dataset=text_file", "dataset@shapley.game.data=text_file", "dataset@evaluation.datasets.test=text_file"),
+    *("dataset.path=calibration.txt", "shapley.game.data.path=payoff.txt", "evaluation.datasets.test.path=test.txt"),
+]
 JOB = [
+    *TEXT,
     *("model=random", "model.num_hidden_layers=4", "model.hidden_size=32", "model.intermediate_size=64"),
     *("model.num_attention_heads=2", "model.seq_len=32", "dataset.n_seq=4", "evaluation.n_seq=4"),
-    *("shapley=exact", "shapley.game.data.n_seq=2", "compare_uniform=off", "cache_dir=cache", "results_dir=results"),
+    *(
+        "shapley=exact",
+        "allocator.scale=rank",
+        "shapley.game.data.n_seq=2",
+        "compare_uniform=off",
+        "cache_dir=cache",
+        "results_dir=results",
+    ),
 ]
 SWEEP = ["pruner=magnitude,fails,cancelled,requeued", "shapley.shard=null,0/2,1/2"]
 ASKED = ["hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=2", "hydra.launcher.timeout_min=20"]
@@ -92,6 +104,9 @@ def main() -> int:
 def sweep(work: Path, env: dict[str, str]) -> None:
     (work / "conf" / "pruner").mkdir(parents=True)
     (work / "own.py").write_text(OWN)
+    for role in ("calibration", "payoff", "test"):
+        lines = (f"The {role} text has this line of number {n}, which comes before number {n + 1}.\n" for n in range(200))
+        (work / f"{role}.txt").write_text("".join(lines))
     for name, text in PRUNERS.items():
         (work / "conf" / "pruner" / f"{name}.yaml").write_text(f"{text}\npattern: ${{pattern}}\n")
     (work / "hold").touch()
@@ -117,7 +132,7 @@ def sweep(work: Path, env: dict[str, str]) -> None:
 
     # the first submission
     first = svnup(*SWEEP, *ASKED)
-    end = time.monotonic() + 900
+    end = time.monotonic() + 1800
     while not all((work / f"begun-{name}").exists() for name in ("cancelled", "requeued")):
         if first.poll() is not None or time.monotonic() > end:
             first.kill()
@@ -128,7 +143,7 @@ def sweep(work: Path, env: dict[str, str]) -> None:
         slurm(*(("scancel", job) if name == "cancelled" else ("scontrol", "requeue", job)))
     time.sleep(3)
     (work / "hold").unlink()
-    _, err = first.communicate(timeout=1200)
+    _, err = first.communicate(timeout=1800)
     check(first.returncode == 1, "the sweep ends, with exit code 1", err)
     check("Traceback" not in err, "without a traceback where it was started", err)
     told = [line for line in err.splitlines() if line.startswith("svnup: job ")]
@@ -149,7 +164,7 @@ def sweep(work: Path, env: dict[str, str]) -> None:
     (work / "mended").touch()
     before = {name: row["provenance"]["started"] for name, row in results(work / "results").items()}
     second = svnup(*SWEEP, *ASKED)
-    _, err = second.communicate(timeout=1200)
+    _, err = second.communicate(timeout=1800)
     check(second.returncode == 0, "the same command ends the sweep", err)
     rows = results(work / "results")
     check({row["status"] for row in rows.values()} == {"finished"} and len(rows) == 4, "all its runs are finished", rows.keys())
@@ -158,7 +173,7 @@ def sweep(work: Path, env: dict[str, str]) -> None:
 
     # without Slurm
     alone = svnup(SWEEP[0], "results_dir=alone", "cache_dir=alone")
-    _, err = alone.communicate(timeout=1200)
+    _, err = alone.communicate(timeout=1800)
     check(alone.returncode == 0, "the same sweep ends without Slurm", err)
     same = {name: (row["metrics"], row["shapley"]["values"]) for name, row in results(work / "alone").items()}
     check(same == {name: (row["metrics"], row["shapley"]["values"]) for name, row in rows.items()}, "with the same numbers")
