@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smollm2 real test test-slow test-all fuzz lint format table tables study numbers docs benchmarks bench-gpu families clean
+.PHONY: help install demo smollm2 real test test-slow test-all test-slurm test-ray fuzz chaos lint format table tables study numbers docs benchmarks bench-gpu families clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -43,6 +43,14 @@ test-slow: $(READY)  ## the slow part of the test suite
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'slow and not gpu'
 
 test-all: test test-slow  ## the whole test suite
+
+test-slurm: $(READY)  ## a sweep on a Slurm cluster of this machine: apt-get install slurm-wlm munge slurmdbd mariadb-server
+	$(OFFLINE) $(BIN)/python tests/slurm/run.py
+
+test-ray: $(READY)  ## a sweep by Ray, which is installed first
+	$(BIN)/pip install -q -c constraints.txt -e '.[ray]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps hydra-ray-launcher
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_launchers.py -k ray
 
 fuzz: $(READY)  ## 10,000 configurations and 2,000 results that nobody would write: no traceback, nothing that hangs [SEED=0]
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seed $(or $(SEED),0)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
 SEAL = "sha256"  # the key of a file's own checksum, beside what it is of
 WAYS = {
     errno.ENOSPC: "make room there and start again, what is done is kept",
@@ -53,11 +55,16 @@ def default_cache_dir() -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield where to write a file, which then takes the place of `path`: whole, or, where that fails, not at all."""
+    """Yield where to write a file, which then takes the place of `path`: whole, or, where that fails, not at all.
+
+    A folder in that place, where svnup has none, is set aside.
+    """
     partial = unfinished(path)
     try:
         with naming(path):
             yield partial
+            if path.is_dir() and not path.is_symlink():
+                logger.warning("%s: a folder where a file belongs; set aside as %s", path, set_aside(path).name)
             partial.replace(path)
     finally:
         with contextlib.suppress(OSError):
@@ -147,6 +154,7 @@ def _digest(data: dict[str, Any]) -> str:
 def set_aside(path: Path) -> Path:
     """Move a damaged file out of the way, to be looked at; returns its new name."""
     aside = path.with_name(f"{path.name}.damaged")
+    remove(aside)  # an earlier one, which as a folder would be in the way
     with contextlib.suppress(FileNotFoundError):  # another process was faster
         path.replace(aside)
     return aside

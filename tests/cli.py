@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 from hydra._internal.hydra import Hydra
 
+from svnup import data
 from svnup.cli import results as results_cli
 from svnup.cli.run import CONFIG_NAME, main
 
@@ -68,6 +69,25 @@ def as_it_was() -> Iterator[None]:
         os.environ.pop("HYDRA_FULL_ERROR", None)
         if env is not None:
             os.environ["HYDRA_FULL_ERROR"] = env
+
+
+@contextlib.contextmanager
+def tokenized_once() -> Iterator[None]:
+    """The built-in texts take a second each; tokenizers of the same content share what came out."""
+    encode, known = data._encode, dict[tuple[str, str], Any]()
+
+    def encode_once(tokenizer: Any, text: str) -> Any:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if len(text) < 100_000 or backend is None:
+            return encode(tokenizer, text)
+        key = (text, backend.to_str())
+        if key not in known:
+            known[key] = encode(tokenizer, text)
+        return known[key].copy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_encode", encode_once)
+        yield
 
 
 _get_mode = Hydra.get_mode

@@ -14,11 +14,10 @@ import models
 import numpy as np
 import pytest
 import torch
-from cli import SMALL_W2, Done, at_home, command
+from cli import SMALL_W2, Done, at_home, command, tokenized_once
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import HealthCheck, settings
 
-from svnup import data
 from svnup.model.source import BUILT_IN, Pretrained
 
 torch.set_num_threads(1)
@@ -30,20 +29,7 @@ settings.load_profile("svnup")
 
 @pytest.fixture(autouse=True, scope="session")
 def _long_texts_are_tokenized_once():
-    """The built-in texts take a second each; tokenizers of the same content share what came out."""
-    encode, known = data._encode, {}
-
-    def encode_once(tokenizer, text):
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if len(text) < 100_000 or backend is None:
-            return encode(tokenizer, text)
-        key = (text, backend.to_str())
-        if key not in known:
-            known[key] = encode(tokenizer, text)
-        return known[key].copy()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_encode", encode_once)
+    with tokenized_once():
         yield
 
 

@@ -364,7 +364,7 @@ def test_a_run_whose_process_died_is_shown_as_dead(svnup, run_folder, nobody, ca
 
     assert svnup(*JOB)[0] == 0
     folder = run_folder()
-    data = json.loads((folder.path / "result.json").read_text())
+    data = unsealed(json.loads((folder.path / "result.json").read_text()))
     host = claims.socket.gethostname()
     for pid, status in ((os.getpid(), "running"), (nobody, "dead")):
         process = {"host": host, "pid": pid}

@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.svnup import Sweeper
+from hydra_plugins.svnup_slurm import SlurmLauncher
 from svnup import __version__, config
 from svnup.cli import sweep as sweeps
 from svnup.cli.outcome import outcome, tell
@@ -49,7 +50,8 @@ def main() -> int:
         return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back as exceptions, and become one line here
     config.register()
-    Plugins.instance().register(Sweeper)  # which an editable installation keeps Hydra from finding
+    for plugin in (Sweeper, SlurmLauncher):  # which an editable installation keeps Hydra from finding
+        Plugins.instance().register(plugin)
     with stoppable(), contextlib.redirect_stderr(typing.cast(TextIO, _Redacting(sys.stderr))):
         try:
             code = _compose_and_run()

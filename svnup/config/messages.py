@@ -15,6 +15,15 @@ from omegaconf import OmegaConf
 from svnup.config.schema import GROUPS, choices, composed
 from svnup.keys import did_you_mean, walk
 
+RAY = "pip install 'svnup[ray]' && pip install --no-deps hydra-ray-launcher"
+LAUNCHERS = {  # of Hydra: what brings them
+    "joblib": "pip install 'svnup[joblib]'",
+    "ray": RAY,
+    "ray_aws": RAY,
+    "submitit_local": "pip install hydra-submitit-launcher",
+    "submitit_slurm": "pip install hydra-submitit-launcher; or take hydra/launcher=slurm",
+}
+
 
 def explain(error: Exception, overrides: list[str], folder: str | None = None) -> str:
     """A composition error as one line: the key, what was given, and what to do.
@@ -31,6 +40,8 @@ def explain(error: Exception, overrides: list[str], folder: str | None = None) -
         group, _, option = str(error.missing_cfg_file).partition("/")  # which may itself be a path
         if group == "hydra":
             group, _, option = str(error.missing_cfg_file).rpartition("/")
+        if group == "hydra/launcher" and option in LAUNCHERS:
+            return f"{group}={option}: that launcher is not installed; {LAUNCHERS[option]}"
         if group == "model" and (Path(option).is_dir() or "/" in option):
             way = f"model=pretrained model.pretrained_model_name_or_path={option}"
             return f"model={option}: no option of the group; a folder or a hub model is {way}"

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Required, Self, TypedDict
 
+from svnup.files import unsealed
 from svnup.naming import KEY
 from svnup.results.stored import Stored, plain
 from svnup.secrets import redacted
@@ -384,8 +385,8 @@ class ResultRow(Stored):
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Raises ValueError, with the key at fault, where the text is not that of a result, whoever wrote it."""
-        return cls.from_dict(plain(json.loads(text)))
+        """Raises ValueError, with the key at fault, where the text is not that of a result or of its checksum, whoever wrote it."""
+        return cls.from_dict(plain(unsealed(json.loads(text))))
 
 
 def _finite(node: Any, key: str, found: dict[str, str]) -> Any:

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -100,6 +100,11 @@ class RunFolder:
         except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
             return None
 
+    def set_aside_unread(self) -> Path | None:
+        """Move a result.json out of the way that is damaged, or of another version; returns its new place, if there was one."""
+        file = self.path / "result.json"
+        return set_aside(file) if file.exists() and self.read() is None else None
+
     @contextlib.contextmanager
     def claimed(self, waiting: Callable[[str], None]) -> Iterator[None]:
         """Be the one process that computes this run; others wait, after `waiting` is called with who has it."""
@@ -110,7 +115,7 @@ class RunFolder:
         """Write result.json, and before it what else the row makes."""
         for name, text in self._parts(row).items():
             self._write(name, text)
-        self._write("result.json", row.to_json())
+        self._write("result.json", json.dumps(sealed(json.loads(row.to_json())), indent=1) + "\n")
 
     def complete(self, row: ResultRow) -> None:
         """Write what the row makes beside result.json, as far as it is not there."""
