@@ -385,7 +385,7 @@ class ResultRow(Stored):
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Raises ValueError, with the key at fault, where the text is not that of a result or of its checksum, whoever wrote it."""
+        """Raises ValueError, with the key at fault, where the text is not a result, or not that of its checksum."""
         return cls.from_dict(plain(unsealed(json.loads(text))))
 
 
