@@ -42,7 +42,7 @@ CHOICES = {
         *("shapley_sublayers", "shapley_margins", "random", "alpha_pruning"),
     ],
     "shapley": ["sliding_window", "exact", "permutation", "kernel", "leave_one_out", "gates", "shapiq"],
-    "pruner": ["none", "magnitude", "wanda", "ria", "sparsegpt", "dsnot", "alps", "wanda_refit"],
+    "pruner": ["none", "magnitude", "wanda", "ria", "sparsegpt", "dsnot", "sparseswaps", "alps", "wanda_refit"],
     "split": ["uniform", "error", "outliers", "shapley"],
     "evaluation": ["ppl", "none", "zero_shot", "full"],
     "dataset": ["docs", "text_file", "wikitext2", "c4"],

@@ -1,4 +1,4 @@
-"""RIA, refits, DSnoT and ALPS against their formulas in float64, what they guarantee, and every pruner at the edge."""
+"""RIA, refits, DSnoT, SparseSwaps and ALPS against their formulas in float64, their guarantees, and pruners at the edge."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from svnup.pruning.nothing import Nothing
 from svnup.pruning.refit import CHUNK, Refit
 from svnup.pruning.ria import RIA
 from svnup.pruning.sparsegpt import Hessian, SparseGPT
+from svnup.pruning.sparseswaps import LEAST_GAIN, SparseSwaps
 from svnup.pruning.wanda import Wanda
 from svnup.types import SparsityProfile
 
@@ -278,6 +279,63 @@ def test_dsnot_takes_mean_and_variance_over_all_batches():
     assert stats.deviations[5] == 0
 
 
+# -- SparseSwaps
+
+
+def swapped(w, mask, gram, m, most):
+    """Masks after the best of all swaps, tried one by one with their whole error, again and again; and the errors of rows."""
+    mask, n_swaps = mask.copy(), 0
+    for row, gone in enumerate(mask):
+        for _ in range(most):
+            error = objective((w[row] * gone)[None], gram)[0]
+            best = error * (1 - LEAST_GAIN), None, None
+            for p in np.flatnonzero(gone):
+                for q in range(p // m * m, p // m * m + m):
+                    if not gone[q]:
+                        other = gone.copy()
+                        other[p], other[q] = False, True
+                        best = min(best, (objective((w[row] * other)[None], gram)[0], p, q), key=lambda one: one[0])
+            if best[1] is None:
+                break
+            gone[best[1]], gone[best[2]] = False, True
+            n_swaps += 1
+    return mask, n_swaps
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), CASES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sparseswaps_makes_the_best_of_all_swaps(kind, pattern, sparsity):
+    weight, inputs = a_case(kind, 12, 16)
+    w, x = arrays(weight, inputs)
+    group = Pattern.parse(pattern).steps(sparsity)
+    for most in (1, 100):
+        expected, n_swaps = swapped(w, wanda(w, x, sparsity, pattern), x.T @ x, group[1] if group else 16, most)
+        pruned = prune(SparseSwaps(Wanda(pattern), pattern, most), weight, inputs, sparsity, n_batches=3)
+        np.testing.assert_array_equal(pruned.numpy(), np.where(expected, 0, weight.numpy()))
+        assert n_swaps > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("base", [Wanda, Magnitude, SparseGPT])
+def test_sparseswaps_keeps_the_counts_of_rows_and_lowers_the_error_of_each(base, kind):
+    weight, inputs = a_case(kind, d_out=40)
+    w, x = arrays(weight, inputs)
+    before = prune(base(), weight, inputs, 0.6) == 0
+    after = prune(SparseSwaps(base()), weight, inputs, 0.6)
+    assert torch.equal(before.sum(1), (after == 0).sum(1))
+    assert torch.equal(after[after != 0], weight[after != 0])
+    errors = [objective(w * mask.numpy(), x.T @ x) for mask in (before, after == 0)]
+    assert (errors[1] <= errors[0] * (1 + 1e-4)).all()
+    assert errors[1].sum() < 0.95 * errors[0].sum()
+
+
+def test_rows_are_swapped_alike_in_chunks_of_any_size(monkeypatch):
+    weight, inputs = a_case()
+    whole = prune(SparseSwaps(Wanda()), weight, inputs, 0.6)
+    monkeypatch.setattr("svnup.pruning.sparseswaps.CHUNK", 1)
+    torch.testing.assert_close(prune(SparseSwaps(Wanda()), weight, inputs, 0.6), whole, rtol=0, atol=0)
+
+
 # -- ALPS
 
 
@@ -366,6 +424,7 @@ def test_options_are_checked():
         (lambda: Refit(Wanda(), damp=0), "damp=0"),
         (lambda: DSnoT(Wanda(), max_cycles=0), "max_cycles=0"),
         (lambda: DSnoT(Wanda(), threshold=-1), "threshold=-1"),
+        (lambda: SparseSwaps(Wanda(), max_swaps=0), "max_swaps=0"),
         (lambda: ALPS(damp=0), "damp=0"),
         (lambda: ALPS(rho=-1), "rho=-1"),
         (lambda: ALPS(iterations=0), "iterations=0"),
