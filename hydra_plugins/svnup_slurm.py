@@ -105,8 +105,9 @@ class SlurmLauncher(Launcher):
         Singleton.set_state(state)
         setup_globals()
         sweep_config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
-        with open_dict(sweep_config.hydra.job) as job:
-            job.id, job.num = submitit.JobEnvironment().job_id, number
+        with open_dict(sweep_config):
+            sweep_config.hydra.job.id = submitit.JobEnvironment().job_id
+            sweep_config.hydra.job.num = number
         try:
             ended = run_job(
                 hydra_context=self.hydra_context,
@@ -173,7 +174,7 @@ def _reason(trace: str) -> str:
 
 
 def _failed(told: str) -> Exception:
-    from svnup.cli.run import JobFailed
+    from svnup.cli.sweep import JobFailed
 
     return JobFailed(told)
 

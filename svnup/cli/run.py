@@ -25,8 +25,8 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hydra_plugins.svnup import Sweeper
 from hydra_plugins.svnup_slurm import SlurmLauncher
+from hydra_plugins.svnup_sweeper import Sweeper
 from svnup import __version__, config
 from svnup.cli import sweep as sweeps
 from svnup.cli.outcome import outcome, tell

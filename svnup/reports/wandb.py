@@ -430,9 +430,9 @@ def _layers_of_profile(row: ResultRow) -> dict[str, Any]:
 def _layers_of_pruning(row: ResultRow) -> dict[str, Any]:
     """The mean reconstruction error of the linear layers of each block, where it was measured."""
     of_block: dict[int, list[float]] = {}
-    for linear in (row.pruning or {}).get("per_linear", []):
-        if linear.get("error") is not None and "block" in linear:
-            of_block.setdefault(linear["block"], []).append(linear["error"])
+    for linear in row.pruning.per_linear if row.pruning else ():
+        if linear.error is not None and linear.block is not None:
+            of_block.setdefault(linear.block, []).append(linear.error)
     if not of_block:
         return {}
     lines = [[block, sum(errors) / len(errors)] for block, errors in sorted(of_block.items())]

@@ -1,4 +1,4 @@
-"""svnup's sweeper (svnup/cli/sweep.py), where Hydra looks for plugins: it takes them from packages in `hydra_plugins` alone."""
+"""svnup's sweeper (svnup/cli/sweep.py). Hydra looks for plugins in this namespace alone, so it lies beside svnup."""
 
 from __future__ import annotations
 
