@@ -86,6 +86,7 @@ class Known:
         return self._values.get(self._key(what))
 
     def add(self, what: list[Any], value: Any) -> None:
+        """Remember a measurement, which JSON can hold."""
         self._values[self._key(what)] = value
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:

@@ -33,8 +33,8 @@ class Sizes:
     n_payoff: tuple[int, ...] = (1, 2, 4, 8)
     n_samples: int = 3
     n_reference: int = 32
-    n_calibration: int = 16
-    n_selection: int = 48
+    n_calibration: int = 8
+    n_selection: int = 24
     seq_len: int = 128
 
 
