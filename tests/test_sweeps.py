@@ -265,8 +265,8 @@ def test_a_running_sweep_is_shown(told, tmp_path):
     (run_folder.path / ".claim").touch()
     RunFolder.of(tmp_path, "alone").write(run(20.0, key="alone"))
     with run_folder.telling() as tell:
-        tell("coalitions", 7, 64, "coalitions")
-        tell("coalitions", 8, 64, "coalitions")  # within two seconds: not written
+        tell("coalitions", 7, 64, "coalitions", {})
+        tell("coalitions", 8, 64, "coalitions", {})  # within two seconds: not written
         shown = results("status", str(tmp_path))
     first, counts, *jobs, others = shown.out.splitlines()
     assert first.startswith("sweep abc, runs since ")
@@ -289,7 +289,7 @@ def test_stages_are_told_to_listeners():
     from svnup.progress import listening, stage
 
     heard = []
-    with listening(lambda *told: heard.append(told)), stage("walk", 3, "steps") as advance:
+    with listening(lambda *told: heard.append(told[:4])), stage("walk", 3, "steps") as advance:
         advance(2)
         advance(1)
     with stage("walk", 3, "steps") as advance:

@@ -24,6 +24,7 @@ from cli import SMALL_W2, Done
 from google.protobuf.message import DecodeError
 from rows import run as made_up
 
+from svnup.files import unsealed
 from svnup.results.row import ResultRow
 from svnup.results.store import RunFolder
 
@@ -265,7 +266,7 @@ def test_artifacts_tell_the_lineage(tracked):
     assert len(digests) == 1, "the same content is the same version"
     content_is(run.artifact("profile"), "profile.json", json.dumps(row["profile"]).encode())
     (result,) = (folder / "results").glob("runs/*/result.json")
-    content_is(run.artifact("result"), "result.json", result.read_bytes())
+    content_is(run.artifact("result"), "result.json", ResultRow.from_json(result.read_text()).to_json().encode())
 
 
 def test_stages_log_what_is_theirs(tracked):
@@ -532,7 +533,7 @@ def test_names_tell_options_and_seeds_apart_and_runs_of_one_job_share_a_group():
 
     def named(*overrides: str, **options: Any) -> str:
         row = made_up(20.0, **options)
-        return _title(replace(row, provenance=row.provenance | {"name": "tiny wanda shapley", "overrides": list(overrides)}))
+        return _title(replace(row, provenance=replace(row.provenance, name="tiny wanda shapley", overrides=overrides)))
 
     assert named("pruner=wanda", "pruner.damp=0.1", "seed=3") == "tiny wanda shapley seed=3 pruner.damp=0.1"
     assert (
@@ -653,7 +654,7 @@ def test_numbers_that_could_not_be_measured_are_absent_and_say_why(tracked):
     _, _, row = tracked
     metric = {"value": None, "protocol": {}, "reason": "it diverged"}
     metrics = {"docs/ppl": metric, "docs.selection/ppl": {"value": 2.0, "protocol": {}}}
-    record = _numbers(ResultRow.from_dict(row | {"metrics": metrics}))
+    record = _numbers(ResultRow.from_dict(unsealed(row) | {"metrics": metrics}))
     assert "docs/ppl" not in record
     assert record["reason/docs/ppl"] == "it diverged"
     assert record["docs/selection/ppl"] == 2.0
