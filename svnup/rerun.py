@@ -136,8 +136,8 @@ def _numbers(row: ResultRow) -> dict[str, Any]:
     if row.sparsity:
         out["sparsity"] = row.sparsity.actual
     for name, scores in (("Shapley values", row.shapley), ("scores", row.scores)):
-        out |= {name: scores.values} if scores else {}
-    return out | ({"profile": row.profile.sparsity} if row.profile else {})
+        out |= {name: list(scores.values)} if scores else {}
+    return out | ({"profile": list(row.profile.sparsity)} if row.profile else {})
 
 
 def _origin(row: ResultRow, told: Mapping[str, Any]) -> dict[str, Any]:

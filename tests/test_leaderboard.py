@@ -16,7 +16,7 @@ from svnup.results.row import Round, Tried, Tuning
 def entry(run, cell, name, nll, least=None):
     """Perplexities near exp(nll), and the least loss on selection text."""
     losses = nll + np.array([[-0.01], [0.0], [0.01]]) + np.linspace(-0.5, 0.5, 40)
-    curve = [{"label": "layer 0 at 0.4", "loss": 0.1}, {"label": "best", "loss": nll if least is None else least}]
+    curve = (Tried("layer 0 at 0.4", 0.1), Tried("best", nll if least is None else least))
     return run.Entry(cell, name, "lam=0.1", losses, np.full((3, 12), 0.7), 7, 42.0, curve)
 
 

@@ -39,7 +39,7 @@ from svnup.data import tokens_sha256
 from svnup.language_model import LanguageModel
 from svnup.pipeline import replacements, trial_of
 from svnup.pruning.walk import temporarily_pruned
-from svnup.results.row import Round, Tuning
+from svnup.results.row import Round, Tried, Tuning
 from svnup.scoring import Context
 from svnup.types import Floats, SparsityProfile
 
@@ -101,7 +101,7 @@ class Entry:
     profiles: Floats
     n_losses: int
     cost: float
-    curve: list[dict[str, Any]]
+    curve: tuple[Tried, ...]
 
     @property
     def perplexities(self) -> Floats:
@@ -151,8 +151,9 @@ class Bench:
         found = self.known.measured(what, lambda: self._measure(cell, allocator, overrides))
         if allocator in CONTROLS:  # whose amplitude is the one that was chosen for it
             found = found | {"cost": cost}
-        arrays = {name: np.array(found[name]) for name in ("losses", "profiles")}
-        return Entry(cell, allocator, **(found | arrays))
+        parts = {name: np.array(found[name]) for name in ("losses", "profiles")}
+        parts |= {"curve": tuple(Tried.from_dict(one) for one in found["curve"])}
+        return Entry(cell, allocator, **(found | parts))
 
     def _overrides(self, cell: Cell, allocator: str, lam: str | None, cost: float) -> list[str]:
         if allocator in TUNED:
@@ -332,7 +333,7 @@ def ranking(
 
     def least(entry: Entry) -> float:
         """Of the profiles that met the budget, which those with one block pruned do not."""
-        return float(min(c["loss"] for c in entry.curve if c["loss"] is not None and not c["label"].startswith("layer ")))
+        return min(one.loss for one in entry.curve if one.loss is not None and not one.label.startswith("layer "))
 
     mean = {a: np.mean([least(board[cell, a]) for cell in cells]) for a in among if a in sizes.allocators}
     return sorted(mean, key=lambda a: mean[a])

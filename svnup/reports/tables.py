@@ -9,12 +9,13 @@ from typing import Any
 
 import pandas as pd
 
+from svnup.keys import flatten
 from svnup.naming import allocator_name, current, method_name, moving_numbers
 from svnup.pattern import UNSTRUCTURED
 from svnup.reports.grid import Cell, Grid, csv_text
 from svnup.reports.pivot import notes_on_inputs
 from svnup.results.row import Protocol, ResultRow
-from svnup.results.select import fallback_of, model_of, short_names, uniform_taken
+from svnup.results.select import fallback_of, model_of, short_names, uniform_taken, word
 
 LIMITED = " (limit "  # in names of columns with numbers of part of a task, which have no change
 IDENTITY = ["model", "pruner", "allocator", "sparsity", "pattern", "seed"]
@@ -208,6 +209,8 @@ def _in_words(name: str, protocol: Protocol) -> str:
     if (n := protocol.n_windows) is not None:
         which = f", its windows {protocol.skip + 1} to {protocol.skip + n}" if protocol.skip else ""
         return f"{name}: {n} windows of {protocol.seq_len} tokens ({protocol.role} text{which})"
+    if protocol.n_items is None and protocol.tasks is None:  # of an evaluation from outside svnup
+        return f"{name}: {', '.join(f'{key} {word(value)}' for key, value in flatten(protocol.to_dict()).items())}"
     limit = "" if protocol.complete else f", limit {protocol.limit}"
     what = f"mean over {', '.join(protocol.tasks)}" if protocol.tasks is not None else f"{protocol.n_items} items"
     bos = {True: ", with BOS", False: ", without BOS", None: ""}[protocol.add_bos_token]  # unknown in older results
