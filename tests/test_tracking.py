@@ -548,15 +548,16 @@ def test_names_tell_options_and_seeds_apart_and_runs_of_one_job_share_a_group():
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_after_a_signal_what_was_logged_can_be_read(tmp_path, number):
     """To the whole group, as a batch system sends it."""
-    options = ["results_dir=results", "cache_dir=cache", "model=tiny", "shapley=exact", "tracker=wandb", "evaluation=none"]
+    small = [a for a in cli.SMALL if not a.startswith("model.num_hidden_layers")]
+    options = [*small, "model.num_hidden_layers=12", "shapley=exact", "tracker=wandb", "evaluation=none", *cli.HERE]
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     home = {f"WANDB_{k}_DIR": str(tmp_path / "home") for k in ("CONFIG", "CACHE", "DATA", "ARTIFACT")}
     env = kept | home | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     code = "import svnup.reports.wandb as w; w.SECONDS = 0.0; from svnup.cli.run import main; import sys; sys.exit(main())"
-    command = [sys.executable, "-c", code, *options, "shapley.game.data.n_seq=2", "shapley.game.data.seq_len=32"]
+    command = [sys.executable, "-c", code, *options]
     job = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 280
         while len(cli.memo_lines(tmp_path / "cache")) < 20:
             assert job.poll() is None, job.stderr.read()
             assert time.monotonic() < deadline, "nothing was played in time"
