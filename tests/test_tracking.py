@@ -192,13 +192,15 @@ def test_config_is_the_resolved_one_with_its_key(tracked):
 
 
 def test_names_under_which_the_run_is_found(tracked):
+    from svnup.reports.wandb import LONGEST
+
     _, run, _ = tracked
     assert (run.run.project, run.run.run_group, run.run.job_type) == ("p1", "g1", "j1")
     assert list(run.run.tags) == ["t1", "t2", "random llama", "wanda", "shapley", "0.7"]
     options = "model.seq_len=32 dataset.n_seq=4 evaluation.n_seq=4 shapley.game.data.n_seq=2 shapley.window=2"
     shape = "model.num_hidden_layers=3 model.hidden_size=32 model.intermediate_size=64 model.num_attention_heads=2"
     whole = f"random_llama_3x32 wanda shapley 0.7 {shape} {options}"
-    assert run.run.display_name == f"{whole[:112]}… {run.config['config_key'][:6]}"
+    assert run.run.display_name == f"{whole[: LONGEST - 8]}… {run.config['config_key'][:6]}"
     assert run.run.run_id == run.id
 
 
@@ -549,7 +551,7 @@ def test_names_tell_options_and_seeds_apart_and_runs_of_one_job_share_a_group():
 def test_after_a_signal_what_was_logged_can_be_read(tmp_path, number):
     """To the whole group, as a batch system sends it."""
     small = [a for a in cli.SMALL if not a.startswith("model.num_hidden_layers")]
-    options = [*small, "model.num_hidden_layers=12", "shapley=exact", "tracker=wandb", "evaluation=none", *cli.HERE]
+    options = [*small, "model.num_hidden_layers=12", "shapley=exact", "tracker=wandb", *cli.HERE]
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     home = {f"WANDB_{k}_DIR": str(tmp_path / "home") for k in ("CONFIG", "CACHE", "DATA", "ARTIFACT")}
     env = kept | home | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
