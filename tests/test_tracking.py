@@ -547,7 +547,8 @@ def test_names_tell_options_and_seeds_apart_and_runs_of_one_job_share_a_group():
     assert long[0] != long[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_after_a_signal_what_was_logged_can_be_read(tmp_path, number):
     """To the whole group, as a batch system sends it."""
     small = [a for a in cli.SMALL if not a.startswith("model.num_hidden_layers")]
