@@ -193,13 +193,15 @@ def test_config_is_the_resolved_one_with_its_key(tracked):
 
 
 def test_names_under_which_the_run_is_found(tracked):
+    from svnup.reports.wandb import LONGEST
+
     _, run, _ = tracked
     assert (run.run.project, run.run.run_group, run.run.job_type) == ("p1", "g1", "j1")
     assert list(run.run.tags) == ["t1", "t2", "random llama", "wanda", "shapley", "0.7"]
     options = "model.seq_len=32 dataset.n_seq=4 evaluation.n_seq=4 shapley.game.data.n_seq=2 shapley.window=2"
     shape = "model.num_hidden_layers=3 model.hidden_size=32 model.intermediate_size=64 model.num_attention_heads=2"
     whole = f"random_llama_3x32 wanda shapley 0.7 {shape} {options}"
-    assert run.run.display_name == f"{whole[:112]}… {run.config['config_key'][:6]}"
+    assert run.run.display_name == f"{whole[: LONGEST - 8]}… {run.config['config_key'][:6]}"
     assert run.run.run_id == run.id
 
 
@@ -546,18 +548,20 @@ def test_names_tell_options_and_seeds_apart_and_runs_of_one_job_share_a_group():
     assert long[0] != long[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_after_a_signal_what_was_logged_can_be_read(tmp_path, number):
     """To the whole group, as a batch system sends it."""
-    options = ["results_dir=results", "cache_dir=cache", "model=tiny", "shapley=exact", "tracker=wandb", "evaluation=none"]
+    small = [a for a in cli.SMALL if not a.startswith("model.num_hidden_layers")]
+    options = [*small, "model.num_hidden_layers=12", "shapley=exact", "tracker=wandb", *cli.HERE]
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     home = {f"WANDB_{k}_DIR": str(tmp_path / "home") for k in ("CONFIG", "CACHE", "DATA", "ARTIFACT")}
     env = kept | home | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     code = "import svnup.reports.wandb as w; w.SECONDS = 0.0; from svnup.cli.run import main; import sys; sys.exit(main())"
-    command = [sys.executable, "-c", code, *options, "shapley.game.data.n_seq=2", "shapley.game.data.seq_len=32"]
+    command = [sys.executable, "-c", code, *options]
     job = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 280
         while len(cli.memo_lines(tmp_path / "cache")) < 20:
             assert job.poll() is None, job.stderr.read()
             assert time.monotonic() < deadline, "nothing was played in time"

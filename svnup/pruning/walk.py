@@ -267,7 +267,7 @@ def prune_model(lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tok
                 of_block = [LinearReport(**report) for report in json.loads(note)]
             reports += of_block
             errors = [report.error for report in of_block if report.error is not None]
-            advance(1, **({"error": sum(errors) / len(errors)} if errors else {}))
+            advance(1, **{"error": sum(errors) / len(errors)} if errors else {})
     total = time.perf_counter() - start
     seconds = clock | {"rerun": total - sum(clock.values()), "total": total}
     return PruneReport(tuple(reports), seconds, peak_memory(lm.device))

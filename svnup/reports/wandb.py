@@ -23,7 +23,7 @@ from svnup.naming import NOT_IN_KEY, allocator_name, method_name
 from svnup.pattern import UNSTRUCTURED
 from svnup.progress import listening
 from svnup.results.row import ResultRow
-from svnup.results.select import fallback_of
+from svnup.results.select import fallback_of, is_whole
 from svnup.results.tracker import Figures, Log
 from svnup.secrets import redact, redacted
 from svnup.types import player_names
@@ -33,7 +33,7 @@ TARGET = "svnup.reports.wandb.WandbTracker"
 MARK = "wandb.json"  # in the run folder: the id of its W&B run, and the result that was logged there
 LOG = "svnup.log"
 CHECKOUT = Path(__file__).parents[2]  # of svnup, if it is not installed from a wheel
-LONGEST = 120  # characters of a name or group; W&B takes 128
+LONGEST = 112  # characters of a name or group, to which a job type or a key is added; W&B takes 128
 SECONDS = 5.0  # at least between two records of how far a stage is
 ENDED = ("failed", "interrupted", "dead")  # without a result
 NAMED = ("model", "pruner", "allocator", "sparsity", "pattern", "experiment", "model.pretrained_model_name_or_path")
@@ -251,6 +251,7 @@ class _Live:
         self._run = run
         self._started: dict[str, float] = {}
         self._told = -SECONDS
+        self._defined: set[str] = set()
         self._refused = False
 
     def __call__(self, stage: str, done: int, total: int, unit: str, numbers: Mapping[str, float]) -> None:
@@ -261,12 +262,14 @@ class _Live:
             return
         self._told = now
         left = (now - self._started[key]) / done * (total - done)
-        record = {"done": done, "total": total, "seconds_left": left, **numbers}
+        told = {"done": done, "total": total, "seconds_left": left, **numbers}
+        record = {f"{key}/{name}": value for name, value in told.items()}
         try:
-            self._run.define_metric(f"{key}/done", summary="none", hidden=True)
-            for name in record.keys() - {"done"}:
-                self._run.define_metric(f"{key}/{name}", step_metric=f"{key}/done", summary="none")
-            self._run.log({f"{key}/{name}": value for name, value in record.items()})
+            for name in sorted(record.keys() - self._defined):
+                over = None if name.endswith("/done") else f"{key}/done"
+                self._run.define_metric(name, step_metric=over, summary="none", hidden=over is None)
+                self._defined.add(name)
+            self._run.log(record)
         except Exception as error:  # whatever a client raises must not stop what it only watches
             self._refused = True
             logger.warning("W&B takes no more live numbers (%s: %s)", type(error).__name__, error)
@@ -282,7 +285,9 @@ def _ended(run: Any, error: BaseException) -> str:
 
 def _exit_code(error: BaseException) -> int:
     """That of the process that ends by an error: 130 by Ctrl-C, 143 by SIGTERM, else 1."""
-    code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    code = 1 if isinstance(error, Exception) else getattr(error, "code", 1)
     return code if isinstance(code, int) and code else 1
 
 
@@ -294,12 +299,15 @@ def _log_of(folder: Path) -> str:
 
 
 def _keep(run: Any, name: str, text: str) -> None:
-    """Put a text among the files of a run."""
+    """Put a text among the files of a run; that it cannot be written ends no job, and hides no error of one."""
     if not text or run.disabled:
         return
     path = Path(run.dir) / name
-    write_text(path, redact(text))
-    run.save(str(path), base_path=run.dir, policy="now")
+    try:
+        write_text(path, redact(text))
+        run.save(str(path), base_path=run.dir, policy="now")
+    except OSError as error:
+        logger.warning("W&B: %s is not among the files of the run (%s)", name, fault(error) or error)
 
 
 def _sync(folder: Path, mark: dict[str, Any]) -> str:
@@ -393,8 +401,7 @@ def _numbers(row: ResultRow) -> dict[str, Any]:
 
 def _comparable(row: ResultRow) -> bool:
     """Whether all numbers are of whole test texts and tasks and pruning did not fall back."""
-    protocols = [metric.protocol for metric in row.metrics.values()]
-    return not fallback_of(row) and all(p.complete is not False and p.role in (None, "test") for p in protocols)
+    return not fallback_of(row) and all(is_whole(metric.protocol) for metric in row.metrics.values())
 
 
 def _cost(row: ResultRow, stage: str) -> dict[str, float]:
@@ -428,7 +435,9 @@ def _layers_of_profile(row: ResultRow) -> dict[str, Any]:
 
 
 def _layers_of_pruning(row: ResultRow) -> dict[str, Any]:
-    """The mean reconstruction error of the linear layers of each block, where it was measured."""
+    """A table of the mean reconstruction error of each block, where it was measured; `live/pruning/error` is its chart."""
+    import wandb
+
     of_block: dict[int, list[float]] = {}
     for linear in row.pruning.per_linear if row.pruning else ():
         if linear.error is not None and linear.block is not None:
@@ -436,7 +445,7 @@ def _layers_of_pruning(row: ResultRow) -> dict[str, Any]:
     if not of_block:
         return {}
     lines = [[block, sum(errors) / len(errors)] for block, errors in sorted(of_block.items())]
-    return _bars("error", ["layer", "error"], lines, "Reconstruction error per layer")
+    return {"layers/error": wandb.Table(["layer", "error"], lines)}
 
 
 def _tuning(row: ResultRow) -> dict[str, Any]:
