@@ -56,15 +56,16 @@ def of_run(run: RunFolder, row: ResultRow, now: float) -> str:
     """Of a run that is running where, for how long and how far it is; of another one what went wrong, and its log."""
     if row.status == "running":
         where, started = row.process or {}, row.provenance.get("started")
-        since = f" for {duration(now - _seconds(started))}" if started is not None else ""
+        since = f" for {duration(now - _seconds(started, now))}" if isinstance(started, str) else ""
         far = run.progress()
         return f"process {where.get('pid')} of {where.get('host')}{since}" + (f": {far}" if far is not None else "")
     log = run.path / "svnup.log"
     return " ".join((row.error or "no error is told").split()) + (f"; log: {log}" if log.is_file() else "")
 
 
-def _seconds(started: str) -> float:
+def _seconds(started: str, now: float) -> float:
+    """When a run began, as its result tells it in UTC, in seconds since 1970; `now` where that is no time."""
     try:
         return datetime.fromisoformat(started).replace(tzinfo=UTC).timestamp()
     except ValueError:
-        return time.time()
+        return now
