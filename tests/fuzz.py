@@ -274,7 +274,14 @@ def commands(key: str) -> list[list[str]]:
     return [
         *(["table", "r", "--format", form] for form in ("terminal", "markdown", "csv", "latex", "html")),
         *(["table", "r", *pivot, "--format", form] for form in ("terminal", "markdown", "csv")),
-        *(["list", "r"], ["export", "r"], ["export", "r", "--format", "jsonl"], ["report", "r"], ["show", "r", key]),
+        *(
+            ["list", "r"],
+            ["status", "r"],
+            ["export", "r"],
+            ["export", "r", "--format", "jsonl"],
+            ["report", "r"],
+            ["show", "r", key],
+        ),
         *(["compare", "r", "ok"], ["published", "r", "--model", "tiny"]),
     ]
 

@@ -18,7 +18,9 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
 from rows import run
 
-from svnup import config
+from svnup import __version__, config
+from svnup.cli import expand
+from svnup.cli import results as results_cli
 from svnup.cli.sweep import compose_all
 from svnup.results.store import RunFolder
 from svnup.results.sweeps import Sweep, SweepJob, newest_with, sweeps_of
@@ -278,6 +280,25 @@ def test_a_running_sweep_is_shown(told, tmp_path):
     assert others == "1 runs of no sweep: 1 done"
     assert run_folder.progress() is None, "it ends with the job"
     assert shown.code == 0
+
+
+def test_the_folder_comes_first_and_what_was_written_before_goes_on_working(tmp_path):
+    RunFolder.of(tmp_path, "key2").write(run(20.0, key="key2"))
+    for args in (
+        ["show", str(tmp_path), "no"],
+        ["rerun", str(tmp_path), "no"],
+        ["rerun", "no", "--results-dir", str(tmp_path)],
+    ):
+        done = results(*args)
+        assert (done.code, done.err) == (2, "svnup-results: no: no run has a key with this prefix; there are: key2\n"), args
+
+
+def test_versions_are_ours(capsys):
+    assert command("--version").out == f"svnup {__version__}\n"
+    for main in (results_cli.main, expand.main):
+        with pytest.raises(SystemExit) as left:
+            main(["--version"])
+        assert (left.value.code, capsys.readouterr().out) == (0, f"svnup {__version__}\n")
 
 
 def test_status_of_nothing(tmp_path):

@@ -259,9 +259,9 @@ def _rerun(options: Options) -> int:
     from svnup.reports import runs
     from svnup.rerun import rerun
 
-    folder, key = (
-        (options.results_dir, options.id) if options.id is not None else (options.folder or "results", options.results_dir)
-    )
+    folder, key = options.results_dir, options.id
+    if key is None:
+        folder, key = options.folder or "results", options.results_dir
     place = Path(folder).resolve()
     row = runs.find(_rows(folder), key)
     try:

@@ -56,7 +56,7 @@ def of_run(run: RunFolder, row: ResultRow, now: float) -> str:
     """Of a run that is running where, for how long and how far it is; of another one what went wrong, and its log."""
     if row.status == "running":
         where, started = row.process, row.provenance.started
-        since = f" for {duration(now - _seconds(started))}" if started is not None else ""
+        since = f" for {duration(now - _seconds(started, now))}" if started is not None else ""
         far = run.progress()
         at = f"process {where.pid} of {where.host}" if where is not None else "a process that is not named"
         return f"{at}{since}" + (f": {far}" if far is not None else "")
@@ -64,8 +64,9 @@ def of_run(run: RunFolder, row: ResultRow, now: float) -> str:
     return " ".join((row.error or "no error is told").split()) + (f"; log: {log}" if log.is_file() else "")
 
 
-def _seconds(started: str) -> float:
+def _seconds(started: str, now: float) -> float:
+    """When a run began, as its result tells it in UTC, in seconds since 1970; `now` where that is no time."""
     try:
         return datetime.fromisoformat(started).replace(tzinfo=UTC).timestamp()
     except ValueError:
-        return time.time()
+        return now
