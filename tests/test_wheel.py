@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BUILT_FROM = ("svnup", "conf", "experiments/published", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
+BUILT_FROM = ("svnup", "hydra_plugins", "conf", "experiments/published", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 
 
 @pytest.mark.slow

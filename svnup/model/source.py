@@ -455,8 +455,8 @@ class Random:
         except Exception as error:  # transformers has its own checks, of many classes
             why = " ".join(str(error).split()).rpartition("ValueError: ")[2]
             raise ValueError(
-                f"model.hidden_size={self.hidden_size}: transformers makes no {self.model_type} of this shape ({why}); change it "
-                "or model.num_attention_heads"
+                f"model.hidden_size={self.hidden_size}: transformers makes no {self.model_type} of this shape ({why}); "
+                "change it or model.num_attention_heads"
             ) from None
 
     def skeleton(self) -> LanguageModel:
