@@ -55,6 +55,9 @@ test-ray: $(READY)  ## a sweep by Ray, which is installed first
 fuzz: $(READY)  ## 10,000 configurations and 2,000 results that nobody would write: no traceback, nothing that hangs [SEED=0]
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seed $(or $(SEED),0)
 
+chaos: $(READY)  ## a sweep that is killed, interrupted, short of disk and given damaged files: nothing lost, no other number [SEED=0]
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --seed $(or $(SEED),0)
+
 lint: $(READY)  ## ruff, ruff format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -120,7 +120,7 @@ def _run_claimed(folder: RunFolder, job: config.Job, asked: Asked, there: _Befor
     if there.changed:
         _say(f"the inputs of {folder.path} have changed since it was made: it runs again")
     if (aside := folder.set_aside_unread()) is not None:
-        _say(f"{folder.path}: its result is damaged or of another version, and kept as {aside.name}; the job runs again")
+        _say(f"{folder.path}: its result is damaged or of another version; it is kept as {aside.name}, and its job runs again")
     others = [path.name for form, path in folder.models().items() if form != job.save_format]
     if job.save_model and others and there.stands:
         _say(f"{', '.join(others)} stays as it is; the {job.save_format} model goes to {folder.place(job.save_format)}")

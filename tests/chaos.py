@@ -40,7 +40,7 @@ from svnup.model.checkpoint import in_place, read_tensors
 from svnup.model.source import Random
 from svnup.results.store import MASKS, RunFolder
 
-SWEEP = ["-m", *SMALL_W2, "selection.n_seq=3", "allocator=uniform,shapley,curves", "pruner=wanda,sparsegpt", *HERE]
+SWEEP = ["-m", *SMALL_W2, "selection.n_seq=3", "allocator=uniform,shapley,curves", "pruner=wanda", *HERE]
 SWEEP += ["save_model=true", "save_masks=true", "save_format=bitmask"]
 ONE = [*SMALL_W2, "selection.n_seq=3", "pruner=wanda", *HERE]
 FORK = multiprocessing.get_context("fork")
@@ -354,7 +354,7 @@ def _stopped_behind_pruning(arguments: tuple[str, ...]) -> Done:
 
 def faults(n: int, draw: random.Random, report: Report, readings: tuple[Reading, ...] = READINGS) -> None:
     """Damage n files of each kind, in all the ways that files get damaged, and run what reads them."""
-    for reading in readings:
+    for reading in readings if n else ():
         with prepared(reading) as files:
             shutil.rmtree("whole", ignore_errors=True)
             Path("whole").mkdir()

@@ -31,6 +31,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 SECONDS = 20
+SENSIBLE = 0.4  # of the configurations: most of these are jobs
 SMALL = [
     *("model=random", "model.num_hidden_layers=5", "model.hidden_size=16", "model.intermediate_size=16"),
     *("model.num_attention_heads=2", "model.seq_len=16", "dataset.n_seq=2", "evaluation.n_seq=2", "shapley.game.data.n_seq=4"),
@@ -160,6 +161,8 @@ class Configurations:
         return node
 
     def one(self) -> tuple[Any, list[tuple[tuple[Any, ...], Any]]]:
+        if self.draw.random() < SENSIBLE:
+            return self.sensible()
         node, changes = self.base(), []
         for _ in range(self.draw.choice((1, 1, 1, 2, 3))):
             where = self.draw.choice(list(places(node)))
@@ -170,6 +173,22 @@ class Configurations:
             with contextlib.suppress(KeyError, TypeError, IndexError):
                 put(node, where, value)
                 changes.append((where, value))
+        return node, changes
+
+    def sensible(self) -> tuple[Any, list[tuple[tuple[Any, ...], Any]]]:
+        """A configuration as a person may write it, changed at one to three places to another value of its kind."""
+        node, changes = self.base(), []
+        for _ in range(self.draw.choice((1, 2, 3))):
+            where = self.draw.choice([where for where in places(node) if isinstance(at(node, where), (bool, int, float))])
+            value = at(node, where)
+            if isinstance(value, bool):
+                value = not value if where != ("dry_run",) else value
+            elif isinstance(value, int):
+                value = max(1, value + self.draw.choice((-1, 1, 2)))
+            else:
+                value *= self.draw.choice((0.5, 0.9, 1.1))
+            put(node, where, value)
+            changes.append((where, value))
         return node, changes
 
 

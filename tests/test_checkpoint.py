@@ -14,7 +14,20 @@ from transformers import AutoModelForCausalLM
 
 from svnup.cli.expand import main
 from svnup.files import SEAL
-from svnup.model.checkpoint import BITMASK, INDEX, Checkpoint, expand, in_place, is_bitmask, pack, unpack, write_bitmask
+from svnup.model.checkpoint import (
+    BITMASK,
+    INDEX,
+    Checkpoint,
+    expand,
+    in_place,
+    is_bitmask,
+    pack,
+    read_metadata,
+    read_tensors,
+    save_tensors,
+    unpack,
+    write_bitmask,
+)
 from svnup.model.language_model import LanguageModel, make_config
 from svnup.pruning import prune_model
 from svnup.pruning.magnitude import Magnitude
@@ -305,3 +318,15 @@ def test_a_save_that_is_killed_leaves_no_half_model(random_model, tmp_path, monk
     monkeypatch.undo()
     lm.save(tmp_path / "model", form)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_same_tensors_make_the_same_bytes(tmp_path):
+    tensors = {"b.weight": torch.arange(6.0).reshape(2, 3), "ä": torch.ones(2, dtype=torch.bfloat16), "n": torch.tensor(7)}
+    told = {"key": "k", "note": "über", "a": '"1"'}
+    for n in range(12):
+        save_tensors(tensors, tmp_path / f"{n}", metadata=told)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    found = read_tensors(tmp_path / "0")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert read_metadata(tmp_path / "0").items() >= told.items()

@@ -229,6 +229,41 @@ def test_a_torn_line_of_a_full_disk_costs_one_value(tmp_path, monkeypatch):
     assert Memo(tmp_path, "cpu").values == {"01": 1.0, "10": 2.0}
 
 
+def test_a_folder_where_a_file_belongs_is_set_aside(tmp_path, caplog):
+    path = tmp_path / "numbers.json"
+    for content in ("first", "second"):
+        path.unlink(missing_ok=True)
+        path.mkdir()
+        (path / "inside").write_text(content)
+        write_text(path, "whole")
+        assert path.read_text() == "whole"
+        assert (tmp_path / "numbers.json.damaged" / "inside").read_text() == content
+    assert caplog.text.count("a folder where a file belongs") == 2
+
+
+def test_a_file_of_values_that_cannot_be_read_is_passed_over(tmp_path, caplog):
+    Memo(tmp_path, "cpu").add("01", 1.0)
+    (tmp_path / "dangling.jsonl").symlink_to("nowhere")
+    (tmp_path / "folder.jsonl").mkdir()
+    assert Memo(tmp_path, "cpu").values == {"01": 1.0}
+    assert [name in caplog.text for name in ("dangling.jsonl", "folder.jsonl")] == [True, True]
+
+
+def test_a_changed_result_is_none_and_its_job_runs_again(svnup, run_folder):
+    assert svnup(*JOB)[0] == 0
+    folder = run_folder()
+    file, row = folder.path / "result.json", folder.read()
+    whole = file.read_text()
+    value = str(row.metrics["docs/ppl"]["value"])
+    assert whole.count(value) == 1
+    file.write_text(whole.replace(value, "1.5"))
+    assert folder.read() is None
+    code, out, _ = svnup(*JOB)
+    assert (code, "it is kept as result.json.damaged" in out) == (0, True)
+    assert folder.read().metrics == row.metrics
+    assert "1.5" in (folder.path / "result.json.damaged").read_text()
+
+
 # -- several processes
 
 

@@ -98,6 +98,7 @@ CONFIG_ALONE = {
     "dtype typo": (["model.dtype=flaot32"], ["model.dtype=flaot32", "did you mean float32?"]),
     "device typo": (["model.device=gpu"], ["model.device=gpu", "choose auto, cpu"]),
     "device missing": (["model.device=cuda:99"], ["model.device=cuda:99", "choose auto or cpu"]),
+    "a head of odd size": (["model.hidden_size=34"], ["model.hidden_size=34", "even rotary dimension"]),
     "heads do not divide": (["model.hidden_size=33"], ["model.hidden_size=33", "multiple of num_attention_heads=2"]),
     "vocabulary too small": (["model.vocab_size=100"], ["model.vocab_size=100", "2048 or more"]),
     "no layers": (["model.num_hidden_layers=0"], ["model.num_hidden_layers=0", "at least 1"]),

@@ -306,11 +306,25 @@ def _opened(path: Path) -> Any:
 
 
 def save_tensors(tensors: Tensors, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Atomically, so that a file that is there is a whole one; with a checksum of each tensor."""
+    """Atomically, so that a file that is there is a whole one; with a checksum of each tensor. The same tensors make the same
+    bytes."""
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     sums = {name: _sum(tensor) for name, tensor in contiguous.items()}
     with replacing(path) as partial:
         save_file(contiguous, partial, metadata={"format": "pt", CRC: json.dumps(sums)} | (metadata or {}))
+        _order_metadata(partial)
+
+
+def _order_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order, which the library writes in another one each time."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "the same values in compact form"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def read_tensors(path: Path) -> Tensors:

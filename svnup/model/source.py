@@ -456,7 +456,14 @@ class Random:
         else:
             heads = self.num_key_value_heads or self.num_attention_heads
             own = {"intermediate_size": self.intermediate_size, "num_key_value_heads": heads}
-        return make_config(self.model_type, **shape, **own)
+        try:
+            return make_config(self.model_type, **shape, **own)
+        except Exception as error:  # transformers has its own checks, of many classes
+            why = " ".join(str(error).split()).rpartition("ValueError: ")[2]
+            raise ValueError(
+                f"model.hidden_size={self.hidden_size}: transformers makes no {self.model_type} of this shape ({why}); "
+                "change it or model.num_attention_heads"
+            ) from None
 
     def skeleton(self) -> LanguageModel:
         from svnup.model.language_model import LanguageModel

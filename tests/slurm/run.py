@@ -121,6 +121,9 @@ def sweep(work: Path, env: dict[str, str]) -> None:
         return subprocess.run(command, cwd=work, env=env, text=True, check=True, capture_output=True, timeout=60).stdout
 
     def states() -> Counter[tuple[str, str]]:
+        while slurm("squeue", "-h"):  # a job has a result before Slurm knows that it has ended
+            time.sleep(1)
+        time.sleep(2)
         lines = slurm("sacct", "-X", "-n", "-P", "-o", "State,ExitCode", "-S", "now-1days").splitlines()
         return Counter((state.split(" by ")[0], code) for state, _, code in (line.partition("|") for line in lines))
 
