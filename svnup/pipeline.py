@@ -46,9 +46,7 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     logger.info("%s: %d blocks, %s prunable weights, on %s", job.name, lm.n_blocks, f"{lm.block_params.sum():,}", lm.device)
     if left := lm.left_alone():
         names = ", ".join([*left][:LEFT_SHOWN]) + (", ..." if len(left) > LEFT_SHOWN else "")
-        logger.info(
-            "not pruned: %s weights in blocks that are of no prunable linear layer: %s", f"{sum(left.values()):,}", names
-        )
+        logger.info("not pruned: %s weights in no linear layer of a block: %s", f"{sum(left.values()):,}", names)
 
     gate = partial(check_dense, known=job.model.dense_ppl, gate=job.protocol_gate, model=job.model.name)
     dense = job.evaluation.dense(lm, job.cache_dir, gate)
