@@ -21,6 +21,7 @@ STUDIES = {  # module: arguments, and the files that it writes
     "games.run": ([], ["results/tables/games.md", "docs/figures/games.png"]),
     "pruners.run": ([], ["results/tables/pruners.md"]),
     "real_model.run": ([], ["results/tables/real_model.md"]),
+    "real_model.trials": ([], ["results/tables/trials.md"]),
     "template.run": ([], ["results/tables/template.md"]),
     "leaderboard.budgets": (["--workers", "0"], ["results/tables/budgets.md"]),
     "leaderboard.fair": ([], ["results/tables/leaderboard_fair.md", "results/tables/leaderboard_fair.csv"]),
