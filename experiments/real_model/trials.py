@@ -82,10 +82,10 @@ def report(options: argparse.Namespace, rows: list[tuple[str, str, float, float]
     lines = [
         "# Trials by weights pruned in advance, beside real prunings",
         "",
-        f"{made_by('make study NAME=trials', 'one thread')}. Model {options.model_name}, {100 * options.sparsity:g} %, a budget "
-        f"a block. Losses in nats per token on {options.n_selection} x {options.seq_len} tokens of selection text; calibration "
-        f"{options.n_calibration} x {options.seq_len}. A trial prunes weights by statistics of the dense model, a real pruning "
-        "behind blocks that are pruned.",
+        f"{made_by('make study NAME=trials', 'one thread')}. Model {options.model_name}, {100 * options.sparsity:g} %, a "
+        f"budget a block. Losses in nats per token on {options.n_selection} x {options.seq_len} tokens of selection text; "
+        f"calibration {options.n_calibration} x {options.seq_len}. A trial prunes weights by statistics of the dense model, a "
+        "real pruning behind blocks that are pruned.",
         "",
         *table(
             ["pruner", "budget", "real pruning", "trial", "error"],
@@ -94,7 +94,7 @@ def report(options: argparse.Namespace, rows: list[tuple[str, str, float, float]
         ),
         "",
         "The error of a difference is how far a trial is off in what a budget loses beyond the uniform one: root mean square "
-        "over the other budgets, beside the spread (standard deviation) of the true differences. Spearman's is the rank correlation "
+        "over the other budgets, beside the spread (standard deviation) of the true differences. Spearman's rank correlation is "
         "over all budgets.",
         "",
     ]
