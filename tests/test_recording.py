@@ -263,7 +263,7 @@ def test_the_command_of_a_run_is_what_was_typed(svnup, theirs):
         assert kept | {"hydra.mode=RUN"} <= set(words)
     first = rows["their_pruner.Theirs"]
     told = first.provenance.outside["their_pruner"]
-    assert (told.targets, told.version, told.folder is None) == (("their_pruner.Theirs",), None, False)
+    assert (told.targets, told.version, told.git) == (("their_pruner.Theirs",), None, None)
     assert told.sha256 == code_hash("their_pruner")
     planned = in_a_shell(f"{first.provenance.command} results_dir=again dry_run=true")
     assert f"its folder would be runs/{first.config_key}\n" in planned

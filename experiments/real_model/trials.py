@@ -94,8 +94,8 @@ def report(options: argparse.Namespace, rows: list[tuple[str, str, float, float]
         ),
         "",
         "The error of a difference is how far a trial is off in what a budget loses beyond the uniform one: root mean square "
-        "over the other budgets, beside the spread (standard deviation) of the true differences. Spearman's rank correlation is "
-        "over all budgets.",
+        "over the other budgets, beside the spread (standard deviation) of the true differences. The rank correlation is over "
+        "all budgets.",
         "",
     ]
     summary = []

@@ -82,12 +82,17 @@ class Hardware(Stored):
 
 @dataclass(frozen=True)
 class OutsideCode(Stored):
-    """A package from outside svnup: its targets in the configuration, version, hash of all its files, and where it lay."""
+    """A package from outside svnup: its targets in the configuration, version, hash of all its files, where it lay, and the git
+    state of its folder."""
 
     targets: tuple[str, ...] = ()
     version: str | None = None
     sha256: str | None = None
     folder: str | None = None
+    git: str | None = None
+    dirty: bool | None = None
+    diff_sha256: str | None = None
+    untracked: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
