@@ -52,7 +52,7 @@ class Number:
 class Scores:
     """Shapley values (`kind` is `Shapley value`) or other scores of a run, (n,) with standard errors (n,), 0 if not known.
 
-    `game` are the settings of the game that was played, with dotted keys; `cost` is in block-forwards and backward passes of
+    `game` are the settings of the game that they are of, with dotted keys; `cost` is in block-forwards and backward passes of
     computing everything anew.
     """
 

@@ -141,8 +141,8 @@ def linear(label: str, values: Sequence[float], *, zero: bool = False) -> Axis:
     low, high = min(values), max(values)
     if zero:
         low, high = min(0.0, low), max(0.0, high)
-    room = max(0.5, 0.05 * abs(low)) if low == high else 0.0
-    low, high = low - room, high + room
+    margin = max(0.5, 0.05 * abs(low)) if low == high else 0.0
+    low, high = low - margin, high + margin
     step = next(s for s in _steps(10.0 ** (math.floor(math.log10(high - low)) - 1)) if (high - low) / s <= 6)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return Axis(label, first * step, last * step, [round(i * step, 12) for i in range(first, last + 1)])
@@ -195,11 +195,11 @@ def symlog(label: str, values: Sequence[float]) -> Axis:
 
 
 def sparsities(label: str, values: Sequence[float]) -> Axis:
-    """An axis with a tick at each of a few values, with some room at both ends."""
+    """An axis with a tick at each of a few values, and a margin at both ends."""
     spots = sorted(set(values))
     ticks = spots if len(spots) <= 9 else [t for t in linear("", spots).ticks if spots[0] <= t <= spots[-1]]
-    room = 0.02 * (spots[-1] - spots[0])
-    return Axis(label, spots[0] - room, spots[-1] + room, ticks)
+    margin = 0.02 * (spots[-1] - spots[0])
+    return Axis(label, spots[0] - margin, spots[-1] + margin, ticks)
 
 
 def layers(n: int) -> Axis:
@@ -221,7 +221,7 @@ class _Plot:
 
     @cached_property
     def left(self) -> float:
-        """Room for the widest tick of the upright axis."""
+        """Width that the widest tick of the upright axis takes."""
         return 14 + LETTER * max((len(self.y.show(t)) for t in self.y.ticks), default=1)
 
     @cached_property
