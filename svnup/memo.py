@@ -70,11 +70,17 @@ class Memo:
         dropped = 0
         for path in sorted(self.folder.glob("*.jsonl")) if self.folder is not None and self.folder.is_dir() else []:
             known = self._read.get(path, 0)
-            if path.stat().st_size == known or (self._file is not None and str(path) == self._file.name):
+            if self._file is not None and str(path) == self._file.name:
                 continue
-            with path.open("rb") as file:
-                file.seek(known)
-                data = file.read()
+            try:
+                if path.stat().st_size == known:
+                    continue
+                with path.open("rb") as file:
+                    file.seek(known)
+                    data = file.read()
+            except OSError as error:
+                logger.warning("%s: cannot be read (%s); its coalitions are evaluated again", path, error.strerror)
+                continue
             whole = data[: data.rfind(b"\n") + 1]
             self._read[path] = known + len(whole)
             for line in (data if torn else whole).decode(errors="replace").splitlines():

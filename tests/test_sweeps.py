@@ -310,7 +310,7 @@ def test_stages_are_told_to_listeners():
     from svnup.progress import listening, stage
 
     heard = []
-    with listening(lambda *told: heard.append(told)), stage("walk", 3, "steps") as advance:
+    with listening(lambda *told: heard.append(told[:4])), stage("walk", 3, "steps") as advance:
         advance(2)
         advance(1)
     with stage("walk", 3, "steps") as advance:

@@ -71,7 +71,7 @@ class RunFolder:
         """Give what writes down how far the job is, at most every two seconds, for those who ask meanwhile (`progress`)."""
         last = 0.0
 
-        def tell(name: str, done: int, total: int, unit: str) -> None:
+        def tell(name: str, done: int, total: int, unit: str, *_: object) -> None:
             nonlocal last
             if time.monotonic() - last < 2.0 and 0 < done < total:
                 return
