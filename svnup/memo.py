@@ -72,7 +72,15 @@ class Memo:
             known = self._read.get(path, 0)
             if self._file is not None and str(path) == self._file.name:
                 continue
-            data = _bytes_from(path, known)
+            try:
+                if path.stat().st_size == known:
+                    continue
+                with path.open("rb") as file:
+                    file.seek(known)
+                    data = file.read()
+            except OSError as error:
+                logger.warning("%s: cannot be read (%s); its coalitions are evaluated again", path, error.strerror)
+                continue
             whole = data[: data.rfind(b"\n") + 1]
             self._read[path] = known + len(whole)
             for line in (data if torn else whole).decode(errors="replace").splitlines():
@@ -99,19 +107,6 @@ class Memo:
         with naming(Path(self._file.name)):
             while left:  # a disk that is filling up takes a part, then says so
                 left = left[self._file.write(left) :]
-
-
-def _bytes_from(path: Path, start: int) -> bytes:
-    """What a file has from byte `start` on; nothing, with a warning, where it cannot be read."""
-    try:
-        if path.stat().st_size == start:
-            return b""
-        with path.open("rb") as file:
-            file.seek(start)
-            return file.read()
-    except OSError as error:
-        logger.warning("%s: cannot be read (%s); its coalitions are evaluated again", path, error.strerror)
-        return b""
 
 
 def _checksum(line: dict[str, object]) -> int:
