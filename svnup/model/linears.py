@@ -1,8 +1,8 @@
 """The linear layers of a block, those of experts among them, and the tokens that enter these.
 
-Current transformers stacks the matrices of a block's experts in one parameter, (n_experts, d_out, d_in) or transposed, and
-multiplies them in one of several ways. Here each matrix is a linear layer of its own. What enters it is seen where torch
-multiplies, whichever way the model takes.
+transformers stacks the matrices of a block's experts in one parameter, (n_experts, d_out, d_in) or transposed, and multiplies
+them in one of several ways. Here each matrix is a linear layer of its own. What enters it is seen where torch multiplies,
+whichever way the model takes.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _experts_of(name: str, module: nn.Module) -> dict[str, Linear]:
 def _transposed(module: nn.Module, stacks: list[nn.Parameter]) -> bool:
     """Whether a module stores its matrices as (d_in, d_out): as its class says, or else so that experts return what they read.
 
-    Where a product is another one than this says, `watched` raises.
+    Where the shapes leave it open it is not; `watched` raises where a product is another one than this says.
     """
     told = getattr(module, "is_transposed", None)
     if told is not None or len(stacks) < 2:

@@ -132,7 +132,8 @@ class Inputs:
             advance: keep the outputs as inputs of the next block; if not, the block is run only up to its last linear layer.
 
         Raises:
-            ValueError: a linear layer is never called, or no expert's of one name; or experts compute in an unknown way.
+            ValueError: a linear layer is never called, or those of one name of no expert; or experts multiply otherwise than
+                their parameters say.
         """
         self._observe(visit, advance and not self._experts)
         seen = {self._kind(name) for name in self._reads}  # an expert may well get no token, but not all of them
@@ -147,13 +148,14 @@ class Inputs:
 
     def _observe(self, visit: Visit, advance: bool) -> None:
         names = {module: name for name, module in self._linears.items() if isinstance(module, torch.nn.Module)}
-        # What is called as a module is seen there; what is none, or may be multiplied without a call, in torch's products.
+        # Modules are seen where they are called; what is none, or is multiplied without a call (Mamba), in torch's products.
         watch = len(names) < len(self._linears) or visit.lm.has_others(visit.index)
         stop_early = not advance and not watch  # experts are called as often as tokens are routed to them
-        called: list[str] = []  # and not yet left
+        called: set[str] = set()  # and not yet left
 
         def see(module: Any, args: Any) -> None:
-            called.append(names[module])
+            if watch:
+                called.add(names[module])
             self._see(names[module], args[0])
             self._calls += 1
             if self._calls == self._n_calls and stop_early:
@@ -161,7 +163,7 @@ class Inputs:
                 raise StopForward
 
         def leave(module: Any, args: Any, out: Any) -> None:
-            called.remove(names[module])
+            called.discard(names[module])
 
         def multiplied(name: str, rows: Tensor) -> None:
             if name not in called:
