@@ -181,7 +181,7 @@ class Bench:
             self.remember(what, found)
         if allocator in CONTROLS:  # whose amplitude is the one that was chosen for it
             found = found | {"cost": cost}
-        parts = {name: np.array(found[name]) for name in ("losses", "profiles")}
+        parts: dict[str, Any] = {name: np.array(found[name]) for name in ("losses", "profiles")}
         parts |= {"curve": tuple(Tried.from_dict(one) for one in found["curve"])}
         return Entry(cell, allocator, **(found | parts))
 
