@@ -34,6 +34,7 @@ import torch
 from cli import HERE, RANDOM, SMALL_W2, Done, command, tokenized_once
 from fuzz import nothing_written_outside
 from test_damage import ANY
+from transformers.utils.logging import disable_progress_bar
 
 from svnup import pipeline
 from svnup.model.checkpoint import in_place, read_tensors
@@ -268,11 +269,10 @@ def savers(n: int, processes: int, report: Report) -> None:
     def work(number: int) -> None:
         for _ in range(each):
             in_place(place / "model", lambda folder: lm.model.save_pretrained(folder))
-            if not (place / "model" / "model.safetensors").is_file():  # another one is taking its place
-                time.sleep(0.001)
         os._exit(0)
 
     place.mkdir()
+    disable_progress_bar()
     copies = [FORK.Process(target=work, args=(number,)) for number in range(processes)]
     for copy in copies:
         copy.start()

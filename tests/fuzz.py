@@ -353,6 +353,7 @@ def nothing_written_outside() -> Iterator[Path]:
         os.environ |= {
             "HOME": str(home),
             "XDG_CACHE_HOME": str(work / "cache"),
+            "MPLCONFIGDIR": str(work / "matplotlib"),
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_OFFLINE": "1",
         }
