@@ -523,7 +523,7 @@ def grid(table: Pivot, title: str | None = None, about: str = "") -> Grid:
                 }
             )
         lines.append(line)
-    return Grid(head, lines, title, about, notes, int(dense_down and has_dense), records, notes[0])
+    return Grid(head, lines, title, about, notes, int(dense_down and has_dense), records, subject=notes[0])
 
 
 def _header(key: str, text: str) -> str:

@@ -284,7 +284,7 @@ def side_by_side(field: Published, ours: Ours, title: str | None = None, about: 
     if len({one.source for found in theirs.values() for one in found}) > 1:
         notes.append("Sources have baselines of their own and are no one protocol: compare published numbers within one.")
     notes += ["An asterisk marks the best that its source reports in the column."] if best_theirs else []
-    return Grid(head, body, title, about, [*notes, *_left_out(ours, theirs), *plain.notes[1:]], 1, records, notes[0])
+    return Grid(head, body, title, about, [*notes, *_left_out(ours, theirs), *plain.notes[1:]], 1, records, subject=notes[0])
 
 
 def _best_of_each_source(table: Pivot, theirs: Theirs) -> set[tuple[tuple[Label, Label], str]]:
@@ -344,4 +344,4 @@ def headline(field: Published, ours: Ours, title: str | None = None) -> Grid:
     notes = [f"SparseGPT at 70 %, {field.metrics[0]}: SV-NUP against the uniform budget. Published: {sources}."]
     notes += [] if ours.on_whole_text else [f"{PARTIAL}."]
     notes += ours.calibration if any(r["change"] is not None and r["published_change"] is not None for r in records) else []
-    return Grid(head, body, title, "", notes, 0, records, notes[0])
+    return Grid(head, body, title, "", notes, 0, records, subject=notes[0])
