@@ -20,6 +20,7 @@ from hydra._internal.hydra import Hydra
 from svnup import data
 from svnup.cli import results as results_cli
 from svnup.cli.run import CONFIG_NAME, main
+from svnup.files import unsealed
 
 RANDOM = [
     "model=random",
@@ -160,8 +161,9 @@ def only_row(results: str | Path = "results") -> dict[str, Any]:
 
 
 def last_row() -> Any:
-    """The newest result under the working folder."""
-    return json.loads(max(Path("results").glob("runs/*/result.json"), key=lambda p: p.stat().st_mtime).read_text())
+    """The newest result under the working folder, without its checksum."""
+    newest = max(Path("results").glob("runs/*/result.json"), key=lambda p: p.stat().st_mtime)
+    return unsealed(json.loads(newest.read_text()))
 
 
 def run_folder(results: str | Path = "results") -> Path:

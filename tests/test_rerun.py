@@ -13,6 +13,7 @@ from cli import SMALL_W2, at_home, command, forked, last_row, results, run_folde
 
 from svnup.cli.repeat import repeat
 from svnup.config import build, register, stored
+from svnup.files import unsealed
 from svnup.rerun import Repeated, rerun
 from svnup.results.provenance import Asked, provenance
 from svnup.results.row import Measured, Profile, Provenance, ResultRow, Sparsity
@@ -154,7 +155,7 @@ def ran(first, own_place):
     """That folder's content in the working folder, as if the run had been made here; its result."""
     shutil.copytree(first, ".", dirs_exist_ok=True, ignore=shutil.ignore_patterns("wandb"))  # its links lead nowhere
     path = run_folder() / "result.json"
-    row = json.loads(path.read_text())
+    row = unsealed(json.loads(path.read_text()))
     row["provenance"]["cwd"] = str(Path.cwd())
     path.write_text(json.dumps(row))
     return row
