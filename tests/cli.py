@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from hydra._internal.hydra import Hydra
 
 from svnup import data
@@ -139,6 +140,7 @@ def forked(run: Callable[[], object]) -> int:
 
     def alone() -> None:
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # what catches them is in the other process
+        torch.set_num_threads(1)  # makes the pool anew: threads that did so at the same time would find none
         run()
 
     copy = multiprocessing.get_context("fork").Process(target=alone)  # type: ignore[attr-defined]

@@ -254,7 +254,7 @@ def test_a_changed_result_is_none_and_its_job_runs_again(svnup, run_folder):
     folder = run_folder()
     file, row = folder.path / "result.json", folder.read()
     whole = file.read_text()
-    value = str(row.metrics["docs/ppl"]["value"])
+    value = str(row.metrics["docs/ppl"].value)
     assert whole.count(value) == 1
     file.write_text(whole.replace(value, "1.5"))
     assert folder.read() is None
