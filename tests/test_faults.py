@@ -373,6 +373,24 @@ def test_a_second_process_with_the_same_job_uses_the_result_of_the_first(svnup, 
 # -- interruptions
 
 
+@pytest.mark.parametrize("after", [AttributeError("half done"), ValueError("half done"), None], ids=repr)
+def test_an_interruption_is_one_whatever_interrupted_code_makes_of_it(after, svnup, monkeypatch):
+    def main(**_):
+        def interrupted():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except BaseException:
+                if after is not None:
+                    raise after from None
+
+        return lambda task: interrupted
+
+    monkeypatch.setattr("svnup.cli.run.hydra.main", main)
+    code, _, err = svnup()
+    assert (code, err.count("\n")) == (143, 1)
+    assert "svnup: interrupted (SIGTERM); what is done is kept" in err
+
+
 @pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
 @pytest.mark.parametrize("sweep", [[], ["-m"]], ids=["alone", "sweep"])
 def test_an_interrupted_run_says_so_and_the_next_completes(number, code, word, sweep, svnup, run_folder, monkeypatch):

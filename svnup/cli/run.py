@@ -92,7 +92,8 @@ def _compose_and_run() -> int:
         codes.append(_job(cfg, texts, program, overrides))
 
     try:
-        hydra.main(config_path=str(config.CONF), config_name=CONFIG_NAME, version_base="1.3")(task)()
+        with stoppable():
+            hydra.main(config_path=str(config.CONF), config_name=CONFIG_NAME, version_base="1.3")(task)()
     except JobFailed:
         return 1
     except BrokenPipeError:  # `svnup --help | head -1`
@@ -152,20 +153,40 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Let SIGTERM end the work as Ctrl-C does, so that what is done is saved and the run is told to be interrupted."""
+    """Let SIGTERM end the work as Ctrl-C does, so that what is done is saved and the run is told to be interrupted.
+
+    Code that is interrupted halfway may raise another error on its way out, or end as if nothing had been: then, too, what is
+    raised in the end is that the work was interrupted.
+    """
+    came: list[BaseException] = []
 
     def stop(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)  # one is enough: what follows saves
-        raise Stopped(signal.Signals(number).name)
+        # One SIGTERM is enough, since what follows saves; a second Ctrl-C does not wait for that.
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGTERM else signal.default_int_handler)
+        came.append(Stopped(signal.Signals(number).name) if number == signal.SIGTERM else KeyboardInterrupt())
+        raise came[0]
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    if (usual := signal.getsignal(signal.SIGINT)) not in (
+        signal.SIG_IGN,
+        None,
+    ):  # ignored in the background
+        before[signal.SIGINT] = usual
+        signal.signal(signal.SIGINT, stop)
     try:
         yield
+    except Exception:
+        if came:
+            raise came[0] from None
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise came[0]
 
 
 def _command(cfg: Any, program: list[str], hydra_cfg: Any) -> str:
