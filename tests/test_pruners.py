@@ -541,7 +541,8 @@ from svnup.memory import peak_memory, reset_peak, resident
 from svnup.pruning.walk import workspace
 torch.set_num_threads(1)
 file, d_out, d_in = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-pruner = instantiate(OmegaConf.merge(OmegaConf.load(file), {"pattern": "unstructured"}))
+options = {"pattern": "unstructured"} | ({"max_swaps": 2} if "swaps" in file else {})  # all take what the first one takes
+pruner = instantiate(OmegaConf.merge(OmegaConf.load(file), options))
 for rows, columns in ((16, 16), (d_out, d_in)):
     weight = torch.randn(rows, columns)
     stats = pruner.new_stats(weight)
