@@ -210,6 +210,7 @@ def test_own_components_take_components_where_their_annotations_say_so(own):
             construct(node | {place: wrong}, "pruner", "pruner")
 
 
+@pytest.mark.slow
 def test_own_code_is_part_of_the_run_and_an_edited_helper_runs_it_again(svnup, own):
     given = [f"{key}={value}" for key, value in OF_MINE.items()] + ["~pruner.pattern", "allocator=uniform", "sparsity=0.5"]
     assert svnup(*given)[0] == 0

@@ -58,6 +58,7 @@ def finished(twice, tmp_path) -> dict[str, Any]:
     return json.loads(twice.raw)
 
 
+@pytest.mark.slow
 def test_result_json_holds_everything(twice):
     row = json.loads(twice.raw)
     run = run_folder(twice.folder / "results")
@@ -262,6 +263,7 @@ def test_a_profile_from_a_file_gives_the_metrics_of_the_run_that_wrote_it(finish
     assert row["profile"] == finished["profile"]
 
 
+@pytest.mark.slow
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     done = command("dry_run=true", *HERE)
     assert done.code == 0, done.err
@@ -308,6 +310,7 @@ def test_results_and_cache_default_to_results_and_the_user_s_cache(tmp_path):
 # -- sweeps
 
 
+@pytest.mark.slow
 def test_a_sweep_finishes_every_job_and_plays_the_game_once():
     done = command("-m", *JOB, *HERE, "allocator=uniform,shapley", "pruner=wanda,sparsegpt,magnitude,none")
     assert done.code == 0, done.err
@@ -334,6 +337,7 @@ def test_a_sweep_finishes_every_job_and_plays_the_game_once():
     assert len({r["metrics"]["docs/ppl"]["value"] for r in found.values()}) == 7
 
 
+@pytest.mark.slow
 def test_a_failing_job_does_not_stop_a_sweep(tmp_path):
     """One whose configuration is wrong, and one whose text is too short; each is told in its line."""
     (tmp_path / "good.txt").write_text(text(60, "Function"))
@@ -423,6 +427,7 @@ def test_a_saved_model_is_the_pruned_model(family, pruner):
     assert again["sparsity"]["actual"] == row["sparsity"]["actual"]
 
 
+@pytest.mark.slow
 def test_every_group_of_a_saved_n_m_model_has_exactly_n_zeros():
     done = command(
         "-m", *JOB, *HERE, "pattern='2:4','4:8'", "sparsity=0.5", "allocator=uniform", "pruner=magnitude,wanda,sparsegpt",
@@ -444,6 +449,7 @@ def test_every_group_of_a_saved_n_m_model_has_exactly_n_zeros():
     assert len(seen) == 6
 
 
+@pytest.mark.slow
 def test_every_group_of_a_mixed_model_has_the_n_of_its_block():
     args = ["pattern='mixed:8'", "allocator=uniform,shapley", "pruner=wanda,sparsegpt", "allocator.scale=rank"]
     for allocator in ("uniform", "shapley"):
@@ -484,6 +490,7 @@ def run_folder_of(found: list[dict[str, Any]], allocator: str) -> Path:
     return Path("results/runs") / row["config_key"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["error", "outliers", "shapley"])
 def test_a_block_divided_among_its_linears_and_its_profile_fed_back(split):
     # a larger amplitude, so that linears of random weights differ, and a threshold that they reach
@@ -523,6 +530,7 @@ def test_asking_a_finished_job_for_its_model_writes_it(finished):
 # -- what only a process of its own can show
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_where_it_was(tmp_path, monkeypatch):
     """SIGKILL in the middle of the coalitions, and a line torn by it: the values are those of a run that was left alone."""
     job = [a for a in JOB if "layers" not in a and "window" not in a]
@@ -602,6 +610,7 @@ def test_help_lists_only_options(help_of_the_command):
 # -- several processes on one game
 
 
+@pytest.mark.slow
 def test_shards_fill_the_cache_and_the_job_evaluates_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     job = [a for a in JOB if "window" not in a] + ["shapley=exact", "allocator.scale=rank"]

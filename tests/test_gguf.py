@@ -112,6 +112,7 @@ def test_a_gguf_file_is_the_model_that_it_was_made_of(source, tokens, tmp_path, 
 # -- through the command
 
 
+@pytest.mark.slow
 def test_the_result_says_what_was_dequantized(source, svnup_on):
     folder, _ = source
     code, said = svnup_on(folder, "model.gguf_file=small.Q8_0.gguf", "save_model=true")

@@ -121,6 +121,7 @@ def with_change(data, path, value):
     return data
 
 
+@pytest.mark.slow
 def test_no_result_makes_a_traceback_or_drives_a_terminal(tmp_path, monkeypatch):
     """A hundred changes of anything to anything, each through every command that reads results."""
     monkeypatch.chdir(tmp_path)

@@ -450,6 +450,7 @@ VISION = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", VISION)
 def test_the_language_model_of_a_vision_language_model_is_pruned_and_the_rest_is_kept(kind, tmp_path):
     config = AutoConfig.for_model(kind, **VISION[kind])

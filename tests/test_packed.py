@@ -122,6 +122,7 @@ def test_what_a_run_saves_evaluates_to_the_same():
         assert again["sparsity"]["actual"] == row["sparsity"]["actual"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_runs_again_for_what_it_lacks_and_only_then():
     def runs(*args):
         done = command(*UNIFORM, *args)

@@ -246,6 +246,7 @@ def theirs(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_the_command_of_a_run_is_what_was_typed(svnup, theirs):
     """Folder of the configuration, additions, deletions and quotes; one job of a sweep that the experiment asks for."""
     text = Path("a text's.txt")

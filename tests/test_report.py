@@ -440,6 +440,7 @@ def test_of_accuracies_more_is_better_and_a_part_of_a_task_is_compared_with_noth
     assert "60.0000 ± 1.5000" in page.by_id("run-b")["text"]
 
 
+@pytest.mark.slow
 def test_five_hundred_runs_of_a_deep_model_are_a_page_of_a_few_megabytes():
     rng = np.random.default_rng(0)
     rows = []

@@ -174,6 +174,7 @@ def again_by_command(capfd):
     return again
 
 
+@pytest.mark.slow
 def test_a_run_repeats_from_its_result_alone(ran, again_by_command, monkeypatch, tmp_path):
     (folder,) = Path("results/runs").iterdir()
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "logs" not in p.parts}

@@ -259,6 +259,7 @@ READ_INPUTS = {"owl", "owl_nm", "dlp", "block_influence"}
 SHAPLEY = {"shapley", "shapley_rounds", "shapley_sublayers", "leave_one_out", "random", "reversed"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({p.stem for p in (CONF / "allocator").glob("[!_]*.yaml")} - {"from_file"}))
 def test_every_allocator_as_a_job(svnup, name):
     """The pruner needs no inputs: what is read of the calibration text is for the scores."""

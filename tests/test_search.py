@@ -215,6 +215,7 @@ def test_a_search_killed_within_a_generation_ends_as_if_it_had_not_been(random_m
 SMALL_SEARCH = ["allocator=search", "allocator.generations=2", "allocator.offspring=3", "allocator.sequences=[1]"]
 
 
+@pytest.mark.slow
 def test_a_job_that_searches(svnup):
     args = [*SMALL_SEARCH, "allocator.survivors=[1]", "pruner=magnitude"]
     code, out, _ = svnup(*args, "dry_run=true")
@@ -359,6 +360,7 @@ ROUNDS = ["allocator=shapley_rounds", "shapley.window=2"]
 PARTS = ["shapley.game.players=sublayer", "allocator.granularity=sublayer"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [[], PARTS[:1], PARTS], ids=["blocks", "blocks by their sublayers", "sublayers"])
 def test_a_job_of_rounds(svnup, parts):
     code, out, _ = svnup(*ROUNDS, *parts, "dry_run=true")

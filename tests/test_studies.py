@@ -146,6 +146,7 @@ def gpu():
     return import_module("experiments.benchmarks.gpu")
 
 
+@pytest.mark.slow
 def test_each_stage_on_a_model_says_its_seconds_and_its_peak(gpu, tmp_path):
     gpu.model(gpu.Results(tmp_path, "now", "cpu"), gpu_options(tmp_path))
     lines = lines_of(tmp_path)
@@ -179,6 +180,7 @@ def test_the_column_kernels_are_timed_and_compared(gpu, tmp_path):
         gpu.compared((ours[0].flip(1), ours[1]), ours)
 
 
+@pytest.mark.slow
 def test_what_fails_does_not_stop_what_follows_and_what_does_not_fit_is_skipped(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr("svnup.pruning.wanda.Wanda.prune", lambda *_: 1 / 0)
     gpu.model(gpu.Results(tmp_path, "now", "cpu"), gpu_options(tmp_path))

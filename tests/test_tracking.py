@@ -337,6 +337,7 @@ def test_standard_error_of_a_permutation_is_in_the_table(tmp_path):
 # -- ids, sweeps, failures
 
 
+@pytest.mark.slow
 def test_ids_belong_to_run_folders_and_force_gets_another(tmp_path):
     with a_place(tmp_path) as patch:
         sweep = ["-m", *JOB, "tracker=wandb", "allocator=uniform", "sparsity=0.5,0.6"]
@@ -453,6 +454,7 @@ def test_a_missing_wandb_is_told_before_anything_runs(tmp_path, monkeypatch):
 # -- groups, modes, uploads afterwards, agents, secrets
 
 
+@pytest.mark.slow
 def test_jobs_of_a_sweep_share_a_group(tmp_path):
     from svnup.cli.run import _sweep_name
 
@@ -476,6 +478,7 @@ def plain(step: dict[str, Any]) -> dict[str, Any]:
     return {k: {n: v[n] for n in ("sha256", "_type") if n in v} if isinstance(v, dict) else v for k, v in kept.items()}
 
 
+@pytest.mark.slow
 def test_finished_runs_are_uploaded_afterwards_once_each_with_the_same_records(tracked, tmp_path, capsys):
     folder, live, _ = tracked
     with a_place(tmp_path):
@@ -626,6 +629,7 @@ def in_a_process(folder: Path, *args: str, **env: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_an_agent_of_a_sweep_gets_its_run_and_no_key_is_written(tmp_path):
     """It has chosen the run's id, and waits for numbers also of a job that is finished already."""
     with a_place(tmp_path):

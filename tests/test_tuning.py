@@ -322,6 +322,7 @@ def test_offloaded_models_and_profiles_of_others_are_refused(random_model, token
 # -- whole jobs
 
 
+@pytest.mark.slow
 def test_jobs_that_tune(svnup):
     assert svnup("allocator.lam=auto", "pruner=magnitude")[0] == 0
     row = last_row()
@@ -344,6 +345,7 @@ def test_jobs_that_tune(svnup):
     assert last_row()["tuning"]["n_new_evaluations"] == 6  # the uniform budget is shared
 
 
+@pytest.mark.slow
 def test_the_selection_text_counts_where_it_chooses(svnup):
     assert svnup("allocator=random", "pruner=magnitude")[0] == 0
     assert "already finished" in svnup("allocator=random", "pruner=magnitude", "selection.n_seq=2")[1]
@@ -352,6 +354,7 @@ def test_the_selection_text_counts_where_it_chooses(svnup):
     assert "tuning evaluations" in svnup("allocator=random", "allocator.lam=auto", "dry_run=true")[1]
 
 
+@pytest.mark.slow
 def test_the_loss_that_chooses_is_part_of_the_job_where_it_chooses(svnup):
     assert svnup("allocator=block_influence", "pruner=magnitude")[0] == 0
     assert "already finished" in svnup("allocator=block_influence", "pruner=magnitude", "selection_loss=kl")[1]
@@ -447,6 +450,7 @@ def test_losses_in_passing_are_those_of_statistics_that_are_kept(random_model, t
     assert "taken" not in passing.to_dict()
 
 
+@pytest.mark.slow
 def test_a_job_compares_its_shapley_budget_with_the_uniform_one(svnup):
     options = ("pruner=magnitude", "allocator=shapley")
     assert svnup(*options, "compare_uniform=off")[0] == 0
@@ -472,6 +476,7 @@ def test_a_job_compares_its_shapley_budget_with_the_uniform_one(svnup):
     assert ("uniform taken" in shown) == (tuning["taken"] == "uniform")
 
 
+@pytest.mark.slow
 def test_where_no_comparison_is_possible_the_job_is_as_without_it(svnup):
     assert svnup("pruner=magnitude", "compare_uniform=off")[0] == 0
     key = last_row()["config_key"]
