@@ -155,8 +155,8 @@ class Stopped(BaseException):
 def stoppable() -> Iterator[None]:
     """Let SIGTERM end the work as Ctrl-C does, so that what is done is saved and the run is told to be interrupted.
 
-    Code that is interrupted halfway may end in another error, or as if nothing had been: then, too, what is raised in the end is
-    that the work was interrupted.
+    Code that is interrupted halfway may end in another error, or as if nothing had been: then, too, the interruption is what is
+    raised in the end.
     """
     came: list[BaseException] = []
 
