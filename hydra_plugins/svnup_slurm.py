@@ -180,7 +180,7 @@ def _failed(told: str) -> Exception:
 
 
 def _tell(text: str) -> None:
-    from svnup.results.stored import plain
+    from svnup.cli.outcome import tell
 
-    sys.stderr.write(f"svnup: {plain(text)}\n")
+    tell("svnup", text)
     sys.stderr.flush()

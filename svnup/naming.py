@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 import typing
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -72,11 +73,7 @@ def current_path(target: str) -> str:
 
 def current(node: Any) -> Any:
     """A stored configuration with the current import path of every `_target_`, so that older ones compare with newer ones."""
-    if isinstance(node, list):
-        return [current(value) for value in node]
-    if not isinstance(node, dict):
-        return node
-    return {k: current_path(v) if k == "_target_" and isinstance(v, str) else current(v) for k, v in node.items()}
+    return _with_targets(node, current_path)
 
 
 def component_name(target: str) -> str:
@@ -94,11 +91,16 @@ def method_name(node: dict[str, Any]) -> str:
 
 def named(node: Any) -> Any:
     """A configuration with component names in place of every `_target_`."""
+    return _with_targets(node, name_of_target)
+
+
+def _with_targets(node: Any, of: Callable[[str], str]) -> Any:
+    """A configuration with another text, by the one it has, in place of every `_target_`."""
     if isinstance(node, list):
-        return [named(value) for value in node]
+        return [_with_targets(value, of) for value in node]
     if not isinstance(node, dict):
         return node
-    return {k: name_of_target(v) if k == "_target_" and isinstance(v, str) else named(v) for k, v in node.items()}
+    return {k: of(v) if k == "_target_" and isinstance(v, str) else _with_targets(v, of) for k, v in node.items()}
 
 
 def identity(component: Any) -> str:

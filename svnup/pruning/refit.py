@@ -27,8 +27,21 @@ class RefitStats:
         return self.hessian.fallback or getattr(self.base, "fallback", None)
 
 
+class OnMask:
+    """Statistics of a pruner that goes on from the mask of another one, `base`, by the Hessian."""
+
+    base: Pruner
+
+    def new_stats(self, weight: Tensor) -> RefitStats:
+        return RefitStats(Hessian.empty(weight), self.base.new_stats(weight))
+
+    def observe(self, stats: RefitStats, x: Tensor) -> None:
+        stats.hessian.add(x)
+        self.base.observe(stats.base, x)
+
+
 @dataclass(frozen=True)
-class Refit:
+class Refit(OnMask):
     """Take the mask of `base` and set the kept weights of each output row to their least-squares values.
 
     W' minimises tr((W - W') H (W - W')^T) on the mask, where H = X^T X / n_tokens + damp * mean(diag) I. By this measure it is
@@ -48,13 +61,6 @@ class Refit:
         check_base(self.base, self.pattern)
         if self.damp <= 0:
             raise ValueError(f"damp={self.damp}: choose a positive fraction of the mean diagonal, such as 0.01")
-
-    def new_stats(self, weight: Tensor) -> RefitStats:
-        return RefitStats(Hessian.empty(weight), self.base.new_stats(weight))
-
-    def observe(self, stats: RefitStats, x: Tensor) -> None:
-        stats.hessian.add(x)
-        self.base.observe(stats.base, x)
 
     def workspace(self, d_out: int, d_in: int) -> int:
         """Bytes that `prune` takes for one matrix, as measured: four times the systems that are solved at once."""

@@ -43,6 +43,10 @@ class Hessian:
             self.xtx[start : start + SLAB, start:].addmm_(x[:, start : start + SLAB].T, x[:, start:])
         self.n_tokens += len(x)
 
+    def mean(self) -> Tensor:
+        """X^T X / n_tokens, (d_in, d_in), both triangles."""
+        return (self.xtx.triu() + self.xtx.triu(1).T) / max(1, self.n_tokens)
+
     def damped(self, damp: float, factor: Callable[[Tensor], Factor | None]) -> tuple[Tensor, Factor, Tensor]:
         """The damped Hessian H = X^T X / n_tokens + damp * mean(diag) I and its factor.
 
@@ -64,7 +68,7 @@ class Hessian:
         return self._known[1]
 
     def _factored(self, damp: float, factor: Callable[[Tensor], Factor | None]) -> tuple[Tensor, Factor, Tensor]:
-        h = (self.xtx.triu() + self.xtx.triu(1).T) / max(1, self.n_tokens)
+        h = self.mean()
         dead = h.diagonal() == 0
         damping = damp * (h.diagonal().mean() if not dead.all() else 1.0)
         h.diagonal()[dead] = 1  # after the mean, so that the scale of inputs does not matter

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from svnup.pattern import Pattern
 from svnup.pruning.masks import zeroed
-from svnup.pruning.refit import RefitStats, check_base
-from svnup.pruning.sparsegpt import Hessian
+from svnup.pruning.refit import OnMask, RefitStats, check_base
 from svnup.pruning.walk import Pruner, workspace
 
 CHUNK = 2**24  # pairs of weights that are compared at once: 64 MiB
@@ -19,7 +18,7 @@ LEAST_GAIN = 1e-6  # of the error of the row; less is rounding
 
 
 @dataclass(frozen=True)
-class SparseSwaps:
+class SparseSwaps(OnMask):
     """Refine another pruner's mask by swaps within an output row that lower its reconstruction error; kept weights stay dense.
 
     The error of a row is r G r^T, where G = X^T X and r has the row's pruned weights and zeros for the kept ones. Bringing back
@@ -51,13 +50,6 @@ class SparseSwaps:
         if self.max_swaps < 1:
             raise ValueError(f"max_swaps={self.max_swaps}: of an output row; choose at least 1")
 
-    def new_stats(self, weight: Tensor) -> RefitStats:
-        return RefitStats(Hessian.empty(weight), self.base.new_stats(weight))
-
-    def observe(self, stats: RefitStats, x: Tensor) -> None:
-        stats.hessian.add(x)
-        self.base.observe(stats.base, x)
-
     def workspace(self, d_out: int, d_in: int) -> int:
         """Bytes that `prune` takes for one matrix: thrice the pairs that are compared at once, and copies of both matrices."""
         own = 4 * (3 * max(CHUNK, d_in**2) + 8 * d_out * d_in + 3 * d_in**2)
@@ -67,8 +59,7 @@ class SparseSwaps:
         if sparsity == 0:
             return weight
         gone = zeroed(self.base.prune(weight, stats.base, sparsity), sparsity, self.pattern)
-        half = stats.hessian.xtx.triu()
-        gram = (half + half.triu(1).T) / max(1, stats.hessian.n_tokens)
+        gram = stats.hessian.mean()
         if not gram.isfinite().all():
             raise ValueError("nan or infinity in the statistics of the inputs")
         size = Pattern.parse(self.pattern).group or weight.shape[1]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Required, Self, TypedDict
 
-from svnup.files import unsealed
+from svnup.files import sealed, unsealed
 from svnup.naming import KEY
 from svnup.results.stored import Stored, plain
 from svnup.secrets import redacted
@@ -384,9 +384,16 @@ class ResultRow(Stored):
         return self.from_dict(self.to_dict() | finite | {"status": "finished", "not_finite": found or None})
 
     def to_json(self) -> str:
-        """The content of result.json, without secrets in its texts."""
-        parts = {name: part if name in NOT_REDACTED else redacted(part) for name, part in self.to_dict().items()}
-        return json.dumps(parts, indent=1, allow_nan=False) + "\n"
+        """The row without secrets in its texts, as JSON."""
+        return json.dumps(self.without_secrets(), indent=1, allow_nan=False) + "\n"
+
+    def sealed_json(self) -> str:
+        """The content of result.json: the same with a checksum."""
+        return json.dumps(sealed(self.without_secrets()), indent=1, allow_nan=False) + "\n"
+
+    def without_secrets(self) -> dict[str, Any]:
+        """Nested JSON values without secrets in their texts."""
+        return {name: part if name in NOT_REDACTED else redacted(part) for name, part in self.to_dict().items()}
 
     @classmethod
     def from_json(cls, text: str) -> Self:

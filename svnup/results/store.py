@@ -115,7 +115,7 @@ class RunFolder:
         """Write result.json, and before it what else the row makes."""
         for name, text in self._parts(row).items():
             self._write(name, text)
-        self._write("result.json", json.dumps(sealed(json.loads(row.to_json())), indent=1) + "\n")
+        self._write("result.json", row.sealed_json())
 
     def complete(self, row: ResultRow) -> None:
         """Write what the row makes beside result.json, as far as it is not there."""
