@@ -187,6 +187,26 @@ def test_bounded_memory_costs_work_and_moves_no_number(lm: LanguageModel) -> Non
         assert plan.n_block_forwards >= block_forwards(all_coalitions(8))
 
 
+@pytest.mark.parametrize("absent_costs", [False, True])
+@pytest.mark.parametrize("together", [1, 2, 7, 100])
+def test_groups_of_coalitions_share_loads(together: int, absent_costs: bool) -> None:
+    """Against a count of the prefixes that each group has below the depth where it resumes."""
+    rows = all_coalitions(7)[::3]
+    plan = WalkPlan.of(rows, absent_costs, together=together)
+    costs = rows | absent_costs
+    assert [row for group in plan.groups for row in range(group.start, group.stop)] == list(range(len(rows)))
+    forwards = loads = 0
+    for group, start in zip(plan.groups, plan.resume, strict=True):
+        for depth in range(start, 7):
+            runs = {tuple(row[: depth + 1]) for row, cost in zip(rows[group], costs[group], strict=True) if cost[depth]}
+            forwards, loads = forwards + len(runs), loads + bool(runs)
+    assert (plan.n_block_forwards, plan.n_loads) == (forwards, loads)
+    assert plan.n_block_forwards >= block_forwards(rows, absent_costs=absent_costs)
+    if together in (1, 100):
+        assert plan.n_block_forwards == block_forwards(rows, absent_costs=absent_costs)
+    assert plan.n_loads == (7 if together == 100 else loads)
+
+
 def test_gates_are_derivatives(lm: LanguageModel) -> None:
     """Against finite differences of the loss with gated residual updates."""
     game = LayerGame(lm, TOKENS)

@@ -23,7 +23,8 @@ from models import FAMILIES, family_model
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from svnup.game import LayerGame
+from svnup.game import LayerGame, layer_game
+from svnup.game.walk_plan import WalkPlan
 from svnup.memory import STATUS, resident
 from svnup.model import offload
 from svnup.model.checkpoint import Checkpoint
@@ -134,6 +135,21 @@ def test_layer_games_have_the_same_values(family, options, saved):
     assert np.array_equal(*values)
     assert len(set(values[0])) > len(coalitions) // 2
     assert games[0].key == games[1].key, "what one has measured the other knows"
+
+
+@pytest.mark.parametrize("together", [1, 3, 32])
+def test_a_game_reads_a_block_once_for_many_coalitions(saved, monkeypatch, together):
+    monkeypatch.setattr(layer_game, "TOGETHER", together)
+    lm = load(saved("llama"), "disk")
+    game, coalitions = LayerGame(lm, TEXT), all_coalitions(4)
+    lm.nll(TEXT)
+    reads, read = [], lm._store._read
+    monkeypatch.setattr(lm._store, "_read", lambda index: reads.append(index) or read(index))
+    assert np.array_equal(game(coalitions), LayerGame(load(saved("llama")), TEXT)(coalitions))
+    plan = WalkPlan.of(coalitions, together=together)
+    assert len(reads) <= plan.n_loads, "a block that is still there is not read again"
+    assert game.n_block_forwards == plan.n_block_forwards
+    assert together < 16 or reads == [0, 1, 2, 3]
 
 
 def test_gates_have_the_same_gradients(saved):

@@ -148,9 +148,12 @@ def gpu():
 
 @pytest.mark.slow
 def test_each_stage_on_a_model_says_its_seconds_and_its_peak(gpu, tmp_path):
-    gpu.model(gpu.Results(tmp_path, "now", "cpu"), gpu_options(tmp_path))
-    lines = lines_of(tmp_path)
-    assert [*lines] == ["model", "perplexity", "Wanda", "SparseGPT", "Shapley values, windows of 3"]
+    gpu.model(gpu.Results(tmp_path, "now", "cpu"), gpu_options(tmp_path, part="7B"))
+    whole = lines_of(tmp_path)
+    lines = {stage.removeprefix("7B "): line for stage, line in whole.items()}
+    common = "Shapley values, windows of 3, 4 sequences"
+    usual = "Shapley values, windows of 5, 16 sequences"
+    assert [*lines] == ["model", "perplexity", common, "Wanda", "SparseGPT", usual]
     for line in lines.values():
         assert line["status"] == "done", line
         assert 0 < line["seconds"] < 60
@@ -159,10 +162,29 @@ def test_each_stage_on_a_model_says_its_seconds_and_its_peak(gpu, tmp_path):
     assert lines["Wanda"]["sparsity"] == lines["SparseGPT"]["sparsity"] == 0.5
     reading, pruning = (lines["SparseGPT"][key] for key in ("reads text in, s", "selects and updates in, s"))
     assert lines["SparseGPT"]["128 sequences (calculated), s"] == pytest.approx(8 * reading + pruning)
-    values = lines["Shapley values, windows of 3"]
+    values = lines[common]
     assert (values["evaluations"], values["block-forwards"]) == (20, 43)  # (n-w+2) 2^(w-1), and the walk's own count
     page = (tmp_path / "gpu.md").read_text(encoding="utf-8")
-    assert all(f"| {stage} | done |" in page for stage in lines)
+    assert all(f"| {stage} | done |" in page for stage in whole)
+
+
+def test_offloaded_blocks_are_timed_beside_blocks_on_the_device(gpu, tmp_path, monkeypatch):
+    """On a CPU nothing is brought anywhere, but the script's way through it is the same."""
+    monkeypatch.setattr("svnup.model.language_model.LanguageModel._move", lambda lm, *_: lm)
+    gpu.model(gpu.Results(tmp_path, "now", "cpu"), gpu_options(tmp_path, part="70B"))
+    lines = lines_of(tmp_path)
+    assert all(line["status"] == "done" for line in lines.values()), lines
+    both = [lines[f"70B {name}"]["perplexity"] for name in ("perplexity", "perplexity, blocks on the device")]
+    assert len(both) == 2
+    assert all(200 < one < 400 for one in both)
+
+
+def test_the_rates_of_a_device(gpu, tmp_path):
+    gpu.rates(gpu.Results(tmp_path, "now", "cpu"), gpu_options(tmp_path))
+    lines = lines_of(tmp_path)
+    assert len(lines) == 5
+    assert all(line["status"] == "done" for line in lines.values()), lines
+    assert all(line.get("TFLOP/s", line.get("GB/s")) > 0 for line in lines.values())
 
 
 def test_the_column_kernels_are_timed_and_compared(gpu, tmp_path):
@@ -183,11 +205,11 @@ def test_the_column_kernels_are_timed_and_compared(gpu, tmp_path):
 @pytest.mark.slow
 def test_what_fails_does_not_stop_what_follows_and_what_does_not_fit_is_skipped(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr("svnup.pruning.wanda.Wanda.prune", lambda *_: 1 / 0)
-    gpu.model(gpu.Results(tmp_path, "now", "cpu"), gpu_options(tmp_path))
+    gpu.model(gpu.Results(tmp_path, "now", "cpu"), gpu_options(tmp_path, part="13B"))
     lines = lines_of(tmp_path)
-    assert lines["Wanda"]["status"] == "failed"
-    assert lines["Wanda"]["why"] == "ZeroDivisionError: division by zero"
-    assert lines["SparseGPT"]["status"] == lines["Shapley values, windows of 3"]["status"] == "done"
+    assert lines["13B Wanda"]["status"] == "failed"
+    assert lines["13B Wanda"]["why"] == "ZeroDivisionError: division by zero"
+    assert {line["status"] for stage, line in lines.items() if stage != "13B Wanda"} == {"done"}
     assert gpu.main(["--device", "cpu", "--shape", "tiny", "--seconds", "1", "--output", str(tmp_path / "late")]) == 1
     assert {line["status"] for line in lines_of(tmp_path / "late").values()} == {"skipped"}
 

@@ -1,9 +1,13 @@
 """What svnup does on a GPU, in at most nine minutes: the first run on a machine that has one for a short while.
 
-In this order: the tests marked gpu; the Triton kernel of SparseGPT's column blocks against the torch one; then a Llama-7B with
-random weights in bfloat16, drawn on the device: perplexity, Wanda, SparseGPT, and Shapley values by windows of 3. Each stage
-says its seconds and the peak of the device's memory. What it costs with the usual amount of text is calculated from that, and
-marked so. A stage that no longer fits the time is skipped, one that fails says why, and the next goes on.
+In this order: the tests marked gpu; the Triton kernel of SparseGPT's column blocks against the torch one; the rates of the
+device, by which a plan's seconds can be judged; then Llamas with random weights in bfloat16, drawn on the device. Of LLaMA-7B's
+and 13B's shapes: perplexity, Wanda, SparseGPT, and Shapley values by windows. Of 8 blocks of a 70B shape, which are kept in the
+CPU's memory and brought one by one: the same, and passes beside those of blocks that stay on the device.
+
+Each stage says its seconds and the peak of the device's memory. It takes as much text as the time allows; what the usual amount
+costs is calculated from that, and marked so. A stage that no longer fits the time is skipped, one that fails says why, and the
+next goes on.
 
 Every result is written when it is there: a line of gpu.jsonl, and gpu.md anew. Needs no network and no installation: any
 Python with torch, transformers, rich and, for the tests, pytest will do.
@@ -43,44 +47,69 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 540  # seconds, of the whole script
 CLOSING = 5  # seconds before the limit at which nothing may run any more
-PARTS = {"machine": 60, "tests": 70, "kernel": 45, "model": LIMIT}  # a process each, and its seconds with Python's start
 SPARSITY = 0.5
 GROUPS = {"unstructured": None, "2:4": (2, 4)}
 WINDOW, COMMON_WINDOW = 3, 5
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-N_CALIBRATION, N_TEST = 128, 166  # the usual: sequences of C4, and windows of 2048 that WikiText2 has with LLaMA's tokenizer
+N_CALIBRATION, N_TEST, N_PAYOFF = 128, 166, 16  # the usual: sequences of C4; windows of WikiText2 with LLaMA's tokenizer
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama, and how many sequences of `seq_len` tokens each stage reads."""
+    """A Llama, and how many sequences of `seq_len` tokens each stage reads: the most of these for which there is time.
+
+    Args:
+        model: options of its transformers config.
+        seq_len: tokens of a sequence.
+        n_test: windows of perplexity.
+        n_calibration: sequences that are tried, the most first.
+        n_payoff: sequences of the payoff text.
+        offload: keep the blocks in the CPU's memory.
+        seconds: that Wanda, SparseGPT and the values may take.
+        of_block: seconds that Wanda and SparseGPT take for a block beside its passes, a guess.
+    """
 
     model: dict[str, int]
     seq_len: int = 2048
-    n_test: int = 8
-    n_calibration: int = 16
+    n_test: int = 16
+    n_calibration: tuple[int, ...] = (128, 64, 32, 16)
     n_payoff: int = 4
-    block_rows: tuple[int, ...] = (4096, 11008)  # of the blocks of columns that the kernels settle
-    repeats: int = 20
+    offload: bool = False
+    seconds: tuple[float, float, float] = (70.0, 150.0, 60.0)
+    of_block: tuple[float, float] = (1.0, 4.0)
+
+
+def llama(width: int, inner: int, n_blocks: int, heads: int, **more: int) -> dict[str, int]:
+    """Options of a Llama's config."""
+    shape = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": n_blocks, "num_attention_heads": heads}
+    return shape | {"vocab_size": 32000} | more
+
+
+def tiny(offload: bool = False) -> Shape:
+    """A model for a try on a CPU."""
+    model = llama(64, 96, 6, 4, vocab_size=256)
+    return Shape(model, seq_len=32, n_test=8, n_calibration=(16,), offload=offload, of_block=(0.0, 0.0))
 
 
 SHAPES = {
-    "llama_7b": Shape(
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "vocab_size": 32000,
-        }
-    ),
-    "tiny": Shape(
-        {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 256},
-        seq_len=32,
-        block_rows=(64,),
-        repeats=2,
-    ),
+    "real": {
+        "7B": Shape(llama(4096, 11008, 32, 32)),
+        "13B": Shape(llama(5120, 13824, 40, 40), n_test=8, n_calibration=(32, 16, 8), seconds=(30.0, 60.0, 20.0)),
+        "70B": Shape(
+            llama(8192, 28672, 8, 64, num_key_value_heads=8),
+            n_test=8,
+            n_calibration=(16, 8),
+            n_payoff=2,
+            offload=True,
+            seconds=(30.0, 60.0, 30.0),
+            of_block=(2.0, 8.0),
+        ),
+    },
+    "tiny": {"7B": tiny(), "13B": tiny(), "70B": tiny(offload=True)},
 }
+ROWS = {"real": (4096, 11008), "tiny": (64,)}  # of the blocks of columns that the kernels settle
+REPEATS = {"real": 20, "tiny": 2}
+PARTS = {"machine": 60, "tests": 70, "kernel": 45, "rates": 30, "7B": 330, "13B": 130, "70B": LIMIT}  # a process each: seconds
 
 
 # -- results: one line each, written at once
@@ -213,15 +242,14 @@ def kernel(results: Results, options: argparse.Namespace) -> None:
 
     from svnup.pruning.column_block import can_build_kernels, prune_columns_torch
 
-    shape = SHAPES[options.shape]
-    device = torch.device(options.device)
+    device, repeats = torch.device(options.device), REPEATS[options.shape]
     torch.zeros(1, device=device)
     with torch.inference_mode():
-        for rows in shape.block_rows:
+        for rows in ROWS[options.shape]:
             for pattern, group in GROUPS.items():
                 with results.stage(f"columns {rows} x 128, {pattern}") as found:
                     block, factor, mask, scale = a_block(rows, 128, group is None, device)
-                    torch_seconds, by_torch = timed(prune_columns_torch, (block, factor, mask, group, scale), shape.repeats)
+                    torch_seconds, by_torch = timed(prune_columns_torch, (block, factor, mask, group, scale), repeats)
                     found |= {"seconds": torch_seconds, "by": "torch"}
                     if device.type != "cuda" or not can_build_kernels():
                         found["triton"] = "not here"
@@ -232,7 +260,7 @@ def kernel(results: Results, options: argparse.Namespace) -> None:
                     prune_columns_triton(block, factor, mask, group, scale)
                     torch.cuda.synchronize()
                     found["compiled in, s"] = time.perf_counter() - start
-                    seconds, by_triton = timed(prune_columns_triton, (block, factor, mask, group, scale), shape.repeats)
+                    seconds, by_triton = timed(prune_columns_triton, (block, factor, mask, group, scale), repeats)
                     found |= {"seconds": seconds, "by": "triton", "torch, s": torch_seconds}
                     found["torch / triton"] = torch_seconds / seconds
                     found |= compared(by_triton, by_torch)
@@ -277,13 +305,38 @@ def compared(ours: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> d
     return found
 
 
+# -- the rates of the device
+
+
+def rates(results: Results, options: argparse.Namespace) -> None:
+    """Matrix products, copies on the device, and copies to it: what a plan's seconds are calculated from."""
+    import torch
+
+    device, real = torch.device(options.device), options.shape == "real"
+    side = 8192 if real else 256
+    with torch.inference_mode():
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            with results.stage(f"products of {str(dtype).removeprefix('torch.')}") as found:
+                a = torch.randn(side, side, device=device, dtype=dtype)
+                seconds, _ = timed(torch.mm, (a, a), REPEATS[options.shape])
+                found |= {"seconds": seconds, "side": side, "TFLOP/s": 2 * side**3 / seconds / 1e12}
+        with results.stage("copies on the device") as found:
+            here = torch.empty(side**2 * 4, device=device)
+            seconds, _ = timed(torch.Tensor.clone, (here,), REPEATS[options.shape])
+            found |= {"seconds": seconds, "GB/s": 2 * here.nbytes / seconds / 1e9}  # read and written
+        with results.stage("copies to the device") as found:
+            there = torch.empty(side**2 * 4, pin_memory=device.type == "cuda")
+            seconds, _ = timed(lambda: here.copy_(there, non_blocking=True), (), REPEATS[options.shape])
+            found |= {"seconds": seconds, "GB/s": here.nbytes / seconds / 1e9}
+
+
 # -- a model
 
 
 def model(results: Results, options: argparse.Namespace) -> None:
     """Perplexity, pruning and Shapley values of a random Llama; `unit` is the time of one block on one sequence.
 
-    Whether a stage still fits goes by that, and by guesses of what a block costs beside.
+    How much text still fits goes by that, and by guesses of what a block costs beside.
     """
     import numpy as np
     import torch
@@ -297,78 +350,116 @@ def model(results: Results, options: argparse.Namespace) -> None:
     from svnup.shapley import block_forwards
     from svnup.shapley.sliding_window import SlidingWindow
 
-    shape = SHAPES[options.shape]
+    size, shape = options.part, SHAPES[options.shape][options.part]
     rng = np.random.default_rng(0)
 
     def text(n_seq: int) -> Any:
         return rng.integers(0, shape.model["vocab_size"], (n_seq, shape.seq_len))
 
-    def build() -> LanguageModel:
-        """The same weights every time, drawn where they are to be."""
+    def build(offload: bool = shape.offload) -> LanguageModel:
+        """The same weights every time, drawn on the device, where that takes no time."""
         config = make_config("llama", **shape.model, max_position_embeddings=shape.seq_len, pad_token_id=None)
         with torch.device(options.device):
-            return LanguageModel.random(config, None, seed=0, dtype="bfloat16", device=options.device)
+            lm = LanguageModel.random(config, None, seed=0, dtype="bfloat16", device=options.device)
+        if offload:
+            lm.blocks.to("cpu")
+            lm._move(torch.device(options.device), "cpu")
+        return lm
 
-    def fits(stage: str, seconds: float) -> bool:
-        left = options.until - time.time()
+    def fits(stage: str, seconds: float, most: float) -> bool:
+        """Whether a stage takes no more than `most` seconds, nor what is left."""
+        left = min(options.until - time.time(), most)
         if seconds > left:
-            results.add(stage, "skipped", why=f"takes about {seconds:.0f} s, and {left:.0f} s are left")
+            results.add(f"{size} {stage}", "skipped", why=f"takes about {seconds:.0f} s, and {left:.0f} s are left")
         return bool(seconds <= left)
 
+    def in_time(counts: tuple[int, ...], seconds: Callable[[int], float], most: float) -> int:
+        """The first of some numbers of sequences for which there is time; the last where there is none for any."""
+        left = min(options.until - time.time(), most)
+        return next((n for n in counts if seconds(n) <= left), counts[-1])
+
     torch.zeros(1, device=options.device)  # starts the device, so that the first stage need not
-    real = options.shape == "llama_7b"  # whose stages have a price beside the passes through blocks
     lm: LanguageModel | None = None
-    with results.stage("model") as found:
+    with results.stage(f"{size} model") as found:
         lm = build()
-        found["parameters"] = sum(p.numel() for p in lm.model.parameters())
-    if lm is None or not fits("perplexity", 20 if real else 0):
+        found |= {"parameters": sum(p.numel() for p in lm.model.parameters()), "blocks": lm.n_blocks, **_described(shape)}
+    if lm is None:
         return
     n_blocks, params = lm.n_blocks, lm.block_params
 
     unit = 0.0  # where it stays unknown, nothing is skipped for it
-    with results.stage("perplexity") as found:
-        tokens = text(shape.n_test)
-        lm.nll(tokens)  # libraries start, kernels are chosen
-        start = time.perf_counter()
-        losses = lm.nll(tokens)
-        found["seconds"] = seconds = time.perf_counter() - start
-        unit = seconds / shape.n_test / n_blocks
-        found |= {"windows": shape.n_test, "perplexity": math.exp(losses.mean())}
-        found["TFLOP/s"] = 2 * multiplied_parameters(lm) * tokens.size / seconds / 1e12
-        found[f"{N_TEST} windows (calculated), s"] = seconds * N_TEST / shape.n_test
-
-    pruners: dict[str, tuple[Pruner, int]] = {"Wanda": (Wanda(), 1), "SparseGPT": (SparseGPT(), 4)}
-    for name, (pruner, seconds_of_block) in pruners.items():
-        if not fits(name, 3 * unit * n_blocks * shape.n_calibration + seconds_of_block * n_blocks * real):
-            continue
-        with results.stage(name) as found:
-            lm = lm or build()
-            report = prune_model(lm, Budget(params, SPARSITY).uniform(), pruner, text(shape.n_calibration))
-            reading, pruning = report.seconds["inputs"] + report.seconds["rerun"], report.seconds["prune"]
-            found |= {"seconds": report.seconds["total"], "sequences": shape.n_calibration, "sparsity": report.sparsity}
-            found |= {"fallbacks": sum(linear.fallback is not None for linear in report.per_linear)}
-            found |= {"reads text in, s": reading, "selects and updates in, s": pruning}
-            found[f"{N_CALIBRATION} sequences (calculated), s"] = reading * N_CALIBRATION / shape.n_calibration + pruning
-            more = (N_CALIBRATION - shape.n_calibration) * shape.seq_len * shape.model["hidden_size"]  # of hidden states
-            found[f"{N_CALIBRATION} sequences (calculated), GB more"] = more * torch.bfloat16.itemsize / 1e9
-        lm = None  # its weights are gone: the next stage draws them anew
+    ways = {"perplexity": shape.offload} | ({"perplexity, blocks on the device": False} if shape.offload else {})
+    for name, offload in ways.items():
+        with results.stage(f"{size} {name}") as found:
+            lm = lm if offload == shape.offload else build(offload)
+            tokens = text(shape.n_test)
+            lm.nll(tokens)  # libraries start, kernels are chosen
+            start = time.perf_counter()
+            losses = lm.nll(tokens)
+            found["seconds"] = seconds = time.perf_counter() - start
+            unit = max(unit, seconds / shape.n_test / n_blocks)
+            found |= {"windows": shape.n_test, "perplexity": math.exp(losses.mean())}
+            found["TFLOP/s"] = 2 * multiplied_parameters(lm) * tokens.size / seconds / 1e12
+            found[f"{N_TEST} windows (calculated), s"] = seconds * N_TEST / shape.n_test
+    if shape.offload:
+        lm = None
 
     plans = {w: SlidingWindow(w).plan(n_blocks) for w in (WINDOW, COMMON_WINDOW) if w <= n_blocks}
     forwards = {w: block_forwards(plan) for w, plan in plans.items()}
-    name = f"Shapley values, windows of {WINDOW}"
-    if not fits(name, 2 * unit * forwards[WINDOW] * shape.n_payoff + 30 * real):
-        return
-    with results.stage(name) as found:
-        lm = lm or build()
-        start = time.perf_counter()
-        game = LayerGame(lm, text(shape.n_payoff))
-        found["hash of the weights, s"] = time.perf_counter() - start
-        values = SlidingWindow(WINDOW).estimate(game)
-        found["seconds"] = time.perf_counter() - start
-        found |= {"sequences": shape.n_payoff, "evaluations": game.n_evaluations, "block-forwards": game.n_block_forwards}
-        found |= {"values, s": values.cost.seconds, "largest": float(values.values.max()), "least": float(values.values.min())}
-        for w in plans.keys() - {WINDOW}:
-            found[f"windows of {w} (calculated), s"] = values.cost.seconds * forwards[w] / forwards[WINDOW]
+
+    def played(window: int, n_seq: int) -> bool:
+        """Play a game, if there is time for it."""
+        nonlocal lm
+        name = f"Shapley values, windows of {window}, {n_seq} sequences"
+        expected = 1.5 * unit * n_seq * forwards[window] + 5 * (options.shape == "real")
+        if not fits(name, expected, shape.seconds[2] * (1 if window == WINDOW else 4)):
+            return False
+        with results.stage(f"{size} {name}") as found:
+            lm = lm or build()
+            start = time.perf_counter()
+            game = LayerGame(lm, text(n_seq))
+            found["hash of the weights, s"] = time.perf_counter() - start
+            values = SlidingWindow(window).estimate(game)
+            found["seconds"] = time.perf_counter() - start
+            found |= {"sequences": n_seq, "evaluations": game.n_evaluations, "block-forwards": game.n_block_forwards}
+            found |= {"values, s": values.cost.seconds, "largest": float(values.values.max())}
+            found["least"] = float(values.values.min())
+            for w in plans.keys() - {window}:
+                ratio = forwards[w] * N_PAYOFF / forwards[window] / n_seq
+                found[f"windows of {w}, {N_PAYOFF} sequences (calculated), s"] = values.cost.seconds * ratio
+        return True
+
+    played(WINDOW, shape.n_payoff)
+
+    pruners: dict[str, Pruner] = {"Wanda": Wanda(), "SparseGPT": SparseGPT()}
+    for name, pruner, most, of_block in zip(pruners, pruners.values(), shape.seconds, shape.of_block, strict=False):
+
+        def expected(n_seq: int, of_block: float = of_block) -> float:
+            return 3 * unit * n_blocks * n_seq + of_block * n_blocks
+
+        n_seq = in_time(shape.n_calibration, expected, most)
+        if not fits(name, expected(n_seq), most):
+            continue
+        with results.stage(f"{size} {name}") as found:
+            lm = lm or build()
+            report = prune_model(lm, Budget(params, SPARSITY).uniform(), pruner, text(n_seq))
+            reading, pruning = report.seconds["inputs"] + report.seconds["rerun"], report.seconds["prune"]
+            found |= {"seconds": report.seconds["total"], "sequences": n_seq, "sparsity": report.sparsity}
+            found |= {"fallbacks": sum(linear.fallback is not None for linear in report.per_linear)}
+            found |= {"reads text in, s": reading, "selects and updates in, s": pruning}
+            found[f"{N_CALIBRATION} sequences (calculated), s"] = reading * N_CALIBRATION / n_seq + pruning
+            more = (N_CALIBRATION - n_seq) * shape.seq_len * shape.model["hidden_size"]  # of hidden states
+            found[f"{N_CALIBRATION} sequences (calculated), GB more"] = more * torch.bfloat16.itemsize / 1e9
+        lm = None  # its weights are gone: the next stage draws them anew
+
+    if size == "7B" and COMMON_WINDOW in forwards:
+        played(COMMON_WINDOW, N_PAYOFF)
+
+
+def _described(shape: Shape) -> dict[str, Any]:
+    """What a page says of a model."""
+    where = "in the CPU's memory" if shape.offload else "on the device"
+    return {"width": shape.model["hidden_size"], "tokens of a sequence": shape.seq_len, "blocks are": where}
 
 
 def multiplied_parameters(lm: LanguageModel) -> int:
@@ -387,15 +478,13 @@ def machine(results: Results, options: argparse.Namespace) -> None:
     if cuda and not torch.cuda.is_available():
         sys.stderr.write(f"--device {options.device}: no CUDA device here; --device cpu --shape tiny tries it all on a CPU\n")
         sys.exit(2)
-    shape = SHAPES[options.shape]
     results.add(
         "machine",
         "done",
         device=torch.cuda.get_device_name() if cuda else "CPU",
         memory_bytes=torch.cuda.get_device_properties(0).total_memory if cuda else None,
         shape=options.shape,
-        model=f"A random Llama of {shape.model['num_hidden_layers']} blocks of width {shape.model['hidden_size']}, bfloat16, "
-        f"sequences of {shape.seq_len} tokens; pruned to {100 * SPARSITY:.0f} %.",
+        model=f"Random Llamas in bfloat16, pruned to {100 * SPARSITY:.0f} %.",
         **{package: _version(package) for package in ("torch", "transformers", "triton")},
     )
 
@@ -410,7 +499,7 @@ def _version(package: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu")
-    parser.add_argument("--shape", choices=SHAPES, default="llama_7b")
+    parser.add_argument("--shape", choices=SHAPES, default="real", help="of models: real, or tiny")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmarks", metavar="DIR")
     parser.add_argument("--seconds", type=float, default=LIMIT, help="of the whole script")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # of a process that main started
@@ -420,7 +509,7 @@ def main(argv: list[str] | None = None) -> int:
     run = options.run or datetime.now(UTC).isoformat(timespec="microseconds")
     results = Results(options.output.resolve(), run, options.device)
     if options.part:
-        {"machine": machine, "tests": tests, "kernel": kernel, "model": model}[options.part](results, options)
+        {"machine": machine, "tests": tests, "kernel": kernel, "rates": rates}.get(options.part, model)(results, options)
         return 0
     end = time.time() + options.seconds - CLOSING
     for part, limit in PARTS.items():

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ from svnup.types import CHOICES, Bools, Floats, Players
 Payoff = Literal["neg_nll", "neg_ppl", "recip_ppl", "kl", "accuracy"]
 Cap = Literal["none", "chance"]
 Weights = dict[str, Tensor]
+TOGETHER = 32  # coalitions of an offloaded model that are walked breadth first; what a kill loses, and what hides the loads
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ class LayerGame:
     - `kl`: -KL(full coalition || coalition) of the predictions per token;
     - `accuracy`: how often the true ending of a sequence (its last quarter) is likelier than those of the next three.
 
-    Coalitions are walked depth first over shared prefixes. A payoff is computed once and kept in an append-only memo. A skipped
-    block still passes on what later blocks read from it beside hidden states (Gemma 3n: shared keys and values).
+    Coalitions are walked over shared prefixes: depth first, or, where blocks are offloaded, breadth first in groups. A payoff is
+    computed once and kept in an append-only memo. A skipped block still passes on what later blocks read from it beside hidden
+    states (Gemma 3n: shared keys and values).
 
     Args:
         lm: the model.
@@ -163,22 +166,33 @@ class LayerGame:
 
     @torch.inference_mode()
     def _walk(self, coalitions: Bools) -> int:
-        """Evaluate distinct coalitions, in lexicographic order, depth first; returns the number of block-forwards."""
+        """Evaluate distinct coalitions, in lexicographic order, as `WalkPlan` says; returns the number of block-forwards.
+
+        An offloaded block is loaded once for as many coalitions as there is memory for their hidden states.
+        """
         held, runs = max_states(self.lm, self._batches, self._state_bytes), self._runs_absent
-        steps, forwards = WalkPlan.of(coalitions, runs, held), 0
+        together = min(TOGETHER, max(1, held // 2)) if self.lm.offloaded else 1
+        plan, forwards = WalkPlan.of(coalitions, runs, held - together + 1, together), 0
         stack = {0: self._batches}
-        with stage("coalitions", steps.n_evaluations, "coalitions") as advance:
-            for row, start, kept in zip(coalitions, steps.resume, steps.kept, strict=True):
-                states = stack[start]
+        with stage("coalitions", plan.n_evaluations, "coalitions") as advance:
+            for group, start, kept in zip(plan.groups, plan.resume, plan.kept, strict=True):
+                rows = coalitions[group]
+                states = {rows[0, :start].tobytes(): stack[start]}  # by the prefix of the coalitions that have them
                 stack = {depth: s for depth, s in stack.items() if kept >> depth & 1}
                 for index in range(start, self.n_players):
-                    if row[index] or runs[index]:
-                        states = self._step(self._players[index], states, present=bool(row[index]))
-                        forwards += 1
+                    for prefix, branch in groupby(rows, lambda row: row[:index].tobytes()):  # noqa: B023
+                        before = states.pop(prefix)
+                        for present in sorted({bool(row[index]) for row in branch}):
+                            after = before
+                            if present or runs[index]:
+                                after = self._step(self._players[index], before, present)
+                                forwards += 1
+                            states[prefix + np.bool_(present).tobytes()] = after
                     if kept >> (index + 1) & 1:
-                        stack[index + 1] = states
-                self._memo.add(_name(row), self._payoff_of(states, _name(row)))
-                advance(1)
+                        stack[index + 1] = states[rows[-1, : index + 1].tobytes()]
+                for row in rows:
+                    self._memo.add(_name(row), self._payoff_of(states.pop(row.tobytes()), _name(row)))
+                    advance(1)
         return forwards
 
     @property

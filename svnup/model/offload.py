@@ -6,6 +6,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -38,26 +39,87 @@ class BlockStore(Protocol):
         ...
 
 
+class Incoming:
+    """Weights of blocks on their way to the device; to a GPU those of the next block come while the current one computes.
+
+    A thread reads them, copies them to pinned memory and sends them on a stream of its own. On a CPU nothing comes ahead: it
+    would take memory and computing time from the current block.
+
+    Args:
+        read: gives the weights of a block by name, in the CPU's memory.
+        device: where they go.
+        n_blocks: of the model; behind the last block the first one is next.
+    """
+
+    def __init__(self, read: Callable[[int], Tensors], device: torch.device, n_blocks: int) -> None:
+        self._read, self._device, self._n_blocks = read, device, n_blocks
+        self._stream = torch.cuda.Stream(device) if getattr(device, "type", None) == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, "svnup-incoming")
+        self._ahead: tuple[int, Future[tuple[Tensors, torch.cuda.Event]]] | None = None
+
+    def take(self, index: int) -> Tensors:
+        """The weights of a block, on the device."""
+        if self._stream is None:
+            return {name: value.to(self._device) for name, value in self._read(index).items()}
+        if self._ahead is None or self._ahead[0] != index:
+            self.begin(index)
+        assert self._ahead is not None
+        weights, sent = self._ahead[1].result()
+        self._ahead = None
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_event(sent)
+        for value in weights.values():
+            value.record_stream(computing)  # or its memory could be given away while the block still computes
+        return weights
+
+    def begin(self, index: int) -> None:
+        """Let the weights of a block come, if this device takes them ahead and they are not coming already."""
+        index %= self._n_blocks
+        if self._stream is not None and (self._ahead is None or self._ahead[0] != index):
+            self._ahead = index, self._thread.submit(self._send, index)
+
+    def drop(self) -> None:
+        """Forget the block that comes ahead, since its weights have changed."""
+        self._ahead = None
+
+    def _send(self, index: int) -> tuple[Tensors, torch.cuda.Event]:
+        with torch.cuda.stream(self._stream):
+            sent = {n: value.pin_memory().to(self._device, non_blocking=True) for n, value in self._read(index).items()}
+            event = torch.cuda.Event()
+            event.record()
+        return sent, event
+
+
 class HostBlockStore:
     """Blocks live in the CPU's memory, and one at a time is copied to the device."""
 
     states: Path | None = None
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device) -> None:
-        self._blocks, self._device = blocks, device
+        self._blocks = blocks
         self._here: int | None = None
         self._home: dict[str, Tensor] = {}
+        self._incoming = Incoming(self._weights, device, len(blocks))
 
     def load_block(self, index: int) -> None:
         if index == self._here:
             return
+        self._leave()
+        self._home, weights = self._weights(index), self._incoming.take(index)
+        self._here = index
+        for name, p in self._blocks[index].named_parameters():
+            p.data = weights[name]
+        if len(self._blocks) > 1:
+            self._incoming.begin(index + 1)
+
+    def _weights(self, index: int) -> Tensors:
+        return {name: p.data for name, p in self._blocks[index].named_parameters()}
+
+    def _leave(self) -> None:
         if self._here is not None:
             for name, p in self._blocks[self._here].named_parameters():
                 p.data = self._home[name]
-        self._home = {name: p.data for name, p in self._blocks[index].named_parameters()}
-        self._here = index
-        for p in self._blocks[index].parameters():
-            p.data = p.data.to(self._device)
+        self._here = None
 
     def store_block(self, index: int, key: str, note: str) -> None:
         self.load_block(index)
@@ -85,6 +147,7 @@ class DiskBlockStore:
         identity: str,
     ) -> None:
         self._blocks, self._read, self._device = blocks, read, device
+        self._incoming = Incoming(self._weights, device, len(blocks))
         self._temporary = tempfile.TemporaryDirectory(prefix="svnup-") if scratch is None else None
         self._scratch = scratch if scratch is not None else Path(self._temporary.name)  # type: ignore[union-attr]
         self._identity = identity
@@ -98,8 +161,10 @@ class DiskBlockStore:
 
     def load_block(self, index: int) -> None:
         if index != self._here:
-            self._leave()  # before the next one is read: there is memory for one
-            self._put(index, read_tensors(self._path(index)) if index in self._changed else self._read(index))
+            self._leave()  # before the next one is read: on a CPU there is memory for one
+            self._put(index, self._incoming.take(index))
+            if len(self._blocks) > 1:
+                self._incoming.begin(index + 1)
 
     def store_block(self, index: int, key: str, note: str) -> None:
         self.load_block(index)
@@ -118,9 +183,13 @@ class DiskBlockStore:
             logger.warning("%s; it is set aside as %s, and its block is pruned again", error, set_aside(path).name)
             return None
         self._leave()
+        self._incoming.drop()
         self._put(index, weights)
         self._changed.add(index)
         return metadata["note"]
+
+    def _weights(self, index: int) -> Tensors:
+        return read_tensors(self._path(index)) if index in self._changed else self._read(index)
 
     def _full(self, key: str) -> str:
         return f"{self._identity} {key}"
