@@ -68,9 +68,9 @@ class LayerGame:
     - `kl`: -KL(full coalition || coalition) of the predictions per token;
     - `accuracy`: how often the true ending of a sequence (its last quarter) is likelier than those of the next three.
 
-    Coalitions are walked over shared prefixes: depth first, or, where blocks are offloaded, breadth first in groups. A payoff is
-    computed once and kept in an append-only memo. A skipped block still passes on what later blocks read from it beside hidden
-    states (Gemma 3n: shared keys and values).
+    Coalitions are walked over shared prefixes: depth first, or, where blocks are offloaded, breadth first in groups. A payoff
+    is computed once and kept in an append-only memo. A skipped block still passes on what later blocks read from it beside
+    hidden states (Gemma 3n: shared keys and values).
 
     Args:
         lm: the model.
