@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,9 +47,9 @@ COMMANDS = sorted({command for page in PAGES if page.name != "glossary.md" for c
 WRITTEN = {name for page in PAGES for name in re.findall(r"(\w+)\.yaml`", page.read_text(encoding="utf-8"))}
 
 
-def typed(program: str) -> list[list[str]]:
+def typed(program: str, commands: Iterable[str] = COMMANDS) -> list[list[str]]:
     """The words of every command of a program, each once, without comments and without the marks of what may be left out."""
-    lines = [re.sub(r"[\[\]](?=\s|$)|(?<=\s)\[", "", c) if program == "make" else c for c in COMMANDS]
+    lines = [re.sub(r"[\[\]](?=\s|$)|(?<=\s)\[", "", c) if program == "make" else c for c in commands]
     split = [shlex.split(line, comments=True) for line in lines]
     found = [[word for word in words[1:] if word != "..."] for words in split if words[0] == program]
     return [list(words) for words in dict.fromkeys(map(tuple, found)) if "NAME=NAME" not in words]
@@ -76,9 +76,17 @@ def test_pages_show_commands_of_every_program() -> None:
     assert len(COMMANDS) > 60
 
 
+FIRST = typed("svnup", commands_of(ROOT / "README.md"))  # what a reader tries first; the others are of the slow part
+
+
 # Those with --config-dir belong to files of the user's own: test_extending.py runs them.
 @pytest.mark.parametrize(
-    "words", [w for w in typed("svnup") if "--config-dir" not in w and not needs_a_written_file(w)], ids=" ".join
+    "words",
+    [
+        pytest.param(words, marks=[] if words in FIRST else pytest.mark.slow, id=" ".join(words))
+        for words in typed("svnup")
+        if "--config-dir" not in words and not needs_a_written_file(words)
+    ],
 )
 def test_a_command_of_a_page_makes_jobs(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It composes as it stands; and what it says beside the model, which may be on the hub, makes jobs of the built-in one."""

@@ -15,7 +15,7 @@ class WalkPlan:
     """A walk over distinct coalitions, and what it costs: depth first from group to group, breadth first inside a group.
 
     A block is run for all coalitions of a group before the next block is. Groups of one are a depth-first walk, with the fewest
-    hidden states. Larger ones are for models whose blocks have to be brought to the device: once for a group.
+    hidden states. Larger ones are for models whose blocks have to be loaded to the device: once for a group.
 
     Attributes:
         groups: the coalitions of each group, a slice of rows.
@@ -24,7 +24,7 @@ class WalkPlan:
         kept: for each group a bit mask; bit d says that the hidden states of its last coalition at depth d are kept after it.
         n_evaluations: number of coalitions.
         n_block_forwards: block-forwards of the walk.
-        n_loads: how often a block (or sublayer) is brought to the device, if there is one at a time.
+        n_loads: loads of a block (or sublayer) to the device, if there is one at a time.
         peak_states: the most different hidden states held at a time, without those that a block is reading.
     """
 
