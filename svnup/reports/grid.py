@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -130,28 +129,21 @@ class Grid:
             out += [r"\midrule"] if index == self.n_first - 1 and self.n_first < len(self.lines) else []
         return "\n".join([*out, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
 
-    def _html(self) -> str:
-        numeric, levels = self._numeric, len(self.head[0])
-        out = [f"<h1>{html.escape(self.title)}</h1>"] if self.title else []
-        out += [f"<p>{html.escape(self.about)}</p>"] if self.about else []
-        out += ["<table>", "<thead>"]
-        kinds = [' class="n"' if n else "" for n in numeric]
-        for level in range(levels):
-            heads = [
-                f"<th{kinds[i]}>{html.escape(text)}</th>"
-                if level == levels - 1
-                else f'<th class="g" colspan="{width}">{html.escape(text)}</th>'
-                for i, (text, width) in enumerate(self._spans(level))
-            ]
-            out.append(f"<tr>{''.join(heads)}</tr>")
-        out += ["</thead>", "<tbody>"]
-        for index, line in enumerate(self.lines):
-            texts = [f"<b>{html.escape(c.whole)}</b>" if c.best else html.escape(c.whole) for c in line]
-            rule = ' class="rule"' if index == self.n_first - 1 else ""
-            out.append(f"<tr{rule}>{''.join(f'<td{k}>{t}</td>' for k, t in zip(kinds, texts, strict=True))}</tr>")
-        out += ["</tbody>", "</table>"]
-        out += ["<ul>", *(f"<li>{html.escape(note)}</li>" for note in self.notes), "</ul>"] if self.notes else []
-        return "\n".join(out)
+    def _view(self) -> dict[str, Any]:
+        """The table as its HTML template reads it."""
+        numeric = ["n" if number else "" for number in self._numeric]
+        *groups, names = [self._spans(level) for level in range(len(self.head[0]))]
+        return {
+            "title": self.title,
+            "about": self.about,
+            "groups": groups,
+            "names": [(text, kind) for (text, _), kind in zip(names, numeric, strict=True)],
+            "lines": [
+                {"ruled": index == self.n_first - 1, "cells": [*zip(line, numeric, strict=True)]}
+                for index, line in enumerate(self.lines)
+            ],
+            "notes": self.notes,
+        }
 
     def _terminal(self, ansi: bool) -> str:
         from rich import box
@@ -180,9 +172,9 @@ def render_all(grids: Sequence[Grid], form: str, ansi: bool = False) -> str:
     """Several tables below each other, in HTML as one page; the arguments are those of `Grid.render`."""
     if form != "html":
         return "\n".join(grid.render(form, ansi) for grid in grids)
-    head = ["<!doctype html>", '<html lang="en"><meta charset="utf-8">']
-    head += [f"<title>{html.escape(grids[0].title or 'svnup')}</title>", f"<style>{STYLE}</style>"]
-    return "\n".join([*head, *(grid._html() for grid in grids), "</html>"]) + "\n"
+    from svnup.reports.templates import render
+
+    return render("tables.html.jinja", grids=[grid._view() for grid in grids], style=STYLE) + "\n"
 
 
 def csv_text(records: Iterable[dict[str, Any]]) -> str:
