@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from svnup.memory import resident, synchronize
 HERE = "here"
 SOLVING = 0.25  # of the rate of products, which factorisations and triangular systems reach: their steps wait for each other
 MEASURED_FOR = 0.12  # seconds, of each rate
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -120,28 +122,37 @@ class Machine:
         assert found is not None, "a machine has a rate in float32"
         return found
 
-    def filled(self, device: str, dtype: str) -> Machine:
-        """This machine with what is null measured here, on a device, for a model of this dtype: within a second."""
+    def filled(self, device: str, dtype: str, clock: Clock = time.perf_counter) -> Machine:
+        """This machine with what is null measured here, on a device, for a model of this dtype: within a second.
+
+        Args:
+            clock: seconds by which rates are measured; those of the processor (`time.process_time`) say for one thread what
+                it reaches where others use the machine, too.
+        """
+        meter = Meter(device, clock)
         measures: dict[str, Callable[[], float | None]] = {
-            "float32": lambda: product_rate(device, "float32"),
-            dtype: lambda: product_rate(device, dtype),
-            "bandwidth": lambda: _bandwidth(device),
-            "transfer": lambda: _transfer(device),
-            "read": _hash_rate,
-            "call": lambda: _call(device),
-            "memory": lambda: _memory(device),
+            "float32": lambda: meter.products("float32"),
+            dtype: lambda: meter.products(dtype),
+            "bandwidth": meter.bandwidth,
+            "transfer": meter.transfer,
+            "read": meter.hashing,
+            "call": meter.call,
+            "memory": meter.memory,
             "process": lambda: float(resident()),
         }
         found = {name: measure() for name, measure in measures.items() if getattr(self, name, None) is None}
         return replace(self, device=device, **found)  # type: ignore[arg-type]
 
 
+RATES = ("float32", "tf32", "bfloat16", "float16", "bandwidth", "transfer", "read", "call", "memory", "process")
+
+
 def named(hardware: str, machines: Mapping[str, Mapping[str, Any]]) -> Machine:
     """The machine of a name in a table of rates; raises ValueError where there is none, or a rate cannot be."""
     if hardware not in machines:
-        known = ", ".join(machines)
+        hint = did_you_mean(hardware, machines)
         raise ValueError(
-            f"hardware={hardware}: choose {known}{did_you_mean(hardware, machines)}; or give +machines.NAME.float32=..."
+            f"hardware={hardware}: choose {', '.join(machines)}{hint}; or give its rates: +machines.NAME.float32=..."
         )
     machine = Machine(**machines[hardware])
     where = f"machines.{hardware}"
@@ -156,70 +167,69 @@ def named(hardware: str, machines: Mapping[str, Mapping[str, Any]]) -> Machine:
     return machine
 
 
-RATES = (*("float32", "tf32", "bfloat16", "float16", "bandwidth", "transfer", "read", "call", "memory", "process"),)
+@dataclass(frozen=True)
+class Meter:
+    """Measures the rates of a device of this machine, each the median of as many calls as fit its time."""
 
+    device: str
+    clock: Clock = time.perf_counter
 
-# -- measured here
+    def products(self, dtype: str) -> float:
+        """Operations/s of matrix products in a dtype, of 2,048 inputs by a matrix of 512 x 1,024; larger ones on a GPU."""
+        import torch
 
+        rows, d_in, d_out = (2048, 512, 1024) if self.device == "cpu" else (8192, 4096, 4096)
+        kind = getattr(torch, dtype)
+        x, w = torch.ones(rows, d_in, dtype=kind, device=self.device), torch.ones(d_out, d_in, dtype=kind, device=self.device)
+        return 2.0 * rows * d_in * d_out / self._seconds(lambda: torch.nn.functional.linear(x, w))
 
-def product_rate(device: str, dtype: str) -> float:
-    """Operations/s of matrix products on a device in a dtype, (2048, 1024) by (1024, 1024), four times as wide on a GPU."""
-    import torch
+    def bandwidth(self) -> float:
+        """Bytes/s of elementwise operations on activations, as between the matrix products of a block."""
+        import torch
 
-    rows, width = (2048, 1024) if device == "cpu" else (8192, 4096)
-    kind = getattr(torch, dtype)
-    a, b = torch.ones(rows, width, dtype=kind, device=device), torch.ones(width, width, dtype=kind, device=device)
-    return 2.0 * rows * width * width / _seconds(lambda: a @ b)
+        x = torch.ones(*((2048, 1024) if self.device == "cpu" else (8192, 4096)), device=self.device)
+        return 5 * 4 * x.numel() / self._seconds(lambda: torch.nn.functional.silu(x) * x)
 
+    def transfer(self) -> float | None:
+        """Bytes/s from the device's memory to the host's; None where they are one."""
+        import torch
 
-def _bandwidth(device: str) -> float:
-    """Bytes/s of elementwise operations on activations, as between the matrix products of a block."""
-    import torch
+        if self.device == "cpu":
+            return None
+        there = torch.ones(2**26, device=self.device)
+        return 4 * there.numel() / self._seconds(there.cpu)
 
-    a = torch.ones(*((2048, 1024) if device == "cpu" else (8192, 4096)), device=device)
-    return 5 * 4 * a.numel() / _seconds(lambda: torch.nn.functional.silu(a) * a)
+    def hashing(self) -> float:
+        """Bytes/s that are hashed; weights that lie in the system's memory are not read faster."""
+        data = bytes(2**23)
+        return len(data) / self._seconds(lambda: hashlib.sha256(data).digest())
 
+    def call(self) -> float:
+        """Seconds to launch an operation, with as much again for the Python around it."""
+        import torch
 
-def _transfer(device: str) -> float | None:
-    import torch
+        x = torch.ones(8, device=self.device)
 
-    if device == "cpu":
-        return None
-    there = torch.ones(2**26, device=device)
-    return 4 * there.numel() / _seconds(there.cpu)
+        def many() -> None:
+            for _ in range(100):
+                torch.add(x, 1)
 
+        return 2 * self._seconds(many) / 100
 
-def _hash_rate() -> float:
-    data = bytes(2**23)
-    return len(data) / _seconds(lambda: hashlib.sha256(data).digest())
+    def memory(self) -> float | None:
+        """Bytes that a GPU holds."""
+        import torch
 
+        return None if self.device == "cpu" else float(torch.cuda.get_device_properties(self.device).total_memory)
 
-def _call(device: str) -> float:
-    import torch
-
-    a = torch.ones(8, device=device)
-
-    def many() -> None:
-        for _ in range(100):
-            torch.add(a, 1)
-
-    return 2 * _seconds(many) / 100  # as much again for the Python around it
-
-
-def _memory(device: str) -> float | None:
-    import torch
-
-    return None if device == "cpu" else float(torch.cuda.get_device_properties(device).total_memory)
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    """Seconds that a call takes, the least of as many as fit the time."""
-    work()
-    synchronize()
-    best, until = float("inf"), time.perf_counter() + MEASURED_FOR
-    while best == float("inf") or time.perf_counter() < until:
-        start = time.perf_counter()
+    def _seconds(self, work: Callable[[], Any]) -> float:
+        taken: list[float] = []
+        until = time.perf_counter() + MEASURED_FOR
         work()
         synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
+        while not taken or time.perf_counter() < until:
+            start = self.clock()
+            work()
+            synchronize()
+            taken.append(self.clock() - start)
+        return max(statistics.median(taken), 1e-9)

@@ -163,7 +163,8 @@ class JobCounts:
 
     @cached_property
     def _size(self) -> int:
-        return int(getattr(torch, self.lm.dtype).itemsize)
+        size: int = getattr(torch, self.lm.dtype).itemsize
+        return size
 
     @cached_property
     def _width(self) -> int:
