@@ -14,7 +14,7 @@ from svnup.keys import did_you_mean
 from svnup.memory import resident, synchronize
 
 HERE = "here"
-SOLVING = 0.25  # of the rate of products, which factorisations and triangular systems reach: their steps wait for each other
+SOLVING = 0.35  # of the rate of products, which factorisations and triangular systems reach: their steps wait for each other
 MEASURED_FOR = 0.12  # seconds, of each rate
 Clock = Callable[[], float]
 

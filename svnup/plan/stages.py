@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 FLOAT = 4
 # Bytes that pruning moves for each weight of a matrix, as measured (experiments/benchmarks/pruning_cost.py).
-SELECTION = 90  # scores, the k-th of each row, and a mask
-COLUMNS = 200  # the columns of a block one after the other, in caches for the most part
+SELECTION = 220  # scores, the k-th of each row, and a mask
+COLUMNS = 60  # the columns of a block one after the other, in caches for the most part
 CHECKS = 60  # zeros before and after, finite, copied into the model
-CALLS_OF_COLUMN = 8
+CALLS_OF_COLUMN = 1.5
 
 
 @dataclass(frozen=True)
