@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from svnup.keys import did_you_mean
-from svnup.memory import resident, synchronize
 
 HERE = "here"
 SOLVING = 0.35  # of the rate of products, which factorisations and triangular systems reach: their steps wait for each other
@@ -129,6 +128,8 @@ class Machine:
             clock: seconds by which rates are measured; those of the processor (`time.process_time`) say for one thread what
                 it reaches where others use the machine, too.
         """
+        from svnup.memory import resident
+
         meter = Meter(device, clock)
         measures: dict[str, Callable[[], float | None]] = {
             "float32": lambda: meter.products("float32"),
@@ -147,19 +148,25 @@ class Machine:
 RATES = ("float32", "tf32", "bfloat16", "float16", "bandwidth", "transfer", "read", "call", "memory", "process")
 
 
-def named(hardware: str, machines: Mapping[str, Mapping[str, Any]]) -> Machine:
-    """The machine of a name in a table of rates; raises ValueError where there is none, or a rate cannot be."""
+def named(hardware: str, machines: Mapping[str, Any]) -> Machine:
+    """The machine of a name in a configured table of rates; raises ValueError where there is none, or a rate cannot be."""
     if hardware not in machines:
         hint = did_you_mean(hardware, machines)
         raise ValueError(
             f"hardware={hardware}: choose {', '.join(machines)}{hint}; or give its rates: +machines.NAME.float32=..."
         )
-    machine = Machine(**machines[hardware])
-    where = f"machines.{hardware}"
-    for name in RATES:
+    node, where = machines[hardware], f"machines.{hardware}"
+    known = {one.name for one in fields(Machine)}
+    if odd := sorted(set(node) - known) if isinstance(node, Mapping) else [""]:
+        raise ValueError(
+            f"{where}.{odd[0]}".rstrip(".") + f": is no rate of a machine{did_you_mean(odd[0], known)}; take it out"
+        )
+    machine = Machine(**node)
+    for name in (*RATES, "least", "most"):
         value = getattr(machine, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{where}.{name}={value:g}: must be positive; give a rate, or null where it is not known")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number and value > 0) and not (value is None and name in RATES):
+            raise ValueError(f"{where}.{name}={value}: must be a positive number; give a rate, or null where it is not known")
     if not 0 < machine.least <= machine.most <= 1:
         raise ValueError(f"{where}.least={machine.least:g}: choose shares of the rates with 0 < least <= most <= 1")
     if hardware != HERE and (machine.float32 is None or machine.device not in ("cpu", "cuda")):
@@ -223,6 +230,8 @@ class Meter:
         return None if self.device == "cpu" else float(torch.cuda.get_device_properties(self.device).total_memory)
 
     def _seconds(self, work: Callable[[], Any]) -> float:
+        from svnup.memory import synchronize
+
         taken: list[float] = []
         until = time.perf_counter() + MEASURED_FOR
         work()

@@ -323,11 +323,11 @@ def write(results: Path) -> None:
     text = [
         "# How the cost of whole jobs grows",
         "",
-        f"Made by `python -m experiments.benchmarks.scale`. {hardware['cpu']}, one thread, torch {hardware['torch']}. Seconds by "
-        "the clock, and those of the processor, with which the plan is compared: at the rates that were measured in the same "
-        "process before and after each stage (the mean rate of float32 products is in the last column). Planned / taken: the "
-        "middle of the planned range. Over floor: seconds of the processor over those of matrix products alone at the measured "
-        "rate. Peak: of the process, with Python and torch.",
+        f"Made by `python -m experiments.benchmarks.scale`. {hardware['cpu']}, one thread, torch {hardware['torch']}. Seconds "
+        "by the clock, and those of the processor, with which the plan is compared: at the rates measured in the same process "
+        "before and after each stage (the mean rate of float32 products is in the last column). Planned / taken: the middle of "
+        "the planned range. Over floor: seconds of the processor over those of matrix products alone at the measured rate. "
+        "Peak: of the process, with Python and torch.",
         "",
         *table(head, rows, "ll" + "r" * (len(head) - 2)),
     ]

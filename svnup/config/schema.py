@@ -16,7 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup.files import at_home
-from svnup.machines import HERE, Machine
+from svnup.machines import HERE
 from svnup.secrets import redact_code
 
 CONF = next(p / "conf" for p in Path(__file__).parents[1:3] if (p / "conf").is_dir())
@@ -47,7 +47,7 @@ class Schema:
     force: bool = False
     dry_run: bool = False
     hardware: str = HERE
-    machines: dict[str, Machine] = field(default_factory=dict)
+    machines: dict[str, Any] = field(default_factory=dict)
     offload: str = "none"
     save_model: bool = False
     save_format: str = "dense"

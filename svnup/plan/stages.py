@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -101,7 +102,10 @@ def machine_of(job: Job) -> Machine:
     given, machine = job.config["model"]["device"], job.machine
     if job.hardware != HERE:
         if given != "auto" and given.partition(":")[0] != machine.device:
-            raise ValueError(f"hardware={job.hardware}: is a {machine.device}, not model.device={given}; use model.device=auto")
+            kind = "GPU" if machine.device == "cuda" else "CPU"
+            raise ValueError(
+                f"model.device={given}: hardware={job.hardware} is a {kind}; use model.device={machine.device}, or auto"
+            )
         if machine.tf32 and torch.get_float32_matmul_precision() != "highest":
             machine = replace(machine, float32=machine.tf32)
         return machine if machine.process is not None else replace(machine, process=float(resident()))
@@ -313,7 +317,8 @@ class JobCounts:
         own = getattr(pruner, "work", None)
         if own is not None:
             out: Work = own(d_out, d_in, self.job.sparsity)
-            return out
+            base = getattr(pruner, "base", None)
+            return out if base is None else out + self._work_of_prune(base, linear)
         if not self._has_hessian(pruner, linear):
             return Work(moved=SELECTION * d_out * d_in, calls=30)
         calls = d_in * (30 / 128 if self._gpu else CALLS_OF_COLUMN)
@@ -481,9 +486,8 @@ class JobCounts:
     @cached_property
     def _judging(self) -> float:
         """A micro-batch in blocks, and logits of its tokens in float32, thrice."""
-        lengths = [source.seq_len for source in self.job.sources().values()]
-        batch = max(BATCH_TOKENS[self.machine.device or "cpu"], *lengths) if lengths else 0
-        return self._activations + 3 * min(HEAD_TOKENS, batch) * self.lm.vocab_size * FLOAT
+        batches = [math.prod(self._batch(s.n_seq or 2**31, s.seq_len)) for s in self.job.sources().values()]
+        return self._activations + 3 * min(HEAD_TOKENS, max(batches, default=0)) * self.lm.vocab_size * FLOAT
 
     @cached_property
     def _pruning_bytes(self) -> float:

@@ -60,7 +60,10 @@ def too_small(job: Job, plan: Plan) -> str | None:
     plans = ((offload, JobCounts(job, plan.machine, offload).plan()) for offload in _offloads(job))
     fitting = ((offload, other) for offload, other in plans if other.peak <= memory)
     found = next(fitting, None)
-    way = f"{math.ceil(plan.peak / memory)} of them with model.device_map=auto, shorter texts, or a smaller model"
+    spread = "device_map" in job.config["model"]
+    way = (
+        f"{math.ceil(plan.peak / memory)} of them with model.device_map=auto" if spread else "shorter texts, or a smaller model"
+    )
     if found is not None:
         offload, other = found
         way = f"offload={offload}, which takes {scaled(other.peak, 'B')} there and {scaled(other.host_peak, 'B')} on the host"
