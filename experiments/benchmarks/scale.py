@@ -29,6 +29,7 @@ from unittest import mock
 from experiments.benchmarks.offload import llama, write_checkpoint
 from experiments.study import table
 from svnup.machines import Machine
+from svnup.units import scaled
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ["dataset=docs", "dataset@selection=docs", "dataset@shapley.game.data=docs", "evaluation.datasets=[docs]"]
@@ -63,8 +64,9 @@ def _small(name: str, shape: dict[str, int] | None = None, *overrides: str) -> C
     return Case(name, SMALL | (shape or {}), [*DOCS, *usual, *overrides])
 
 
+BASE = "8 blocks of width 512"
 CASES = [
-    _small("8 blocks of width 512"),
+    _small(BASE),
     _small("4 blocks", {"num_hidden_layers": 4}),
     _small("16 blocks", {"num_hidden_layers": 16}),
     _small("24 blocks", {"num_hidden_layers": 24}),
@@ -75,6 +77,13 @@ CASES = [
     _small("window of 5", None, "shapley.window=5"),
     _small("Wanda", None, "pruner=wanda"),
 ]
+# What grows, in the figure: the first case with one thing changed, and the cases that were measured so.
+GROWTH = {
+    "blocks": (range(4, 81, 4), {4: "4 blocks", 8: BASE, 16: "16 blocks", 24: "24 blocks"}),
+    "width": ((256, 512, 1024, 2048, 4096, 8192), {256: "width 256", 512: BASE, 1024: "width 1024"}),
+    "times the tokens": ((1, 2, 4, 8, 16), {1: BASE, 4: "4 x the tokens"}),
+    "window": (range(1, 8), {3: BASE, 5: "window of 5"}),
+}
 _OF_SMOLLM2 = ["shapley.game.data.n_seq=1", "dataset.n_seq=32", "evaluation.n_seq=8", "compare_uniform=off"]
 _OF_1B = ["shapley.game.data.n_seq=2", "dataset.n_seq=16", "evaluation.n_seq=16", "offload=disk"]
 _BOTH = ["model.seq_len=512", "shapley.window=3"]
@@ -234,8 +243,8 @@ def outline_of(config: dict[str, Any], folder: Path) -> str:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
     made.save_pretrained(folder)
-    for file in BUILT_IN_FOLDER.glob("tokenizer*"):
-        shutil.copy2(file, folder / file.name)
+    for tokenizer in BUILT_IN_FOLDER.glob("tokenizer*"):
+        shutil.copy2(tokenizer, folder / tokenizer.name)
     return str(folder)
 
 
@@ -267,6 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--smollm2", metavar="FOLDER", help="of the checkpoint of SmolLM2")
     parser.add_argument("--again", action="store_true", help="measure what was measured before, too")
     parser.add_argument("--results", type=Path, default=ROOT / "results" / "benchmarks")
+    parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "figures" / "scale.png")
     for name in ("--child", "--folder", "--place"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -286,8 +296,8 @@ def main(argv: list[str] | None = None) -> None:
         for case in todo:
             print(case.name, flush=True)
             measure(case, folder if case.checkpoint else None, options.results)
-            write(options.results)
-        write(options.results)
+            write(options.results, options.figure)
+        write(options.results, options.figure)
 
 
 def _checkpoint(target: str, folder: Path) -> str:
@@ -299,7 +309,7 @@ def _checkpoint(target: str, folder: Path) -> str:
     return str(folder)
 
 
-def write(results: Path) -> None:
+def write(results: Path, figure: Path) -> None:
     """The table of what was measured beside its plan."""
     rows, hardware = [], None
     with tempfile.TemporaryDirectory() as place:
@@ -331,7 +341,64 @@ def write(results: Path) -> None:
         "",
         *table(head, rows, "ll" + "r" * (len(head) - 2)),
     ]
+    if {case.name for case in CASES} <= set(lines_of(results)):
+        text += ["", "## From 4 to 80 blocks, and so on", ""]
+        text += ["![seconds of stages by blocks, width, tokens and window](../../docs/figures/scale.png)", ""]
+        text += [
+            "The first job with one thing changed, planned at the mean of the rates above; points in the figure are measured.",
+            "",
+        ]
+        text += draw(lines_of(results), figure)
     (results / "scale.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+def grown(what: str, size: int) -> Case:
+    """The first case with one thing of another size."""
+    if what == "blocks":
+        return _small("", {"num_hidden_layers": size})
+    if what == "width":
+        return _small("", {"hidden_size": size, "intermediate_size": size * 11 // 4, "num_attention_heads": size // 64})
+    if what == "window":
+        return _small("", None, f"shapley.window={size}")
+    texts = {"dataset": 8, "shapley.game.data": 1, "evaluation": 8, "selection": 8}
+    return _small("", None, *(f"{text}.n_seq={n * size}" for text, n in texts.items()))
+
+
+def draw(lines: dict[str, dict[str, Any]], place: Path) -> list[str]:
+    """The figure of how stages grow, planned at the mean of the measured rates, with what was measured; and its table."""
+    from matplotlib.figure import Figure
+
+    from svnup import config
+    from svnup.plan import plan
+
+    took = [stage["rates"] for line in lines.values() if not line["config"] for stage in line["stages"].values()]
+    rates = {name: len(took) / sum(1 / one[name] for one in took) for name in ("float32", "bandwidth", "read", "call")}
+    machine = replace(usual(), device="cpu", process=0.0, **rates)
+    texts: config.Texts = {}
+    drawing = Figure(figsize=(13, 3.6), layout="constrained")
+    rows: list[list[str]] = []
+    for axes, (what, (sizes, measured)) in zip(drawing.subplots(1, len(GROWTH), sharey=True), GROWTH.items(), strict=True):
+        plans = {}
+        for size in sizes:
+            case = grown(what, size)
+            plans[size] = plan(config.build(config.composed(*case.overrides, *case.model(), "dry_run=true"), texts), machine)
+        for colour, stage in enumerate(("scores", "pruning", "evaluation")):
+            spans = [made.seconds(stage) for made in plans.values()]
+            axes.plot(list(sizes), [math.sqrt(low * high) for low, high in spans], color=f"C{colour}", label=stage)
+            axes.fill_between(list(sizes), *zip(*spans, strict=True), color=f"C{colour}", alpha=0.2, linewidth=0)
+            dots = [(size, lines[name]["stages"][stage]["cpu_seconds"]) for size, name in measured.items() if name in lines]
+            axes.plot(*zip(*dots, strict=True), "o", color=f"C{colour}")
+        axes.set(yscale="log", xlabel=what, **({} if what in ("blocks", "window") else {"xscale": "log"}))
+        axes.grid(color="0.9")
+        for size in [*sizes][::3]:
+            seconds = [plans[size].seconds(stage) for stage in ("scores", "pruning", "evaluation")]
+            cells = [f"{low:.3g} to {high:.3g}" for low, high in seconds]
+            rows.append([f"{what}: {size}", scaled(plans[size].work.flop, "FLOP"), *cells])
+    drawing.axes[0].set_ylabel("seconds of one thread")
+    drawing.axes[0].legend(fontsize=8)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(place, dpi=110, metadata={"Software": None})
+    return table(["what grows", "operations", "scores, s", "pruning, s", "evaluation, s"], rows, "lrrrr")
 
 
 def _summed(stages: list[Compared]) -> Compared:

@@ -185,7 +185,8 @@ class JobCounts:
 
     @cached_property
     def _largest_block(self) -> int:
-        return max(sum(p.numel() * p.element_size() for p in block.parameters()) for block in self.lm.blocks)
+        sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in self.lm.blocks]
+        return max(sizes)
 
     def _batch(self, n_seq: int, seq_len: int) -> tuple[int, int]:
         """Sequences of a micro-batch, and their length."""
