@@ -9,6 +9,7 @@ line of scale.jsonl when it is there, and scale.md is written anew.
     python -m experiments.benchmarks.scale --only smollm2           # SmolLM2-135M of `make smollm2`, or of --smollm2 FOLDER
     python -m experiments.benchmarks.scale --only llama_1b          # a Llama of 1.3B random weights that stays on disk
     python -m experiments.benchmarks.scale --only draw              # the table and the figure, from what was measured
+    python -m experiments.benchmarks.scale --only tiny --output /tmp/scale.md       # in seconds: does it still run?
 """
 
 from __future__ import annotations
@@ -87,9 +88,15 @@ GROWTH = {
 _OF_SMOLLM2 = ["shapley.game.data.n_seq=1", "dataset.n_seq=32", "evaluation.n_seq=8", "compare_uniform=off"]
 _OF_1B = ["shapley.game.data.n_seq=2", "dataset.n_seq=16", "evaluation.n_seq=16", "offload=disk"]
 _BOTH = ["model.seq_len=512", "shapley.window=3"]
-PRUNERS = {"Wanda": ["pruner=wanda"], "SparseGPT": ["pruner=sparsegpt", "allocator=uniform"]}  # values are measured once
+PRUNERS = {  # values are measured once; those of random weights may have no logarithm
+    "Wanda": ["pruner=wanda", "allocator.scale=rank"],
+    "SparseGPT": ["pruner=sparsegpt", "allocator=uniform"],
+}
+TINY = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 2048}
+_OF_TINY = ["model.seq_len=32", "evaluation.n_seq=2", "dataset.n_seq=2", "shapley.game.data.n_seq=1", "shapley.window=2"]
 TARGETS = {
     "shapes": CASES,
+    "tiny": [Case("tiny", TINY, [*DOCS, *_OF_TINY, *PRUNERS["Wanda"], "compare_uniform=off"], checkpoint=True)],
     "smollm2": [
         Case(f"SmolLM2-135M, {name}", {}, [*DOCS, *_BOTH, *_OF_SMOLLM2, *pruner], checkpoint=True)
         for name, pruner in PRUNERS.items()
@@ -251,21 +258,20 @@ def outline_of(config: dict[str, Any], folder: Path) -> str:
 # -- all of it
 
 
-def measure(case: Case, folder: str | None, results: Path) -> None:
-    """Run a job in a process of its own, and add its line to the results."""
-    with tempfile.TemporaryDirectory(dir=results) as place:
+def measure(case: Case, folder: str | None, known: Path) -> None:
+    """Run a job in a process of its own, and add its line to what is known."""
+    with tempfile.TemporaryDirectory(dir=known.parent) as place:
         command = [sys.executable, "-m", "experiments.benchmarks.scale", "--child", case.name, "--place", place]
         env = os.environ | VARIABLES
         subprocess.run([*command, *(["--folder", folder] if folder else [])], cwd=ROOT, env=env, check=True)
         line = {"case": case.name, "overrides": case.overrides, **json.loads((Path(place) / "took.json").read_text("utf-8"))}
-    with (results / "scale.jsonl").open("a", encoding="utf-8") as file:
+    with known.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
-def lines_of(results: Path) -> dict[str, dict[str, Any]]:
+def lines_of(known: Path) -> dict[str, dict[str, Any]]:
     """What was measured, by the name of the case: the last line of each."""
-    file = results / "scale.jsonl"
-    found = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+    found = [json.loads(line) for line in known.read_text("utf-8").splitlines()] if known.is_file() else []
     return {line["case"]: line for line in found}
 
 
@@ -275,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--case", help="one job of these alone")
     parser.add_argument("--smollm2", metavar="FOLDER", help="of the checkpoint of SmolLM2")
     parser.add_argument("--again", action="store_true", help="measure what was measured before, too")
-    parser.add_argument("--results", type=Path, default=ROOT / "results" / "benchmarks")
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmarks" / "scale.md", help="beside scale.jsonl")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "figures" / "scale.png")
     for name in ("--child", "--folder", "--place"):
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -286,18 +292,19 @@ def main(argv: list[str] | None = None) -> None:
         took = run_one(case, options.folder, place / "run")
         (place / "took.json").write_text(json.dumps(took), encoding="utf-8")
         return
-    options.results.mkdir(parents=True, exist_ok=True)
+    known = options.output.with_suffix(".jsonl")
+    known.parent.mkdir(parents=True, exist_ok=True)
     cases = [case for case in TARGETS.get(options.only, []) if options.case in (None, case.name)]
-    todo = [case for case in cases if options.again or case.name not in lines_of(options.results)]
-    with tempfile.TemporaryDirectory(dir=options.results) as place:
+    todo = [case for case in cases if options.again or case.name not in lines_of(known)]
+    with tempfile.TemporaryDirectory(dir=known.parent) as place:
         folder = options.smollm2
         if any(case.checkpoint for case in todo) and folder is None:
             folder = _checkpoint(options.only, Path(place) / "model")
         for case in todo:
             print(case.name, flush=True)
-            measure(case, folder if case.checkpoint else None, options.results)
-            write(options.results, options.figure)
-        write(options.results, options.figure)
+            measure(case, folder if case.checkpoint else None, known)
+            write(options.output, options.figure)
+        write(options.output, options.figure)
 
 
 def _checkpoint(target: str, folder: Path) -> str:
@@ -309,11 +316,11 @@ def _checkpoint(target: str, folder: Path) -> str:
     return str(folder)
 
 
-def write(results: Path, figure: Path) -> None:
+def write(output: Path, figure: Path) -> None:
     """The table of what was measured beside its plan."""
     rows, hardware = [], None
     with tempfile.TemporaryDirectory() as place:
-        for number, (name, line) in enumerate(lines_of(results).items()):
+        for number, (name, line) in enumerate(lines_of(output.with_suffix(".jsonl")).items()):
             hardware = line["hardware"] | line["versions"]
             folder = outline_of(line["config"], Path(place) / str(number)) if line["config"] else None
             stages, planned = compared(line, folder)
@@ -341,15 +348,15 @@ def write(results: Path, figure: Path) -> None:
         "",
         *table(head, rows, "ll" + "r" * (len(head) - 2)),
     ]
-    if {case.name for case in CASES} <= set(lines_of(results)):
+    if {case.name for case in CASES} <= set(lines_of(output.with_suffix(".jsonl"))):
         text += ["", "## From 4 to 80 blocks, and so on", ""]
         text += ["![seconds of stages by blocks, width, tokens and window](../../docs/figures/scale.png)", ""]
         text += [
             "The first job with one thing changed, planned at the mean of the rates above; points in the figure are measured.",
             "",
         ]
-        text += draw(lines_of(results), figure)
-    (results / "scale.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+        text += draw(lines_of(output.with_suffix(".jsonl")), figure)
+    output.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
 def grown(what: str, size: int) -> Case:

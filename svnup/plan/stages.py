@@ -185,7 +185,7 @@ class JobCounts:
 
     @cached_property
     def _largest_block(self) -> int:
-        sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in self.lm.blocks]
+        sizes: list[int] = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in self.lm.blocks]
         return max(sizes)
 
     def _batch(self, n_seq: int, seq_len: int) -> tuple[int, int]:
