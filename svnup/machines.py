@@ -162,6 +162,8 @@ def named(hardware: str, machines: Mapping[str, Any]) -> Machine:
             f"{where}.{odd[0]}".rstrip(".") + f": is no rate of a machine{did_you_mean(odd[0], known)}; take it out"
         )
     machine = Machine(**node)
+    if hardware == HERE and machine.device is not None:
+        raise ValueError(f"{where}.device={machine.device}: is that of the job; leave it out, and choose model.device")
     for name in (*RATES, "least", "most"):
         value = getattr(machine, name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)

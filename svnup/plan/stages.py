@@ -109,8 +109,7 @@ def machine_of(job: Job) -> Machine:
         if machine.tf32 and torch.get_float32_matmul_precision() != "highest":
             machine = replace(machine, float32=machine.tf32)
         return machine if machine.process is not None else replace(machine, process=float(resident()))
-    device = machine.device or pick_device(given).type
-    return _measured(tuple(vars(machine).items()), device, dtype_of(job))
+    return _measured(tuple(vars(machine).items()), pick_device(given).type, dtype_of(job))
 
 
 @cache
