@@ -3,7 +3,7 @@
 Each job runs in a process of its own, on one thread, and says seconds and peak of each stage. The rates of the machine are
 measured in the same process, before the first stage and after each one, by the processor's clock, as its seconds are: others
 may use the machine meanwhile. The plan is then made for these rates. A job that was measured is not run again: every one is a
-line of scale.jsonl when it is there, and scale.md is written anew.
+line of scale.jsonl when it is there; scale.md is written anew at the end.
 
     python -m experiments.benchmarks.scale                          # the small shapes: some eight minutes on one core
     python -m experiments.benchmarks.scale --only smollm2           # SmolLM2-135M of `make smollm2`, or of --smollm2 FOLDER
@@ -303,7 +303,6 @@ def main(argv: list[str] | None = None) -> None:
         for case in todo:
             print(case.name, flush=True)
             measure(case, folder if case.checkpoint else None, known)
-            write(options.output, options.figure)
         write(options.output, options.figure)
 
 
@@ -395,7 +394,10 @@ def draw(lines: dict[str, dict[str, Any]], place: Path) -> list[str]:
             axes.fill_between(list(sizes), *zip(*spans, strict=True), color=f"C{colour}", alpha=0.2, linewidth=0)
             dots = [(size, lines[name]["stages"][stage]["cpu_seconds"]) for size, name in measured.items() if name in lines]
             axes.plot(*zip(*dots, strict=True), "o", color=f"C{colour}")
-        axes.set(yscale="log", xlabel=what, **({} if what in ("blocks", "window") else {"xscale": "log"}))
+        axes.set(yscale="log", xlabel=what)
+        if not isinstance(sizes, range):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.grid(color="0.9")
         for size in [*sizes][::3]:
             seconds = [plans[size].seconds(stage) for stage in ("scores", "pruning", "evaluation")]
