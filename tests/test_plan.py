@@ -82,6 +82,17 @@ def test_an_operation_that_needs_numbers_is_estimated():
     assert made.blocks[0].flop == pytest.approx(2 * 10 * weights, rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_count_as_tokens_are_routed_to_them(kind):
+    experts = {"num_local_experts": 8} if kind == "mixtral" else {"num_experts": 8, "moe_intermediate_size": 48, "head_dim": 8}
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
+    lm = LanguageModel.skeleton(make_config(kind, num_experts_per_tok=2, num_key_value_heads=2, **shape, **experts))
+    lm.model.to(torch.bfloat16)  # in which torch multiplies groups of rows at once
+    counted, estimated = counting._counted(lm, 1, 16), counting._estimated(lm, 16)
+    pairs = 16 * 16 / 2 * 2 * 2 * 32  # of the products of attention, which an estimate leaves out
+    assert counted.blocks[0].flop == pytest.approx(estimated.blocks[0].flop + pairs, rel=0.05)
+
+
 def test_bytes_of_a_chain_of_operations():
     with Counting() as counting_, torch.no_grad():
         x = torch.ones(10, 100, device="meta")

@@ -22,6 +22,7 @@ from svnup.model.linears import expert_of, matrix
 from svnup.pruning.walk import Pruner
 
 ALIASES = ("_unsafe_view", "empty", "empty_like", "new_empty", "lift_fresh")  # which move no bytes, as views do not
+GROUPED = ("_grouped_mm", "transformers::grouped_mm_fallback")  # products of experts, which torch does not count
 
 
 class Counting(TorchDispatchMode):
@@ -60,6 +61,9 @@ class Counting(TorchDispatchMode):
         self.work += Work(products, moved=moved, calls=1)
 
     def _products(self, name: str, args: Any, kwargs: Any, out: Any) -> dict[str, float]:
+        if name in GROUPED:  # (rows, d_in) by (n_experts, d_in, d_out): each row by the matrix of its expert
+            rows, matrices = args[:2]
+            return {_dtype([rows]): 2.0 * rows.numel() * matrices.shape[-1]}
         packet = getattr(torch.ops.aten, name.rstrip("_"), None)  # in place or not is the same work
         if packet not in flop_registry:
             return {}

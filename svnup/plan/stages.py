@@ -129,7 +129,7 @@ class JobCounts:
     """The work of the parts of a job on one kind of device, and the bytes that they take.
 
     Args:
-        offload: another place for the blocks than the job's; None is the job's own.
+        offload_to: another place for the blocks than the job's; None is the job's own.
     """
 
     job: Job

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def told(job: Job, plan: Plan) -> list[str]:
     """The lines of a job's plan."""
     lines = [f"  {name:30} {value:>16,}" for name, value in plan.counts.items()]
+    lines.append(f"  {'weights':30} {scaled(plan.weights, 'B'):>16}")
     lines += [f"  {_machine(job, plan.machine)}", ""]
     on_gpu = plan.machine.device == "cuda"
     head = ("stage", "operations", "bytes moved", *(("peak, device", "peak, host") if on_gpu else ("peak",)), "time")
@@ -47,7 +48,8 @@ def told_of_sweep(plan: SweepPlan) -> list[str]:
     host = f", {scaled(plan.host_peak, 'B')} on its host" if plan.host_peak else ""
     lines.append(f"  memory at the peak of the largest job, about: {scaled(plan.peak, 'B')}{host}")
     if plan.largest is not None:
-        lines.append(f"  {_machine(*plan.largest[:1], plan.largest[1].machine)}")
+        job, made = plan.largest
+        lines.append(f"  {_machine(job, made.machine)}")
     lines.append(f"  time of all jobs, one after the other, about: {_span(plan.seconds)}")
     return lines
 
