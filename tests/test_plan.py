@@ -216,12 +216,18 @@ def test_hardware_is_no_part_of_a_job():
 # -- what was measured
 
 
+@pytest.fixture(scope="module")
+def texts():
+    """What jobs have read, so that it is tokenized once."""
+    return {}
+
+
 @pytest.mark.parametrize(
     "line", [json.loads(line) for line in MEASURED.read_text("utf-8").splitlines()], ids=lambda line: line["case"]
 )
-def test_the_plan_against_measured_jobs(line, tmp_path):
+def test_the_plan_against_measured_jobs(line, texts, tmp_path):
     folder = outline_of(line["config"], tmp_path / "model") if line["config"] else None
-    stages, peak = compared(line, folder)
+    stages, peak = compared(line, folder, texts)
     assert peak == pytest.approx(max(took["peak_memory_bytes"] for took in line["stages"].values()), rel=0.15)
     whole = sum(one.seconds for one in stages)
     assert 1 / 1.5 < sum(one.planned for one in stages) / whole < 1.5

@@ -24,13 +24,16 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 from experiments.benchmarks.offload import llama, write_checkpoint
 from experiments.study import table
 from svnup.machines import Machine
 from svnup.units import scaled
+
+if TYPE_CHECKING:
+    from svnup.config import Texts
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ["dataset=docs", "dataset@selection=docs", "dataset@shapley.game.data=docs", "evaluation.datasets=[docs]"]
@@ -205,18 +208,19 @@ def usual() -> Machine:
     return Machine(**config.composed().machines[HERE])
 
 
-def compared(line: dict[str, Any], folder: str | None) -> tuple[list[Compared], float]:
+def compared(line: dict[str, Any], folder: str | None, texts: Texts) -> tuple[list[Compared], float]:
     """The stages of a measured job beside its plan at the rates that were measured with each, and the planned peak in bytes.
 
     Args:
         line: of scale.jsonl.
         folder: of the checkpoint, or of an outline of it, where the job reads one.
+        texts: what jobs before this one have read.
     """
     from svnup import config
     from svnup.plan import plan
 
     case = next(case for cases in TARGETS.values() for case in cases if case.name == line["case"])
-    job = config.build(config.composed(*line["overrides"], *case.model(folder), "dry_run=true"))
+    job = config.build(config.composed(*line["overrides"], *case.model(folder), "dry_run=true"), texts)
     shares = replace(usual(), device="cpu", process=line["process_bytes"])
     planned, out = plan(job, replace(shares, **next(iter(line["stages"].values()))["rates"])), []
     for stage in planned.stages:
@@ -317,12 +321,12 @@ def _checkpoint(target: str, folder: Path) -> str:
 
 def write(output: Path, figure: Path) -> None:
     """The table of what was measured beside its plan."""
-    rows, hardware = [], None
+    rows, hardware, texts = [], None, cast("Texts", {})
     with tempfile.TemporaryDirectory() as place:
         for number, (name, line) in enumerate(lines_of(output.with_suffix(".jsonl")).items()):
             hardware = line["hardware"] | line["versions"]
             folder = outline_of(line["config"], Path(place) / str(number)) if line["config"] else None
-            stages, planned = compared(line, folder)
+            stages, planned = compared(line, folder, texts)
             peak = max(took["peak_memory_bytes"] for took in line["stages"].values())
             of_peak = [f"{peak / 1e9:.2f}", f"{planned / 1e9:.2f}", f"{planned / peak:.2f}"]
             rate = sum(took["rates"]["float32"] for took in line["stages"].values()) / len(line["stages"])
@@ -380,7 +384,7 @@ def draw(lines: dict[str, dict[str, Any]], place: Path) -> list[str]:
     took = [stage["rates"] for line in lines.values() if not line["config"] for stage in line["stages"].values()]
     rates = {name: len(took) / sum(1 / one[name] for one in took) for name in ("float32", "bandwidth", "read", "call")}
     machine = replace(usual(), device="cpu", process=0.0, **rates)
-    texts: config.Texts = {}
+    texts: Texts = {}
     drawing = Figure(figsize=(13, 3.6), layout="constrained")
     rows: list[list[str]] = []
     for axes, (what, (sizes, measured)) in zip(drawing.subplots(1, len(GROWTH), sharey=True), GROWTH.items(), strict=True):
