@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -180,6 +181,12 @@ def _mean(before: dict[str, float], after: dict[str, float]) -> dict[str, float]
 # -- what the plan says of it
 
 
+def rates_of(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The medians of the rates that were measured with all stages of some jobs: a single one is of an eighth of a second."""
+    took = [stage["rates"] for line in lines for stage in line["stages"].values()]
+    return {name: statistics.median(one[name] for one in took) for name in took[0]}
+
+
 @dataclass(frozen=True)
 class Compared:
     """A stage as measured and as planned; seconds are the processor's, of one thread, but for those of the `wall` clock.
@@ -209,7 +216,7 @@ def usual() -> Machine:
 
 
 def compared(line: dict[str, Any], folder: str | None, texts: Texts) -> tuple[list[Compared], float]:
-    """The stages of a measured job beside its plan at the rates that were measured with each, and the planned peak in bytes.
+    """The stages of a measured job beside its plan at the rates that were measured with it, and the planned peak in bytes.
 
     Args:
         line: of scale.jsonl.
@@ -222,10 +229,10 @@ def compared(line: dict[str, Any], folder: str | None, texts: Texts) -> tuple[li
     case = next(case for cases in TARGETS.values() for case in cases if case.name == line["case"])
     job = config.build(config.composed(*line["overrides"], *case.model(folder), "dry_run=true"), texts)
     shares = replace(usual(), device="cpu", process=line["process_bytes"])
-    planned, out = plan(job, replace(shares, **next(iter(line["stages"].values()))["rates"])), []
+    machine = replace(shares, **rates_of([line]))
+    planned, out = plan(job, machine), []
     for stage in planned.stages:
         took = line["stages"][stage.name]
-        machine = replace(shares, **took["rates"])
         floor = sum(flop / machine.rate(dtype) for dtype, flop in stage.work.products.items())
         out.append(Compared(stage.name, took["cpu_seconds"], *machine.seconds(stage.work), floor, took["seconds"]))
     return out, planned.peak
@@ -329,7 +336,7 @@ def write(output: Path, figure: Path) -> None:
             stages, planned = compared(line, folder, texts)
             peak = max(took["peak_memory_bytes"] for took in line["stages"].values())
             of_peak = [f"{peak / 1e9:.2f}", f"{planned / 1e9:.2f}", f"{planned / peak:.2f}"]
-            rate = sum(took["rates"]["float32"] for took in line["stages"].values()) / len(line["stages"])
+            rate = rates_of([line])["float32"]
             for one in [*stages, _summed(stages)]:
                 last = one.stage == "all"
                 cells = [f"{one.wall:.1f}", f"{one.seconds:.1f}", f"{one.low:.1f} to {one.high:.1f}"]
@@ -344,9 +351,9 @@ def write(output: Path, figure: Path) -> None:
         "# How the cost of whole jobs grows",
         "",
         f"Made by `python -m experiments.benchmarks.scale`. {hardware['cpu']}, one thread, torch {hardware['torch']}. Seconds "
-        "by the clock, and those of the processor, with which the plan is compared: at the rates measured in the same process "
-        "before and after each stage (the mean rate of float32 products is in the last column). Planned / taken: the middle of "
-        "the planned range. Over floor: seconds of the processor over those of matrix products alone at the measured rate. "
+        "by the clock, and those of the processor, with which the plan is compared: at the median of the rates measured in the "
+        "same process before the first stage and after each (of float32 products: the last column). Planned / taken: the "
+        "middle of the planned range. Over floor: seconds of the processor over those of matrix products alone at the measured rate. "
         "Peak: of the process, with Python and torch.",
         "",
         *table(head, rows, "ll" + "r" * (len(head) - 2)),
@@ -355,7 +362,7 @@ def write(output: Path, figure: Path) -> None:
         text += ["", "## From 4 to 80 blocks, and so on", ""]
         text += ["![seconds of stages by blocks, width, tokens and window](../../docs/figures/scale.png)", ""]
         text += [
-            "The first job with one thing changed, planned at the mean of the rates above; points in the figure are measured.",
+            "The first job with one thing changed, planned at the median of the rates above; points in the figure: measured.",
             "",
         ]
         text += draw(lines_of(output.with_suffix(".jsonl")), figure)
@@ -375,15 +382,14 @@ def grown(what: str, size: int) -> Case:
 
 
 def draw(lines: dict[str, dict[str, Any]], place: Path) -> list[str]:
-    """The figure of how stages grow, planned at the mean of the measured rates, with what was measured; and its table."""
+    """The figure of how stages grow, planned at the median of the measured rates, with what was measured; and its table."""
     from matplotlib.figure import Figure
 
     from svnup import config
     from svnup.plan import plan
 
-    took = [stage["rates"] for line in lines.values() if not line["config"] for stage in line["stages"].values()]
-    rates = {name: len(took) / sum(1 / one[name] for one in took) for name in ("float32", "bandwidth", "read", "call")}
-    machine = replace(usual(), device="cpu", process=0.0, **rates)
+    small = [line for line in lines.values() if not line["config"]]
+    machine = replace(usual(), device="cpu", process=0.0, **rates_of(small))
     texts: Texts = {}
     drawing = Figure(figsize=(13, 3.6), layout="constrained")
     rows: list[list[str]] = []
