@@ -248,13 +248,15 @@ def _say(text: str) -> None:
 
 
 def print_plan(job: config.Job) -> None:
-    from svnup.plan import plan
+    """Tell what a job will cost; raises ValueError where the device is too small for it."""
+    from svnup.plan import plan, told, too_small
 
+    made = plan(job)
     _say(f"plan of {job.name} (nothing is run, nothing written); its folder would be runs/{job.key}")
-    for name, value in plan(job).items():
-        _say(f"  {name:30} {value:>16,}")
-    if job.shapley is not None:
-        _say(f"  {'shapley seconds, about':30} {job.scorer_seconds():>16,.0f}")
+    for line in told(job, made):
+        _say(line)
+    if (why := too_small(job, made)) is not None:
+        raise ValueError(why)
 
 
 def summary_of(row: ResultRow) -> str:

@@ -8,7 +8,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +55,6 @@ def peak_memory(device: torch.device) -> int:
     except ImportError:  # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def least_seconds(work: Callable[[], Any]) -> float:
-    """Seconds that a call takes, the least of three."""
-    taken = []
-    synchronize()
-    for _ in range(3):
-        start = time.perf_counter()
-        work()
-        synchronize()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
 
 
 class Stages:

@@ -19,7 +19,7 @@ from svnup.outside import is_ours, outside_code
 # Top-level keys of a configuration that cannot change a number (`shapley` counts where an allocator has it as its scorer,
 # `selection` and `selection_loss` where the allocator reads selection text).
 NOT_IN_KEY = (
-    *("results_dir", "cache_dir", "force", "dry_run", "save_model", "save_masks", "save_format", "offload"),
+    *("results_dir", "cache_dir", "force", "dry_run", "hardware", "save_model", "save_masks", "save_format", "offload"),
     *("tracker", "protocol_gate", "shapley", "selection", "selection_loss", "compare_uniform"),
 )
 NOT_IN_MODEL_KEY = ("device", "device_map", "trust_remote_code", "test_text", "test_tasks", "dense_ppl")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -267,14 +268,18 @@ def test_a_profile_from_a_file_gives_the_metrics_of_the_run_that_wrote_it(finish
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     done = command("dry_run=true", *HERE)
     assert done.code == 0, done.err
-    plan = {line.rsplit(maxsplit=1)[0].strip(): line.rsplit(maxsplit=1)[1] for line in done.out.splitlines()[1:]}
+    plan = dict(re.findall(r"^  (\S.*?) {2,}([\d,]+)$", done.out, re.MULTILINE))
     assert plan["shapley evaluations"] == "144"
     assert plan["shapley block forwards"] == "591"
     assert plan["blocks"] == "12"
-    of_token, of_head = 2 * 5_308_416, 2 * 192 * 2048  # operations: two per weight
-    assert plan["GFLOP of pruning's passes"] == f"{2 * 128 * 256 * of_token // 10**9:,}"
-    assert plan["GFLOP of shapley passes"] == f"{16 * 256 * (591 * of_token // 12 + 144 * of_head) // 10**9:,}"
-    assert any("bytes" in name for name in plan)
+    amounts = {line.split()[0]: line.split()[1:3] for line in done.out.splitlines() if "FLOP " in line}
+    of_token, of_head = 2 * 5_308_416 + 2 * 12 * 192 * 256, 2 * 192 * 2048  # operations: two per weight, and half of all pairs
+    passes = float(amounts["passes"][0]) * 1e9
+    assert amounts["passes"][1] == "GFLOP"
+    assert passes == pytest.approx((2 - 1 / 12) * 128 * 256 * of_token, rel=0.01)
+    scores = float(amounts["scores"][0]) * 1e12  # with the values of the full coalition, by which the payoff divides
+    assert scores == pytest.approx(16 * 256 * ((591 / 12 + 1) * of_token + 145 * of_head), rel=0.01)
+    assert "memory at the peak, about: " in done.out
     done = command("dry_run=true", "shapley=exact", *HERE)
     assert "4,096" in done.out
     assert "4,095" in done.out

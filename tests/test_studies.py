@@ -38,6 +38,7 @@ BENCHMARKS = {
     "benchmarks.shapley_cost": ["--blocks", "5", "--seq-len", "32", "--repeats", "1", "--window-n-seq", "2"],
     "benchmarks.pruning_cost": ["--shapes", "64x96", "--n-tokens", "256", "--n-seq", "2", "--seq-len", "32", "--repeats", "1"],
     "benchmarks.offload": ["--blocks", "3", "--width", "64"],
+    "benchmarks.scale": ["--only", "tiny"],
 }
 OTHERS = {"benchmarks.gpu", "leaderboard.comparisons", "families.run", "smollm2.run", "smollm2.intervals"}
 

@@ -179,7 +179,7 @@ def test_one_plan_of_the_whole_sweep(own_place):
     game = next(line for line in lines if line.startswith("game of "))
     assert game.startswith("game of 4 jobs: 6 evaluations, 7 block-forwards, "), "one game, walked once"
     assert any(line.startswith("dense numbers of 8 jobs: 128 tokens") for line in lines)
-    assert lines[-1].startswith("time of all passes here")
+    assert lines[-1].startswith("time of all jobs, one after the other")
 
 
 def test_a_plan_tells_what_is_finished_and_what_is_wrong(own_place):
@@ -195,7 +195,7 @@ def test_a_plan_tells_what_is_finished_and_what_is_wrong(own_place):
 
 
 def test_games_that_overlap_are_counted_once():
-    from svnup.plan import _game, _shared
+    from svnup.plan.sweep import _game, _shared
 
     config.register()
     with initialize_config_dir(str(config.CONF), version_base="1.3"):

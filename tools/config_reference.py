@@ -38,6 +38,7 @@ TOP = {
     "datasets_dir": "folder with local copies of the Hub's data sets, in folders organisation/name; null: none",
     "force": "true: run a finished job once more",
     "dry_run": "true: check everything, print the plan with its cost, and stop",
+    "hardware": "the machine for which dry_run=true estimates times: a name of `machines`; here: this one, measured",
     "offload": "none; cpu: blocks wait in the CPU's memory; disk: they are read from the checkpoint one by one",
     "save_model": "true: write the pruned model into the run folder",
     "save_format": "of the saved model: dense, as from_pretrained reads it; bitmask: kept values and a bit for each weight",
@@ -188,7 +189,7 @@ def section(group: str) -> list[str]:
 
 def page() -> str:
     """The page, from the files of conf/ and the schema."""
-    names = [field.name for field in fields(Schema) if field.name not in GROUPS]
+    names = [field.name for field in fields(Schema) if field.name not in (*GROUPS, "machines")]
     if set(names) != set(TOP):
         raise ValueError(f"tools/config_reference.py: TOP and the schema differ in {sorted(set(names) ^ set(TOP))}")
     usual = {field.name: field.default for field in fields(Schema)}
@@ -206,6 +207,9 @@ def page() -> str:
     ]
     for group in ABOUT:
         out += section(group)
+    rates = read(CONF / "machines.yaml", "machines.")
+    here = [key for key in rates.keys if key.path.startswith("machines.here.")]
+    out += ["", "## machines", "", rates.about, *rows([replace(k, path=k.path.replace("here", "NAME")) for k in here])]
     return "\n".join(out) + "\n"
 
 

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,17 +33,26 @@ JOB = ["dataset.n_seq=8", "evaluation.n_seq=8", "dataset=docs", "evaluation.data
 JOB += ["dataset@shapley.game.data=docs", "model.seq_len=256", "save_model=true"]
 
 
-def write_checkpoint(folder: Path, n_blocks: int, width: int) -> None:
-    shape = {"hidden_size": width, "intermediate_size": width * 11 // 4, "num_attention_heads": HEADS, "vocab_size": 2048}
-    config = make_config("llama", num_hidden_layers=n_blocks, bos_token_id=0, eos_token_id=0, dtype="float32", **shape)
+def llama(n_blocks: int, width: int, dtype: str = "float32", **shape: int) -> Any:
+    """The config of a Llama of this shape, with the built-in tokenizer's vocabulary where no other is given."""
+    usual = {"intermediate_size": width * 11 // 4, "num_attention_heads": HEADS, "vocab_size": 2048}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    config = make_config("llama", num_hidden_layers=n_blocks, hidden_size=width, dtype=dtype, **ends, **(usual | shape))
     config.architectures = ["LlamaForCausalLM"]
+    return config
+
+
+def write_checkpoint(folder: Path, config: Any) -> None:
+    """A checkpoint of a config with random weights in its dtype, written block by block."""
     lm = LanguageModel.skeleton(config)
     generator = torch.Generator().manual_seed(0)
 
     def parts() -> Iterator[Tensors]:
         for part in lm.state_dict_by_block():
             yield {
-                name: torch.randn(p.shape, generator=generator) * 0.02 if p.dim() > 1 else torch.ones(p.shape)
+                name: torch.randn(p.shape, generator=generator, dtype=config.dtype) * 0.02
+                if p.dim() > 1
+                else torch.ones(p.shape, dtype=config.dtype)
                 for name, p in part.items()
             }
 
@@ -60,12 +70,12 @@ def run(*args: str) -> str:
     return done.stdout
 
 
-def planned(output: str) -> int:
+def planned(output: str) -> float:
     """The peak in bytes by what `dry_run=true` printed."""
-    found = re.search(r"bytes at the peak, about\s+([\d,]+)", output)
+    found = re.search(r"memory at the peak, about: ([\d.]+) ([MGT])B", output)
     if found is None:
         raise SystemExit(f"no peak in the plan:\n{output}")
-    return int(found[1].replace(",", ""))
+    return float(found[1]) * {"M": 1e6, "G": 1e9, "T": 1e12}[found[2]]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     lines, values = [], set()
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         here = Path(place)
-        write_checkpoint(here / "model", options.blocks, options.width)
+        write_checkpoint(here / "model", llama(options.blocks, options.width))
         size = sum(f.stat().st_size for f in (here / "model").glob("*.safetensors"))
         job = ["model=pretrained", f"model.pretrained_model_name_or_path={here / 'model'}", f"pruner={options.pruner}", *JOB]
         for offload in ("disk", "none"):

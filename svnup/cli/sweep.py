@@ -38,7 +38,7 @@ from svnup.results.store import RunFolder
 from svnup.results.stored import plain
 from svnup.results.sweeps import JobState, Sweep, SweepJob, in_words, newest_with
 from svnup.secrets import redact, redact_code
-from svnup.units import duration, scaled
+from svnup.units import duration
 
 
 class JobFailed(Exception):
@@ -212,7 +212,7 @@ def _plan(jobs: list[list[str]], configs: list[DictConfig]) -> list[Planned]:
 
 def _tell_plan(planned: list[Planned]) -> None:
     """Print one plan of the whole sweep; raises JobFailed where a job is wrong."""
-    from svnup.plan import plan_of_sweep
+    from svnup.plan import plan_of_sweep, told_of_sweep, too_small
 
     todo = [one.job for one in planned if one.job is not None and one.row is None]
     n_finished = sum(one.row is not None for one in planned)
@@ -222,18 +222,15 @@ def _tell_plan(planned: list[Planned]) -> None:
         lines.append(f"  {one}: {state}")
     whole = plan_of_sweep(todo)
     lines.append(f"  to run: {len(todo)} of {len(planned)} jobs" + (f", {n_finished} are finished" if n_finished else ""))
-    for part in whole.shared:
-        counts = ", ".join(f"{count:,} {name}" for name, count in part.counts.items())
-        lines.append(f"  {part.what} of {part.n_jobs} job{'s' * (part.n_jobs > 1)}: {counts}, {scaled(part.flop, 'FLOP')}")
-    lines.append(f"  operations of all passes: {scaled(whole.flop, 'FLOP')}")
-    lines.append(f"  memory at the peak of the largest job, about: {scaled(whole.peak, 'B')}")
-    lines.append(f"  time of all passes here, one job after the other, about: {duration(whole.seconds)}")
+    lines += told_of_sweep(whole)
     say("\n".join(lines) + "\n")
     wrong = [one for one in planned if one.entry.error is not None]
     for one in wrong:
         sys.stderr.write(redact(f"svnup: {one}: {plain(' '.join((one.entry.error or '').split()))}\n"))
     if wrong:
         raise JobFailed(f"{len(wrong)} of {len(planned)} jobs")
+    if whole.largest is not None and (why := too_small(*whole.largest)) is not None:
+        raise ValueError(why)
 
 
 def _write_down(master: DictConfig) -> None:

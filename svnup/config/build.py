@@ -8,6 +8,7 @@ import socket
 import threading
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from svnup.config.messages import copies, named_at_home
 from svnup.config.schema import CONF, GROUPS, Schema, composed
 from svnup.data import NAMED
 from svnup.files import at_home, default_cache_dir
+from svnup.machines import HERE, named
 
 if TYPE_CHECKING:
     from svnup.pruning.walk import Pruner
@@ -51,6 +53,7 @@ def _built(config: dict[str, Any], known: Texts) -> Job:
     """The job of a configuration whose plain values are checked; it completes the configuration in place."""
     config["evaluation"] = with_named_texts(config)
     refuse_missing(config)
+    machine = named(config["hardware"], config.pop("machines"))  # of rates that a result need not have
     not_compared = _leave_out_comparison(config)
     components = components_of(config, known)
     check_components(config, components)
@@ -63,13 +66,23 @@ def _built(config: dict[str, Any], known: Texts) -> Job:
         config["allocator"]["compare_uniform"] = "off"
         components = replace(components, allocator=allocator_of(config["allocator"]), selection=None)
     check_pruner(config, components, pruner)
-    with error_context("model"):
-        components.model.check_device()
-    scalars = {k: config[k] for k in Schema.__annotations__ if not isinstance(config[k], dict)}
+    if not (config["dry_run"] and config["hardware"] != HERE):  # a plan for another machine needs no device here
+        with error_context("model"), _or_named(config):
+            components.model.check_device()
+    scalars = {k: config[k] for k in Schema.__annotations__ if k in config and not isinstance(config[k], dict)}
     folders = {"results_dir": config["results_dir"], "cache_dir": config["cache_dir"] or default_cache_dir()}
     scalars |= {key: str(at_home(key, folder)) for key, folder in folders.items()}
     key = config_key(config, chooses=components.selection is not None)
-    return Job(**vars(components), pruner=pruner, config=config, key=key, not_compared=not_compared, **scalars)
+    return Job(**vars(components), pruner=pruner, config=config, key=key, machine=machine, not_compared=not_compared, **scalars)
+
+
+@contextlib.contextmanager
+def _or_named(config: dict[str, Any]) -> Iterator[None]:
+    """A plan of a job for a device that is not here can be made by the rates of a machine that has it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}; or name the machine that has it: hardware=h100" if config["dry_run"] else error) from error
 
 
 def _leave_out_comparison(config: dict[str, Any]) -> str | None:

@@ -23,6 +23,7 @@ from svnup.config.construction import error_context
 from svnup.data import TokenSource, tokens_sha256
 from svnup.evaluation.protocol import Evaluation
 from svnup.files import at_home
+from svnup.machines import Machine
 from svnup.model.source import Model
 from svnup.naming import allocator_name, code_from_outside, method_name, moving_numbers, named
 from svnup.pattern import Pattern
@@ -90,12 +91,14 @@ class Job(Components):
     datasets_dir: str | None
     force: bool
     dry_run: bool
+    hardware: str
     offload: Offload
     save_model: bool
     save_format: SaveFormat
     save_masks: bool
     config: dict[str, Any]
     key: str
+    machine: Machine  # of the name in `hardware`
     not_compared: str | None = None  # why the budget is not compared with the uniform one, where that was asked
 
     @property
@@ -124,12 +127,6 @@ class Job(Components):
             key: {"tokens_sha256": tokens_sha256(ids)[:16], "n_seq": len(ids), "seq_len": ids.shape[1]}
             for key, ids in read.items()
         }
-
-    def scorer_seconds(self) -> float:
-        """Time that Shapley values will take, measured on one block of the model's shape with random weights."""
-        assert self.shapley is not None
-        probe = self.model.one_block()
-        return self.shapley.seconds(probe, self.model.n_blocks())
 
     @property
     def granularity(self) -> Granularity:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from svnup.files import at_home
+from svnup.machines import HERE
 from svnup.secrets import redact_code
 
 CONF = next(p / "conf" for p in Path(__file__).parents[1:3] if (p / "conf").is_dir())
@@ -45,6 +46,8 @@ class Schema:
     datasets_dir: str | None = None
     force: bool = False
     dry_run: bool = False
+    hardware: str = HERE
+    machines: dict[str, Any] = field(default_factory=dict)
     offload: str = "none"
     save_model: bool = False
     save_format: str = "dense"

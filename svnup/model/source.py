@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
@@ -30,15 +29,6 @@ FETCHED = {smollm2.NAME: smollm2.COMMAND}  # the command that installs a model i
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 NO_FOLDER = "there is no such folder; give a checkpoint folder or a hub name (organisation/name)"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-
-
-def one_block_of(config: Any) -> Any:
-    """Reduce a transformers config to a single block, in place."""
-    text = config.get_text_config()
-    text.num_hidden_layers = 1
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:1]
-    return config
 
 
 def own_folder(name: str) -> Path | None:
@@ -100,10 +90,6 @@ class Model(Protocol):
 
     def skeleton(self) -> LanguageModel:
         """The model on the meta device: shapes without weights."""
-        ...
-
-    def one_block(self) -> LanguageModel:
-        """A model of one block of the same shape with random weights, to measure time."""
         ...
 
     def load(self, offload: Offload = "none", scratch: Path | None = None) -> LanguageModel:
@@ -342,14 +328,6 @@ class Pretrained:
             self._loader.check()
         return lm
 
-    def one_block(self) -> LanguageModel:
-        """A model of one block of this shape with random weights, to measure time."""
-        from svnup.model.language_model import LanguageModel
-
-        config = copy.deepcopy(self._loader.config)
-        dtype = self.dtype if self.dtype != "auto" else str(config.dtype or "float32").removeprefix("torch.")
-        return LanguageModel.random(one_block_of(config), None, seed=0, dtype=dtype, device=self.device)
-
     def load(self, offload: Offload = "none", scratch: Path | None = None) -> LanguageModel:
         from svnup.model.language_model import LanguageModel
 
@@ -469,11 +447,6 @@ class Random:
         from svnup.model.language_model import LanguageModel
 
         return LanguageModel.skeleton(self._config())
-
-    def one_block(self) -> LanguageModel:
-        from svnup.model.language_model import LanguageModel
-
-        return LanguageModel.random(one_block_of(self._config()), None, seed=0, dtype=self.dtype, device=self.device)
 
     def load(self, offload: Offload = "none", scratch: Path | None = None) -> LanguageModel:
         from svnup.model.language_model import LanguageModel

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from svnup.machines import Work
 from svnup.pruning.masks import smallest
 from svnup.pruning.sparsegpt import Hessian, cholesky
 
@@ -55,6 +56,16 @@ class ALPS:
     def workspace(self, d_out: int, d_in: int) -> int:
         """Bytes that `prune` takes for one matrix, as measured."""
         return 4 * (18 * d_out * d_in + 14 * d_in**2)
+
+    def work(self, d_out: int, d_in: int, sparsity: float) -> Work:
+        """All iterations, of which few jobs need all, and the eigenvectors of the Hessian in float64."""
+        of_weights, of_hessian = 2.0 * d_out * d_in**2, 2.0 * d_in**3
+        products = {
+            "float32": of_weights * (self.iterations + self.cg_iterations + 2),
+            "float64": of_hessian * self.iterations / 3,
+        }
+        passes = 40 * self.iterations + 15 * self.cg_iterations  # over the weights, with the k-th score of each iteration
+        return Work(products, solved=20 * d_in**3, moved=4.0 * passes * d_out * d_in, calls=25 * self.iterations)
 
     def prune(self, weight: Tensor, stats: Hessian, sparsity: float) -> Tensor:
         if sparsity == 0:

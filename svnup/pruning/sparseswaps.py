@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from svnup.machines import Work
 from svnup.pattern import Pattern
 from svnup.pruning.masks import zeroed
 from svnup.pruning.refit import OnMask, RefitStats, check_base
@@ -54,6 +55,11 @@ class SparseSwaps(OnMask):
         """Bytes that `prune` takes for one matrix: thrice the pairs that are compared at once, and copies of both matrices."""
         own = 4 * (3 * max(CHUNK, d_in**2) + 8 * d_out * d_in + 3 * d_in**2)
         return max(own, workspace(self.base, d_out, d_in))
+
+    def work(self, d_out: int, d_in: int, sparsity: float) -> Work:
+        """All swaps of all rows, each of which compares the pairs of a group, or of the whole row."""
+        pairs = d_out * d_in * (Pattern.parse(self.pattern).group or d_in)
+        return Work({"float32": 2.0 * d_out * d_in**2}, moved=4.0 * 10 * pairs * self.max_swaps, calls=40 * self.max_swaps)
 
     def prune(self, weight: Tensor, stats: RefitStats, sparsity: float) -> Tensor:
         if sparsity == 0:

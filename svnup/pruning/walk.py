@@ -33,7 +33,9 @@ ERROR_TOKENS = 2048
 class Pruner(Protocol):
     """Zeroes weights of one matrix (d_out, d_in), given statistics of its inputs; a frozen dataclass of its options.
 
-    A pruner that takes more memory for a matrix than eight float32 copies has a method `workspace(d_out, d_in) -> bytes`.
+    A pruner that takes more memory for a matrix than eight float32 copies has a method `workspace(d_out, d_in) -> bytes`, and
+    one that does more with it than scores and a mask, or with a Hessian SparseGPT's update, `work(d_out, d_in, sparsity)`: a
+    `svnup.machines.Work`, beside that of its `base` if it has one.
     Statistics may have an attribute `fallback`, which says how pruning deviated from what was asked; None if it did not.
 
     Attributes:

@@ -121,33 +121,6 @@ class ShapleyScorer:
         counts = {"evaluations": walk.n_evaluations, "block_forwards": walk.n_block_forwards, "peak_states": walk.peak_states}
         return counts | ({"backward_passes": self.estimator.nodes} if self._gated else {})  # type: ignore[attr-defined]
 
-    def seconds(self, probe: LanguageModel, n_blocks: int) -> float:
-        """Seconds that the plan will take, from the time of a block-forward and of the head.
-
-        Args:
-            probe: a model of one block of the same shape.
-            n_blocks: of the model itself.
-        """
-        import torch
-
-        from svnup.memory import least_seconds
-
-        plan, data = self.plan(n_blocks), self.game.data
-        n_seq = (data.n_seq or 1) * (CHOICES if self.game.payoff == "accuracy" else 1)
-        with torch.inference_mode():
-            rows = torch.zeros(n_seq, data.seq_len, dtype=torch.int64)
-            batch = next(probe.micro_batches(rows))
-            after = probe.run_block(0, batch)
-            share = n_seq / len(batch.tokens)
-            block, head = (
-                share * least_seconds(lambda: probe.run_block(0, batch)),
-                share * least_seconds(lambda: probe.token_nll(after)),
-            )
-        per_block = 2 if self.game.players == "sublayer" else 1
-        forward_equivalents = 4 * plan.get("backward_passes", 0)  # forward, recomputation, and twice that for the backward
-        whole = n_blocks * block + head
-        return plan["block_forwards"] * block / per_block + plan["evaluations"] * head + forward_equivalents * whole
-
     def build_game(self, lm: LanguageModel, replacements: Callable[[Pruner], Replacements], cache_dir: str | None) -> LayerGame:
         """Build the game on a model.
 

@@ -1,0 +1,517 @@
+"""The stages of a job before it runs: what each does, and the memory it takes on the device and on the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from svnup.allocation import Chooser
+from svnup.game.layer_game import state_bytes
+from svnup.game.walk_plan import WalkPlan
+from svnup.machines import HERE, Machine, Work
+from svnup.memory import resident
+from svnup.model.language_model import BATCH_TOKENS, HEAD_TOKENS, LanguageModel, pick_device
+from svnup.model.linears import Linear, expert_of, matrix
+from svnup.plan.counting import Pass, count_pass, count_statistics, routed
+from svnup.pruning.walk import ERROR_TOKENS, Pruner, workspace
+from svnup.shapley import block_forwards
+from svnup.types import CHOICES, Bools, Offload
+
+if TYPE_CHECKING:
+    from svnup.config import Job
+
+FLOAT = 4
+# Bytes that pruning moves for each weight of a matrix, as measured (experiments/benchmarks/pruning_cost.py).
+SELECTION = 220  # scores, the k-th of each row, and a mask
+COLUMNS = 60  # the columns of a block one after the other, in caches for the most part
+CHECKS = 60  # zeros before and after, finite, copied into the model
+CALLS_OF_COLUMN = 1.5
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a job.
+
+    Args:
+        name: as in the result's `stages`.
+        parts: what it does, by a name for each part.
+        device: bytes at the peak on the device; on a CPU those of the process.
+        host: the same on the host of a GPU; 0 where the device is the CPU.
+    """
+
+    name: str
+    parts: Mapping[str, Work]
+    device: float
+    host: float = 0.0
+
+    @property
+    def work(self) -> Work:
+        return sum(self.parts.values(), Work())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job will cost.
+
+    Args:
+        counts: of its blocks, weights and evaluations, by name.
+        weights: bytes of the model.
+        stages: in their order.
+        machine: by whose rates times are estimated.
+        not_counted: what takes time that no stage here has.
+    """
+
+    counts: Mapping[str, int]
+    weights: float
+    stages: tuple[Stage, ...]
+    machine: Machine
+    not_counted: tuple[str, ...] = ()
+
+    @property
+    def work(self) -> Work:
+        return sum((stage.work for stage in self.stages), Work())
+
+    @property
+    def peak(self) -> float:
+        """Bytes on the device at the peak, about; on a CPU those of the process, with Python and its libraries."""
+        return max(stage.device for stage in self.stages)
+
+    @property
+    def host_peak(self) -> float:
+        """Bytes on the host of a GPU at the peak, about; 0 where the device is the CPU."""
+        return max(stage.host for stage in self.stages)
+
+    def seconds(self, stage: str | None = None) -> tuple[float, float]:
+        """The least and the most seconds of a stage, or of all."""
+        spans = [self.machine.seconds(one.work) for one in self.stages if stage in (None, one.name)]
+        return sum(low for low, _ in spans), sum(high for _, high in spans)
+
+
+def plan(job: Job, machine: Machine | None = None) -> Plan:
+    """The plan of a job; without a machine by the rates of the one that the job names."""
+    return JobCounts(job, machine or machine_of(job)).plan()
+
+
+def machine_of(job: Job) -> Machine:
+    """The machine that a job names, measured if it is this one; raises ValueError where it has not the device of the job."""
+    given, machine = job.config["model"]["device"], job.machine
+    if job.hardware != HERE:
+        if given != "auto" and given.partition(":")[0] != machine.device:
+            kind = "GPU" if machine.device == "cuda" else "CPU"
+            raise ValueError(
+                f"model.device={given}: hardware={job.hardware} is a {kind}; use model.device={machine.device}, or auto"
+            )
+        if machine.tf32 and torch.get_float32_matmul_precision() != "highest":
+            machine = replace(machine, float32=machine.tf32)
+        return machine if machine.process is not None else replace(machine, process=float(resident()))
+    return _measured(tuple(vars(machine).items()), pick_device(given).type, dtype_of(job))
+
+
+@cache
+def _measured(rates: tuple[tuple[str, object], ...], device: str, dtype: str) -> Machine:
+    return Machine(**dict(rates)).filled(device, dtype)  # type: ignore[arg-type]
+
+
+def dtype_of(job: Job) -> str:
+    """The dtype that the weights of a job's model will have."""
+    given = job.config["model"]["dtype"]
+    kept = job.skeleton.model.config.dtype if given == "auto" else getattr(torch, given)
+    return str(kept or torch.float32).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class JobCounts:
+    """The work of the parts of a job on one kind of device, and the bytes that they take.
+
+    Args:
+        offload_to: another place for the blocks than the job's; None is the job's own.
+    """
+
+    job: Job
+    machine: Machine
+    offload_to: Offload | None = None
+    _passes: dict[tuple[int, int], Pass] = field(default_factory=dict)
+    _known: dict[tuple[str, tuple[int, ...], torch.dtype, int], tuple[Work, int]] = field(default_factory=dict)
+
+    def plan(self) -> Plan:
+        """The stages with their peaks, and what was counted for them."""
+        counts = {"blocks": self.lm.n_blocks, "prunable weights": int(self.lm.block_params.sum())}
+        if left := self.lm.left_alone():
+            counts["weights of blocks that are not pruned"] = sum(left.values())
+        counts |= self._counts()
+        stages = [self._loading(), self._dense(), self._scores(), self._allocation(), self._pruning(), self._evaluation()]
+        return Plan(counts, self.weights, tuple(s for s in stages if s is not None), self.machine, self._not_counted())
+
+    # -- shapes
+
+    @cached_property
+    def lm(self) -> LanguageModel:
+        """The model without weights, in the dtype that they will have."""
+        lm = self.job.skeleton
+        lm.model.to(getattr(torch, dtype_of(self.job)))  # on the meta device, where this costs nothing
+        return lm
+
+    @cached_property
+    def offload(self) -> Offload:
+        return self.offload_to or self.job.offload
+
+    @property
+    def _gpu(self) -> bool:
+        return self.machine.device == "cuda"
+
+    @cached_property
+    def _size(self) -> int:
+        size: int = getattr(torch, self.lm.dtype).itemsize
+        return size
+
+    @cached_property
+    def _width(self) -> int:
+        return int(self.lm.model.config.get_text_config().hidden_size)
+
+    @cached_property
+    def weights(self) -> int:
+        """Bytes of the model."""
+        return sum(p.numel() * p.element_size() for p in self.lm.model.parameters())
+
+    @cached_property
+    def _in_blocks(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.lm.blocks.parameters())
+
+    @cached_property
+    def _largest_block(self) -> int:
+        sizes: list[int] = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in self.lm.blocks]
+        return max(sizes)
+
+    def _batch(self, n_seq: int, seq_len: int) -> tuple[int, int]:
+        """Sequences of a micro-batch, and their length."""
+        return max(1, min(n_seq, BATCH_TOKENS[self.machine.device or "cpu"] // seq_len)), seq_len
+
+    def _pass(self, n_seq: int, seq_len: int) -> Pass:
+        key = self._batch(n_seq, seq_len)
+        if key not in self._passes:
+            self._passes[key] = count_pass(self.lm, *key)
+        return self._passes[key]
+
+    # -- work
+
+    def through(self, n_seq: int, seq_len: int) -> Work:
+        """All blocks on a text."""
+        return self._pass(n_seq, seq_len).through(n_seq * seq_len)
+
+    def head(self, n_tokens: float) -> Work:
+        """The losses of the next tokens: the head, and a softmax in float32 over the vocabulary."""
+        vocabulary = self.lm.vocab_size
+        moved = n_tokens * vocabulary * (2 * self._size + 4 * FLOAT)
+        return Work({self.lm.dtype: 2.0 * self._width * vocabulary * n_tokens}, moved=moved, calls=12 * n_tokens / HEAD_TOKENS)
+
+    def judged(self) -> Work:
+        """All blocks and the head on the texts that a job is judged by, and the blocks brought once for each."""
+        out = Work()
+        for source in self.job.evaluation.sources().values():
+            n_seq, seq_len = source.tokens(self.job.model.tokenizer).shape
+            out += self.through(n_seq, seq_len) + self.head(n_seq * seq_len) + self.brought(1)
+            out += self._parked(n_seq * seq_len, 3)
+        return out
+
+    def brought(self, times: float) -> Work:
+        """Offloaded blocks, each brought to the device so many times."""
+        if not self._waits:
+            return Work()
+        n_bytes = times * self._in_blocks
+        return Work(copied=n_bytes * self._gpu, read=n_bytes * (self.offload == "disk"))
+
+    def _parked(self, n_tokens: float, times: float) -> Work:
+        """Hidden states of a text that wait off the device, read or written so many times at each block."""
+        if not self._waits:
+            return Work()
+        n_bytes = times * self.lm.n_blocks * n_tokens * self._width * self._size
+        return Work(copied=n_bytes * self._gpu, read=n_bytes * (self.offload == "disk"))
+
+    @property
+    def _waits(self) -> bool:
+        """Whether blocks wait elsewhere: on a CPU `offload=cpu` is where they are anyway."""
+        return self.offload == "disk" or (self.offload == "cpu" and self._gpu)
+
+    def fingerprint(self) -> Work:
+        """Every weight hashed once, which names what is cached."""
+        return Work(read=self.weights, copied=self.weights * self._gpu) + self.brought(1)
+
+    def pruning(self, pruner: Pruner, errors: bool = True) -> dict[str, Work]:
+        """One pruning of the whole model, by its parts."""
+        n_seq, seq_len = (self.job.dataset.n_seq or 0), self.job.dataset.seq_len
+        n_tokens, parts = n_seq * seq_len, dict[str, Work]()
+        if pruner.needs_inputs and n_tokens:
+            passes = 2 - 1 / self.lm.n_blocks if pruner.prunes else 1
+            parts["passes"] = self.through(n_seq, seq_len) * passes + self._parked(n_tokens, 3)
+            parts["statistics"] = self._statistics(pruner, n_seq, seq_len)
+            parts["factorisation"] = self._factorisation(pruner)
+        parts["selection and update"] = self._selection(pruner) if pruner.prunes else Work()
+        first = min(ERROR_TOKENS, n_tokens) if errors and pruner.needs_inputs else 0
+        checked = sum(self._routed(name, m) * m.weight.numel() for _, name, m in self._linears)
+        parts["errors and checks"] = Work({"float32": 4.0 * first * checked}, moved=CHECKS * checked)
+        parts["passes"] = parts.get("passes", Work()) + self.brought(2)  # and written
+        return {name: work for name, work in parts.items() if work.flop or work.n_bytes}
+
+    @cached_property
+    def _linears(self) -> list[tuple[int, str, Linear]]:
+        return [(i, name, m) for i in range(self.lm.n_blocks) for name, m in self.lm.linears(i).items()]
+
+    def _leaders(self, n_seq: int, seq_len: int) -> list[tuple[int, str, Linear]]:
+        """The linear layers that read an input of their own, or the first one that reads it."""
+        reads = self._pass(n_seq, seq_len).reads
+        return [(i, name, m) for i, name, m in self._linears if reads[i].get(name, name) == name]
+
+    def _routed(self, name: str, linear: Linear) -> float:
+        """The share of the tokens that a linear layer reads."""
+        return routed(self.lm) if expert_of(name, linear) is not None else 1.0
+
+    def _statistics(self, pruner: Pruner, n_seq: int, seq_len: int) -> Work:
+        rows, length = self._batch(n_seq, seq_len)
+        out = Work()
+        for _, name, linear in self._leaders(n_seq, seq_len):
+            work, _ = self._observed(pruner, linear, rows * length)
+            out += work * (self._routed(name, linear) * n_seq / rows)
+        return out
+
+    def _observed(self, pruner: Pruner, linear: Linear, n_tokens: int) -> tuple[Work, int]:
+        """What a pruner does to observe so many inputs of a linear layer, and the bytes of its statistics."""
+        key = (repr(pruner), tuple(matrix(linear).shape), linear.weight.dtype, n_tokens)
+        if key not in self._known:
+            weight = torch.empty(key[1], dtype=key[2], device="meta")
+            self._known[key] = count_statistics(pruner, weight, n_tokens)
+        return self._known[key]
+
+    def _has_hessian(self, pruner: Pruner, linear: Linear) -> bool:
+        return self._observed(pruner, linear, 1)[1] >= FLOAT * matrix(linear).shape[1] ** 2
+
+    def _factorisation(self, pruner: Pruner) -> Work:
+        """A Cholesky factor and its inverse of each Hessian, n^3 / 3 and n^3 operations."""
+        out = Work()
+        for _, _, linear in self._leaders(self.job.dataset.n_seq or 0, self.job.dataset.seq_len):
+            if self._has_hessian(pruner, linear):
+                d_in = matrix(linear).shape[1]
+                out += Work(solved=4 / 3 * d_in**3, moved=12 * FLOAT * d_in**2, calls=20)
+        return out
+
+    def _selection(self, pruner: Pruner) -> Work:
+        out, known = Work(), dict[tuple[int, ...], Work]()
+        for _, _, linear in self._linears:
+            shape = tuple(matrix(linear).shape)
+            if shape not in known:
+                known[shape] = self._work_of_prune(pruner, linear)
+            out += known[shape]
+        return out
+
+    def _work_of_prune(self, pruner: Pruner, linear: Linear) -> Work:
+        """What pruning one matrix does beyond a factorisation, which layers share: as the pruner says, if it does.
+
+        If not: scores and a mask, and with a Hessian the update of the columns to the right, column after column; on a GPU one
+        kernel settles a block of them.
+        """
+        d_out, d_in = matrix(linear).shape
+        own = getattr(pruner, "work", None)
+        if own is not None:
+            out: Work = own(d_out, d_in, self.job.sparsity)
+            base = getattr(pruner, "base", None)
+            return out if base is None else out + self._work_of_prune(base, linear)
+        if not self._has_hessian(pruner, linear):
+            return Work(moved=SELECTION * d_out * d_in, calls=30)
+        calls = d_in * (30 / 128 if self._gpu else CALLS_OF_COLUMN)
+        return Work({"float32": 1.0 * d_out * d_in**2}, moved=(SELECTION + COLUMNS) * d_out * d_in, calls=calls)
+
+    def game(self, coalitions: Bools) -> tuple[WalkPlan, Work]:
+        """A walk over coalitions, and what it does."""
+        scorer = self.job.shapley
+        assert scorer is not None
+        data, players = scorer.game.data, scorer.game.n_players(self.lm.n_blocks)
+        n_seq, seq_len = (data.n_seq or 0) * (CHOICES if scorer.game.payoff == "accuracy" else 1), data.seq_len
+        walk = WalkPlan.of(coalitions, absent_costs=scorer.game.absence == "prune")
+        forwards = walk.n_block_forwards / players  # of all blocks
+        work = self.through(n_seq, seq_len) * forwards + self.head(n_seq * seq_len) * walk.n_evaluations
+        return walk, work + self.brought(forwards)
+
+    def whole(self, n_seq: int, seq_len: int) -> Work:
+        """All blocks and the head on a text."""
+        return self.through(n_seq, seq_len) + self.head(n_seq * seq_len)
+
+    def later_rounds(self) -> dict[str, Work]:
+        """The games of an allocator in models that it prunes, with both prunings of each."""
+        scorer, needs = self.job.shapley, self.job.allocator.needs
+        if scorer is None or not needs.n_games:
+            return {}
+        data, again = scorer.game.data, scorer.estimator.plan(scorer.game.n_players(self.lm.n_blocks))
+        forwards = block_forwards(again, absent_costs=True) / scorer.game.n_players(self.lm.n_blocks)
+        text = (data.n_seq or 0, data.seq_len)
+        game = self.through(*text) * forwards + self.head(text[0] * text[1]) * len(again) + self.fingerprint()
+        pruned = sum(self.pruning(self.job.pruner, errors=False).values(), Work())
+        return {"games of later rounds": game * needs.n_games, "pruning for them": pruned * (2 * needs.n_games)}
+
+    def losses(self) -> Work:
+        """The losses on selection text that an allocator asks for, at most."""
+        job, needs = self.job, self.job.allocator.needs
+        if not needs.selection:
+            return Work()
+        assert job.selection is not None
+        count = cast(Chooser, job.allocator).n_losses(job.budget(self.lm))
+        n_seq, seq_len = job.selection.tokens(job.model.tokenizer).shape
+        pruned = self.pruning(job.pruner, errors=False)
+        statistics = sum((pruned.pop(name, Work()) for name in ("passes", "statistics", "factorisation")), Work())
+        if needs.once:  # by statistics of the dense model, in one pass
+            statistics = statistics * 0.5
+        out = self.whole(n_seq, seq_len) * count + sum(pruned.values(), Work()) * count
+        return out + statistics * (1 if needs.once else count) + self.fingerprint()
+
+    # -- stages
+
+    def _loading(self) -> Stage:
+        kept = self.weights - (self._in_blocks if self.offload == "disk" else 0)
+        moved = self.weights - (self._in_blocks if self._waits else 0)
+        work = Work(read=kept, copied=moved * self._gpu)
+        return self._stage("load", {"weights": work}, 0.0, host=kept)
+
+    def _dense(self) -> Stage | None:
+        if not self._is_judged:
+            return None
+        checks = self.brought(2)  # a few tokens through all blocks, twice
+        return self._stage("dense", {"weights hashed": self.fingerprint() + checks, "text": self.judged()}, self._judging)
+
+    def _evaluation(self) -> Stage | None:
+        return self._stage("evaluation", {"text": self.judged()}, self._judging) if self._is_judged else None
+
+    @property
+    def _is_judged(self) -> bool:
+        return bool(self.job.evaluation.sources())
+
+    def _scores(self) -> Stage | None:
+        job, parts = self.job, dict[str, Work]()
+        if job.scorer is None:
+            return None
+        cost = job.scorer.plan(self.lm.n_blocks)
+        if job.shapley is None:  # a walk over the dense model, with a score of every weight
+            n_seq, seq_len = job.dataset.n_seq or 0, job.dataset.seq_len
+            read = job.calibrates and job.scorer.needs_inputs
+            parts["passes"] = self.through(n_seq, seq_len) + self._parked(n_seq * seq_len, 3) if read else Work()
+            parts["passes"] += self.brought(1)
+            n_weights = int(self.lm.block_params.sum())
+            parts["scores"] = Work(moved=SELECTION * n_weights) if read else self._spectra()
+            held = self._states * self._states_stay + self._activations + 2 * int(self.lm.block_params.max()) * FLOAT
+            return self._stage("scores", parts, held)
+        if job.game_prunes:
+            parts["pruned blocks"] = sum(self.pruning(job.shapley.game.pruner, errors=False).values(), Work())
+        _, parts["coalitions"] = self.game(job.shapley.shard_coalitions(self.lm.n_blocks))
+        data = job.shapley.game.data
+        whole = self.whole(data.n_seq or 0, data.seq_len)
+        parts["coalitions"] += whole * (job.shapley.game.payoff in ("kl", "recip_ppl")) + self.fingerprint()
+        if backward := cost.get("backward_passes", 0):  # with the forward, which is repeated block by block
+            parts["backward passes"] = whole * (4 * backward)
+        replacements = int(self.lm.block_params.sum()) * self._size * (2 if job.allocator.needs.n_games else job.game_prunes)
+        states = cost["peak_states"] * (data.n_seq or 0) * data.seq_len * self._width * self._size
+        return self._stage("scores", parts, states + replacements + self._judging)
+
+    def _spectra(self) -> Work:
+        """Singular values of every matrix, by which a scorer that reads no text judges: some 4 n^2 m operations each."""
+        shapes = [sorted(matrix(m).shape) for _, _, m in self._linears]
+        return Work(solved=sum(4.0 * short**2 * long for short, long in shapes))
+
+    def _allocation(self) -> Stage | None:
+        job, parts, needs = self.job, dict[str, Work](), self.job.allocator.needs
+        if needs.selection:
+            parts["losses on selection text"] = self.losses()
+        parts |= self.later_rounds()
+        if job.split.trial:
+            parts["trial pruning"] = sum(self.pruning(job.pruner).values(), Work())
+        elif job.split.needs_inputs:
+            parts["passes"] = self.through(job.dataset.n_seq or 0, job.dataset.seq_len)
+        if not parts:
+            return None
+        held = self._pruning_bytes + int(self.lm.block_params.sum()) * self._size * (job.split.trial or bool(needs.n_games))
+        if needs.selection:
+            tuning = self._tuning_states()
+            held = max(held, tuning + max(self._pruning_bytes - self._states + self._largest_block, self._judging))
+        return self._stage("allocation", parts, held)
+
+    def _pruning(self) -> Stage:
+        return self._stage("pruning", self.pruning(self.job.pruner), self._pruning_bytes)
+
+    def _not_counted(self) -> tuple[str, ...]:
+        tasks = ["lm-eval's tasks"] if self.job.evaluation.needs_whole_model else []
+        return (*tasks, *(["values at the margin"] if hasattr(self.job.allocator, "data") else []))
+
+    def _counts(self) -> dict[str, int]:
+        job, needs, out = self.job, self.job.allocator.needs, dict[str, int]()
+        if needs.selection:
+            out["tuning evaluations"] = cast(Chooser, job.allocator).n_losses(job.budget(self.lm))
+        if job.scorer is not None:
+            called = "scores'" if job.shapley is None else "shapley"
+            out |= {f"{called} {k.replace('_', ' ')}": v for k, v in job.scorer.plan(self.lm.n_blocks).items()}
+        if job.shapley is not None and needs.n_games:
+            again = job.shapley.estimator.plan(job.shapley.game.n_players(self.lm.n_blocks))
+            out["evaluations of later rounds"] = needs.n_games * len(again)
+            out["block forwards of later rounds"] = needs.n_games * block_forwards(again, absent_costs=True)
+        return out
+
+    # -- memory
+
+    def _stage(self, name: str, parts: Mapping[str, Work], held: float, host: float | None = None) -> Stage:
+        """A stage that holds so many bytes beside the model; `host`: of the model on the host of a GPU, if not as usual."""
+        process, here = self.machine.process or 0.0, self.weights
+        if self._waits:
+            here += -self._in_blocks + self._largest_block * (2 if self.offload == "disk" else 1)  # one is read or written
+        if not self._gpu:
+            return Stage(name, parts, process + here + held)
+        waiting = {"none": 0.0, "cpu": self.weights + self._states, "disk": 2.0 * self._largest_block}[self.offload]
+        return Stage(name, parts, here + held, process + (waiting if host is None else max(host, waiting)))
+
+    @cached_property
+    def _states(self) -> int:
+        """Hidden states of the calibration text."""
+        n_tokens = (self.job.dataset.n_seq or 0) * self.job.dataset.seq_len
+        return n_tokens * self._width * self._size if self.job.calibrates else 0
+
+    @property
+    def _states_stay(self) -> bool:
+        """Whether they are on the device: where blocks and states wait takes the same memory, unless that is a disk."""
+        return self.offload == "none" or (self.offload == "cpu" and not self._gpu)
+
+    @cached_property
+    def _activations(self) -> int:
+        texts = [(s.n_seq or 2**31, s.seq_len) for s in self.job.sources().values()]
+        return max((self._pass(*text).activations for text in texts), default=0)
+
+    @cached_property
+    def _judging(self) -> float:
+        """A micro-batch in blocks, and logits of its tokens in float32, thrice."""
+        batches = [math.prod(self._batch(s.n_seq or 2**31, s.seq_len)) for s in self.job.sources().values()]
+        return self._activations + 3 * min(HEAD_TOKENS, max(batches, default=0)) * self.lm.vocab_size * FLOAT
+
+    @cached_property
+    def _pruning_bytes(self) -> float:
+        statistics = self._statistics_bytes() if self.job.pruner.needs_inputs else 0
+        shapes = {tuple(matrix(m).shape) for _, _, m in self._linears}
+        solving = max(workspace(self.job.pruner, *shape) for shape in shapes)
+        return self._states * self._states_stay + self._activations + statistics + solving
+
+    def _statistics_bytes(self) -> int:
+        """What a pruner gathers for a block, with the first tokens of each distinct input."""
+        n_tokens = (self.job.dataset.n_seq or 0) * self.job.dataset.seq_len
+        totals = [0] * self.lm.n_blocks
+        n_experts = [len({expert_of(n, m) for n, m in self.lm.linears(i).items()} - {None}) for i in range(self.lm.n_blocks)]
+        for index, name, linear in self._leaders(self.job.dataset.n_seq or 0, self.job.dataset.seq_len):
+            gathered, d_in = self._observed(self.job.pruner, linear, 1)[1], matrix(linear).shape[1]
+            share = n_experts[index] if expert_of(name, linear) is not None else 1
+            totals[index] += gathered * (3 if gathered >= FLOAT * d_in**2 else 1)  # a Hessian is kept with its factor
+            totals[index] += min(ERROR_TOKENS, n_tokens) // share * d_in * FLOAT
+        return max(totals)
+
+    def _tuning_states(self) -> float:
+        job, needs = self.job, self.job.allocator.needs
+        assert job.selection is not None
+        read = job.selection.tokens(job.model.tokenizer).size * self._width * self._size
+        per_state = read + self._states * job.pruner.needs_inputs
+        room = state_bytes(torch.device("cpu")) if not self._gpu else ((self.machine.memory or 0.0) - self.weights) / 2
+        return per_state * (2 if needs.once else min(self.lm.n_blocks + 1, max(2, room // max(1, per_state))))
