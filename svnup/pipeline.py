@@ -72,9 +72,11 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     profile = job.allocator.allocate(budget, scores.per_unit(budget.n_units) if scores is not None else None, trial)
     profile = job.split.divide(lm, profile, job.pruner, tokens)
     ended("allocation", lm.device)
-    report = prune_model(lm, profile, job.pruner, tokens)
+    report = prune_model(lm, profile, job.pruner, tokens, job.recovery)
     ended("pruning", lm.device)
     logger.info("pruned: %.2f %% zeros in %.1f s", 100 * report.sparsity, report.seconds["total"])
+    for block in report.recovered or ():
+        logger.info("recovered: block %d, relative error %.4g, before %.4g", block.block, block.error_after, block.error_before)
 
     metrics = job.evaluation.run(lm)
     ended("evaluation", lm.device)

@@ -65,6 +65,10 @@ def plan(job: Job) -> dict[str, int]:
     of_token = 2 * int(lm.block_params.sum())  # operations in all blocks, but for the products of attention
     if n_calibration:
         out["GFLOP of pruning's passes"] = 2 * n_calibration * of_token // 10**9
+    if job.recovery.n_passes:
+        out["GFLOP of recovery's passes"] = job.recovery.n_passes * n_calibration * of_token // 10**9
+        masters = 4 * FLOAT * int(lm.block_params.max())  # with their gradients and both moments of AdamW
+        stages["recovery"] = 3 * states * states_here + 3 * activations + masters + block
     needs = job.allocator.needs
     if needs.selection:
         out["tuning evaluations"] = cast(Chooser, job.allocator).n_losses(job.budget(lm))
@@ -151,7 +155,8 @@ def plan_of_sweep(jobs: Sequence[Job]) -> SweepPlan:
             plans[like] = plan(job)
         if (model := _text(job.config["model"])) not in speeds:
             speeds[model] = _flop_per_second(job)
-        passes = plans[like].get("GFLOP of pruning's passes", 0) * 1e9 + _of_rounds(job, plans[like])
+        of_pruning = sum(plans[like].get(f"GFLOP of {what}'s passes", 0) for what in ("pruning", "recovery"))
+        passes = of_pruning * 1e9 + _of_rounds(job, plans[like])
         work.append((job, passes + _evaluated(job) * sum(_per_token(job))))
         for what, found in _shared(job).items():
             groups.setdefault((what, _text(found)), []).append(job)

@@ -245,12 +245,32 @@ class LinearReport:
 
 
 @dataclass(frozen=True)
+class RecoveredBlock:
+    """A block whose kept weights were refitted to the outputs of the dense model's block, in `n_steps`.
+
+    The errors are squared errors of the block's outputs on the calibration text, relative to the square of what the dense
+    model's block adds to its inputs; where refitting did not lower it, the pruned weights stayed: `taken` is False.
+    """
+
+    block: int
+    error_before: float
+    error_after: float
+    n_steps: int
+    seconds: float
+    taken: bool = True
+
+
+@dataclass(frozen=True)
 class PruneReport:
-    """What pruning did, per linear and overall; `seconds` by stage, `peak_memory_bytes` of device or process until then."""
+    """What pruning did, per linear and overall; `seconds` by stage, `peak_memory_bytes` of device or process until then.
+
+    `recovered` has the blocks that were refitted; None where no recovery was asked for.
+    """
 
     per_linear: tuple[LinearReport, ...]
     seconds: dict[str, float]
     peak_memory_bytes: int
+    recovered: tuple[RecoveredBlock, ...] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -269,6 +289,7 @@ class PruneReport:
             "per_linear": [asdict(r) | {"sparsity": r.sparsity} for r in self.per_linear],
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
+            **({"recovered": [asdict(r) for r in self.recovered]} if self.recovered is not None else {}),
         }
 
 

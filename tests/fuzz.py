@@ -44,6 +44,7 @@ CHOICES = {
     ],
     "shapley": ["sliding_window", "exact", "permutation", "kernel", "leave_one_out", "gates", "shapiq"],
     "pruner": ["none", "magnitude", "wanda", "ria", "sparsegpt", "dsnot", "sparseswaps", "alps", "wanda_refit"],
+    "recovery": ["none", "reconstruct"],
     "split": ["uniform", "error", "outliers", "shapley"],
     "evaluation": ["ppl", "none", "zero_shot", "full"],
     "dataset": ["docs", "text_file", "wikitext2", "c4"],

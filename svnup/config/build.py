@@ -18,6 +18,7 @@ from svnup.config.checks import (
     check_model,
     check_plain,
     check_pruner,
+    check_recovery,
     omegaconf_error_context,
     refuse_missing,
     refuse_mixed_roles,
@@ -31,7 +32,7 @@ from svnup.data import NAMED
 from svnup.files import at_home, default_cache_dir
 
 if TYPE_CHECKING:
-    from svnup.pruning.walk import Pruner
+    from svnup.pruning.walk import Pruner, Recovery
 
 
 def build(cfg: Any, known: Texts | None = None) -> Job:
@@ -63,13 +64,17 @@ def _built(config: dict[str, Any], known: Texts) -> Job:
         config["allocator"]["compare_uniform"] = "off"
         components = replace(components, allocator=allocator_of(config["allocator"]), selection=None)
     check_pruner(config, components, pruner)
+    recovery: Recovery = construct(config["recovery"], "recovery", "recovery")
+    check_recovery(config, pruner, recovery)
     with error_context("model"):
         components.model.check_device()
     scalars = {k: config[k] for k in Schema.__annotations__ if not isinstance(config[k], dict)}
     folders = {"results_dir": config["results_dir"], "cache_dir": config["cache_dir"] or default_cache_dir()}
     scalars |= {key: str(at_home(key, folder)) for key, folder in folders.items()}
     key = config_key(config, chooses=components.selection is not None)
-    return Job(**vars(components), pruner=pruner, config=config, key=key, not_compared=not_compared, **scalars)
+    return Job(
+        **vars(components), pruner=pruner, recovery=recovery, config=config, key=key, not_compared=not_compared, **scalars
+    )
 
 
 def _leave_out_comparison(config: dict[str, Any]) -> str | None:

@@ -20,12 +20,13 @@ from svnup.config.schema import GROUPS, Schema
 from svnup.data import TokenSource
 from svnup.files import at_home
 from svnup.keys import did_you_mean
+from svnup.naming import recovery_name
 from svnup.pattern import Pattern
 from svnup.scoring.shapley import ShapleyScorer
 from svnup.types import Offload, SaveFormat, SelectionLoss
 
 if TYPE_CHECKING:
-    from svnup.pruning.walk import Pruner
+    from svnup.pruning.walk import Pruner, Recovery
 
 
 def check_plain(config: dict[str, Any]) -> None:
@@ -201,6 +202,15 @@ def check_pruner(config: dict[str, Any], components: Components, pruner: Pruner)
         raise ValueError(f"offload={offload}: split={_option_of(config, 'split')} prunes twice; use split=uniform")
     if shapley is not None and shapley.game.absence == "prune":
         raise ValueError(f"offload={offload}: shapley.game.absence=prune keeps all weights twice; use absence=skip")
+
+
+def check_recovery(config: dict[str, Any], pruner: Pruner, recovery: Recovery) -> None:
+    """Refuse the recovery of a model that nothing is pruned of."""
+    if recovery.n_passes and not pruner.prunes:
+        raise ValueError(
+            f"recovery={recovery_name(config)}: a model of which nothing is pruned has nothing to recover; "
+            "add recovery=none, or choose a pruner"
+        )
 
 
 def _option_of(config: dict[str, Any], group: str) -> str:

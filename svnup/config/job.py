@@ -24,7 +24,7 @@ from svnup.data import TokenSource, tokens_sha256
 from svnup.evaluation.protocol import Evaluation
 from svnup.files import at_home
 from svnup.model.source import Model
-from svnup.naming import allocator_name, code_from_outside, method_name, moving_numbers, named
+from svnup.naming import allocator_name, code_from_outside, moving_numbers, named, pruner_name
 from svnup.pattern import Pattern
 from svnup.results.tracker import Tracker
 from svnup.scoring import Scorer
@@ -33,14 +33,14 @@ from svnup.types import Granularity, Ints, Offload, SaveFormat, SelectionLoss
 
 if TYPE_CHECKING:
     from svnup.model.language_model import LanguageModel
-    from svnup.pruning.walk import Pruner
+    from svnup.pruning.walk import Pruner, Recovery
 
 Gate = Literal["error", "warn", "off"]
 
 
 @dataclass(frozen=True)
 class Components:
-    """The components of a job but its pruner, whose import takes torch: what can be checked at once."""
+    """The components of a job but its pruner and its recovery, whose import takes torch: what can be checked at once."""
 
     model: Model
     dataset: TokenSource
@@ -79,6 +79,7 @@ class Job(Components):
     """One experiment, with every part built and checked; `config` is the resolved configuration and `key` its hash."""
 
     pruner: Pruner
+    recovery: Recovery
     sparsity: float
     pattern: str
     seed: int
@@ -102,8 +103,8 @@ class Job(Components):
     def name(self) -> str:
         """Readable, for people: model, pruner, allocator, sparsity."""
         pattern = "" if self.pattern == "unstructured" else f" {self.pattern}"
-        pruner = method_name(self.config["pruner"])
-        return f"{self.model.name} {pruner} {allocator_name(self.config['allocator'])} {self.sparsity:g}{pattern}"
+        methods = f"{pruner_name(self.config)} {allocator_name(self.config['allocator'])}"
+        return f"{self.model.name} {methods} {self.sparsity:g}{pattern}"
 
     def sources(self) -> dict[str, TokenSource]:
         """Every text that the job reads, by the key under which it was configured."""
@@ -148,7 +149,7 @@ class Job(Components):
     def calibrates(self) -> bool:
         """Whether anything reads the calibration text."""
         scorer_reads = self.scorer is not None and self.scorer.needs_inputs
-        return self.pruner.needs_inputs or self.split.needs_inputs or scorer_reads
+        return self.pruner.needs_inputs or self.recovery.n_passes > 0 or self.split.needs_inputs or scorer_reads
 
     def tokens(self) -> Ints:
         """The calibration tokens; none where neither pruner nor scorer reads any."""

@@ -59,6 +59,7 @@ class Config(TypedDict, total=False):
     seed: Required[int]
     dataset: dict[str, Any]
     split: Method
+    recovery: Method
     evaluation: dict[str, Any]
     tracker: dict[str, Any]
 
@@ -318,12 +319,25 @@ class PrunedLinear(Stored):
 
 
 @dataclass(frozen=True)
+class RecoveredBlock(Stored):
+    """What refitting did to one block (`svnup.types.RecoveredBlock`)."""
+
+    block: int | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    n_steps: int | None = None
+    seconds: float = 0.0
+    taken: bool = True
+
+
+@dataclass(frozen=True)
 class Pruning(Stored):
     """What pruning did (`svnup.types.PruneReport`); `seconds` by stage."""
 
     per_linear: tuple[PrunedLinear, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
+    recovered: tuple[RecoveredBlock, ...] | None = None
 
 
 @dataclass(frozen=True)
