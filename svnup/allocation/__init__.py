@@ -48,6 +48,10 @@ class Trial(Protocol):
         payoff text from number `first` on."""
         ...
 
+    def misalignment(self, profile: SparsityProfile, label: str, n_seq: int) -> float:
+        """How far pruning by `profile` moves the inputs of linear layers, on the first `n_seq` calibration sequences."""
+        ...
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -56,6 +60,7 @@ class Needs:
     scores: bool = False
     selection: bool = False  # text to try profiles on, and the model in memory: it is a `Chooser`
     once: bool = False  # it asks for losses together, once, by weights pruned in advance
+    calibration: bool = False  # text of the pruner to try profiles on, and the model in memory
     n_games: int | None = None  # of blocks in the models that it prunes, after the first; None: any scores will do
     whole_blocks: bool = True  # it leaves to a split what the linear layers of a block get
 

@@ -137,11 +137,12 @@ def check_components(config: dict[str, Any], components: Components) -> None:
 
 def _check_finer(config: dict[str, Any], components: Components) -> None:
     """Refuse budgets finer than blocks without their scores, or divided as those of blocks."""
-    if components.scorer is not None and getattr(components.scorer, "granularity", "block") != "sublayer":
+    granularity = config["allocator"]["granularity"]
+    if components.scorer is not None and getattr(components.scorer, "granularity", "block") != granularity:
         of_game = components.shapley is not None
         what = "shapley.game.players=sublayer" if of_game else "allocator=shapley shapley.game.players=sublayer"
         raise ValueError(
-            f"allocator.granularity=sublayer: the scores are those of blocks; add {what}, or use granularity=block"
+            f"allocator.granularity={granularity}: the scores are those of blocks; add {what}, or use granularity=block"
         )
     if not components.split.uniform:
         raise ValueError(f"split={_option_of(config, 'split')}: divides budgets of blocks, not finer ones; use split=uniform")
@@ -193,7 +194,7 @@ def check_pruner(config: dict[str, Any], components: Components, pruner: Pruner)
         )
     if offload == "none":
         return
-    if components.selection is not None:
+    if components.selection is not None or components.allocator.needs.calibration:
         raise ValueError(
             f"offload={offload}: allocator options that are auto, and allocators that try many profiles, prune many "
             "times; give a value, or choose another allocator"

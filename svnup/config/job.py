@@ -149,7 +149,8 @@ class Job(Components):
     def calibrates(self) -> bool:
         """Whether anything reads the calibration text."""
         scorer_reads = self.scorer is not None and self.scorer.needs_inputs
-        return self.pruner.needs_inputs or self.recovery.n_passes > 0 or self.split.needs_inputs or scorer_reads
+        others = self.recovery.n_passes > 0 or self.split.needs_inputs or self.allocator.needs.calibration
+        return self.pruner.needs_inputs or scorer_reads or others
 
     def tokens(self) -> Ints:
         """The calibration tokens; none where neither pruner nor scorer reads any."""
@@ -208,7 +209,7 @@ class Job(Components):
         for index, name, linear in linears if group is not None else []:
             if (width := matrix(linear).shape[1]) % group:  # type: ignore[operator]
                 raise ValueError(_does_not_divide(self.pattern, f"the {width} inputs of block {index}, {name}"))
-        if self.scorer is None and not self.allocator.needs.selection:
+        if self.scorer is None and not (self.allocator.needs.selection or self.allocator.needs.calibration):
             with error_context("allocator"):
                 check_profile(lm, self.allocator.allocate(self.budget(lm)))
         if getattr(self.scorer, "granularity", "block") == "sublayer":

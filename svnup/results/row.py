@@ -284,7 +284,8 @@ class Round(Stored):
 
 @dataclass(frozen=True)
 class Tuning(Stored):
-    """What was tried on held-out text, and what it cost (`svnup.allocation.trial.Trial.to_dict`)."""
+    """What was tried, and what it cost (`svnup.allocation.trial.Trial.to_dict`): losses on held-out text of the kind `nll` or
+    `kl`, in nats per token; or the `misalignment` on calibration text, which has no unit."""
 
     kind: str = "nll"
     curve: tuple[Tried, ...] = ()  # in the order in which it was tried
@@ -302,6 +303,11 @@ class Tuning(Stored):
     seconds: float = 0.0
     kinds: tuple[str, ...] = ()
     rounds: tuple[Round, ...] = ()
+
+    @property
+    def of_losses(self) -> bool:
+        """Whether the curve has losses on selection text."""
+        return self.kind != "misalignment"
 
 
 @dataclass(frozen=True)
