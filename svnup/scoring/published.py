@@ -91,7 +91,8 @@ class Lsa:
     """Relative importance of each part, 1 - E / sum(E), E the mean over its linear layers of `least_error`; higher: denser.
 
     E says how little the outputs of a linear layer have to change where a `share` of its weights is pruned: a part that
-    changes little has few weights that matter, and those much. Inputs are those of the dense model. The budget is `CountBudget`.
+    changes little has few weights that matter, and those much. Inputs are those of the dense model. The budget is
+    `CountBudget`.
 
     Args:
         share: of the weights of each output row that are pruned.
