@@ -75,8 +75,9 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     report = prune_model(lm, profile, job.pruner, tokens, job.recovery)
     ended("pruning", lm.device)
     logger.info("pruned: %.2f %% zeros in %.1f s", 100 * report.sparsity, report.seconds["total"])
-    for block in report.recovered or ():
-        logger.info("recovered: block %d, relative error %.4g, before %.4g", block.block, block.error_after, block.error_before)
+    if report.recovered:
+        before, after = report.recovery_errors()
+        logger.info("recovered: mean error of a block %.4g, before %.4g, in %.1f s", after, before, report.seconds["recovery"])
 
     metrics = job.evaluation.run(lm)
     ended("evaluation", lm.device)

@@ -249,7 +249,8 @@ class RecoveredBlock:
     """A block whose kept weights were refitted to the outputs of the dense model's block, in `n_steps`.
 
     The errors are squared errors of the block's outputs on the calibration text, relative to the square of what the dense
-    model's block adds to its inputs; where refitting did not lower it, the pruned weights stayed: `taken` is False.
+    model's block adds to its inputs; where refitting did not lower it, or there was none, the pruned weights stayed: `taken`
+    is False.
     """
 
     block: int
@@ -276,6 +277,11 @@ class PruneReport:
     def sparsity(self) -> float:
         """Overall fraction of zeros among the prunable weights, as counted in the written weights."""
         return sum(r.n_zeros for r in self.per_linear) / sum(r.size for r in self.per_linear)
+
+    def recovery_errors(self) -> tuple[float, float]:
+        """The mean errors of the recovered blocks before and after; there is one at least."""
+        blocks = self.recovered or ()
+        return float(np.mean([b.error_before for b in blocks])), float(np.mean([b.error_after for b in blocks]))
 
     def block_sparsity(self, n_blocks: int) -> Floats:
         zeros, sizes = np.zeros(n_blocks), np.zeros(n_blocks)

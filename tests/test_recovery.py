@@ -122,6 +122,17 @@ def test_a_block_that_would_be_worse_keeps_its_pruned_weights(caplog):
     assert caplog.text.count("recovery.lr=1 ") == 4
 
 
+def test_a_block_that_adds_nothing_has_nothing_to_recover():
+    lm = family_model("llama")
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            lm.linears(0)[name].weight.zero_()
+    report = prune_model(lm, uniform(lm), Wanda(), TEXT, QUICK)
+    first, second = report.recovered[:2]
+    assert (first.error_before, first.error_after, first.n_steps, first.taken) == (0, 0, 0, False)
+    assert second.taken
+
+
 @pytest.mark.parametrize("pruner", [Wanda(), Magnitude()], ids=["wanda", "magnitude"])
 def test_no_recovery_is_pruning_alone_to_the_last_bit(pruner):
     alone, recovered, report = pair(pruner, NoRecovery())
