@@ -70,8 +70,9 @@ def plan(job: Job) -> dict[str, int]:
         masters = 4 * FLOAT * int(lm.block_params.max())  # with their gradients and both moments of AdamW
         stages["recovery"] = 3 * states * states_here + 3 * activations + masters + block
     needs = job.allocator.needs
-    if needs.selection:
+    if needs.selection or needs.calibration:
         out["tuning evaluations"] = cast(Chooser, job.allocator).n_losses(job.budget(lm))
+    if needs.selection:
         assert job.selection is not None
         read = job.selection.tokens(job.model.tokenizer).size * config.hidden_size * size
         per_state = read + states * job.pruner.needs_inputs

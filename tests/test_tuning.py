@@ -104,7 +104,7 @@ def test_misalignment_is_how_far_the_inputs_of_linear_layers_move(random_model, 
     assert found > 1e-4
     told = trial.to_dict()
     assert (told["kind"], told["curve"]) == ("misalignment", [{"label": "steep", "loss": found}])
-    assert told["best"] == told["curve"]
+    assert (told["best"], told["n_sequences"]) == (told["curve"], 2)
 
 
 def test_neuronal_as_a_job(svnup):
@@ -119,6 +119,7 @@ def test_neuronal_as_a_job(svnup):
     assert row["profile"]["sparsity"] == pytest.approx([0.7 - steepness, 0.7, 0.7 + steepness])
     assert next(Path("results").glob("runs/*/figures/tuning.png")).is_file()
     assert "by misalignment" in describe(ResultRow.from_json(json.dumps(row)))["allocator"]
+    assert "tuning evaluations" in svnup(*job, "dry_run=true").out
     done = svnup(*job, "offload=disk")
     assert (done.code, "offload=disk" in done.err, len(done.err.splitlines())) == (2, True, 1)
 

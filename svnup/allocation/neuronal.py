@@ -42,13 +42,19 @@ class Neuronal:
     def check(self, budget: Budget) -> None:
         budget.check_pattern(uniform=False)
 
+    def n_losses(self, budget: Budget) -> int:
+        return len(self._tried(budget))
+
+    def _tried(self, budget: Budget) -> list[float]:
+        usual = [value for value in LAMBDAS if budget.sparsity < 0.8 or value < STEEPEST]
+        return usual if self.lambdas is None else self.lambdas
+
     def allocate(self, budget: Budget, scores: BlockScores | None = None, trial: Trial | None = None) -> SparsityProfile:
         assert trial is not None
-        usual = [value for value in LAMBDAS if budget.sparsity < 0.8 or value < STEEPEST]
         depth = np.linspace(-1.0, 1.0, budget.n_units)
         bounds = (min(0.01, budget.sparsity), max(0.99, budget.sparsity))
         best, least = budget.uniform(), np.inf
-        for value in usual if self.lambdas is None else self.lambdas:
+        for value in self._tried(budget):
             profile = budget.project(budget.sparsity + value * depth, bounds)
             found = trial.misalignment(profile, f"lambda={value:g}", self.n_seq)
             if found < least:

@@ -84,6 +84,7 @@ class Trial:
         self._calls: list[dict[str, Any]] = []
         self._rounds: list[dict[str, Any]] = []
         self._aligned: list[dict[str, Any]] = []
+        self._n_aligned = 0  # sequences that misalignments are measured on
         self._targets: set[float] = set()
         self._kinds: set[str] = set()  # of device, on which losses were measured
         self._n_new, self._seconds = 0, 0.0
@@ -219,10 +220,11 @@ class Trial:
         Source: the neuron alignment of arXiv 2411.07066, as its released code has it.
         """
         start, before, total = time.perf_counter(), self._lm.n_block_runs, 0.0
+        tokens = self._calibration[:n_seq]
         divided = self._divide(profile)
         check_profile(self._lm, divided)
         with torch.inference_mode():
-            for visit in self._lm.walk(self._calibration[:n_seq]):
+            for visit in self._lm.walk(tokens):
                 if not any(divided.levels(visit.index)):
                     continue
                 again = Visit(self._lm, visit.index, list(map(replace, visit.batches)))
@@ -231,8 +233,9 @@ class Trial:
                     pruned = _norms(again)
                 total += sum(float((dense[name] - b).norm()) / len(b) for name, b in pruned.items())
         found = total if math.isfinite(total) else math.inf
-        logger.info("%s: misalignment %.4g on %d calibration sequences", label, found, n_seq)
+        logger.info("%s: misalignment %.4g on %d calibration sequences", label, found, len(tokens))
         self._aligned.append({"label": label, "loss": found if math.isfinite(found) else None})
+        self._n_aligned = len(tokens)
         self._n_calibration += self._lm.n_block_runs - before
         self._seconds += time.perf_counter() - start
         return found
@@ -348,6 +351,7 @@ class Trial:
             "curve": self._aligned,
             "best": [min(self._aligned, key=lambda tried: math.inf if tried["loss"] is None else tried["loss"])],
             **counts,
+            "n_sequences": self._n_aligned,
             "n_calibration_block_forwards": self._n_calibration,
             "seconds": self._seconds,
         }
@@ -358,7 +362,7 @@ def _norms(visit: Visit) -> dict[str, Tensor]:
     inputs = Inputs(visit.linears, Wanda(), n_first=0)
     inputs.collect(visit, advance=False)
     norms = {name: inputs.stats(name).squares.sqrt().double() for name in visit.linears}
-    return {name: a / a.sum() for name, a in norms.items()}
+    return {name: a / (a.sum() if a.any() else 1) for name, a in norms.items()}
 
 
 def _key(profile: SparsityProfile, part: dict[str, Any]) -> str:

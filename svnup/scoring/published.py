@@ -136,7 +136,7 @@ class Lsa:
 
         found = _walked(lm, context, f"Lsa({self.share:g})", of_block)
         if not (np.isfinite(found.values).all() and found.values.sum() > 0):
-            raise ValueError("stage scores: the errors of linear layers are not finite; try model.dtype=float32")
+            raise ValueError("stage scores: the errors of linear layers are all zero or not finite; try model.dtype=float32")
         return BlockScores(1 - found.values / found.values.sum(), found.method, cost=found.cost)
 
 
