@@ -148,11 +148,16 @@ def test_the_same_text_gives_the_same_weights():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-FEW = ["gpt2", "opt_post_norm_projected", "gpt_neox", "gemma3_text_mixed"]
+DTYPES = ["float32", "bfloat16", "float16"]
+QUICKLY = {("gpt2", dtype) for dtype in DTYPES} | {("opt_post_norm_projected", "bfloat16"), ("gemma3_text_mixed", "bfloat16")}
+CASES = [
+    pytest.param(family, dtype, marks=() if (family, dtype) in QUICKLY else pytest.mark.slow)
+    for family in FAMILIES
+    for dtype in DTYPES
+]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("family", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
+@pytest.mark.parametrize(("family", "dtype"), CASES)
 def test_families_and_dtypes(family, dtype):
     lm = family_model(family)
     lm.model.to(getattr(torch, dtype))
