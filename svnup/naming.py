@@ -47,12 +47,15 @@ MOVED = {
     )
     for name in classes.split()
 }
+NO_RECOVERY = "svnup.pruning.nothing.NoRecovery"
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # of a run: the name of its folder
 
 
 def moving_numbers(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a resolved configuration that can change a number."""
+    """The part of a resolved configuration that can change a number; `recovery` is left out where there is none."""
     kept = {k: v for k, v in config.items() if k not in NOT_IN_KEY}
+    if recovery_name(config) is None:
+        kept.pop("recovery", None)
     kept |= {"model": {k: v for k, v in config["model"].items() if k not in NOT_IN_MODEL_KEY}}
     return typing.cast(dict[str, Any], _without_places(kept))
 
@@ -87,6 +90,17 @@ def method_name(node: dict[str, Any]) -> str:
     """The name of a method by its `_target_` node, with that of its base method: 'refit (wanda)'."""
     name = component_name(str(node["_target_"]))
     return f"{name} ({method_name(node['base'])})" if "base" in node else name
+
+
+def recovery_name(config: dict[str, Any]) -> str | None:
+    """The name of a configuration's recovery; None where it has none, as those of earlier versions."""
+    node = config.get("recovery", {"_target_": NO_RECOVERY})
+    return None if current_path(str(node["_target_"])) == NO_RECOVERY else method_name(node)
+
+
+def pruner_name(config: dict[str, Any]) -> str:
+    """The display name of a configuration's pruner, with its recovery: 'wanda + reconstruct'."""
+    return " + ".join(filter(None, (method_name(config["pruner"]), recovery_name(config))))
 
 
 def named(node: Any) -> Any:

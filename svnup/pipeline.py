@@ -72,9 +72,12 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     profile = job.allocator.allocate(budget, scores.per_unit(budget.n_units) if scores is not None else None, trial)
     profile = job.split.divide(lm, profile, job.pruner, tokens)
     ended("allocation", lm.device)
-    report = prune_model(lm, profile, job.pruner, tokens)
+    report = prune_model(lm, profile, job.pruner, tokens, job.recovery)
     ended("pruning", lm.device)
     logger.info("pruned: %.2f %% zeros in %.1f s", 100 * report.sparsity, report.seconds["total"])
+    if report.recovered:
+        before, after = report.recovery_errors()
+        logger.info("recovered: mean error of a block %.4g, before %.4g, in %.1f s", after, before, report.seconds["recovery"])
 
     metrics = job.evaluation.run(lm)
     ended("evaluation", lm.device)

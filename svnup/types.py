@@ -245,17 +245,43 @@ class LinearReport:
 
 
 @dataclass(frozen=True)
+class RecoveredBlock:
+    """A block whose kept weights were refitted to the outputs of the dense model's block, in `n_steps`.
+
+    The errors are squared errors of the block's outputs on the calibration text, relative to the square of what the dense
+    model's block adds to its inputs; where refitting did not lower it, or there was none, the pruned weights stayed: `taken`
+    is False.
+    """
+
+    block: int
+    error_before: float
+    error_after: float
+    n_steps: int
+    seconds: float
+    taken: bool = True
+
+
+@dataclass(frozen=True)
 class PruneReport:
-    """What pruning did, per linear and overall; `seconds` by stage, `peak_memory_bytes` of device or process until then."""
+    """What pruning did, per linear and overall; `seconds` by stage, `peak_memory_bytes` of device or process until then.
+
+    `recovered` has the blocks that were refitted; None where no recovery was asked for.
+    """
 
     per_linear: tuple[LinearReport, ...]
     seconds: dict[str, float]
     peak_memory_bytes: int
+    recovered: tuple[RecoveredBlock, ...] | None = None
 
     @property
     def sparsity(self) -> float:
         """Overall fraction of zeros among the prunable weights, as counted in the written weights."""
         return sum(r.n_zeros for r in self.per_linear) / sum(r.size for r in self.per_linear)
+
+    def recovery_errors(self) -> tuple[float, float]:
+        """The mean errors of the recovered blocks before and after; there is one at least."""
+        blocks = self.recovered or ()
+        return float(np.mean([b.error_before for b in blocks])), float(np.mean([b.error_after for b in blocks]))
 
     def block_sparsity(self, n_blocks: int) -> Floats:
         zeros, sizes = np.zeros(n_blocks), np.zeros(n_blocks)
@@ -269,6 +295,7 @@ class PruneReport:
             "per_linear": [asdict(r) | {"sparsity": r.sparsity} for r in self.per_linear],
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
+            **({"recovered": [asdict(r) for r in self.recovered]} if self.recovered is not None else {}),
         }
 
 

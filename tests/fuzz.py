@@ -40,10 +40,11 @@ SMALL = [
 CHOICES = {
     "allocator": [
         *("uniform", "shapley", "owl", "dlp", "atp", "block_influence", "search", "curves", "from_file", "shapley_rounds"),
-        *("shapley_sublayers", "shapley_margins", "random", "alpha_pruning"),
+        *("shapley_sublayers", "shapley_margins", "random", "alpha_pruning", "lsa", "neuronal"),
     ],
     "shapley": ["sliding_window", "exact", "permutation", "kernel", "leave_one_out", "gates", "shapiq"],
     "pruner": ["none", "magnitude", "wanda", "ria", "sparsegpt", "dsnot", "sparseswaps", "alps", "wanda_refit"],
+    "recovery": ["none", "reconstruct"],
     "split": ["uniform", "error", "outliers", "shapley"],
     "evaluation": ["ppl", "none", "zero_shot", "full"],
     "dataset": ["docs", "text_file", "wikitext2", "c4"],

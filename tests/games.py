@@ -45,6 +45,9 @@ class LossOf(Trial):
     def marginal_values(self, denser, sparser, first, n_seq, nodes=1):
         return self.shapley_values(denser, sparser)
 
+    def misalignment(self, profile, label, n_seq):
+        return self._function(profile, label, n_seq)
+
 
 class Additive:
     """v(Q) = constant + sum of the weights of Q: everybody is a dummy, phi = weights."""

@@ -19,7 +19,8 @@ from hypothesis.extra.numpy import arrays
 from svnup import config
 from svnup.allocation import Budget
 from svnup.allocation.budget import project, rescale, split_block
-from svnup.allocation.maps import Atp, FromFile, Ratios, ScoreBudget, Uniform
+from svnup.allocation.maps import Atp, CountBudget, FromFile, Ratios, ScoreBudget, Uniform
+from svnup.allocation.neuronal import LAMBDAS, Neuronal
 from svnup.allocation.rounds import ShapleyRounds
 from svnup.naming import allocator_name
 from svnup.types import BlockScores, SparsityProfile
@@ -323,6 +324,51 @@ def test_reversed_is_the_mirror_of_the_shapley_budget(scores):
     mirrored = ScoreBudget("raw", lam=0.15, reverse=True).allocate(Budget(params, 0.7), scores).sparsity
     np.testing.assert_allclose(upright + mirrored, 1.4, atol=1e-12)  # also where the first stopped at a bound
     assert np.ptp(upright) > 0.1
+
+
+def test_zeros_are_counted_by_scores_as_released_for_lsa():
+    """d = 2 beta minmax(importance); a matrix of N weights loses S N + (mean(d) - d) mean(N) of them."""
+    params, importance, beta = np.array([10, 10, 40]), np.array([0.9, 0.5, 0.7]), 0.07
+    d = 2 * beta * (importance - 0.5) / 0.4
+    expected = 0.6 + (d.mean() - d) * 20 / params
+    profile = CountBudget(beta).allocate(Budget(params, 0.6), BlockScores(importance, "x"))
+    np.testing.assert_allclose(profile.sparsity, expected, atol=1e-12)
+    np.testing.assert_allclose(profile.sparsity, [0.46, 0.74, 0.6], atol=1e-12)
+    even = np.array([7, 7, 7])
+    np.testing.assert_allclose(
+        CountBudget(0.1).allocate(Budget(even, 0.6), BlockScores(importance, "x")).sparsity,
+        ScoreBudget("raw", lam=0.1).allocate(Budget(even, 0.6), BlockScores(importance, "x")).sparsity,
+        atol=1e-12,
+    )
+
+
+def test_neuronal_takes_the_steepness_of_least_misalignment():
+    """Released: densities from 1 - S + lambda in the first block to 1 - S - lambda in the last."""
+    asked = []
+
+    def misalignment(profile, label, n_seq):
+        asked.append((label, n_seq, profile.sparsity.tolist()))
+        return abs(float(np.ptp(profile.sparsity)) - 0.165)
+
+    trial = LossOf(misalignment)
+    profile = Neuronal().allocate(Budget(np.array([5, 5, 5]), 0.6), trial=trial)
+    np.testing.assert_allclose(profile.sparsity, [0.52, 0.6, 0.68], atol=1e-12)
+    assert [label for label, _, _ in asked] == [f"lambda={v:g}" for v in LAMBDAS]
+    assert {n_seq for _, n_seq, _ in asked} == {8}
+    for (_, _, sparsity), value in zip(asked, LAMBDAS, strict=True):
+        np.testing.assert_allclose(sparsity, [0.6 - value, 0.6, 0.6 + value], atol=1e-12)
+    asked.clear()
+    Neuronal().allocate(Budget(np.array([5, 5, 5]), 0.8), trial=trial)
+    assert len(asked) == 13, "without 0.25"
+    asked.clear()
+    steep = Neuronal(n_seq=2, lambdas=[0.2]).allocate(Budget(np.array([10, 10, 20]), 0.9), trial=trial)
+    assert steep.sparsity.max() == pytest.approx(0.99)
+    assert np.average(steep.sparsity, weights=[10, 10, 20]) == pytest.approx(0.9)
+    nowhere = LossOf(lambda *_: math.inf)
+    assert np.ptp(Neuronal().allocate(Budget(np.array([5, 5, 5]), 0.6), trial=nowhere).sparsity) == 0
+    for lambdas in ([], [-0.1], [0.1, 0.6]):
+        with pytest.raises(ValueError, match=r"lambdas=.*choose 0 to 0\.5"):
+            Neuronal(lambdas=lambdas)
 
 
 # -- every file in conf/allocator

@@ -37,7 +37,7 @@ PURE = {
     "results/stored": set(),
     **{
         f"allocation/{name}": {"types", "pattern", "naming", "allocation", "files"}
-        for name in ("__init__", "budget", "maps", "search", "rounds", "curves")
+        for name in ("__init__", "budget", "maps", "search", "rounds", "curves", "neuronal")
     },
     **{name: {"types", "shapley"} for name in MODULES if name.startswith("shapley/")},
 }

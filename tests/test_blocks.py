@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from svnup.game import LayerGame
 from svnup.model.blocks import Form, containers, differing, hidden_of, nearly_equal, refill, with_hidden
 from svnup.model.language_model import LanguageModel, make_config
+from svnup.pruning.reconstruct import Reconstruct
 from svnup.pruning.walk import prune_model, pruned_weights
 from svnup.pruning.wanda import Wanda
 from svnup.shapley.gates import Gates
@@ -122,6 +123,17 @@ def test_pruning_reads_the_keys_of_its_own_text(monkeypatch):
         reports.append((prune_model(lm, profile, Wanda(), TEXT), lm.nll(TEXT)))
     assert [row.n_zeros for row in reports[0][0].per_linear] == [row.n_zeros for row in reports[1][0].per_linear]
     np.testing.assert_allclose(reports[0][1], reports[1][1], atol=0.02)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_are_refitted_whatever_they_read_and_return(name):
+    lm = make(*FAMILIES[name])
+    profile = SparsityProfile(np.full(lm.n_blocks, 0.5), lm.block_params, 0.5)
+    report = prune_model(lm, profile, Wanda(), TEXT, Reconstruct(lr=2e-3, epochs=5, batch_tokens=24))
+    assert [block.n_steps for block in report.recovered] == [15] * lm.n_blocks
+    assert all(block.error_after < block.error_before for block in report.recovered if block.taken)
+    assert sum(block.taken for block in report.recovered) > lm.n_blocks // 2
+    assert np.isfinite(lm.nll(TEXT)).all()
 
 
 def test_stand_ins_leave_keys_of_their_own():

@@ -130,7 +130,7 @@ def test_options_of_hydra_s_own_constructor_are_none(option):
 
 def test_no_component_passes_for_another_kind(plain):
     nodes = {
-        **{name: plain[name] for name in ("model", "split", "pruner", "evaluation", "tracker")},
+        **{name: plain[name] for name in ("model", "split", "pruner", "recovery", "evaluation", "tracker")},
         "text": plain["dataset"],
         "allocator": {k: v for k, v in plain["allocator"].items() if k != "scorer"},
         "estimator": {k: v for k, v in plain["shapley"].items() if k not in ("game", "shard")},

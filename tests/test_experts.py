@@ -21,6 +21,7 @@ from svnup.model.loading import read_tokenizer
 from svnup.model.source import BUILT_IN_FOLDER
 from svnup.pruning import apply_masks, prune_model, save_masks
 from svnup.pruning.masks import n_zeros
+from svnup.pruning.reconstruct import Reconstruct
 from svnup.pruning.sparsegpt import SparseGPT
 from svnup.pruning.walk import Inputs, temporarily_pruned
 from svnup.pruning.wanda import Wanda
@@ -380,6 +381,23 @@ def test_of_a_hybrid_the_linear_layers_are_pruned_and_the_rest_is_left(kind, tmp
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
         rows = torch.as_tensor(TEXT)
         assert torch.equal(again(input_ids=rows).logits, lm.model(input_ids=rows).logits)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "jetmoe", "lfm2", "falcon_h1"])
+def test_blocks_with_experts_and_hybrids_are_refitted(name):
+    """The kept weights of every matrix move, those of each expert among them, zeros stay, and nothing else is touched."""
+    lm, alone = (hybrid(name) if name in ("lfm2", "falcon_h1") else make(name) for _ in range(2))
+    prune_model(alone, uniform(alone, 0.6), Wanda(), TEXT)
+    report = prune_model(lm, uniform(lm, 0.6), Wanda(), TEXT, Reconstruct(lr=3e-3, epochs=4, batch_tokens=72))
+    assert all(block.taken and block.error_after < block.error_before for block in report.recovered)
+    assert len(report.recovered) == lm.n_blocks
+    assert report.sparsity == pytest.approx(0.6, abs=1e-3)
+    for linear, other in zip(lm.linears(0).values(), alone.linears(0).values(), strict=True):
+        assert torch.equal(linear.weight == 0, other.weight == 0)
+        assert not torch.equal(linear.weight, other.weight)
+    pruned = set(lm.pruned_names())
+    for name, value in lm.model.state_dict().items():
+        assert name in pruned or torch.equal(value, alone.model.state_dict()[name])
 
 
 def test_what_blocks_share_is_no_blocks_own(random_model):

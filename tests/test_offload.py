@@ -33,6 +33,8 @@ from svnup.model.offload import DiskBlockStore, HostBlockStore
 from svnup.model.source import Random
 from svnup.pruning import apply_masks
 from svnup.pruning.magnitude import Magnitude
+from svnup.pruning.nothing import NoRecovery
+from svnup.pruning.reconstruct import Reconstruct
 from svnup.pruning.sparsegpt import SparseGPT
 from svnup.pruning.walk import prune_model, temporarily_pruned
 from svnup.pruning.wanda import Wanda
@@ -300,12 +302,13 @@ def test_blocks_come_from_the_host_and_go_home(family, saved, tmp_path):
         pass
 
 
-def test_a_host_shelf_on_the_same_device_changes_nothing(saved, tmp_path):
+@pytest.mark.parametrize("recovery", [NoRecovery(), Reconstruct(lr=3e-3, epochs=2, batch_tokens=16)], ids=["", "refitted"])
+def test_a_host_shelf_on_the_same_device_changes_nothing(saved, tmp_path, recovery):
     plain, host = load(saved("llama")), load(saved("llama"))
     host._offload_to(HostBlockStore(host.blocks, torch.device("cpu")))
     assert torch.equal(logits(host), logits(plain))
     for lm in (plain, host):
-        prune_model(lm, profile(lm), SparseGPT(), TEXT)
+        prune_model(lm, profile(lm), SparseGPT(), TEXT, recovery)
     assert host.fingerprint() == plain.fingerprint()
     host.save(tmp_path / "model", "bitmask")
     assert load(tmp_path / "model").fingerprint() == plain.fingerprint()

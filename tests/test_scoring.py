@@ -16,9 +16,9 @@ from svnup.language_model import LanguageModel
 from svnup.reports.tables import describe
 from svnup.results.row import ResultRow
 from svnup.scoring import Context
-from svnup.scoring.published import AlphaPruning, BlockInfluence, Dlp, Owl, hill
+from svnup.scoring.published import AlphaPruning, BlockInfluence, Dlp, Lsa, Owl, hill, least_error
 
-SCORERS = [Owl(), Owl(2.0), Dlp(), Dlp("median"), BlockInfluence(), AlphaPruning()]
+SCORERS = [Owl(), Owl(2.0), Dlp(), Dlp("median"), BlockInfluence(), Lsa(), AlphaPruning()]
 
 
 def context(tokens):
@@ -175,6 +175,61 @@ def test_a_block_that_does_nothing_has_no_influence(random_model, tokens):
     assert min(values[0], values[2]) > 0.01
 
 
+# -- errors where half of the weights go
+
+
+def greedy_error(w, x, share, group):
+    """What goes is chosen weight by weight, by what the whole output of the row then loses; then all of that, measured."""
+    total, tokens = 0.0, len(x)
+    for row in w:
+        gone: list[int] = []
+        for start in range(0, len(row), group):
+            inside = range(start, min(start + group, len(row)))
+            for _ in range(int(share * len(inside))):
+                left = [j for j in inside if j not in gone]
+                gone.append(min(left, key=lambda j: ((x[:, [*gone, j]] @ row[[*gone, j]]) ** 2).sum()))
+        total += ((x[:, gone] @ row[gone]) ** 2).sum() / tokens
+    return total
+
+
+@pytest.mark.parametrize(("share", "group"), [(0.5, 8), (0.5, 20), (0.3, 7), (0.7, 10)])
+def test_the_least_error_is_that_of_the_greedy_choice(share, group):
+    rng = np.random.default_rng(group)
+    x = rng.standard_normal((60, 20)) @ (np.eye(20) + rng.standard_normal((20, 20)) / 4)
+    w = rng.standard_normal((5, 20))
+    gram = torch.as_tensor(x.T @ x / 60).float()
+    assert least_error(torch.as_tensor(w), gram, share, group) == pytest.approx(greedy_error(w, x, share, group), rel=1e-4)
+
+
+def test_the_least_error_by_hand():
+    # of independent inputs the smaller half goes; of two equal ones with opposite weights both go together for nothing
+    assert least_error(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.eye(4), 0.5, 4) == 1 + 4
+    assert least_error(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.eye(4), 0.5, 2) == 1 + 9
+    gram = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    assert least_error(torch.tensor([[1.5, -1.5, 1.0, 1.0]]), gram, 0.5, 4) == 2
+    assert least_error(torch.tensor([[1.5, -1.5, 2.0, 2.0]]), gram, 0.5, 4) == 0
+
+
+@pytest.mark.parametrize("granularity", ["block", "sublayer", "linear"])
+def test_lsa_compares_the_mean_errors_of_parts(random_model, tokens, granularity):
+    lm = random_model(3)
+    inputs, _ = seen(lm, tokens)
+    errors = [
+        {name: greedy_error(m.weight.double().numpy(), inputs[index, name], 0.25, 16) for name, m in lm.linears(index).items()}
+        for index in range(3)
+    ]
+    parts = {
+        "block": [[*of.values()] for of in errors],
+        "sublayer": [[e for n, e in of.items() if n.startswith(part)] for of in errors for part in ("self_attn", "mlp")],
+        "linear": [[e] for of in errors for e in of.values()],
+    }[granularity]
+    means = np.array([np.mean(part) for part in parts])
+    scores = Lsa(0.25, 16, granularity).score(lm, context(tokens))
+    np.testing.assert_allclose(scores.values, 1 - means / means.sum(), rtol=1e-4)
+    assert scores.higher_is == "denser"
+    assert scores.cost.n_block_forwards == 3
+
+
 # -- spectra
 
 
@@ -254,8 +309,8 @@ def rows():
     ]
 
 
-WITHOUT_SCORES = {"uniform", "atp", "search", "curves", "shapley_margins"}
-READ_INPUTS = {"owl", "owl_nm", "dlp", "block_influence"}
+WITHOUT_SCORES = {"uniform", "atp", "search", "curves", "shapley_margins", "neuronal"}
+READ_INPUTS = {"owl", "owl_nm", "dlp", "lsa", "block_influence"}
 SHAPLEY = {"shapley", "shapley_rounds", "shapley_sublayers", "leave_one_out", "random", "reversed"}
 
 
@@ -268,7 +323,7 @@ def test_every_allocator_as_a_job(svnup, name):
     (row,) = rows()
     stored = {k for k in ("shapley", "scores") if row[k] is not None}
     assert stored == (set() if name in WITHOUT_SCORES else {"shapley"} if name in SHAPLEY else {"scores"})
-    assert ("dataset" in row["fingerprints"]) == (name in READ_INPUTS)
+    assert ("dataset" in row["fingerprints"]) == (name in READ_INPUTS | {"neuronal"})
     profile = row["profile"]
     assert np.average(profile["sparsity"], weights=profile["params"]) == pytest.approx(0.7, abs=1e-9)
     assert (np.ptp(profile["sparsity"]) == 0) == (name == "uniform")
@@ -364,6 +419,21 @@ def test_influence_makes_budgets_of_sublayers(svnup):
     assert names == ["blockinfluencesublayers (log, lam=0.15)", "blockinfluence (log, lam=0.15)"]
 
 
+@pytest.mark.parametrize("granularity", ["sublayer", "linear"])
+def test_lsa_makes_finer_budgets(svnup, granularity):
+    code, _, err = svnup("allocator=lsa", "pruner=magnitude", f"allocator.granularity={granularity}", "allocator.lam=0.07")
+    assert code == 0, err
+    (row,) = rows()
+    given = [share["sparsity"] for block in row["profile"]["linears"] for share in block.values()]
+    values = np.array(row["scores"]["values"])
+    assert len(values) == (6 if granularity == "sublayer" else 21)
+    assert len({round(s, 9) for s in given}) == len(values)
+    assert row["sparsity"]["actual"] == pytest.approx(0.7, abs=1e-3)
+    assert describe(ResultRow.from_json(json.dumps(row)))["allocator"].startswith(f"lsa{granularity}s")
+    figures = {p.name for p in Path("results").glob("runs/*/figures/*")}
+    assert ("scores.png" in figures) == (granularity == "sublayer")
+
+
 def test_amplitudes_of_sublayers_are_tuned(svnup):
     code, _, err = svnup(*SUBLAYERS, "allocator.lam=auto", "selection.n_seq=2")
     assert code == 0, err
@@ -388,6 +458,15 @@ MISTAKES = {
     "owl with a strange factor": (["allocator=owl", "allocator.scorer.m=0"], ["allocator.scorer.m=0", "choose 3 to 10"]),
     "misspelt option of a scorer": (["allocator=owl", "+allocator.scorer.n=5"], ["allocator.scorer.n=5", "no such option"]),
     "dlp, statistic typo": (["allocator=dlp", "allocator.scorer.statistic=men"], ["statistic=men", "did you mean mean?"]),
+    "lsa with a share in percent": (
+        ["allocator=lsa", "allocator.scorer.share=50"],
+        ["allocator.scorer.share=50", "such as 0.5"],
+    ),
+    "lsa's scores of blocks": (
+        ["allocator=lsa", "allocator.granularity=linear", "allocator.scorer.granularity=block"],
+        ["allocator.granularity=linear", "scores are those of blocks"],
+    ),
+    "neuronal, no sequences": (["allocator=neuronal", "allocator.n_seq=0"], ["allocator.n_seq=0", "1 or more"]),
     "alpha pruning, epsilon in percent": (
         ["allocator=alpha_pruning", "allocator.epsilon=30"],
         ["allocator.epsilon=30", "0.2 to 0.3"],

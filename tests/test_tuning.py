@@ -69,6 +69,61 @@ def test_uniform_where_nothing_beats_it():
         np.testing.assert_allclose(chosen.sparsity, 0.6, atol=1e-12)
 
 
+# -- how far inputs move
+
+
+def norms_of_inputs(block, hidden, call):
+    """Norms over all tokens of what each linear layer of a block reads, as shares of their sum, in float64; and the outputs."""
+    found, hooks = {}, []
+    for name, module in block.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            see = lambda m, args, name=name: found.update({name: args[0].double().flatten(0, -2).norm(dim=0)})  # noqa: E731
+            hooks.append(module.register_forward_pre_hook(see))
+    with torch.no_grad():
+        out = block(hidden, *call[0], **call[1])
+    for hook in hooks:
+        hook.remove()
+    return {name: norm / norm.sum() for name, norm in found.items()}, out
+
+
+@pytest.mark.parametrize("pruner", [Wanda(), SparseGPT()], ids=["wanda", "sparsegpt"])
+def test_misalignment_is_how_far_the_inputs_of_linear_layers_move(random_model, tokens, tmp_path, pruner):
+    lm, pruned = random_model(), random_model()
+    before, profile = lm.fingerprint(), SparsityProfile([0.4, 0.7, 0.6, 0.7], lm.block_params, 0.6)
+    trial = Trial(lm, pruner, WHOLE, tokens, None, tmp_path)
+    found = trial.misalignment(profile, "steep", 2)
+    assert lm.fingerprint() == before
+    prune_model(pruned, profile, pruner, tokens[:2])
+    (batch,) = lm.micro_batches(tokens[:2])
+    hidden, expected = batch.hidden, 0.0
+    for index, call in enumerate(batch.calls):
+        a, _ = norms_of_inputs(lm.blocks[index], hidden, call)
+        b, hidden = norms_of_inputs(pruned.blocks[index], hidden, call)
+        expected += sum(float((a[name] - b[name]).norm()) / len(b[name]) for name in a)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found > 1e-4
+    told = trial.to_dict()
+    assert (told["kind"], told["curve"]) == ("misalignment", [{"label": "steep", "loss": found}])
+    assert (told["best"], told["n_sequences"]) == (told["curve"], 2)
+
+
+def test_neuronal_as_a_job(svnup):
+    job = ("allocator=neuronal", "allocator.n_seq=2", "allocator.lambdas=[0.05,0.1,0.2]", "pruner=wanda")
+    code, _, err = svnup(*job)
+    assert code == 0, err
+    (row,) = (json.loads(path.read_text()) for path in Path("results").glob("runs/*/result.json"))
+    tuning = row["tuning"]
+    assert [tried["label"] for tried in tuning["curve"]] == ["lambda=0.05", "lambda=0.1", "lambda=0.2"]
+    (best,) = tuning["best"]
+    steepness = float(best["label"].partition("=")[2])
+    assert row["profile"]["sparsity"] == pytest.approx([0.7 - steepness, 0.7, 0.7 + steepness])
+    assert next(Path("results").glob("runs/*/figures/tuning.png")).is_file()
+    assert "by misalignment" in describe(ResultRow.from_json(json.dumps(row)))["allocator"]
+    assert "tuning evaluations" in svnup(*job, "dry_run=true").out
+    done = svnup(*job, "offload=disk")
+    assert (done.code, "offload=disk" in done.err, len(done.err.splitlines())) == (2, True, 1)
+
+
 # -- the loss
 
 

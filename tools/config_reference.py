@@ -51,6 +51,7 @@ ABOUT = {
     "allocator": "How the budget is divided among blocks.",
     "split": "How the budget of a block is divided among its linear layers.",
     "pruner": "How a matrix is pruned to its sparsity.",
+    "recovery": "What is done to a block once it is pruned.",
     "evaluation": "What is measured of the dense and of the pruned model.",
     "tracker": "Where a run is recorded beside its folder.",
     "experiment": "Whole jobs and sweeps: files that set keys of the other groups.",

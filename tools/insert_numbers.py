@@ -444,6 +444,22 @@ def code_first(setting: str) -> str:
     return f"`{name}`{comma}{rest}"
 
 
+def of_recovery() -> dict[str, str]:
+    """Budgets without and with refitted weights, and how much of what a budget gains is left."""
+    lines = lines_of("recovery.md")
+    heads = [key for key in lines[0] if key not in ("error", "s")]
+    body = [[line[key] for key in heads] for line in lines]
+    changes = [(number(line["change"]), number(line["change 2"])) for line in lines]
+    shares = [100 * after / before for before, after in changes]
+    cheap = row(lines, pruner="wanda", zeros="70 %")
+    return {
+        "recovery": table([head.removesuffix(" 2") for head in heads], ["---", *["---:"] * (len(heads) - 1)], body),
+        "recovery_left": f"{min(shares):.0f} to {max(shares):.0f} %",
+        "recovery_uniform": f"{cheap['uniform']} to {cheap['uniform, refitted']}",
+        "recovery_budget": cheap["shapley"],
+    }
+
+
 def of_the_margins() -> dict[str, str]:
     """What is measured of values at the margin; cells and settings of which nothing is are left out."""
     lines = lines_of("margins.md")
@@ -522,7 +538,7 @@ def of_the_paper() -> dict[str, str]:
 def numbers() -> dict[str, str]:
     """Every number by its name."""
     parts = [of_the_leaderboard(), of_the_comparisons(), of_the_games(), of_budgets_and_windows(), of_the_estimators()]
-    parts += [of_the_pruners(), of_the_demo(), of_the_paper(), of_the_margins(), of_the_real_model()]
+    parts += [of_the_pruners(), of_the_demo(), of_the_paper(), of_the_margins(), of_the_real_model(), of_recovery()]
     out: dict[str, str] = {}
     for part in parts:
         assert not out.keys() & part.keys()

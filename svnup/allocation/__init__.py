@@ -48,6 +48,10 @@ class Trial(Protocol):
         payoff text from number `first` on."""
         ...
 
+    def misalignment(self, profile: SparsityProfile, label: str, n_seq: int) -> float:
+        """How far pruning by `profile` moves the inputs of linear layers, on the first `n_seq` calibration sequences."""
+        ...
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -56,6 +60,7 @@ class Needs:
     scores: bool = False
     selection: bool = False  # text to try profiles on, and the model in memory: it is a `Chooser`
     once: bool = False  # it asks for losses together, once, by weights pruned in advance
+    calibration: bool = False  # the pruner's text to try profiles on, and the model in memory: it is a `Chooser`, too
     n_games: int | None = None  # of blocks in the models that it prunes, after the first; None: any scores will do
     whole_blocks: bool = True  # it leaves to a split what the linear layers of a block get
 
@@ -80,8 +85,8 @@ class Allocator(Protocol):
 
 
 class Chooser(Allocator, Protocol):
-    """An allocator that needs selection text."""
+    """An allocator that tries profiles."""
 
     def n_losses(self, budget: Budget) -> int:
-        """How many losses it asks for, at most."""
+        """How many losses, or misalignments, it asks for, at most."""
         ...

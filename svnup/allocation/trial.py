@@ -1,4 +1,4 @@
-"""What a profile costs on held-out text, by which allocators that tune or search choose one."""
+"""What a profile costs on held-out text, or moves on calibration text, by which allocators that try profiles choose one."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from svnup.data import TokenSource, tokens_sha256
 from svnup.game.layer_game import max_states
 from svnup.game.walk_plan import WalkPlan
 from svnup.memo import Memo
-from svnup.model.language_model import LanguageModel, MicroBatch
+from svnup.model.language_model import LanguageModel, MicroBatch, Visit
 from svnup.naming import identity
 from svnup.progress import stage
 from svnup.pruning.advance import PrunedInAdvance, pruned_in_passing
-from svnup.pruning.walk import Pruner, block_pruned, check_profile, pruned_weights, temporarily_pruned
+from svnup.pruning.walk import Inputs, Pruner, block_pruned, check_profile, pruned_weights, temporarily_pruned
+from svnup.pruning.wanda import Wanda
 from svnup.scoring.shapley import ShapleyScorer
 from svnup.types import Floats, Ints, SelectionLoss, SparsityProfile
 
@@ -82,6 +83,8 @@ class Trial:
         self._kind, self._dense_states = kind, dict[int, list[MicroBatch]]()  # by the number of sequences
         self._calls: list[dict[str, Any]] = []
         self._rounds: list[dict[str, Any]] = []
+        self._aligned: list[dict[str, Any]] = []
+        self._n_aligned = 0  # sequences that misalignments are measured on
         self._targets: set[float] = set()
         self._kinds: set[str] = set()  # of device, on which losses were measured
         self._n_new, self._seconds = 0, 0.0
@@ -208,6 +211,35 @@ class Trial:
         )
         return values
 
+    def misalignment(self, profile: SparsityProfile, label: str, n_seq: int) -> float:
+        """How far pruning by a profile moves the inputs of linear layers, on the first `n_seq` calibration sequences.
+
+        With a the norms (d_in,) over all tokens of the inputs of a linear layer in a dense block, and b those once the block is
+        pruned, both behind blocks that are pruned, it is the sum over all linear layers of ||a / sum(a) - b / sum(b)|| / d_in.
+
+        Source: the neuron alignment of arXiv 2411.07066, as its released code has it.
+        """
+        start, before, total = time.perf_counter(), self._lm.n_block_runs, 0.0
+        tokens = self._calibration[:n_seq]
+        divided = self._divide(profile)
+        check_profile(self._lm, divided)
+        with torch.inference_mode():
+            for visit in self._lm.walk(tokens):
+                if not any(divided.levels(visit.index)):
+                    continue
+                again = Visit(self._lm, visit.index, list(map(replace, visit.batches)))
+                dense = _norms(visit)
+                with block_pruned(visit, divided, self._pruner):
+                    pruned = _norms(again)
+                total += sum(float((dense[name] - b).norm()) / len(b) for name, b in pruned.items())
+        found = total if math.isfinite(total) else math.inf
+        logger.info("%s: misalignment %.4g on %d calibration sequences", label, found, len(tokens))
+        self._aligned.append({"label": label, "loss": found if math.isfinite(found) else None})
+        self._n_aligned = len(tokens)
+        self._n_calibration += self._lm.n_block_runs - before
+        self._seconds += time.perf_counter() - start
+        return found
+
     @torch.inference_mode()
     def _measure(self, keys: list[str], profiles: list[SparsityProfile], tokens: Ints, in_advance: bool) -> None:
         lm = self._lm
@@ -289,7 +321,7 @@ class Trial:
         text, or a share of one; with the calibration of rounds and of trial prunings.
         """
         if not self._calls:
-            return None
+            return self._misalignments() if self._aligned else None
         least, best = math.inf, {}
         for call in self._calls if len(self._targets) == 1 else []:
             if not {"n_seq", "trial"} & call.keys() and call["loss"] is not None:
@@ -310,6 +342,27 @@ class Trial:
             "kinds": sorted(self._kinds),
             **({"rounds": self._rounds} if self._rounds else {}),
         }
+
+    def _misalignments(self) -> dict[str, Any]:
+        """The same of misalignments, whose kind is `misalignment`."""
+        counts = dict.fromkeys(("n_evaluations", "n_new_evaluations"), len(self._aligned))
+        return {
+            "kind": "misalignment",
+            "curve": self._aligned,
+            "best": [min(self._aligned, key=lambda tried: math.inf if tried["loss"] is None else tried["loss"])],
+            **counts,
+            "n_sequences": self._n_aligned,
+            "n_calibration_block_forwards": self._n_calibration,
+            "seconds": self._seconds,
+        }
+
+
+def _norms(visit: Visit) -> dict[str, Tensor]:
+    """The norms of the inputs of each linear layer of a visited block over all tokens, as shares of their sum, (d_in,)."""
+    inputs = Inputs(visit.linears, Wanda(), n_first=0)
+    inputs.collect(visit, advance=False)
+    norms = {name: inputs.stats(name).squares.sqrt().double() for name in visit.linears}
+    return {name: a / (a.sum() if a.any() else 1) for name, a in norms.items()}
 
 
 def _key(profile: SparsityProfile, part: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from svnup.config.checks import (
     check_model,
     check_plain,
     check_pruner,
+    check_recovery,
     omegaconf_error_context,
     refuse_missing,
     refuse_mixed_roles,
@@ -33,7 +34,7 @@ from svnup.files import at_home, default_cache_dir
 from svnup.machines import HERE, named
 
 if TYPE_CHECKING:
-    from svnup.pruning.walk import Pruner
+    from svnup.pruning.walk import Pruner, Recovery
 
 
 def build(cfg: Any, known: Texts | None = None) -> Job:
@@ -66,14 +67,16 @@ def _built(config: dict[str, Any], known: Texts) -> Job:
         config["allocator"]["compare_uniform"] = "off"
         components = replace(components, allocator=allocator_of(config["allocator"]), selection=None)
     check_pruner(config, components, pruner)
+    recovery: Recovery = construct(config["recovery"], "recovery", "recovery")
+    check_recovery(config, pruner, recovery)
     if not (config["dry_run"] and config["hardware"] != HERE):  # a plan for another machine needs no device here
         with error_context("model"), _or_named(config):
             components.model.check_device()
     scalars = {k: config[k] for k in Schema.__annotations__ if k in config and not isinstance(config[k], dict)}
     folders = {"results_dir": config["results_dir"], "cache_dir": config["cache_dir"] or default_cache_dir()}
     scalars |= {key: str(at_home(key, folder)) for key, folder in folders.items()}
-    key = config_key(config, chooses=components.selection is not None)
-    return Job(**vars(components), pruner=pruner, config=config, key=key, machine=machine, not_compared=not_compared, **scalars)
+    scalars |= {"key": config_key(config, chooses=components.selection is not None), "not_compared": not_compared}
+    return Job(**vars(components), pruner=pruner, recovery=recovery, config=config, machine=machine, **scalars)
 
 
 @contextlib.contextmanager

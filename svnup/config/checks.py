@@ -20,12 +20,13 @@ from svnup.config.schema import GROUPS, Schema
 from svnup.data import TokenSource
 from svnup.files import at_home
 from svnup.keys import did_you_mean
+from svnup.naming import recovery_name
 from svnup.pattern import Pattern
 from svnup.scoring.shapley import ShapleyScorer
 from svnup.types import Offload, SaveFormat, SelectionLoss
 
 if TYPE_CHECKING:
-    from svnup.pruning.walk import Pruner
+    from svnup.pruning.walk import Pruner, Recovery
 
 
 def check_plain(config: dict[str, Any]) -> None:
@@ -136,11 +137,12 @@ def check_components(config: dict[str, Any], components: Components) -> None:
 
 def _check_finer(config: dict[str, Any], components: Components) -> None:
     """Refuse budgets finer than blocks without their scores, or divided as those of blocks."""
-    if components.scorer is not None and getattr(components.scorer, "granularity", "block") != "sublayer":
+    granularity = config["allocator"]["granularity"]
+    if components.scorer is not None and getattr(components.scorer, "granularity", "block") != granularity:
         of_game = components.shapley is not None
         what = "shapley.game.players=sublayer" if of_game else "allocator=shapley shapley.game.players=sublayer"
         raise ValueError(
-            f"allocator.granularity=sublayer: the scores are those of blocks; add {what}, or use granularity=block"
+            f"allocator.granularity={granularity}: the scores are those of blocks; add {what}, or use granularity=block"
         )
     if not components.split.uniform:
         raise ValueError(f"split={_option_of(config, 'split')}: divides budgets of blocks, not finer ones; use split=uniform")
@@ -192,7 +194,7 @@ def check_pruner(config: dict[str, Any], components: Components, pruner: Pruner)
         )
     if offload == "none":
         return
-    if components.selection is not None:
+    if components.selection is not None or components.allocator.needs.calibration:
         raise ValueError(
             f"offload={offload}: allocator options that are auto, and allocators that try many profiles, prune many "
             "times; give a value, or choose another allocator"
@@ -201,6 +203,15 @@ def check_pruner(config: dict[str, Any], components: Components, pruner: Pruner)
         raise ValueError(f"offload={offload}: split={_option_of(config, 'split')} prunes twice; use split=uniform")
     if shapley is not None and shapley.game.absence == "prune":
         raise ValueError(f"offload={offload}: shapley.game.absence=prune keeps all weights twice; use absence=skip")
+
+
+def check_recovery(config: dict[str, Any], pruner: Pruner, recovery: Recovery) -> None:
+    """Refuse the recovery of a model that nothing is pruned of."""
+    if recovery.n_passes and not pruner.prunes:
+        raise ValueError(
+            f"recovery={recovery_name(config)}: a model of which nothing is pruned has nothing to recover; "
+            "add recovery=none, or choose a pruner"
+        )
 
 
 def _option_of(config: dict[str, Any], group: str) -> str:

@@ -28,6 +28,7 @@ KINDS = {
     "allocator": "svnup.allocation.Allocator",
     "split": "svnup.allocation.splits.Split",
     "pruner": "svnup.pruning.walk.Pruner",
+    "recovery": "svnup.pruning.walk.Recovery",
     "evaluation": "svnup.evaluation.protocol.Evaluation",
     "tracker": "svnup.results.tracker.Tracker",
 }

@@ -25,7 +25,7 @@ from svnup.evaluation.protocol import Evaluation
 from svnup.files import at_home
 from svnup.machines import Machine
 from svnup.model.source import Model
-from svnup.naming import allocator_name, code_from_outside, method_name, moving_numbers, named
+from svnup.naming import allocator_name, code_from_outside, moving_numbers, named, pruner_name
 from svnup.pattern import Pattern
 from svnup.results.tracker import Tracker
 from svnup.scoring import Scorer
@@ -34,14 +34,14 @@ from svnup.types import Granularity, Ints, Offload, SaveFormat, SelectionLoss
 
 if TYPE_CHECKING:
     from svnup.model.language_model import LanguageModel
-    from svnup.pruning.walk import Pruner
+    from svnup.pruning.walk import Pruner, Recovery
 
 Gate = Literal["error", "warn", "off"]
 
 
 @dataclass(frozen=True)
 class Components:
-    """The components of a job but its pruner, whose import takes torch: what can be checked at once."""
+    """The components of a job but its pruner and its recovery, whose import takes torch: what can be checked at once."""
 
     model: Model
     dataset: TokenSource
@@ -80,6 +80,7 @@ class Job(Components):
     """One experiment, with every part built and checked; `config` is the resolved configuration and `key` its hash."""
 
     pruner: Pruner
+    recovery: Recovery
     sparsity: float
     pattern: str
     seed: int
@@ -105,8 +106,8 @@ class Job(Components):
     def name(self) -> str:
         """Readable, for people: model, pruner, allocator, sparsity."""
         pattern = "" if self.pattern == "unstructured" else f" {self.pattern}"
-        pruner = method_name(self.config["pruner"])
-        return f"{self.model.name} {pruner} {allocator_name(self.config['allocator'])} {self.sparsity:g}{pattern}"
+        methods = f"{pruner_name(self.config)} {allocator_name(self.config['allocator'])}"
+        return f"{self.model.name} {methods} {self.sparsity:g}{pattern}"
 
     def sources(self) -> dict[str, TokenSource]:
         """Every text that the job reads, by the key under which it was configured."""
@@ -145,7 +146,8 @@ class Job(Components):
     def calibrates(self) -> bool:
         """Whether anything reads the calibration text."""
         scorer_reads = self.scorer is not None and self.scorer.needs_inputs
-        return self.pruner.needs_inputs or self.split.needs_inputs or scorer_reads
+        others = self.recovery.n_passes > 0 or self.split.needs_inputs or self.allocator.needs.calibration
+        return self.pruner.needs_inputs or scorer_reads or others
 
     def tokens(self) -> Ints:
         """The calibration tokens; none where neither pruner nor scorer reads any."""
@@ -204,7 +206,7 @@ class Job(Components):
         for index, name, linear in linears if group is not None else []:
             if (width := matrix(linear).shape[1]) % group:  # type: ignore[operator]
                 raise ValueError(_does_not_divide(self.pattern, f"the {width} inputs of block {index}, {name}"))
-        if self.scorer is None and not self.allocator.needs.selection:
+        if self.scorer is None and not (self.allocator.needs.selection or self.allocator.needs.calibration):
             with error_context("allocator"):
                 check_profile(lm, self.allocator.allocate(self.budget(lm)))
         if getattr(self.scorer, "granularity", "block") == "sublayer":

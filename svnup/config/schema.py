@@ -33,6 +33,7 @@ class Schema:
     allocator: Any = MISSING
     split: Any = MISSING
     pruner: Any = MISSING
+    recovery: Any = MISSING
     evaluation: Any = MISSING
     tracker: Any = MISSING
     sparsity: float = 0.7

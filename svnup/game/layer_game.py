@@ -171,7 +171,7 @@ class LayerGame:
         An offloaded block is loaded once for as many coalitions as there is memory for their hidden states.
         """
         held, runs = max_states(self.lm, self._batches, self._state_bytes), self._runs_absent
-        together = min(TOGETHER, max(1, held // 2)) if self.lm.offloaded else 1
+        together = n_together(held) if self.lm.offloaded else 1
         plan, forwards = WalkPlan.of(coalitions, runs, held - together + 1, together), 0
         stack = {0: self._batches}
         with stage("coalitions", plan.n_evaluations, "coalitions") as advance:
@@ -400,6 +400,11 @@ def max_states(lm: LanguageModel, batches: list[MicroBatch], budget: int | None 
     """
     per_state = sum(b.hidden.numel() * b.hidden.element_size() for b in batches)
     return max(2, (state_bytes(lm.device) if budget is None else budget) // per_state)
+
+
+def n_together(held: int) -> int:
+    """How many coalitions of an offloaded model are walked breadth first, where so many hidden states may be held."""
+    return min(TOGETHER, max(1, held // 2))
 
 
 def state_bytes(device: torch.device) -> int:

@@ -589,6 +589,14 @@ class LanguageModel:
             yield batch
             last = batch
 
+    def entering(self, tokens: np.ndarray | Tensor, batch_tokens: int | None = None) -> list[MicroBatch]:
+        """The micro-batches of all tokens at once, as a walk holds them. Args and Raises: as `micro_batches`."""
+        return [self.offload_states(batch) for batch in self.micro_batches(tokens, batch_tokens)]
+
+    def offload_states(self, batch: MicroBatch) -> MicroBatch:
+        """A micro-batch with its hidden states where those of an offloaded model wait; the batch itself if it is not."""
+        return batch if self._store is None else OffloadedBatch(batch, self._store.states)
+
     def run_block(
         self, index: int, batch: MicroBatch, *, unit: Unit = "block", weights: dict[str, Tensor] | None = None
     ) -> MicroBatch:
@@ -606,7 +614,8 @@ class LanguageModel:
         Returns:
             A new micro-batch with the outputs of the block.
         """
-        assert weights is None or self._store is None, "an offloaded block cannot be run with other weights"
+        if weights:
+            self.load_block(index)  # before its parameters are replaced
         args, kwargs = batch.calls[index]
         block, hidden = self.blocks[index], batch.hidden
         shared = self._state_containers(batch.calls)
@@ -702,7 +711,7 @@ class LanguageModel:
                 advance(len(batch.tokens))
         return torch.cat(losses).numpy()
 
-    @torch.inference_mode()
+    @torch.no_grad()  # and no inference mode, whose tensors are no good for gradients of what is visited
     def walk(self, tokens: np.ndarray | Tensor | list[MicroBatch], start: int = 0) -> Iterator[Visit]:
         """The block-by-block loop: visit each block with the outputs of the blocks before it, as the caller left them.
 
@@ -713,11 +722,7 @@ class LanguageModel:
                 when the blocks that are left need no inputs.
             start: index of the first block to visit.
         """
-        store = self._store
-        if isinstance(tokens, list):
-            batches = tokens
-        else:
-            batches = [batch if store is None else OffloadedBatch(batch, store.states) for batch in self.micro_batches(tokens)]
+        batches = tokens if isinstance(tokens, list) else self.entering(tokens)
         for index in range(start, self.n_blocks):
             visit = Visit(self, index, batches)
             yield visit

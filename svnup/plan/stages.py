@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from svnup.allocation import Chooser
-from svnup.game.layer_game import state_bytes
+from svnup.game.layer_game import n_together, state_bytes
 from svnup.game.walk_plan import WalkPlan
 from svnup.machines import HERE, Machine, Work
 from svnup.memory import resident
@@ -330,10 +330,16 @@ class JobCounts:
         assert scorer is not None
         data, players = scorer.game.data, scorer.game.n_players(self.lm.n_blocks)
         n_seq, seq_len = (data.n_seq or 0) * (CHOICES if scorer.game.payoff == "accuracy" else 1), data.seq_len
-        walk = WalkPlan.of(coalitions, absent_costs=scorer.game.absence == "prune")
+        costs = scorer.game.absence == "prune"
+        if self._waits:
+            room = (self.machine.memory or 0.0) / 2 if self._gpu else state_bytes(torch.device("cpu"))
+            held = max(2, int(room // max(1, n_seq * seq_len * self._width * self._size)))
+            walk = WalkPlan.of(coalitions, costs, together=n_together(held))
+        else:
+            walk = WalkPlan.of(coalitions, costs)
         forwards = walk.n_block_forwards / players  # of all blocks
         work = self.through(n_seq, seq_len) * forwards + self.head(n_seq * seq_len) * walk.n_evaluations
-        return walk, work + self.brought(forwards)
+        return walk, work + self.brought(walk.n_loads / players)
 
     def whole(self, n_seq: int, seq_len: int) -> Work:
         """All blocks and the head on a text."""
@@ -403,14 +409,14 @@ class JobCounts:
             return self._stage("scores", parts, held)
         if job.game_prunes:
             parts["pruned blocks"] = sum(self.pruning(job.shapley.game.pruner, errors=False).values(), Work())
-        _, parts["coalitions"] = self.game(job.shapley.shard_coalitions(self.lm.n_blocks))
+        walk, parts["coalitions"] = self.game(job.shapley.shard_coalitions(self.lm.n_blocks))
         data = job.shapley.game.data
         whole = self.whole(data.n_seq or 0, data.seq_len)
         parts["coalitions"] += whole * (job.shapley.game.payoff in ("kl", "recip_ppl")) + self.fingerprint()
         if backward := cost.get("backward_passes", 0):  # with the forward, which is repeated block by block
             parts["backward passes"] = whole * (4 * backward)
         replacements = int(self.lm.block_params.sum()) * self._size * (2 if job.allocator.needs.n_games else job.game_prunes)
-        states = cost["peak_states"] * (data.n_seq or 0) * data.seq_len * self._width * self._size
+        states = walk.peak_states * (data.n_seq or 0) * data.seq_len * self._width * self._size
         return self._stage("scores", parts, states + replacements + self._judging)
 
     def _spectra(self) -> Work:
@@ -427,6 +433,8 @@ class JobCounts:
             parts["trial pruning"] = sum(self.pruning(job.pruner).values(), Work())
         elif job.split.needs_inputs:
             parts["passes"] = self.through(job.dataset.n_seq or 0, job.dataset.seq_len)
+        if needs.calibration:
+            parts["trials on calibration text"] = self._trials_of_calibration()
         if not parts:
             return None
         held = self._pruning_bytes + int(self.lm.block_params.sum()) * self._size * (job.split.trial or bool(needs.n_games))
@@ -435,8 +443,26 @@ class JobCounts:
             held = max(held, tuning + max(self._pruning_bytes - self._states + self._largest_block, self._judging))
         return self._stage("allocation", parts, held)
 
+    def _trials_of_calibration(self) -> Work:
+        """Prunings by the calibration text whose inputs of linear layers are read before and after, at most on all of it."""
+        job = self.job
+        count, share = cast(Chooser, job.allocator).n_losses(job.budget(self.lm)), 1.0
+        n_seq = job.dataset.n_seq or 0
+        if n_seq and (read := getattr(job.allocator, "n_seq", None)):
+            share = min(1.0, read / n_seq)
+        parts = self.pruning(job.pruner, errors=False)
+        text = parts.pop("passes", Work()) + parts.pop("statistics", Work())
+        text += self.through(n_seq, job.dataset.seq_len) * 2  # the norms of inputs, dense and pruned
+        return (text * share + sum(parts.values(), Work())) * count
+
     def _pruning(self) -> Stage:
-        return self._stage("pruning", self.pruning(self.job.pruner), self._pruning_bytes)
+        parts, held = self.pruning(self.job.pruner), self._pruning_bytes
+        if n_passes := self.job.recovery.n_passes:
+            parts["recovery"] = self.through(self.job.dataset.n_seq or 0, self.job.dataset.seq_len) * n_passes
+            masters = 4 * FLOAT * int(self.lm.block_params.max())  # with their gradients and both moments of AdamW
+            own = 3 * self._states * self._states_stay + 3 * self._activations + masters + self._largest_block
+            held = max(held, own)
+        return self._stage("pruning", parts, held)
 
     def _not_counted(self) -> tuple[str, ...]:
         tasks = ["lm-eval's tasks"] if self.job.evaluation.needs_whole_model else []
@@ -444,7 +470,7 @@ class JobCounts:
 
     def _counts(self) -> dict[str, int]:
         job, needs, out = self.job, self.job.allocator.needs, dict[str, int]()
-        if needs.selection:
+        if needs.selection or needs.calibration:
             out["tuning evaluations"] = cast(Chooser, job.allocator).n_losses(job.budget(self.lm))
         if job.scorer is not None:
             called = "scores'" if job.shapley is None else "shapley"
@@ -461,7 +487,7 @@ class JobCounts:
         """A stage that holds so many bytes beside the model; `host`: of the model on the host of a GPU, if not as usual."""
         process, here = self.machine.process or 0.0, self.weights
         if self._waits:
-            here += -self._in_blocks + self._largest_block * (2 if self.offload == "disk" else 1)  # one is read or written
+            here += -self._in_blocks + 2 * self._largest_block  # one is read or written, or comes ahead
         if not self._gpu:
             return Stage(name, parts, process + here + held)
         waiting = {"none": 0.0, "cpu": self.weights + self._states, "disk": 2.0 * self._largest_block}[self.offload]

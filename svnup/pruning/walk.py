@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -23,10 +23,10 @@ from svnup.model.linears import Linear, expert_of, matrix, routed_to_all, watche
 from svnup.progress import stage
 from svnup.pruning.masks import n_zeros
 from svnup.pruning.packed import apply_masks, save_masks
-from svnup.types import LinearReport, PruneReport, SparsityProfile
+from svnup.types import LinearReport, PruneReport, RecoveredBlock, SparsityProfile
 
 logger = logging.getLogger(__name__)
-__all__ = ["Inputs", "Pruner", "apply_masks", "prune_model", "pruned_weights", "save_masks", "temporarily_pruned"]
+__all__ = ["Inputs", "Pruner", "Recovery", "apply_masks", "prune_model", "pruned_weights", "save_masks", "temporarily_pruned"]
 ERROR_TOKENS = 2048
 
 
@@ -70,6 +70,41 @@ class Pruner(Protocol):
         Raises:
             ValueError: the matrix cannot be pruned, such as for a Hessian without a factor.
         """
+        ...
+
+
+class Refits(Protocol):
+    """Refits the blocks of one model, which a walk prunes one after the other."""
+
+    def advance(self, visit: Visit) -> None:
+        """See the visited block while it is dense."""
+        ...
+
+    def refit(self, visit: Visit) -> RecoveredBlock:
+        """Change the kept weights of the visited block, which is pruned, before it is run for the next one.
+
+        Raises:
+            ValueError: it cannot be refitted.
+        """
+        ...
+
+
+class Recovery(Protocol):
+    """What is done to a block after it is pruned; a frozen dataclass of its options."""
+
+    @property
+    def batch_tokens(self) -> int | None:
+        """Tokens of a micro-batch of the walk; None for as many as ever."""
+        ...
+
+    @property
+    def n_passes(self) -> int:
+        """Forward passes of the blocks over the calibration text that it takes, a backward one counted as two; 0: it does
+        nothing."""
+        ...
+
+    def beside(self, lm: LanguageModel, tokens: np.ndarray | Tensor) -> Refits | None:
+        """What refits the blocks of a model that is about to be pruned, with calibration tokens; None does nothing."""
         ...
 
 
@@ -239,42 +274,64 @@ def _unit_inputs(weight: Tensor) -> Iterator[Tensor]:
         yield torch.nn.functional.one_hot(places, d_in).to(weight.dtype)
 
 
-@torch.inference_mode()
-def prune_model(lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor) -> PruneReport:
+@torch.no_grad()
+def prune_model(
+    lm: LanguageModel,
+    profile: SparsityProfile,
+    pruner: Pruner,
+    tokens: np.ndarray | Tensor,
+    recovery: Recovery | None = None,
+) -> PruneReport:
     """Prune a model in place, block after block; the statistics of a block are taken behind pruned blocks.
 
     Args:
         lm: the model; changed.
         profile: the sparsity of each block, or of its linear layers.
         pruner: prunes each matrix.
-        tokens: calibration text, int64 (n_seq, seq_len); unused if the pruner needs no inputs.
+        tokens: calibration text, int64 (n_seq, seq_len); unused if neither pruner nor recovery needs inputs.
+        recovery: is applied to each block once it is pruned, before the next one is; zeros stay zeros.
 
     Returns:
         Zeros, reconstruction error and time of each linear layer.
 
     Raises:
         ValueError: the profile does not fit the model; or, with the name of the linear layer, a factorisation fails, a weight
-            becomes nan or infinite, or the number of zeros is not that of the rounding rule.
+            becomes nan or infinite, or the number of zeros is not that of the rounding rule; or a block cannot be refitted.
     """
     check_profile(lm, profile)
-    key = _key(profile, pruner, tokens) if lm.offloaded else ""
-    clock = {"inputs": 0.0, "prune": 0.0}
+    refits = recovery.beside(lm, tokens) if recovery is not None else None
+    key = _key(profile, pruner, recovery if refits is not None else None, tokens) if lm.offloaded else ""
+    clock = {"inputs": 0.0, "prune": 0.0} | ({} if refits is None else {"recovery": 0.0})
     start = time.perf_counter()
     reports: list[LinearReport] = []
+    recovered: list[RecoveredBlock] = []
+    size = recovery.batch_tokens if recovery is not None else None
+    batches = lm.entering(tokens, size) if pruner.needs_inputs or refits is not None else []
     with stage("pruning", lm.n_blocks, "blocks") as advance:
-        for visit in lm.walk(tokens if pruner.needs_inputs else []):
+        for visit in lm.walk(batches):
+            if refits is not None:
+                with _timed(clock, "recovery"):
+                    refits.advance(visit)
             note = lm.restore_block(visit.index, key)
             if note is None:
-                of_block = _prune_block(visit, profile, pruner, clock)
-                lm.store_block(visit.index, key, json.dumps([asdict(report) for report in of_block]))
+                of_block, refitted = _prune_block(visit, profile, pruner, clock), None
+                if refits is not None and any(profile.levels(visit.index)):
+                    with _timed(clock, "recovery"):
+                        refitted = refits.refit(visit)
+                    of_block = [replace(report, n_zeros=_n_zeros(visit.linears[report.name])) for report in of_block]
+                told = {"linears": [asdict(report) for report in of_block], "recovered": refitted and asdict(refitted)}
+                lm.store_block(visit.index, key, json.dumps(told))
             else:  # pruned by a process that was interrupted
-                of_block = [LinearReport(**report) for report in json.loads(note)]
+                told = json.loads(note)
+                of_block = [LinearReport(**report) for report in told["linears"]]
+                refitted = told["recovered"] and RecoveredBlock(**told["recovered"])
             reports += of_block
+            recovered += [refitted] if refitted else []
             errors = [report.error for report in of_block if report.error is not None]
             advance(1, **{"error": sum(errors) / len(errors)} if errors else {})
     total = time.perf_counter() - start
     seconds = clock | {"rerun": total - sum(clock.values()), "total": total}
-    return PruneReport(tuple(reports), seconds, peak_memory(lm.device))
+    return PruneReport(tuple(reports), seconds, peak_memory(lm.device), tuple(recovered) if refits is not None else None)
 
 
 def check_profile(lm: LanguageModel, profile: SparsityProfile) -> None:
@@ -317,12 +374,16 @@ def _prune_block(
 
 def _kept(visit: Visit, name: str, error: float | None) -> LinearReport:
     weight = visit.linears[name].weight
-    return LinearReport(visit.index, name, int((weight == 0).sum()), weight.numel(), error, 0.0)
+    return LinearReport(visit.index, name, _n_zeros(visit.linears[name]), weight.numel(), error, 0.0)
 
 
-def _key(profile: SparsityProfile, pruner: Pruner, tokens: np.ndarray | Tensor) -> str:
+def _n_zeros(linear: Linear) -> int:
+    return int((linear.weight == 0).sum())
+
+
+def _key(profile: SparsityProfile, pruner: Pruner, recovery: Recovery | None, tokens: np.ndarray | Tensor) -> str:
     """Identifies the pruning that made a stored block."""
-    text = json.dumps([profile.to_dict(), repr(pruner), list(tokens.shape)])
+    text = json.dumps([profile.to_dict(), repr(pruner), repr(recovery), list(tokens.shape)])
     return hashlib.sha256(text.encode() + np.asarray(tokens, dtype=np.int64).tobytes()).hexdigest()
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from svnup.files import replacing
-from svnup.results.row import Profile, ResultRow, Scores, Tried
+from svnup.results.row import Profile, ResultRow, Scores, Tuning
 
 UNITS = {
     "neg_nll": "nats per token",
@@ -20,9 +19,14 @@ UNITS = {
 
 def names(row: ResultRow) -> list[str]:
     """The names of the figures that `figures` draws of a run."""
-    scores = [name for name in ("shapley", "scores") if getattr(row, name) and row.profile]
-    tuning = ["tuning"] if row.tuning else []
+    scores, tuning = _scored(row), ["tuning"] if row.tuning else []
     return [*scores, *tuning, *(["profile"] if (scores or tuning) and row.profile else [])]
+
+
+def _scored(row: ResultRow) -> list[str]:
+    """Which of its scores a run has drawn: those of blocks, or of attention and MLP."""
+    n = len(row.profile.sparsity) if row.profile else 0
+    return [name for name in ("shapley", "scores") if n and (s := getattr(row, name)) and len(s.values) in (n, 2 * n)]
 
 
 def figures(row: ResultRow, folder: Path) -> dict[str, Path]:
@@ -37,15 +41,15 @@ def figures(row: ResultRow, folder: Path) -> dict[str, Path]:
     """
     drawn: dict[str, Path] = {}
     n_blocks = len(row.profile.sparsity) if row.profile else 0
-    if row.shapley and n_blocks:
+    if row.shapley and "shapley" in _scored(row):
         unit, title = UNITS[row.config["shapley"]["game"]["payoff"]], f"What each layer contributes\n{row.shapley.method}"
         drawn["shapley"] = _bars(row.shapley, n_blocks, "Shapley value", unit, title, folder / "shapley.png")
-    if row.scores and n_blocks:
+    if row.scores and "scores" in _scored(row):
         unit, title = f"higher: {row.scores.higher_is}", f"How each layer scores\n{row.scores.method}"
         drawn["scores"] = _bars(row.scores, n_blocks, "score", unit, title, folder / "scores.png")
     if row.tuning:
         comparable = row.tuning.best is None or bool(row.tuning.best)
-        drawn["tuning"] = _curve(row.tuning.curve, comparable, folder / "tuning.png")
+        drawn["tuning"] = _curve(row.tuning, comparable, folder / "tuning.png")
     if drawn and row.profile:
         drawn["profile"] = _profile(row.profile, folder / "profile.png")
     return drawn
@@ -96,9 +100,9 @@ def _bars(scores: Scores, n_blocks: int, name: str, unit: str, title: str, path:
     return _save(figure, path)
 
 
-def _curve(curve: Sequence[Tried], comparable: bool, path: Path) -> Path:
+def _curve(tuning: Tuning, comparable: bool, path: Path) -> Path:
     """Plot the finite loss of each candidate on the whole selection text; mark the least if all have the same budget."""
-    curve = [point for point in curve if point.n_seq is None]
+    curve = [point for point in tuning.curve if point.n_seq is None]
     finite = [(i, point.loss) for i, point in enumerate(curve) if point.loss is not None]
     figure, axes = _axes(len(curve))
     axes.plot(*zip(*finite, strict=True), marker="o", color="#3b6ea5")
@@ -107,7 +111,7 @@ def _curve(curve: Sequence[Tried], comparable: bool, path: Path) -> Path:
     named = range(0, len(curve), 1 + len(curve) // 20)
     axes.set_xticks(named, [curve[i].label for i in named], rotation=30, ha="right", fontsize=8)
     axes.set_xlabel("")
-    axes.set_ylabel("loss on selection text\n(nats per token)")
+    axes.set_ylabel("loss on selection text\n(nats per token)" if tuning.of_losses else "misalignment\non calibration text")
     axes.set_title("What was tried", fontsize=9)
     return _save(figure, path)
 

@@ -92,6 +92,7 @@ class Measured:
         scores: Shapley values and other scores.
         tried: label and loss of each candidate budget on the whole validation text.
         n_tried: evaluations that they took.
+        tries_losses: whether these numbers are losses on selection text.
         trouble: why there is no result, or not the one that was asked for.
         command: that repeats it.
         about: what its page tells besides, by title.
@@ -115,6 +116,7 @@ class Measured:
     scores: list[Scores]
     tried: list[tuple[str, float | None]]
     n_tried: int
+    tries_losses: bool
     trouble: str
     command: str
     about: dict[str, dict[str, Any]]
@@ -322,6 +324,7 @@ def _measured(row: ResultRow, line: dict[str, Any], names: _Names, columns: Sequ
         scores=_scores(row, len(budget)) if len(budget) else [],
         tried=[(p.label, _finite(p.loss)) for p in row.tuning.curve if p.n_seq is None] if row.tuning else [],
         n_tried=row.tuning.n_evaluations if row.tuning else 0,
+        tries_losses=row.tuning is None or row.tuning.of_losses,
         trouble=_trouble(row, status),
         command=made.command,
         about={

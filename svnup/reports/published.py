@@ -21,7 +21,7 @@ from svnup.results.select import METRIC, MISSING, Label, Run, choose, newest, ru
 HERE = Path(__file__).parents[1]
 FOLDER = next(p for p in (HERE / "assets" / "published", HERE.parent / "experiments" / "published") if p.is_dir())
 IDENTITY = ("model", "pruner", "allocator", "sparsity", "pattern", METRIC)
-CALIBRATION = {"dataset": "c4", "dataset.n_seq": "128", "split": "uniform"}
+CALIBRATION = {"dataset": "c4", "dataset.n_seq": "128", "split": "uniform", "recovery": "none"}
 PARTIAL = "Ours were measured on a part of the text, or on another than the test text"
 DENSE = {"pruner": "none", "allocator": "none", "sparsity": "0.0", "pattern": UNSTRUCTURED}
 

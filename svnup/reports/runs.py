@@ -91,7 +91,7 @@ def _layers(row: ResultRow) -> Grid | None:
     n = len(sparsity)
     actual = row.profile.actual or [None] * n
     columns: dict[str, Sequence[Any]] = {"layer": range(n), "sparsity": sparsity, "actual": actual}
-    if scores is not None:
+    if scores is not None and len(scores.values) in (n, 2 * n):  # those of experts and linear layers would fill pages
         values = scores.values
         errors = scores.stderr or [None] * len(values)
         per_block = len(values) // n

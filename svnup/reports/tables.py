@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from svnup.keys import flatten
-from svnup.naming import allocator_name, current, method_name, moving_numbers
+from svnup.naming import allocator_name, current, method_name, moving_numbers, pruner_name, recovery_name
 from svnup.pattern import UNSTRUCTURED
 from svnup.reports.grid import Cell, Grid, csv_text
 from svnup.reports.pivot import notes_on_inputs
@@ -49,9 +49,10 @@ def frame(rows: list[ResultRow]) -> pd.DataFrame:
 
 
 def _pruners(rows: list[ResultRow]) -> list[str]:
-    """The pruner of each run, with the options in which runs of the same pruner differ."""
-    nodes = [{k: v for k, v in row.config["pruner"].items() if k not in ("_target_", "pattern", "base")} for row in rows]
-    names = [method_name(row.config["pruner"]) for row in rows]
+    """The pruner of each run, with the options, its own and those of its recovery, in which runs of the same one differ."""
+    parts = [row.config["pruner"] | (row.config["recovery"] if recovery_name(row.config) else {}) for row in rows]
+    nodes = [{k: v for k, v in part.items() if k not in ("_target_", "pattern", "base")} for part in parts]
+    names = [pruner_name(row.config) for row in rows]
     values: dict[tuple[str, str], set[str]] = {}
     for name, node in zip(names, nodes, strict=True):
         for key, value in node.items():
@@ -76,7 +77,7 @@ def describe(row: ResultRow) -> dict[str, Any]:
     words += ["uniform taken"] if uniform_taken(row) else []
     return {
         "model": model_of(config),
-        "pruner": method_name(config["pruner"]),
+        "pruner": pruner_name(config),
         "allocator": allocator_name(config["allocator"]) + (f" ({', '.join(words)})" if words else ""),
         "sparsity": config["sparsity"],
         "pattern": config["pattern"],

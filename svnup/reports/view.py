@@ -636,19 +636,23 @@ def _run_figures(run: Measured) -> list[Figure]:
 
 
 def _tuning(run: Measured) -> list[Figure]:
-    """The losses of candidates on the whole validation text."""
+    """The losses of candidates on the whole selection text, or their misalignments on calibration text."""
     tried = run.tried
-    points = [Point(i, loss, tip=f"{label}: {loss:.4f}") for i, (label, loss) in enumerate(tried) if loss is not None]
+    what, unit, text = "loss", "loss (nats per token)", "selection text"
+    if not run.tries_losses:
+        what, unit, text = "misalignment", "misalignment", "calibration text"
+    digits = ".4f" if run.tries_losses else ".4g"
+    points = [Point(i, loss, tip=f"{label}: {loss:{digits}}") for i, (label, loss) in enumerate(tried) if loss is not None]
     if not points:
         return []
 
     def label(at: float) -> str:
         return tried[int(at)][0].rpartition("=")[2]
 
-    series = [Series("loss", points)]
+    series = [Series(what, points)]
     x = svg.Axis("tried", -0.5, len(tried) - 0.5, range(0, len(tried), 1 + len(tried) // 8), show=label)
-    chart = svg.lines("Loss of what was tried", x, svg.linear("loss (nats per token)", svg.ends(series)), series)
-    return [Figure(f"Tuning: {run.n_tried} evaluations on selection text", chart, numbers=_numbers(series, "tried", label))]
+    chart = svg.lines(f"{what.capitalize()} of what was tried", x, svg.linear(unit, svg.ends(series)), series)
+    return [Figure(f"Tuning: {run.n_tried} evaluations on {text}", chart, numbers=_numbers(series, "tried", label))]
 
 
 def _outline(node: dict[str, object], indent: str = "") -> str:

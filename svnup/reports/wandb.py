@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from svnup.config.construction import construct
 from svnup.files import fault, write_text
-from svnup.naming import NOT_IN_KEY, allocator_name, method_name
+from svnup.naming import NOT_IN_KEY, allocator_name, pruner_name
 from svnup.pattern import UNSTRUCTURED
 from svnup.progress import listening
 from svnup.results.row import ResultRow
@@ -340,7 +340,7 @@ def _names(config: dict[str, Any]) -> dict[str, str]:
     pattern = {} if config["pattern"] == UNSTRUCTURED else {"pattern": str(config["pattern"])}
     return {
         "model": path.rstrip("/").rpartition("/")[2] if path else f"random {model.get('model_type')}",
-        "pruner": method_name(config["pruner"]),
+        "pruner": pruner_name(config),
         "allocator": allocator_name(config["allocator"]),
         "sparsity": f"{config['sparsity']:g}",
         **pattern,

@@ -59,6 +59,7 @@ class Config(TypedDict, total=False):
     seed: Required[int]
     dataset: dict[str, Any]
     split: Method
+    recovery: Method
     evaluation: dict[str, Any]
     tracker: dict[str, Any]
 
@@ -283,7 +284,8 @@ class Round(Stored):
 
 @dataclass(frozen=True)
 class Tuning(Stored):
-    """What was tried on held-out text, and what it cost (`svnup.allocation.trial.Trial.to_dict`)."""
+    """What was tried, and what it cost (`svnup.allocation.trial.Trial.to_dict`): losses on held-out text of the kind `nll` or
+    `kl`, in nats per token; or the `misalignment` on calibration text, which has no unit."""
 
     kind: str = "nll"
     curve: tuple[Tried, ...] = ()  # in the order in which it was tried
@@ -302,6 +304,11 @@ class Tuning(Stored):
     kinds: tuple[str, ...] = ()
     rounds: tuple[Round, ...] = ()
 
+    @property
+    def of_losses(self) -> bool:
+        """Whether the curve has losses on selection text."""
+        return self.kind != "misalignment"
+
 
 @dataclass(frozen=True)
 class PrunedLinear(Stored):
@@ -318,12 +325,25 @@ class PrunedLinear(Stored):
 
 
 @dataclass(frozen=True)
+class RecoveredBlock(Stored):
+    """What refitting did to one block (`svnup.types.RecoveredBlock`)."""
+
+    block: int | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    n_steps: int | None = None
+    seconds: float = 0.0
+    taken: bool = True
+
+
+@dataclass(frozen=True)
 class Pruning(Stored):
     """What pruning did (`svnup.types.PruneReport`); `seconds` by stage."""
 
     per_linear: tuple[PrunedLinear, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
+    recovered: tuple[RecoveredBlock, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from svnup.keys import did_you_mean, flatten
-from svnup.naming import allocator_name, method_name, moving_numbers
+from svnup.naming import allocator_name, method_name, moving_numbers, recovery_name
 from svnup.results.row import Measured, Protocol, ResultRow
 
 logger = logging.getLogger(__name__)
@@ -118,6 +118,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, str]:
         "model": model_of(config),
         "allocator": allocator_name(config["allocator"]),
         "split": out["split"].removesuffix("split"),
+        "recovery": recovery_name(dict(config)) or "none",
     }
     return out | own
 

@@ -1,4 +1,4 @@
-"""Published heuristics that score blocks: OWL, DLP, AlphaPruning, block influence."""
+"""Published heuristics that score blocks: OWL, DLP, LSA, AlphaPruning, block influence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from svnup.progress import stage
 from svnup.scoring import Context
-from svnup.types import BlockScores, Cost, Floats, Players
+from svnup.types import BlockScores, Cost, Floats, Granularity, Players
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,6 +84,92 @@ class Dlp:
 
         found = _walked(lm, context, f"Dlp({self.statistic})", lambda visit: [middle([*wanda_scores(visit).values()])])
         return BlockScores(1 - found.values / found.values.sum(), found.method, cost=found.cost)
+
+
+@dataclass(frozen=True)
+class Lsa:
+    """Relative importance of each part, 1 - E / sum(E), E the mean over its linear layers of `least_error`; higher: denser.
+
+    E says how little the outputs of a linear layer have to change where a `share` of its weights is pruned: a part that
+    changes little has few weights that matter, and those much. Inputs are those of the dense model. The budget is
+    `CountBudget`.
+
+    Args:
+        share: of the weights of each output row that are pruned.
+        group: consecutive inputs from which a row loses its share before the next ones are looked at.
+        granularity: what has a score: blocks, sublayers, experts or linear layers.
+
+    Source: LSA, ICLR 2026 (openreview xq3lza5IjN), whose released code was followed, and a note on its text that agrees with
+    it. The code scores blocks, attention and MLP, or each linear layer. Ours: a last group that is narrower loses its own
+    share, and experts.
+    """
+
+    share: float = 0.5
+    group: int = 128
+    granularity: Granularity = "block"
+    needs_inputs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"share={self.share:g}: of the weights of a row; choose between 0 and 1, such as 0.5")
+        if self.group < 2:
+            raise ValueError(f"group={self.group}: consecutive inputs; choose 2 or more, such as 128")
+
+    def plan(self, n_blocks: int) -> dict[str, int]:
+        return {"block_forwards": n_blocks}
+
+    def score(self, lm: LanguageModel, context: Context) -> BlockScores:
+        from svnup.model.linears import matrix
+        from svnup.pruning.sparsegpt import SparseGPT
+        from svnup.pruning.walk import Inputs
+
+        parts = lm.budget_units(self.granularity)
+
+        def of_block(visit: Visit) -> list[float]:
+            inputs = Inputs(visit.linears, SparseGPT(), n_first=0)  # whose statistics are the Gram matrix
+            inputs.collect(visit, advance=True)
+            errors = {
+                name: least_error(matrix(m), inputs.stats(name).mean(), self.share, self.group)
+                for name, m in visit.linears.items()
+            }
+            return [float(np.mean([errors[name] for name in linears])) for index, linears in parts if index == visit.index]
+
+        found = _walked(lm, context, f"Lsa({self.share:g})", of_block)
+        if not (np.isfinite(found.values).all() and found.values.sum() > 0):
+            raise ValueError("stage scores: the errors of linear layers are all zero or not finite; try model.dtype=float32")
+        return BlockScores(1 - found.values / found.values.sum(), found.method, cost=found.cost)
+
+
+def least_error(weight: Tensor, gram: Tensor, share: float, group: int) -> float:
+    """How much the outputs of a linear layer change, squared and summed over outputs, where of each row a share of the weights
+    of every `group` consecutive inputs is pruned: those that add least, one after the other, to r G r^T of the pruned ones.
+
+    Args:
+        weight: (d_out, d_in).
+        gram: G = X^T X / n_tokens, float32 (d_in, d_in).
+        share: fraction of each group, rounded down.
+        group: the last one may be narrower.
+
+    Source: the released code of LSA; arithmetic is in float32 there, too.
+    """
+    import torch
+
+    w, total = weight.float(), 0.0
+    adds = w.square() * gram.diagonal()
+    for start in range(0, w.shape[1], group):
+        here = slice(start, start + group)
+        own, added, between = w[:, here], adds[:, here], gram[here, here]
+        gone = torch.zeros_like(own)
+        for _ in range(int(share * own.shape[1])):
+            least, at = added.min(1, keepdim=True)
+            total += float(least.double().sum())
+            weights = own.gather(1, at)
+            added += 2 * own * weights * between[at[:, 0]]
+            added.scatter_(1, at, torch.inf)
+            gone.scatter_(1, at, weights)
+        rest = slice(start + group, None)
+        adds[:, rest] += 2 * w[:, rest] * (gone @ gram[here, rest])
+    return total
 
 
 @dataclass(frozen=True)
