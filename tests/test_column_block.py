@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from svnup.pruning.column_block import prune_columns_torch
-from svnup.pruning.masks import lowest_in_columns
+from svnup.pruning.column_block import Lowest, prune_columns_torch
 from svnup.pruning.sparsegpt import SparseGPT
 
 CASES = [  # rows, columns, group
@@ -115,8 +114,10 @@ def interpret():
 def test_of_equal_scores_the_first_go(n):
     scores = torch.tensor([[2.0, 0, 1], [2, 1, 0], [2, 0, 1], [2, 1, 0]])
     order = scores.T.argsort(dim=1, stable=True)[:, :n]
-    expected = torch.zeros(3, 4, dtype=torch.bool).scatter_(1, order, True)
-    assert torch.equal(lowest_in_columns(scores, n), expected.T)
+    expected = torch.zeros(3, 4).scatter_(1, order, 1)
+    out = torch.empty(4, 3)
+    Lowest(n, 4, scores.device)(scores, out)
+    assert torch.equal(out, expected.T)
 
 
 if __name__ == "__main__":

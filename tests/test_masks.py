@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svnup.pruning.masks import lowest, lowest_of_groups, n_zeros, zeros_per_group
+from svnup.pruning.masks import all_finite, lowest, lowest_of_groups, n_zeros, without, zeros_per_group
 
 # A sparsity of 4 decimals times a whole number is at least 1e-4 below the next whole number, or is one.
 SPARSITIES = st.integers(0, 10_000).map(lambda i: (i / 10_000, Fraction(i, 10_000)))
@@ -87,6 +87,26 @@ def test_every_group_loses_exactly_its_lowest(rows, groups, pattern, seed):
             lost = [s for s, g in zip(row[start : start + m], gone[start : start + m], strict=True) if g]
             assert len(lost) == n
             assert max(lost) < min(kept)
+
+
+def as_bits(x):
+    return x.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_without_is_masked_fill_to_the_bit(dtype):
+    weight = torch.tensor([[1.5, -2.0, -0.0], [torch.inf, torch.nan, -3e-8]], dtype=dtype)
+    gone = torch.tensor([[True, False, False], [True, False, True]])
+    for w, g in ((weight, gone), (weight.T, gone.T)):
+        assert torch.equal(as_bits(without(w, g)), as_bits(w.masked_fill(g, 0)))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_one_entry_decides_what_is_finite(bad):
+    x = torch.linspace(-1e38, 1e38, 999).reshape(27, 37)
+    assert all_finite(x)
+    x[13, 5] = bad
+    assert not all_finite(x)
 
 
 def test_groups_must_fit_the_inputs():

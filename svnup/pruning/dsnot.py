@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svnup.machines import Work
 from svnup.pattern import Pattern
-from svnup.pruning.masks import zeroed
+from svnup.pruning.masks import without, zeroed
 from svnup.pruning.refit import check_base
 from svnup.pruning.walk import Pruner, workspace
 
@@ -109,7 +109,7 @@ class DSnoT:
         self._swap(
             gone, weight.float(), stats.mean, variance, squares.sqrt(), Pattern.parse(self.pattern).group or weight.shape[1]
         )
-        return weight.masked_fill(gone, 0)
+        return without(weight, gone)
 
     def _swap(self, gone: Tensor, w: Tensor, mean: Tensor, variance: Tensor, norms: Tensor, m: int) -> None:
         """Swap entries of the mask in place, within every m consecutive inputs of a row, in all rows at once."""

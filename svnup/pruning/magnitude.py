@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from svnup.pruning.masks import smallest
+from svnup.pruning.masks import smallest, without
 
 
 @dataclass(frozen=True)
@@ -33,4 +33,4 @@ class Magnitude:
     def prune(self, weight: Tensor, stats: None, sparsity: float) -> Tensor:
         if sparsity == 0:
             return weight
-        return weight.masked_fill(smallest(weight.abs(), sparsity, self.pattern, self.per), 0)
+        return without(weight, smallest(weight.abs(), sparsity, self.pattern, self.per))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -39,7 +40,7 @@ def smallest(scores: Tensor, sparsity: float, pattern: str, per: Literal["row", 
     Raises:
         ValueError: a score is nan or infinite, or M does not divide d_in.
     """
-    if not scores.isfinite().all():
+    if not all_finite(scores):
         raise ValueError("nan or infinity in the weights, in the statistics of their inputs, or in products of both")
     steps = Pattern.parse(pattern).steps(sparsity)
     if steps is not None:
@@ -103,19 +104,32 @@ def check_groups(n: int, m: int, d_in: int) -> None:
 
 
 def lowest_of_groups(scores: Tensor, n: int, m: int) -> Tensor:
-    """The n smallest of every m consecutive scores of a row, (rows, d) to bool (rows, d); m divides d."""
-    check_groups(n, m, scores.shape[1])
-    return lowest_in_columns(scores.reshape(-1, m).T.contiguous(), n).T.reshape(scores.shape)
+    """The n smallest of every m consecutive scores of a row, of equal ones the first; (rows, d) to bool (rows, d); m divides d.
 
-
-def lowest_in_columns(scores: Tensor, n: int) -> Tensor:
-    """The n smallest scores of every column, (m, columns) to bool (m, columns); of equal scores the first.
-
-    All pairs of rows are compared, which for m = 4 is 20 times faster than sorting.
+    All pairs of a group are compared, which for m = 4 is 20 times faster than sorting; ranks are bytes, for speed too.
     """
-    rank = torch.zeros(scores.shape, dtype=torch.int16, device=scores.device)  # number of scores before this one
-    for i in range(len(scores) - 1):
-        first = scores[i + 1 :] < scores[i]  # later rows with smaller scores
-        rank[i] += first.sum(0, dtype=torch.int16)
-        rank[i + 1 :] += ~first
-    return rank < n
+    check_groups(n, m, scores.shape[1])
+    places = [place.contiguous() for place in scores.reshape(-1, m).unbind(1)]  # the first of all groups, the second, ...
+    ranks = [torch.full_like(place, j, dtype=torch.uint8 if m <= 256 else torch.int16) for j, place in enumerate(places)]
+    for i, j in combinations(range(m), 2):
+        later_first = (places[j] < places[i]).view(torch.uint8)
+        ranks[i] += later_first
+        ranks[j] -= later_first
+    return torch.stack([rank < n for rank in ranks], dim=1).reshape(scores.shape)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no entry is nan or infinite. Then the sum is finite too, unless it overflows, and is found ten times as fast."""
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+
+
+def without(weight: Tensor, gone: Tensor) -> Tensor:
+    """`weight.masked_fill(gone, 0)`, bit for bit, (d_out, d_in).
+
+    On the CPU it is made of bits: masked_fill takes a branch at every weight, which a mask makes hard to predict and three
+    times slower.
+    """
+    if weight.device.type != "cpu":
+        return weight.masked_fill(gone, 0)
+    bits = getattr(torch, f"int{8 * weight.element_size()}")
+    return gone.to(bits).sub_(1).bitwise_and_(weight.view(bits)).view(weight.dtype)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from svnup.pruning.masks import smallest
+from svnup.pruning.masks import smallest, without
 from svnup.pruning.wanda import InputNorms
 
 
@@ -47,4 +47,4 @@ class RIA:
         size = weight.float().abs()
         of_column, of_row = (size / size.sum(axis, keepdim=True).clamp(min=torch.finfo().tiny) for axis in (0, 1))
         scores = (of_column + of_row) * stats.squares.pow(self.a / 2)
-        return weight.masked_fill(smallest(scores, sparsity, self.pattern), 0)
+        return without(weight, smallest(scores, sparsity, self.pattern))

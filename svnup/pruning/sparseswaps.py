@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svnup.machines import Work
 from svnup.pattern import Pattern
-from svnup.pruning.masks import zeroed
+from svnup.pruning.masks import without, zeroed
 from svnup.pruning.refit import OnMask, RefitStats, check_base
 from svnup.pruning.walk import Pruner, workspace
 
@@ -72,7 +72,7 @@ class SparseSwaps(OnMask):
         rows = max(1, CHUNK // (weight.shape[1] * size))
         for start in range(0, len(weight), rows):
             swap(gone[start : start + rows], weight[start : start + rows].float(), gram, size, self.max_swaps)
-        return weight.masked_fill(gone, 0)
+        return without(weight, gone)
 
 
 def swap(gone: Tensor, w: Tensor, gram: Tensor, size: int, most: int) -> None:

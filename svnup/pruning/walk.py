@@ -21,7 +21,7 @@ from svnup.model.blocks import StopForward
 from svnup.model.language_model import LanguageModel, Visit
 from svnup.model.linears import Linear, expert_of, matrix, routed_to_all, watched
 from svnup.progress import stage
-from svnup.pruning.masks import n_zeros
+from svnup.pruning.masks import all_finite, n_zeros
 from svnup.pruning.packed import apply_masks, save_masks
 from svnup.types import LinearReport, PruneReport, RecoveredBlock, SparsityProfile
 
@@ -318,7 +318,7 @@ def prune_model(
                 if refits is not None and any(profile.levels(visit.index)):
                     with _timed(clock, "recovery"):
                         refitted = refits.refit(visit)
-                    of_block = [replace(report, n_zeros=_n_zeros(visit.linears[report.name])) for report in of_block]
+                    of_block = [replace(report, n_zeros=_n_zeros(visit.linears[report.name].weight)) for report in of_block]
                 told = {"linears": [asdict(report) for report in of_block], "recovered": refitted and asdict(refitted)}
                 lm.store_block(visit.index, key, json.dumps(told))
             else:  # pruned by a process that was interrupted
@@ -374,11 +374,7 @@ def _prune_block(
 
 def _kept(visit: Visit, name: str, error: float | None) -> LinearReport:
     weight = visit.linears[name].weight
-    return LinearReport(visit.index, name, _n_zeros(visit.linears[name]), weight.numel(), error, 0.0)
-
-
-def _n_zeros(linear: Linear) -> int:
-    return int((linear.weight == 0).sum())
+    return LinearReport(visit.index, name, _n_zeros(weight), weight.numel(), error, 0.0)
 
 
 def _key(profile: SparsityProfile, pruner: Pruner, recovery: Recovery | None, tokens: np.ndarray | Tensor) -> str:
@@ -444,18 +440,18 @@ def pruned_weights(
 def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, sparsity: float, errors: bool) -> LinearReport:
     start = time.perf_counter()
     weight, full_name = matrix(visit.linears[name]), f"block {visit.index}, {name}"
-    zeros_before = int((weight == 0).sum())
+    zeros_before = _n_zeros(weight)
     try:
         pruned = pruner.prune(weight, inputs.stats(name) if pruner.needs_inputs else None, sparsity)
     except ValueError as error:
         raise ValueError(f"stage pruning: {full_name}: {error}") from error
-    if not pruned.isfinite().all():
+    if not all_finite(pruned):
         raise ValueError(f"stage pruning: {full_name}: the pruned weights are not all finite")
     error_ratio = None
     if errors and pruner.needs_inputs:
         error_ratio = _error(inputs.first_tokens(name), weight, pruned)
     weight.copy_(pruned)
-    zeros, asked = int((weight == 0).sum()), n_zeros(sparsity, weight.numel())
+    zeros, asked = _n_zeros(weight), n_zeros(sparsity, weight.numel())
     # More zeros than asked: kept weights were zero before, or too small for the dtype after an update. Fewer zeros are a bug.
     if pruner.prunes and not asked <= zeros <= asked + zeros_before + weight.numel() // 1000:
         raise ValueError(f"stage pruning: {full_name}: {zeros} zeros where {asked} were asked for")
@@ -463,6 +459,10 @@ def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, spars
     if fallback is not None and name not in inputs.short_of_tokens:
         logger.warning("%s: %s", full_name, fallback)
     return LinearReport(visit.index, name, zeros, weight.numel(), error_ratio, time.perf_counter() - start, fallback)
+
+
+def _n_zeros(weight: Tensor) -> int:
+    return weight.numel() - int(weight.count_nonzero())
 
 
 def _error(x: Tensor, weight: Tensor, pruned: Tensor) -> float:

@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from svnup.pruning.masks import smallest
+from svnup.pruning.masks import smallest, without
 
 
 @dataclass
@@ -47,4 +47,4 @@ class Wanda:
         if sparsity == 0:
             return weight
         scores = weight.float().abs() * stats.squares.sqrt()
-        return weight.masked_fill(smallest(scores, sparsity, self.pattern), 0)
+        return without(weight, smallest(scores, sparsity, self.pattern))
