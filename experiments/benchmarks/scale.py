@@ -353,8 +353,8 @@ def write(output: Path, figure: Path) -> None:
         f"Made by `python -m experiments.benchmarks.scale`. {hardware['cpu']}, one thread, torch {hardware['torch']}. Seconds "
         "by the clock, and those of the processor, with which the plan is compared: at the median of the rates measured in the "
         "same process before the first stage and after each (of float32 products: the last column). Planned / taken: the "
-        "middle of the planned range. Over floor: seconds of the processor over those of matrix products alone at the measured rate. "
-        "Peak: of the process, with Python and torch.",
+        "middle of the planned range. Over floor: seconds of the processor over those of matrix products alone at the measured "
+        "rate. Peak: of the process, with Python and torch.",
         "",
         *table(head, rows, "ll" + "r" * (len(head) - 2)),
     ]

@@ -525,14 +525,16 @@ class JobCounts:
     def _statistics_bytes(self) -> int:
         """What a pruner gathers for a block, with the first tokens of each distinct input."""
         n_tokens = (self.job.dataset.n_seq or 0) * self.job.dataset.seq_len
-        totals = [0] * self.lm.n_blocks
+        totals, largest = [0] * self.lm.n_blocks, [0] * self.lm.n_blocks
         n_experts = [len({expert_of(n, m) for n, m in self.lm.linears(i).items()} - {None}) for i in range(self.lm.n_blocks)]
         for index, name, linear in self._leaders(self.job.dataset.n_seq or 0, self.job.dataset.seq_len):
             gathered, d_in = self._observed(self.job.pruner, linear, 1)[1], matrix(linear).shape[1]
             share = n_experts[index] if expert_of(name, linear) is not None else 1
-            totals[index] += gathered * (3 if gathered >= FLOAT * d_in**2 else 1)  # a Hessian is kept with its factor
-            totals[index] += min(ERROR_TOKENS, n_tokens) // share * d_in * FLOAT
-        return max(totals)
+            hessian = gathered >= FLOAT * d_in**2
+            totals[index] += gathered * (3 if hessian else 1)  # a Hessian is kept with its factor
+            largest[index] = max(largest[index], gathered * hessian)
+            totals[index] += min(ERROR_TOKENS, n_tokens) // share * d_in * self._size
+        return max(total - 2 * own for total, own in zip(totals, largest, strict=True))  # which are in `workspace`
 
     def _tuning_states(self) -> float:
         job, needs = self.job, self.job.allocator.needs
