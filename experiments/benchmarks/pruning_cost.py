@@ -414,7 +414,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shapes", default="192x192,1024x1024,2048x2048", help="d_out x d_in of linears, separated by commas")
     parser.add_argument("--n-tokens", type=int, default=8192, help="calibration tokens of the linears")
     parser.add_argument("--widths", default="192,1024,2048", help="of the models, separated by commas; 192 is the built-in one")
-    parser.add_argument("--job-tokens", type=int, default=16384, help="calibration tokens of the models")
+    parser.add_argument("--job-tokens", type=int, default=32768, help="calibration tokens of the models")
     parser.add_argument("--job-repeats", type=int, default=1)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(argv)
