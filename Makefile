@@ -121,7 +121,7 @@ docs: $(READY)  ## build the documentation site in docs/_build/html; a warning i
 
 BENCHMARKS := $(filter-out gpu,$(basename $(notdir $(wildcard experiments/benchmarks/*.py))))
 
-benchmarks: $(READY)  ## cost of Shapley values, pruning, offloading and whole jobs, one after the other (about 35 minutes)
+benchmarks: $(READY)  ## cost of Shapley values, pruning, offloading and whole jobs, one after the other (about an hour)
 	for name in $(BENCHMARKS); do $(OFFLINE) $(BIN)/python -m experiments.benchmarks.$$name --output results/benchmarks/$$name.md || exit; done
 
 # Where a GPU is lent for minutes nothing is installed: any Python with torch and transformers will do, PYTHON=... if it is named.

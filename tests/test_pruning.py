@@ -17,7 +17,7 @@ from svnup.model.language_model import BATCH_TOKENS, LanguageModel, make_config
 from svnup.pattern import Pattern
 from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.nothing import Nothing
-from svnup.pruning.sparsegpt import Hessian, SparseGPT
+from svnup.pruning.sparsegpt import Hessian, SparseGPT, cholesky_of_inverse
 from svnup.pruning.walk import Inputs, prune_model
 from svnup.pruning.wanda import Wanda
 from svnup.types import SparsityProfile
@@ -255,6 +255,50 @@ def test_sparsegpt_is_the_optimal_brain_surgeon(d_in, block_size, pattern, spars
     np.testing.assert_allclose(pruned.double().numpy(), expected, atol=2e-4 * np.abs(expected).max())
     kept = ~gone
     assert np.abs(expected - weight.numpy())[kept].max() > 0.05  # it does make up for errors
+
+
+@pytest.mark.parametrize("d_in", [192, 301])
+def test_the_factor_of_a_wide_hessian_is_that_of_float64(d_in):
+    weight, x = a_case(1, d_in, n_tokens=2 * d_in)
+    stats = Hessian.empty(weight)
+    for part in x.split(100):
+        stats.add(part)
+    h, u, _ = stats.damped(0.01, cholesky_of_inverse)
+    expected = damped_hessian(x)
+    np.testing.assert_allclose(h, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert torch.equal(h, h.T)
+    assert torch.equal(u, u.triu())
+    inverse = np.linalg.inv(expected)
+    np.testing.assert_allclose(u.double().T @ u.double(), inverse, rtol=0, atol=1e-4 * inverse.max())
+
+
+@pytest.mark.parametrize("place", [3, 140, 290])
+def test_a_wide_hessian_without_a_factor_has_none(place):
+    h = torch.eye(300)
+    assert cholesky_of_inverse(h) is not None
+    h[place, place + 5] = h[place + 5, place] = 1.5
+    assert cholesky_of_inverse(h) is None
+    h = torch.eye(300)
+    h[place, place] = torch.nan
+    assert cholesky_of_inverse(h) is None
+
+
+@pytest.mark.skipif(
+    not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512",
+    reason="products of other kernels depend on the number of threads",
+)
+@pytest.mark.parametrize("d_in", [192, 304])
+def test_sparsegpt_is_the_same_for_any_number_of_threads(d_in):
+    weight, x = a_case(24, d_in, n_tokens=700)
+    before, pruned = torch.get_num_threads(), []
+    try:
+        for n_threads in (1, 2, 3):
+            torch.set_num_threads(n_threads)
+            pruned.append(prune(SparseGPT(), weight, x, 0.5))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(pruned[0], pruned[1])
+    assert torch.equal(pruned[0], pruned[2])
 
 
 def test_sparsegpt_blocks_make_a_difference_to_the_mask():

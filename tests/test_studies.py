@@ -37,7 +37,18 @@ STUDIES = {  # module: arguments, and the files that it writes
 }
 BENCHMARKS = {
     "benchmarks.shapley_cost": ["--blocks", "5", "--seq-len", "32", "--repeats", "1", "--window-n-seq", "2"],
-    "benchmarks.pruning_cost": ["--shapes", "64x96", "--n-tokens", "256", "--n-seq", "2", "--seq-len", "32", "--repeats", "1"],
+    "benchmarks.pruning_cost": [
+        "--shapes",
+        "64x96",
+        "--n-tokens",
+        "256",
+        "--widths",
+        "192,64",
+        "--job-tokens",
+        "64",
+        "--repeats",
+        "1",
+    ],
     "benchmarks.offload": ["--blocks", "3", "--width", "64"],
     "benchmarks.scale": ["--only", "tiny"],
 }

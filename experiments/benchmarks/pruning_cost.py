@@ -1,20 +1,28 @@
-"""What pruning costs: each stage against its floor, and svnup's selections against the published ones, side by side in one run.
+"""What pruning costs: each stage and whole jobs, beside the released code of SparseGPT and Wanda, side by side in one run.
 
-The published ways are those of the SparseGPT and Wanda repositories: SparseGPT's loop updates the rest of the block after
-every column, and masks come from sorting all scores. The floor of a stage is its operations (a multiplication and an addition
-are two) over the rate of the product X W^T, measured in turn with it; - where what it does is not arithmetic.
+The released ways do what the repositories of SparseGPT and Wanda do, step by step: statistics of one sequence at a time
+and of each linear layer, SparseGPT's loop that updates the rest of the block after every column, masks by sorting all
+scores, for N:M by topk. The floor of a stage is its operations (a multiplication and an addition are two) over the rate
+of the product X W^T, measured in turn with it; - where what it does is not arithmetic. The floor of a whole job is the
+forward passes that it needs, run plainly (through every block before it is pruned, and after but for the last), and its
+statistics.
+
+By one thread on a CPU, time is that of the process, which a busy machine stretches less than the clock.
 
     python -m experiments.benchmarks.pruning_cost [--repeats 3] [--output results/benchmarks/pruning_cost.md]
-    python -m experiments.benchmarks.pruning_cost --device cuda --shapes 4096x4096,11008x4096
+    python -m experiments.benchmarks.pruning_cost --device cuda --shapes 4096x4096,11008x4096 --widths 192
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,28 +31,59 @@ from torch import Tensor
 
 from svnup.allocation import Budget
 from svnup.data import Docs
-from svnup.language_model import LanguageModel
 from svnup.memory import synchronize
+from svnup.model.language_model import BATCH_TOKENS, LanguageModel, make_config
 from svnup.model.source import Pretrained
+from svnup.pruning import walk
 from svnup.pruning.column_block import can_build_kernels
 from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.sparsegpt import Hessian, SparseGPT, cholesky_of_inverse
-from svnup.pruning.walk import Pruner, temporarily_pruned
+from svnup.pruning.walk import Pruner
 from svnup.pruning.wanda import Wanda
 from svnup.results.provenance import hardware
 
 SPARSITY = 0.5
+BUILT_IN = 192  # width of the built-in model
+
+
+def sequence_length(width: int) -> int:
+    """Tokens of a calibration sequence: those of the built-in model, and of the models of the field."""
+    return 256 if width < 1024 else 2048
+
+
+def now() -> float:
+    """Seconds: of the process if it has one thread and no GPU."""
+    synchronize()
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.process_time() if alone else time.perf_counter()
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    synchronize()
-    start = time.perf_counter()
+    start = now()
     out = work()
-    synchronize()
-    return time.perf_counter() - start, out
+    return now() - start, out
 
 
-# -- the published ways
+# -- the released ways
+
+
+def published_hessian(x: Tensor, seq_len: int) -> Tensor:
+    """The mean of X^T X over sequences, updated by each, times two as there."""
+    h = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+    for n, sequence in enumerate(x.split(seq_len)):
+        h *= n / (n + 1)
+        scaled = math.sqrt(2 / (n + 1)) * sequence.t().float()
+        h += scaled.matmul(scaled.t())
+    return h
+
+
+def published_norms(x: Tensor, seq_len: int) -> Tensor:
+    """The mean of squared norms of inputs over sequences, updated by each."""
+    squares = torch.zeros(x.shape[1], device=x.device)
+    for n, sequence in enumerate(x.split(seq_len)):
+        squares *= n / (n + 1)
+        squares += torch.norm(sequence.t().float(), p=2, dim=1) ** 2 / (n + 1)
+    return squares
 
 
 def published_sparsegpt(weight: Tensor, u: Tensor, group: tuple[int, int] | None, block_size: int = 128) -> Tensor:
@@ -75,24 +114,29 @@ def published_sparsegpt(weight: Tensor, u: Tensor, group: tuple[int, int] | None
 
 
 def published_factor(h: Tensor) -> Tensor:
+    """What is left of `fasterprune` before its loop."""
     out: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     return out
 
 
-def published_wanda(weight: Tensor, norms: Tensor) -> Tensor:
+def published_wanda(weight: Tensor, squares: Tensor) -> Tensor:
     """github.com/locuslab/wanda, `prune_wanda`."""
-    scores = weight.abs() * norms
-    order = torch.sort(scores, dim=-1, stable=True)[1]
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    return weight.masked_fill(mask.scatter_(1, order[:, : int(scores.shape[1] * SPARSITY)], True), 0)
+    scores = weight.abs() * squares.reshape(1, -1).sqrt()
+    mask, order = torch.zeros_like(scores) == 1, torch.sort(scores, dim=-1, stable=True)[1]
+    mask.scatter_(1, order[:, : int(scores.shape[1] * SPARSITY)], True)
+    pruned = weight.clone()
+    pruned[mask] = 0
+    return pruned
 
 
-def published_wanda_groups(weight: Tensor, norms: Tensor, n: int, m: int) -> Tensor:
-    scores = weight.abs() * norms
-    mask = torch.zeros_like(scores, dtype=torch.bool)
+def published_wanda_groups(weight: Tensor, squares: Tensor, n: int, m: int) -> Tensor:
+    scores = weight.abs() * squares.reshape(1, -1).sqrt()
+    mask = torch.zeros_like(scores) == 1
     for i in range(0, scores.shape[1], m):
-        mask.scatter_(1, i + torch.topk(scores[:, i : i + m], n, dim=1, largest=False)[1], True)
-    return weight.masked_fill(mask, 0)
+        mask.scatter_(1, i + torch.topk(scores[:, i : i + m].float(), n, dim=1, largest=False)[1], True)
+    pruned = weight.clone()
+    pruned[mask] = 0
+    return pruned
 
 
 def published_magnitude(weight: Tensor) -> Tensor:
@@ -103,8 +147,9 @@ def published_magnitude(weight: Tensor) -> Tensor:
 # -- one linear
 
 
-def one_linear(d_out: int, d_in: int, n_tokens: int, device: str, repeats: int) -> tuple[list[str], float]:
-    """Lines of the table, and the rate of the product in operations a second."""
+def one_linear(d_out: int, d_in: int, n_tokens: int, device: str, repeats: int) -> list[str]:
+    """Lines of the table."""
+    seq_len = sequence_length(d_in)
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(d_out, d_in, generator=g).to(device)
     mix = torch.randn(d_in, d_in, generator=g).to(device) / d_in**0.5 + torch.eye(d_in, device=device)
@@ -113,13 +158,22 @@ def one_linear(d_out: int, d_in: int, n_tokens: int, device: str, repeats: int) 
     norms, hessian = Wanda().new_stats(weight), Hessian.empty(weight)
     Wanda().observe(norms, x)
     hessian.add(x)
+
+    def observed(stats: Any, pruner: Pruner) -> Any:
+        for batch in x.split(max(seq_len, BATCH_TOKENS["cuda" if x.is_cuda else "cpu"])):
+            pruner.observe(stats, batch)
+        return stats
+
     h, u, dead = hessian.damped(SparseGPT().damp, cholesky_of_inverse)
-    lengths = norms.squares.sqrt()
     # stage: (operations, ours, the published way)
     update = d_out * d_in**2
     stages: dict[str, tuple[float | None, Callable[[], Any], Callable[[], Any] | None]] = {
         "product X W^T": (2 * n_tokens * d_in * d_out, lambda: x @ weight.T, None),
-        "SparseGPT: statistics": (n_tokens * d_in**2, lambda: Hessian.empty(weight).add(x), lambda: x.T @ x),
+        "SparseGPT: statistics": (
+            n_tokens * d_in**2,
+            lambda: observed(Hessian.empty(weight), SparseGPT()),
+            lambda: published_hessian(x, seq_len),
+        ),
         "SparseGPT: factorisation": (2 / 3 * d_in**3, lambda: cholesky_of_inverse(h), lambda: published_factor(h)),
         "SparseGPT: selection and update": (
             update,
@@ -131,16 +185,16 @@ def one_linear(d_out: int, d_in: int, n_tokens: int, device: str, repeats: int) 
             lambda: SparseGPT("2:4").prune_with_factor(weight, u, dead, SPARSITY),
             lambda: published_sparsegpt(weight, u, (2, 4)),
         ),
-        "Wanda: statistics": (None, lambda: Wanda().observe(Wanda().new_stats(weight), x), lambda: x.norm(dim=0)),
+        "Wanda: statistics": (None, lambda: observed(Wanda().new_stats(weight), Wanda()), lambda: published_norms(x, seq_len)),
         "Wanda: selection": (
             None,
             lambda: Wanda().prune(weight, norms, SPARSITY),
-            lambda: published_wanda(weight, lengths),
+            lambda: published_wanda(weight, norms.squares),
         ),
         "Wanda 2:4: selection": (
             None,
             lambda: Wanda("2:4").prune(weight, norms, SPARSITY),
-            lambda: published_wanda_groups(weight, lengths, 2, 4),
+            lambda: published_wanda_groups(weight, norms.squares, 2, 4),
         ),
         "magnitude: selection": (
             None,
@@ -150,6 +204,7 @@ def one_linear(d_out: int, d_in: int, n_tokens: int, device: str, repeats: int) 
     }
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     results: dict[tuple[str, str], Any] = {}
+    repeats *= min(20, max(1, 2**22 // weight.numel()))  # what is short is measured more often
     for repeat in range(repeats + 1):  # the first round warms up: pages, threads, a kernel that is compiled
         for stage, (_, ours, published) in stages.items():
             for way, work in (("ours", ours), ("published", published)):
@@ -158,9 +213,9 @@ def one_linear(d_out: int, d_in: int, n_tokens: int, device: str, repeats: int) 
                     seconds[stage, way] += [taken] if repeat else []
     rate = 2 * n_tokens * d_in * d_out / statistics.median(seconds["product X W^T", "ours"])
     lines = [
-        f"{d_out} x {d_in}, {n_tokens} tokens; the product runs at {rate / 1e9:.0f} GFLOP/s.",
+        f"{d_out} x {d_in}, {n_tokens} tokens in sequences of {seq_len}; the product runs at {rate / 1e9:.0f} GFLOP/s.",
         "",
-        "| stage | seconds | over floor | published, seconds | times ours | largest difference | masks differ at |",
+        "| stage | seconds | over floor | released, seconds | times ours | largest difference | masks differ at |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for stage, (operations, _, published) in stages.items():
@@ -177,14 +232,14 @@ def one_linear(d_out: int, d_in: int, n_tokens: int, device: str, repeats: int) 
         else:
             line += f" {float((a - b).abs().max()):.1e} | - |" if "factor" in stage else " - | - |"
         lines.append(line)
-    return lines, rate
+    return lines
 
 
-# -- a whole model
+# -- whole jobs
 
 
 class Timed:
-    """A pruner that reads inputs and prunes, whose calls are timed; `widths` has d_in of each distinct input."""
+    """A pruner that reads inputs and prunes, whose calls are timed."""
 
     needs_inputs: ClassVar[bool] = True
     prunes: ClassVar[bool] = True
@@ -192,122 +247,208 @@ class Timed:
     def __init__(self, pruner: Pruner) -> None:
         self._pruner, self.pattern = pruner, pruner.pattern
         self.seconds: dict[str, float] = defaultdict(float)
-        self.widths: list[int] = []
 
     def new_stats(self, weight: Tensor) -> Any:
-        self.widths.append(weight.shape[1])
         return self._pruner.new_stats(weight)
 
-    def operations(self, lm: LanguageModel, n_tokens: int) -> float:
-        """Of two passes through the blocks (the last one once), of the Hessians and of their factors, each made once."""
-        params = lm.block_params
-        passes = 2 * n_tokens * (2 * params.sum() - params[-1])
-        return float(passes + isinstance(self._pruner, SparseGPT) * sum(n_tokens * d**2 + 2 / 3 * d**3 for d in self.widths))
-
     def observe(self, stats: Any, x: Tensor) -> None:
-        taken, _ = timed(lambda: self._pruner.observe(stats, x))
-        self.seconds["statistics"] += taken
+        self._add("statistics", lambda: self._pruner.observe(stats, x))
 
     def prune(self, weight: Tensor, stats: Any, sparsity: float) -> Tensor:
-        plain = Hessian.damped
-
-        def damped(hessian: Hessian, *args: Any) -> Any:
-            taken, out = timed(lambda: plain(hessian, *args))
-            self.seconds["factorisation"] += taken
-            return out
-
+        plain, before = Hessian.damped, self.seconds["factorisation"]
         try:
-            Hessian.damped = damped  # type: ignore[method-assign, assignment]
-            pruned: Tensor
-            taken, pruned = timed(lambda: self._pruner.prune(weight, stats, sparsity))
+            Hessian.damped = lambda *args: self._add("factorisation", lambda: plain(*args))  # type: ignore[method-assign]
+            pruned: Tensor = self._add("selection and update", lambda: self._pruner.prune(weight, stats, sparsity))
         finally:
             Hessian.damped = plain  # type: ignore[method-assign]
-        self.seconds["prune"] += taken
+        self.seconds["selection and update"] -= self.seconds["factorisation"] - before
         return pruned
+
+    def _add(self, stage: str, work: Callable[[], Any]) -> Any:
+        taken, out = timed(work)
+        self.seconds[stage] += taken
+        return out
+
+    @contextmanager
+    def timing_errors(self) -> Iterator[None]:
+        plain = walk._error
+        try:
+            walk._error = lambda *args: self._add("reconstruction errors", lambda: plain(*args))
+            yield
+        finally:
+            walk._error = plain
 
 
 @torch.inference_mode()
-def bare_forwards(lm: LanguageModel, tokens: Any) -> float:
-    """Seconds of one pass of every block over all tokens, without hooks."""
-    batches = list(lm.micro_batches(tokens))
+def plain_passes(lm: LanguageModel, tokens: Any) -> float:
+    """Seconds of the passes that pruning needs: through every block, and once more through all but the last."""
+    batches, seconds = list(lm.micro_batches(tokens)), 0.0
+    for index in range(lm.n_blocks):
+        for again in range(2 if index + 1 < lm.n_blocks else 1):
+            for batch in batches:
+                taken, out = timed(partial(lm.run_block, index, batch))
+                seconds += taken
+                if again:
+                    batch.hidden = out.hidden
+    return seconds
 
-    def work() -> None:
-        for batch in batches:
-            for index in range(lm.n_blocks):
+
+def pruned_job(lm: LanguageModel, pruner: Pruner, tokens: Any) -> dict[str, float]:
+    """Seconds by stage of pruning the model, which gets its weights back."""
+    watched, profile = Timed(pruner), Budget(lm.block_params, SPARSITY, pruner.pattern).uniform()
+    before = [p.clone() for index in range(lm.n_blocks) for p in lm.linear_parameters(index).values()]
+    with watched.timing_errors():
+        total, _ = timed(lambda: walk.prune_model(lm, profile, watched, tokens))
+    restore(lm, before)
+    return watched.seconds | {"total": total}
+
+
+def restore(lm: LanguageModel, weights: list[Tensor]) -> None:
+    parameters = (p for index in range(lm.n_blocks) for p in lm.linear_parameters(index).values())
+    with torch.no_grad():
+        for p, weight in zip(parameters, weights, strict=True):
+            p.copy_(weight)
+
+
+@torch.no_grad()
+def published_job(lm: LanguageModel, sparsegpt: bool, tokens: Any) -> float:
+    """Seconds of pruning the model in the released way: sequence after sequence, statistics of each linear layer on its own."""
+    before = [p.clone() for index in range(lm.n_blocks) for p in lm.linear_parameters(index).values()]
+
+    def job() -> None:
+        batches = list(lm.micro_batches(tokens, batch_tokens=1))  # a sequence each
+        for index in range(lm.n_blocks):
+            layers = {name: m for name, m in lm.linears(index).items() if isinstance(m, torch.nn.Linear)}
+            sums = {m: torch.zeros([m.in_features] * (2 if sparsegpt else 1), device=lm.device) for m in layers.values()}
+            seen = dict.fromkeys(sums, 0)
+
+            def add(m: Any, args: Any, out: Any, sums: Any = sums, seen: Any = seen) -> None:
+                x = args[0].data.reshape(-1, m.in_features).t()
+                sums[m] *= seen[m] / (seen[m] + 1)
+                seen[m] += 1
+                if sparsegpt:
+                    x = math.sqrt(2 / seen[m]) * x.float()
+                    sums[m] += x.matmul(x.t())
+                else:
+                    sums[m] += torch.norm(x.float(), p=2, dim=1) ** 2 / seen[m]
+
+            hooks = [m.register_forward_hook(add) for m in sums]
+            for batch in batches:
+                lm.run_block(index, batch)
+            for hook in hooks:
+                hook.remove()
+            for m, stat in sums.items():
+                weight = m.weight.data
+                if sparsegpt:
+                    m.weight.data = published_sparsegpt(weight, published_damped_factor(stat), None)
+                else:
+                    m.weight.data = published_wanda(weight, stat)
+            for batch in batches:
                 batch.hidden = lm.run_block(index, batch).hidden
 
-    return timed(work)[0]
+    seconds, _ = timed(job)
+    restore(lm, before)
+    return seconds
 
 
-def whole_model(lm: LanguageModel, pruners: dict[str, Pruner], tokens: Any, repeats: int, rate: float) -> list[str]:
-    stages: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in pruners}
-    for repeat in range(repeats + 1):
+def published_damped_factor(h: Tensor) -> Tensor:
+    h.diagonal()[h.diagonal() == 0] = 1
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    return published_factor(h)
+
+
+def model_of(width: int, device: str) -> LanguageModel:
+    """The built-in model at its width; else two blocks of a Llama of that width with random weights."""
+    if width == BUILT_IN:
+        return Pretrained(pretrained_model_name_or_path="svnup/tiny", dtype="float32", device=device).load()
+    shape = {"hidden_size": width, "intermediate_size": 11 * width // 4, "num_attention_heads": max(1, width // 64)}
+    config = make_config(
+        "llama", **shape, num_hidden_layers=2, vocab_size=2048, max_position_embeddings=2048, tie_word_embeddings=True
+    )
+    return LanguageModel.random(config, None, seed=0, device=device)
+
+
+def tokens_of(lm: LanguageModel, width: int, n_tokens: int) -> Any:
+    seq_len = sequence_length(width)
+    n_seq = max(1, n_tokens // seq_len)
+    if lm.tokenizer is not None:
+        return Docs(n_seq=n_seq, seq_len=seq_len, role="calibration").tokens(lm.tokenizer)
+    return torch.randint(lm.vocab_size, (n_seq, seq_len), generator=torch.Generator().manual_seed(0))
+
+
+def whole_jobs(lm: LanguageModel, tokens: Any, repeats: int) -> list[str]:
+    """Lines of the table, of Wanda and of SparseGPT."""
+    pruners: dict[str, Pruner] = {"Wanda": Wanda(), "SparseGPT": SparseGPT()}
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in pruners}
+    for _ in range(repeats):
         for name, pruner in pruners.items():
-            watched, bare = Timed(pruner), bare_forwards(lm, tokens)
-            profile = Budget(lm.block_params, SPARSITY, pruner.pattern).uniform()
-            with temporarily_pruned(lm, profile, watched, tokens) as report:
-                whole, parts = report.seconds, watched.seconds
-            row = {
-                "forward passes with the dense block": whole["inputs"] - parts["statistics"],
-                "statistics": parts["statistics"],
-                "factorisation": parts["factorisation"],
-                "selection and update": parts["prune"] - parts["factorisation"],
-                "errors and checks": whole["prune"] - parts["prune"],
-                "forward passes with the pruned block": whole["rerun"],
-                "total": whole["total"],
-                "forward passes and statistics": whole["inputs"] + whole["rerun"],
-                "two bare passes through all blocks": 2 * bare,
-                "floor: operations of both passes, Hessians and factors at the rate above": watched.operations(lm, tokens.size)
-                / rate,
-            }
-            for stage, seconds in row.items():
-                stages[name][stage] += [seconds] if repeat else []
-    lines = ["| stage | " + " | ".join(f"{name}, seconds | share" for name in pruners) + " |"]
+            passes, ours = plain_passes(lm, tokens), pruned_job(lm, pruner, tokens)
+            parts = ("statistics", "factorisation", "selection and update", "reconstruction errors")
+            row = {part: ours.get(part, 0.0) for part in parts}
+            row["forward passes and the rest"] = ours["total"] - sum(row.values())
+            row["**whole job**"] = ours["total"]
+            row["plain forward passes"] = passes
+            row["floor: these and statistics"] = passes + ours["statistics"]
+            row["released code, whole job"] = published_job(lm, name == "SparseGPT", tokens)
+            rows[name].append(row)
+    lines = ["| stage | " + " | ".join(f"{name}, seconds | of the job" for name in pruners) + " |"]
     lines.append("| --- |" + " --- | --- |" * len(pruners))
-    for stage in next(iter(stages.values())):
+    for stage in rows["Wanda"][0]:
         cells = []
-        for rows in stages.values():
-            shares = [part / total for part, total in zip(rows[stage], rows["total"], strict=True)]
-            cells.append(f"{statistics.median(rows[stage]):.2f} | {100 * statistics.median(shares):.0f} %")
+        for of in rows.values():
+            share = statistics.median(row[stage] / row["**whole job**"] for row in of)
+            cells.append(f"{statistics.median(row[stage] for row in of):.2f} | {share:.2f}")
         lines.append(f"| {stage} | " + " | ".join(cells) + " |")
-    return lines
+    cells = [
+        f"**{statistics.median(row['**whole job**'] / row['floor: these and statistics'] for row in of):.2f}** | "
+        for of in rows.values()
+    ]
+    return [*lines, "| whole job over floor | " + " | ".join(cells) + " |"]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--shapes", default="2048x2048", help="d_out x d_in of the linears, separated by commas")
+    parser.add_argument("--shapes", default="192x192,1024x1024,2048x2048", help="d_out x d_in of linears, separated by commas")
     parser.add_argument("--n-tokens", type=int, default=8192, help="calibration tokens of the linears")
-    parser.add_argument("--n-seq", type=int, default=128, help="calibration sequences of the model")
-    parser.add_argument("--seq-len", type=int, default=256, help="their tokens")
+    parser.add_argument("--widths", default="192,1024,2048", help="of the models, separated by commas; 192 is the built-in one")
+    parser.add_argument("--job-tokens", type=int, default=32768, help="calibration tokens of the models")
+    parser.add_argument("--job-repeats", type=int, default=1)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
     machine = hardware()
     device = torch.cuda.get_device_name() if options.device != "cpu" else f"{machine.cpu}, {machine.cores} cores"
     kernel = options.device != "cpu" and can_build_kernels()
     lines = [
         "# Cost of pruning",
         "",
-        f"Made by `make benchmarks`: median of {options.repeats} after a warm-up, ways taking turns. {device}, "
-        f"{machine.threads} threads, torch {torch.__version__}, float32, columns settled by "
+        f"Made by `make benchmarks`: median of {options.repeats} after a warm-up (of more where it is short, of "
+        f"{options.job_repeats} for whole jobs), ways taking turns. {device}, threads: {machine.threads}, "
+        f"torch {torch.__version__}, float32, columns settled by "
         f"{'Triton' if kernel else 'torch'}. Sparsity {SPARSITY}.",
     ]
-    for shape in options.shapes.split(","):
+
+    def say(*more: str) -> None:
+        print("\n".join(more), flush=True)
+        lines.extend(more)
+        if options.output is not None:  # as far as it has come
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    for shape in filter(None, options.shapes.split(",")):
         d_out, d_in = map(int, shape.split("x"))
         with torch.inference_mode():
-            table, rate = one_linear(d_out, d_in, options.n_tokens, options.device, options.repeats)
-        lines += ["", f"## A linear of {shape}", "", *table]
-    lm = Pretrained(pretrained_model_name_or_path="svnup/tiny", dtype="float32", device=options.device).load()
-    tokens = Docs(n_seq=options.n_seq, seq_len=options.seq_len, role="calibration").tokens(lm.tokenizer)
-    pruners: dict[str, Pruner] = {"Wanda": Wanda(), "SparseGPT": SparseGPT()}
-    lines += ["", f"## The built-in model, 12 blocks, {options.n_seq} x {options.seq_len} tokens", ""]
-    lines += whole_model(lm, pruners, tokens, options.repeats, rate)
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text, encoding="utf-8")
+            say("", f"## A linear of {shape}", "", *one_linear(d_out, d_in, options.n_tokens, options.device, options.repeats))
+    for width in map(int, filter(None, options.widths.split(","))):
+        lm = model_of(width, options.device)
+        tokens = tokens_of(lm, width, options.job_tokens)
+        kind = "The built-in model" if width == BUILT_IN else "Random weights"
+        n_seq, seq_len = tokens.shape
+        say("", f"## {kind}, {lm.n_blocks} blocks {width} wide, {n_seq} x {seq_len} tokens", "")
+        say(*whole_jobs(lm, tokens, options.job_repeats))
 
 
 if __name__ == "__main__":

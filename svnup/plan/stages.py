@@ -39,19 +39,19 @@ class Stage:
 
     Args:
         name: as in the result's `stages`.
-        parts: what it does, by a name for each part.
+        steps: what it does, by a name for each part.
         device: bytes at the peak on the device; on a CPU those of the process.
         host: the same on the host of a GPU; 0 where the device is the CPU.
     """
 
     name: str
-    parts: Mapping[str, Work]
+    steps: Mapping[str, Work]
     device: float
     host: float = 0.0
 
     @property
     def work(self) -> Work:
-        return sum(self.parts.values(), Work())
+        return sum(self.steps.values(), Work())
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def dtype_of(job: Job) -> str:
 
 @dataclass(frozen=True)
 class JobCounts:
-    """The work of the parts of a job on one kind of device, and the bytes that they take.
+    """The work of the steps of a job on one kind of device, and the bytes that they take.
 
     Args:
         offload_to: another place for the blocks than the job's; None is the job's own.
@@ -210,16 +210,16 @@ class JobCounts:
         return Work({self.lm.dtype: 2.0 * self._width * vocabulary * n_tokens}, moved=moved, calls=12 * n_tokens / HEAD_TOKENS)
 
     def judged(self) -> Work:
-        """All blocks and the head on the texts that a job is judged by, and the blocks brought once for each."""
+        """All blocks and the head on the texts that a job is judged by, and the blocks loaded once for each."""
         out = Work()
         for source in self.job.evaluation.sources().values():
             n_seq, seq_len = source.tokens(self.job.model.tokenizer).shape
-            out += self.through(n_seq, seq_len) + self.head(n_seq * seq_len) + self.brought(1)
+            out += self.through(n_seq, seq_len) + self.head(n_seq * seq_len) + self.loaded(1)
             out += self._parked(n_seq * seq_len, 3)
         return out
 
-    def brought(self, times: float) -> Work:
-        """Offloaded blocks, each brought to the device so many times."""
+    def loaded(self, times: float) -> Work:
+        """Offloaded blocks, each loaded to the device so many times."""
         if not self._waits:
             return Work()
         n_bytes = times * self._in_blocks
@@ -239,23 +239,23 @@ class JobCounts:
 
     def fingerprint(self) -> Work:
         """Every weight hashed once, which names what is cached."""
-        return Work(read=self.weights, copied=self.weights * self._gpu) + self.brought(1)
+        return Work(read=self.weights, copied=self.weights * self._gpu) + self.loaded(1)
 
     def pruning(self, pruner: Pruner, errors: bool = True) -> dict[str, Work]:
-        """One pruning of the whole model, by its parts."""
+        """One pruning of the whole model, by its steps."""
         n_seq, seq_len = (self.job.dataset.n_seq or 0), self.job.dataset.seq_len
-        n_tokens, parts = n_seq * seq_len, dict[str, Work]()
+        n_tokens, steps = n_seq * seq_len, dict[str, Work]()
         if pruner.needs_inputs and n_tokens:
             passes = 2 - 1 / self.lm.n_blocks if pruner.prunes else 1
-            parts["passes"] = self.through(n_seq, seq_len) * passes + self._parked(n_tokens, 3)
-            parts["statistics"] = self._statistics(pruner, n_seq, seq_len)
-            parts["factorisation"] = self._factorisation(pruner)
-        parts["selection and update"] = self._selection(pruner) if pruner.prunes else Work()
+            steps["passes"] = self.through(n_seq, seq_len) * passes + self._parked(n_tokens, 3)
+            steps["statistics"] = self._statistics(pruner, n_seq, seq_len)
+            steps["factorisation"] = self._factorisation(pruner)
+        steps["selection and update"] = self._selection(pruner) if pruner.prunes else Work()
         first = min(ERROR_TOKENS, n_tokens) if errors and pruner.needs_inputs else 0
         checked = sum(self._routed(name, m) * m.weight.numel() for _, name, m in self._linears)
-        parts["errors and checks"] = Work({"float32": 4.0 * first * checked}, moved=CHECKS * checked)
-        parts["passes"] = parts.get("passes", Work()) + self.brought(2)  # and written
-        return {name: work for name, work in parts.items() if work.flop or work.n_bytes}
+        steps["errors and checks"] = Work({"float32": 4.0 * first * checked}, moved=CHECKS * checked)
+        steps["passes"] = steps.get("passes", Work()) + self.loaded(2)  # and written
+        return {name: work for name, work in steps.items() if work.flop or work.n_bytes}
 
     @cached_property
     def _linears(self) -> list[tuple[int, str, Linear]]:
@@ -311,7 +311,7 @@ class JobCounts:
         """What pruning one matrix does beyond a factorisation, which layers share: as the pruner says, if it does.
 
         If not: scores and a mask, and with a Hessian the update of the columns to the right, column after column; on a GPU one
-        kernel settles a block of them.
+        kernel prunes a block of them.
         """
         d_out, d_in = matrix(linear).shape
         own = getattr(pruner, "work", None)
@@ -339,7 +339,7 @@ class JobCounts:
             walk = WalkPlan.of(coalitions, costs)
         forwards = walk.n_block_forwards / players  # of all blocks
         work = self.through(n_seq, seq_len) * forwards + self.head(n_seq * seq_len) * walk.n_evaluations
-        return walk, work + self.brought(walk.n_loads / players)
+        return walk, work + self.loaded(walk.n_loads / players)
 
     def whole(self, n_seq: int, seq_len: int) -> Work:
         """All blocks and the head on a text."""
@@ -383,7 +383,7 @@ class JobCounts:
     def _dense(self) -> Stage | None:
         if not self._is_judged:
             return None
-        checks = self.brought(2)  # a few tokens through all blocks, twice
+        checks = self.loaded(2)  # a few tokens through all blocks, twice
         return self._stage("dense", {"weights hashed": self.fingerprint() + checks, "text": self.judged()}, self._judging)
 
     def _evaluation(self) -> Stage | None:
@@ -394,30 +394,30 @@ class JobCounts:
         return bool(self.job.evaluation.sources())
 
     def _scores(self) -> Stage | None:
-        job, parts = self.job, dict[str, Work]()
+        job, steps = self.job, dict[str, Work]()
         if job.scorer is None:
             return None
         cost = job.scorer.plan(self.lm.n_blocks)
         if job.shapley is None:  # a walk over the dense model, with a score of every weight
             n_seq, seq_len = job.dataset.n_seq or 0, job.dataset.seq_len
             read = job.calibrates and job.scorer.needs_inputs
-            parts["passes"] = self.through(n_seq, seq_len) + self._parked(n_seq * seq_len, 3) if read else Work()
-            parts["passes"] += self.brought(1)
+            steps["passes"] = self.through(n_seq, seq_len) + self._parked(n_seq * seq_len, 3) if read else Work()
+            steps["passes"] += self.loaded(1)
             n_weights = int(self.lm.block_params.sum())
-            parts["scores"] = Work(moved=SELECTION * n_weights) if read else self._spectra()
+            steps["scores"] = Work(moved=SELECTION * n_weights) if read else self._spectra()
             held = self._states * self._states_stay + self._activations + 2 * int(self.lm.block_params.max()) * FLOAT
-            return self._stage("scores", parts, held)
+            return self._stage("scores", steps, held)
         if job.game_prunes:
-            parts["pruned blocks"] = sum(self.pruning(job.shapley.game.pruner, errors=False).values(), Work())
-        walk, parts["coalitions"] = self.game(job.shapley.shard_coalitions(self.lm.n_blocks))
+            steps["pruned blocks"] = sum(self.pruning(job.shapley.game.pruner, errors=False).values(), Work())
+        walk, steps["coalitions"] = self.game(job.shapley.shard_coalitions(self.lm.n_blocks))
         data = job.shapley.game.data
         whole = self.whole(data.n_seq or 0, data.seq_len)
-        parts["coalitions"] += whole * (job.shapley.game.payoff in ("kl", "recip_ppl")) + self.fingerprint()
+        steps["coalitions"] += whole * (job.shapley.game.payoff in ("kl", "recip_ppl")) + self.fingerprint()
         if backward := cost.get("backward_passes", 0):  # with the forward, which is repeated block by block
-            parts["backward passes"] = whole * (4 * backward)
+            steps["backward passes"] = whole * (4 * backward)
         replacements = int(self.lm.block_params.sum()) * self._size * (2 if job.allocator.needs.n_games else job.game_prunes)
         states = walk.peak_states * (data.n_seq or 0) * data.seq_len * self._width * self._size
-        return self._stage("scores", parts, states + replacements + self._judging)
+        return self._stage("scores", steps, states + replacements + self._judging)
 
     def _spectra(self) -> Work:
         """Singular values of every matrix, by which a scorer that reads no text judges: some 4 n^2 m operations each."""
@@ -425,23 +425,23 @@ class JobCounts:
         return Work(solved=sum(4.0 * short**2 * long for short, long in shapes))
 
     def _allocation(self) -> Stage | None:
-        job, parts, needs = self.job, dict[str, Work](), self.job.allocator.needs
+        job, steps, needs = self.job, dict[str, Work](), self.job.allocator.needs
         if needs.selection:
-            parts["losses on selection text"] = self.losses()
-        parts |= self.later_rounds()
+            steps["losses on selection text"] = self.losses()
+        steps |= self.later_rounds()
         if job.split.trial:
-            parts["trial pruning"] = sum(self.pruning(job.pruner).values(), Work())
+            steps["trial pruning"] = sum(self.pruning(job.pruner).values(), Work())
         elif job.split.needs_inputs:
-            parts["passes"] = self.through(job.dataset.n_seq or 0, job.dataset.seq_len)
+            steps["passes"] = self.through(job.dataset.n_seq or 0, job.dataset.seq_len)
         if needs.calibration:
-            parts["trials on calibration text"] = self._trials_of_calibration()
-        if not parts:
+            steps["trials on calibration text"] = self._trials_of_calibration()
+        if not steps:
             return None
         held = self._pruning_bytes + int(self.lm.block_params.sum()) * self._size * (job.split.trial or bool(needs.n_games))
         if needs.selection:
             tuning = self._tuning_states()
             held = max(held, tuning + max(self._pruning_bytes - self._states + self._largest_block, self._judging))
-        return self._stage("allocation", parts, held)
+        return self._stage("allocation", steps, held)
 
     def _trials_of_calibration(self) -> Work:
         """Prunings by the calibration text whose inputs of linear layers are read before and after, at most on all of it."""
@@ -450,19 +450,19 @@ class JobCounts:
         n_seq = job.dataset.n_seq or 0
         if n_seq and (read := getattr(job.allocator, "n_seq", None)):
             share = min(1.0, read / n_seq)
-        parts = self.pruning(job.pruner, errors=False)
-        text = parts.pop("passes", Work()) + parts.pop("statistics", Work())
+        steps = self.pruning(job.pruner, errors=False)
+        text = steps.pop("passes", Work()) + steps.pop("statistics", Work())
         text += self.through(n_seq, job.dataset.seq_len) * 2  # the norms of inputs, dense and pruned
-        return (text * share + sum(parts.values(), Work())) * count
+        return (text * share + sum(steps.values(), Work())) * count
 
     def _pruning(self) -> Stage:
-        parts, held = self.pruning(self.job.pruner), self._pruning_bytes
+        steps, held = self.pruning(self.job.pruner), self._pruning_bytes
         if n_passes := self.job.recovery.n_passes:
-            parts["recovery"] = self.through(self.job.dataset.n_seq or 0, self.job.dataset.seq_len) * n_passes
+            steps["recovery"] = self.through(self.job.dataset.n_seq or 0, self.job.dataset.seq_len) * n_passes
             masters = 4 * FLOAT * int(self.lm.block_params.max())  # with their gradients and both moments of AdamW
             own = 3 * self._states * self._states_stay + 3 * self._activations + masters + self._largest_block
             held = max(held, own)
-        return self._stage("pruning", parts, held)
+        return self._stage("pruning", steps, held)
 
     def _not_counted(self) -> tuple[str, ...]:
         tasks = ["lm-eval's tasks"] if self.job.evaluation.needs_whole_model else []
@@ -483,15 +483,15 @@ class JobCounts:
 
     # -- memory
 
-    def _stage(self, name: str, parts: Mapping[str, Work], held: float, host: float | None = None) -> Stage:
+    def _stage(self, name: str, steps: Mapping[str, Work], held: float, host: float | None = None) -> Stage:
         """A stage that holds so many bytes beside the model; `host`: of the model on the host of a GPU, if not as usual."""
         process, here = self.machine.process or 0.0, self.weights
         if self._waits:
             here += -self._in_blocks + 2 * self._largest_block  # one is read or written, or comes ahead
         if not self._gpu:
-            return Stage(name, parts, process + here + held)
+            return Stage(name, steps, process + here + held)
         waiting = {"none": 0.0, "cpu": self.weights + self._states, "disk": 2.0 * self._largest_block}[self.offload]
-        return Stage(name, parts, here + held, process + (waiting if host is None else max(host, waiting)))
+        return Stage(name, steps, here + held, process + (waiting if host is None else max(host, waiting)))
 
     @cached_property
     def _states(self) -> int:

@@ -65,8 +65,8 @@ def plan_of_sweep(jobs: Sequence[Job]) -> SweepPlan:
         if (like := _text(_without_seeds(job.config))) not in plans:
             plans[like] = JobCounts(job, machine_of(job)).plan()
         shared = _shared(job)
-        parts = [(stage.name, name, part) for stage in plans[like].stages for name, part in stage.parts.items()]
-        own = [part for stage, name, part in parts if SHARED_PARTS.get(stage, SHARED_PARTS.get(name)) not in shared]
+        steps = [(stage.name, name, part) for stage in plans[like].stages for name, part in stage.steps.items()]
+        own = [part for stage, name, part in steps if SHARED_STEPS.get(stage, SHARED_STEPS.get(name)) not in shared]
         work.append((job, sum(own, Work())))
         for what, found in shared.items():
             groups.setdefault((what, _text(found)), []).append(job)
@@ -85,7 +85,7 @@ def plan_of_sweep(jobs: Sequence[Job]) -> SweepPlan:
 
 
 # By the name of a stage, or of a part of one, what is counted once for all jobs that need it.
-SHARED_PARTS = {"dense": "dense numbers", "scores": "game", "losses on selection text": "losses"}
+SHARED_STEPS = {"dense": "dense numbers", "scores": "game", "losses on selection text": "losses"}
 
 
 def _shared(job: Job) -> dict[str, Any]:

@@ -28,9 +28,9 @@ def told(job: Job, plan: Plan) -> list[str]:
     for stage in plan.stages:
         peaks = [scaled(stage.device, "B"), *([scaled(stage.host, "B")] if on_gpu else [])]
         rows.append([stage.name, *_amounts(stage.work), *peaks, _span(plan.machine.seconds(stage.work))])
-        if len(stage.parts) > 1:
+        if len(stage.steps) > 1:
             blank = [""] * len(peaks)
-            for name, work in stage.parts.items():
+            for name, work in stage.steps.items():
                 rows.append([f"  {name}", *_amounts(work), *blank, _span(plan.machine.seconds(work))])
     lines += [f"  {line}" for line in _columns([list(head), *rows])]
     where = scaled(plan.peak, "B") + (f" on the device, {scaled(plan.host_peak, 'B')} on its host" if on_gpu else "")

@@ -14,8 +14,11 @@ from svnup.pruning.column_block import prune_columns
 from svnup.pruning.masks import all_finite, check_groups, lowest_counts, n_zeros
 
 Factor = TypeVar("Factor")
-SLAB = 512  # columns of X^T X that one matrix product makes
+# Columns of X^T X that one matrix product makes, and tokens that it sums; on a CPU few, so that less is computed twice and MKL
+# does not share a sum between threads, whose number would decide its last bits.
+SLAB, TOKENS = {"cpu": 64, "cuda": 512}, {"cpu": 256, "cuda": 8192}
 MIRRORED = 128  # columns that are copied to the other triangle at once: all at once takes eight times as long
+FACTORISED = 128  # columns that LAPACK factorises at once on a CPU: of more, the last bits depend on the number of threads
 
 
 @dataclass
@@ -40,8 +43,10 @@ class Hessian:
     def add(self, x: Tensor) -> None:
         """Add inputs (tokens, d_in); the entries below the diagonal's slab follow by symmetry and are not computed."""
         x, self._known = x.float(), None
-        for start in range(0, x.shape[1], SLAB):
-            self.xtx[start : start + SLAB, start:].addmm_(x[:, start : start + SLAB].T, x[:, start:])
+        slab, tokens = (sizes.get(x.device.type, sizes["cuda"]) for sizes in (SLAB, TOKENS))
+        for part in x.split(tokens):
+            for start in range(0, x.shape[1], slab):
+                self.xtx[start : start + slab, start:].addmm_(part[:, start : start + slab].T, part[:, start:])
         self.n_tokens += len(x)
 
     def mean(self) -> Tensor:
@@ -98,16 +103,34 @@ def cholesky(h: Tensor) -> Tensor | None:
 
 
 def cholesky_of_inverse(h: Tensor) -> Tensor | None:
-    """The upper Cholesky factor U of H^-1 = U^T U; None if it has none.
+    """The upper Cholesky factor U of H^-1 = U^T U; None if it has none. Of H only the upper triangle is read.
 
-    Cholesky with rows and columns in reverse order gives H = R R^T with R upper, so that U = R^-1. H^-1 itself is not computed,
-    which takes half the time.
+    Cholesky with rows and columns in reverse order gives H = R R^T with R upper, so that U = R^-1; H^-1 itself is not computed.
+    Both go by halves, which on a CPU is nearly all in matrix products: some twice as fast as in one.
     """
-    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
-    if failed:
-        return None
-    upper = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True)
-    return upper if all_finite(upper) else None
+    u = torch.zeros_like(h)
+    return u if _inverse_factor(h, u) and all_finite(u) else None
+
+
+def _inverse_factor(h: Tensor, u: Tensor) -> bool:
+    """Write U = R^-1 for H = R R^T with R upper over zeros; False if there is none.
+
+    Of H = [A B; . C], R = [S T; 0 V] has V of C, T = B V^-T and S of A - T T^T, and U = [S^-1, -S^-1 T V^-1; 0, V^-1].
+    """
+    if h.device.type != "cpu" or len(h) <= FACTORISED:
+        lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+        if failed:
+            return False
+        u.copy_(torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(h), dtype=h.dtype, device=h.device), upper=True))
+        return True
+    first, last = slice(len(h) // 2), slice(len(h) // 2, None)
+    if not _inverse_factor(h[last, last], u[last, last]):
+        return False
+    beside = h[first, last] @ u[last, last].T
+    if not _inverse_factor(torch.addmm(h[first, first], beside, beside.T, alpha=-1), u[first, first]):
+        return False
+    u[first, last].addmm_(u[first, first] @ beside, u[last, last], alpha=-1)
+    return True
 
 
 @dataclass(frozen=True)
