@@ -529,6 +529,24 @@ def of_the_real_model() -> dict[str, str]:
     }
 
 
+def of_the_benchmarks() -> dict[str, str]:
+    """How fast games and prunings are, beside straightforward and released code and beside matrix products alone."""
+    games = lines_of("../benchmarks/shapley_cost.md")
+    cost = (TABLES / "../benchmarks/pruning_cost.md").read_text(encoding="utf-8")
+    models = [heading for heading in re.findall(r"^## (.*)$", cost, re.MULTILINE) if "blocks" in heading]
+    released = [row(lines_of("../benchmarks/pruning_cost.md", name), stage="released code, whole job") for name in models]
+    jobs = lines_of("../benchmarks/scale.md")
+    first = next(i for i, line in enumerate(jobs) if line["job"] == "SmolLM2-135M, Wanda")
+    stages = {line["stage"]: line["over floor"] for line in jobs[first:][::-1]}  # of the first job after it, which wins
+    return {
+        "speed-window": row(games, values="sliding window w=5", way="straightforward")["times svnup"],
+        "speed-wanda": span([number(line["of the job"]) for line in released], 2, ""),
+        "speed-sparsegpt": span([number(line["of the job 2"]) for line in released], 2, ""),
+        "speed-real-game": stages["scores"],
+        "speed-real-wanda": stages["pruning"],
+    }
+
+
 def of_the_paper() -> dict[str, str]:
     with (ROOT / "experiments" / "published" / "headline.csv").open(encoding="utf-8", newline="") as file:
         lines = {line["model"]: float(line["change"]) for line in csv.DictReader(file)}
@@ -539,6 +557,7 @@ def numbers() -> dict[str, str]:
     """Every number by its name."""
     parts = [of_the_leaderboard(), of_the_comparisons(), of_the_games(), of_budgets_and_windows(), of_the_estimators()]
     parts += [of_the_pruners(), of_the_demo(), of_the_paper(), of_the_margins(), of_the_real_model(), of_recovery()]
+    parts += [of_the_benchmarks()]
     out: dict[str, str] = {}
     for part in parts:
         assert not out.keys() & part.keys()
