@@ -204,8 +204,8 @@ def test_losses_of_another_kind_of_device_are_named(random_model, tokens, tmp_pa
 @pytest.mark.parametrize(
     ("options", "folder"),
     [
-        (["pruner=magnitude"], "d94653979882efff2481222fdaeb435c"),
-        (["pruner=wanda", "selection_loss=kl", "split=error"], "99342c50580bde650f36d35f26db6731"),
+        (["pruner=magnitude"], "92053a4690a24b1bd0e20c8ee8b5c563"),
+        (["pruner=wanda", "selection_loss=kl", "split=error"], "aab646a02f7ff238e195a0c3967779ea"),
     ],
 )
 def test_losses_lie_where_they_lay(options, folder, tiny, tmp_path, monkeypatch):
@@ -221,7 +221,7 @@ def test_losses_lie_where_they_lay(options, folder, tiny, tmp_path, monkeypatch)
     trial.loss(job.budget(tiny).uniform(), "uniform")
     (found,) = (tmp_path / "losses").iterdir()
     assert found.name == folder
-    key = json.loads(next(found.iterdir()).read_text())["coalition"]
+    key = json.loads(next(found.glob("*.jsonl")).read_text())["coalition"]
     assert key == "a19226331d9b27cf3b1c4f8b1a7d5e02a6197ed7abbb667047d3e2f5808f0f32"
 
 

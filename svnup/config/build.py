@@ -45,6 +45,7 @@ def build(cfg: Any, known: Texts | None = None) -> Job:
     with omegaconf_error_context():
         config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=False)  # type: ignore[assignment]
         written: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
+    config.setdefault("machines", {})  # which the stored configuration of a run does without
     check_plain(config)
     with named_at_home(copies(written)):
         return _built(config, {} if known is None else known)
