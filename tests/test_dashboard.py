@@ -12,6 +12,7 @@ from test_tracking import JOB, a_place, command, logged
 
 from svnup.config import build, register
 
+pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).parent.parent / "tools" / "tracking"
 
 

@@ -106,6 +106,7 @@ def test_result_json_holds_everything(twice):
     assert made["hardware"]["cores"] >= 1
 
 
+@pytest.mark.slow
 def test_files_of_a_run_folder(twice):
     folder = twice.folder
     row, run = json.loads(twice.raw), run_folder(folder / "results")
@@ -128,6 +129,7 @@ def test_files_of_a_run_folder(twice):
     assert {p.name for p in (folder / "results").iterdir()} == {"runs"}
 
 
+@pytest.mark.slow
 def test_what_the_command_prints(twice):
     first, row = twice.first, json.loads(twice.raw)
     ppl, dense = (row[k]["docs/ppl"]["value"] for k in ("metrics", "dense"))
@@ -140,12 +142,14 @@ def test_what_the_command_prints(twice):
     assert "Traceback" not in first.err
 
 
+@pytest.mark.slow
 def test_what_a_job_does_not_need_is_not_imported(twice):
     assert {"svnup.pipeline", "torch", "matplotlib"} <= twice.imports
     assert {"wandb", "lm_eval", "datasets"} & twice.imports == set()
     assert not list(twice.folder.rglob("*wandb*"))
 
 
+@pytest.mark.slow
 def test_a_finished_job_is_not_run_again(twice):
     folder, first, raw, second, _ = twice
     assert second.code == 0
@@ -158,6 +162,7 @@ def test_a_finished_job_is_not_run_again(twice):
     assert len(memo_lines(folder / "cache")) == N_EVALUATIONS + 1  # and the payoff of nobody
 
 
+@pytest.mark.slow
 def test_force_redoes_it_from_the_memo(finished):
     before = (run_folder() / "result.json").stat().st_mtime_ns
     done = command(*JOB, *HERE, "force=true")
@@ -172,6 +177,7 @@ def test_force_redoes_it_from_the_memo(finished):
     assert len(memo_lines(Path("cache"))) == N_EVALUATIONS + 1
 
 
+@pytest.mark.slow
 def test_without_the_run_folder_the_memo_still_has_the_values(finished):
     shutil.rmtree("results")
     assert command(*JOB, *HERE).code == 0
@@ -181,6 +187,7 @@ def test_without_the_run_folder_the_memo_still_has_the_values(finished):
     assert row["metrics"] == finished["metrics"]
 
 
+@pytest.mark.slow
 def test_without_a_cache_the_numbers_are_the_same_again(finished):
     shutil.rmtree("results")
     shutil.rmtree("cache")
@@ -191,6 +198,7 @@ def test_without_a_cache_the_numbers_are_the_same_again(finished):
     assert row["metrics"] == finished["metrics"]
 
 
+@pytest.mark.slow
 def test_a_torn_result_is_no_result(finished):
     path = run_folder() / "result.json"
     path.write_text(path.read_text()[:200])
@@ -200,6 +208,7 @@ def test_a_torn_result_is_no_result(finished):
     assert only_row()["metrics"] == finished["metrics"]
 
 
+@pytest.mark.slow
 def test_the_stored_config_repeats_the_job(finished, tmp_path):
     """config.yaml of a run is a whole configuration: started from it, the job finds itself finished."""
     (tmp_path / "again").mkdir()
@@ -254,6 +263,7 @@ def test_a_changed_profile_file_runs_again(tmp_path):
 # -- other jobs
 
 
+@pytest.mark.slow
 def test_a_profile_from_a_file_gives_the_metrics_of_the_run_that_wrote_it(finished):
     shutil.copy(run_folder() / "profile.json", "mine.json")
     args = ["results_dir=other", "cache_dir=cache", "allocator=from_file", "allocator.path=mine.json"]
@@ -388,7 +398,11 @@ def test_a_crash_is_recorded_and_does_not_stop_a_sweep(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("family", "pruner"), [("llama", "wanda"), ("llama", "sparsegpt"), ("opt", "wanda"), ("opt", "magnitude")]
+    ("family", "pruner"),
+    [
+        ("llama", "sparsegpt"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [("llama", "wanda"), ("opt", "wanda"), ("opt", "magnitude")]),
+    ],
 )
 def test_a_saved_model_is_the_pruned_model(family, pruner):
     """Reloaded by transformers alone it gives the logits of the pruned model, and evaluated as a model the same perplexity."""
@@ -525,6 +539,7 @@ def test_a_block_divided_among_its_linears_and_its_profile_fed_back(split):
     assert "linears" not in plain["profile"]
 
 
+@pytest.mark.slow
 def test_asking_a_finished_job_for_its_model_writes_it(finished):
     done = command(*JOB, *HERE, "save_model=true")
     assert done.code == 0, done.err

@@ -140,6 +140,7 @@ def test_kendall_tau_by_hand() -> None:
     assert kendall_tau(np.array([1, 1, 1]), np.array([3, 2, 1])) == 0
 
 
+@pytest.mark.slow
 def test_exact_agrees_with_shapiq() -> None:
     """An independent oracle."""
     shapiq = pytest.importorskip("shapiq")

@@ -427,7 +427,8 @@ MARGINS += ["allocator.granularity=expert"]
 
 
 @pytest.mark.parametrize(
-    "allocator", [pytest.param(SEARCH, id="search", marks=pytest.mark.slow), pytest.param(MARGINS, id="margins")]
+    "allocator",
+    [pytest.param(SEARCH, id="search", marks=pytest.mark.slow), pytest.param(MARGINS, id="margins", marks=pytest.mark.slow)],
 )
 def test_experts_with_budgets_of_their_own_through_the_command(allocator, tmp_path, own_place):
     tokenizer = read_tokenizer(str(BUILT_IN_FOLDER))

@@ -195,7 +195,10 @@ def test_options_that_make_no_sense_are_refused(options, message):
         ShapleyMargins(data=None, **options)
 
 
-@pytest.mark.parametrize("granularity", ["block", "sublayer", "linear"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("sublayer", "linear")]
+
+
+@pytest.mark.parametrize("granularity", ["block", *OTHERS])
 def test_a_job_goes_from_the_uniform_budget_to_one_of_its_parts_and_resumes(svnup, granularity):
     options = [
         "allocator=shapley_margins",

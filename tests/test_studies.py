@@ -181,6 +181,7 @@ def test_each_stage_on_a_model_says_its_seconds_and_its_peak(gpu, tmp_path):
     assert all(f"| {stage} | done |" in page for stage in whole)
 
 
+@pytest.mark.slow
 def test_offloaded_blocks_are_timed_beside_blocks_on_the_device(gpu, tmp_path, monkeypatch):
     """On a CPU nothing is brought anywhere, but the script's way through it is the same."""
     monkeypatch.setattr("svnup.model.language_model.LanguageModel._move", lambda lm, *_: lm)
@@ -192,6 +193,7 @@ def test_offloaded_blocks_are_timed_beside_blocks_on_the_device(gpu, tmp_path, m
     assert all(200 < one < 400 for one in both)
 
 
+@pytest.mark.slow
 def test_the_rates_of_a_device(gpu, tmp_path):
     gpu.rates(gpu.Results(tmp_path, "now", "cpu"), gpu_options(tmp_path))
     lines = lines_of(tmp_path)
