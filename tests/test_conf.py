@@ -88,7 +88,9 @@ def test_the_default_job():
     assert {s.seq_len for s in job.sources().values()} == {256}
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "experiment", [pytest.param(name, marks=[] if name in ("real", "smoke") else pytest.mark.slow) for name in EXPERIMENTS]
+)
 def test_every_value_that_an_experiment_sweeps_is_accepted(experiment):
     jobs = sweep_of(experiment)
     on_tiny = [o for o in (*ON_TINY, "model.seq_len=256") if "zero_shot" not in experiment or not o.startswith("evaluation")]

@@ -426,10 +426,8 @@ MARGINS = ["allocator=shapley_margins", "allocator.rounds=1", "allocator.n_seq=2
 MARGINS += ["allocator.granularity=expert"]
 
 
-@pytest.mark.parametrize(
-    "allocator",
-    [pytest.param(SEARCH, id="search", marks=pytest.mark.slow), pytest.param(MARGINS, id="margins", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("allocator", [pytest.param(SEARCH, id="search"), pytest.param(MARGINS, id="margins")])
 def test_experts_with_budgets_of_their_own_through_the_command(allocator, tmp_path, own_place):
     tokenizer = read_tokenizer(str(BUILT_IN_FOLDER))
     make("qwen3_moe", tokenizer=tokenizer, **VOCABULARY).save(tmp_path / "source")
