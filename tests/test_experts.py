@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -298,7 +299,8 @@ def test_a_product_is_seen_however_it_is_written_and_another_one_is_refused():
 
 def test_a_weight_on_the_left_of_a_product_is_seen():
     linear, x = nn.Linear(4, 6), torch.randn(2, 4, 3)
-    for mode in (torch.no_grad, torch.inference_mode):
+    for mode, trained in product((torch.no_grad, torch.inference_mode), (True, False)):
+        linear.requires_grad_(trained)  # if not, torch expands the weight to a batch of matrices
         seen = []
         with mode(), watched({"dt_proj": linear}, lambda name, rows, seen=seen: seen.append(rows.clone())):
             linear.weight @ x

@@ -235,17 +235,23 @@ class _Watch(TorchDispatchMode):
             left, right = (args[place] for place in PRODUCTS[name])
             grouped = "grouped" in name
             self._product(left, right, (args[2] if len(args) > 2 else kwargs.get("offs")) if grouped else None)
-            if left.dim() == 2 and right.dim() > 1:  # a weight may stand on the left
-                self._product(right.mT, left.T, None)
+            if right.dim() > 1 and (left.dim() == 2 or _is_one(left)):  # a weight may stand on the left
+                self._product(right.mT, left.mT, None)
         return func(*args, **kwargs)
 
     def _product(self, x: Tensor, factor: Tensor, ends: Tensor | None) -> None:
+        factor = factor[0] if _is_one(factor) else factor
         for stack in self._stacks:
             if (places := stack.places(factor)) is None:
                 continue
             for place, rows in zip(places, _rows(x, factor, ends), strict=True):
                 if place in stack.names and len(rows):
                     self._see(stack.names[place], rows)
+
+
+def _is_one(factor: Tensor) -> bool:
+    """Whether a factor is one matrix for all of a batch, to which torch expands it."""
+    return factor.dim() == 3 and factor.stride(0) == 0
 
 
 def _rows(x: Tensor, factor: Tensor, ends: Tensor | None) -> list[Tensor]:
