@@ -170,10 +170,7 @@ def stoppable() -> Iterator[None]:
         yield
         return
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
-    if (usual := signal.getsignal(signal.SIGINT)) not in (
-        signal.SIG_IGN,
-        None,
-    ):  # ignored in the background
+    if (usual := signal.getsignal(signal.SIGINT)) not in (signal.SIG_IGN, None):  # ignored in the background
         before[signal.SIGINT] = usual
         signal.signal(signal.SIGINT, stop)
     try:

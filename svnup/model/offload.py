@@ -58,25 +58,21 @@ class Incoming:
         self._ahead: tuple[int, Future[tuple[Tensors, torch.cuda.Event]]] | None = None
 
     def take(self, index: int) -> Tensors:
-        """The weights of a block, on the device."""
+        """The weights of a block, on the device; to a GPU the next block begins to come."""
         if self._stream is None:
             return {name: value.to(self._device) for name, value in self._read(index).items()}
-        if self._ahead is None or self._ahead[0] != index:
-            self.begin(index)
-        assert self._ahead is not None
-        weights, sent = self._ahead[1].result()
-        self._ahead = None
+        coming = self._ahead[1] if self._ahead is not None and self._ahead[0] == index else self._begin(index)
+        weights, sent = coming.result()
+        following = (index + 1) % self._n_blocks
+        self._ahead = (following, self._begin(following)) if following != index else None
         computing = torch.cuda.current_stream(self._device)
         computing.wait_event(sent)
         for value in weights.values():
             value.record_stream(computing)  # or its memory could be given away while the block still computes
         return weights
 
-    def begin(self, index: int) -> None:
-        """Let the weights of a block come, if this device takes them ahead and they are not coming already."""
-        index %= self._n_blocks
-        if self._stream is not None and (self._ahead is None or self._ahead[0] != index):
-            self._ahead = index, self._thread.submit(self._send, index)
+    def _begin(self, index: int) -> Future[tuple[Tensors, torch.cuda.Event]]:
+        return self._thread.submit(self._send, index)
 
     def drop(self) -> None:
         """Forget the block that comes ahead, since its weights have changed."""
@@ -109,8 +105,6 @@ class HostBlockStore:
         self._here = index
         for name, p in self._blocks[index].named_parameters():
             p.data = weights[name]
-        if len(self._blocks) > 1:
-            self._incoming.begin(index + 1)
 
     def _weights(self, index: int) -> Tensors:
         return {name: p.data for name, p in self._blocks[index].named_parameters()}
@@ -163,8 +157,6 @@ class DiskBlockStore:
         if index != self._here:
             self._leave()  # before the next one is read: on a CPU there is memory for one
             self._put(index, self._incoming.take(index))
-            if len(self._blocks) > 1:
-                self._incoming.begin(index + 1)
 
     def store_block(self, index: int, key: str, note: str) -> None:
         self.load_block(index)

@@ -125,10 +125,6 @@ class Pass:
         """What all blocks do with so many tokens."""
         return self._whole * (n_tokens / self.n_tokens)
 
-    def mean_block(self, n_tokens: float) -> Work:
-        """What a block does with so many tokens, in the mean over blocks."""
-        return self.through(n_tokens) * (1 / len(self.blocks))
-
 
 def count_pass(lm: LanguageModel, n_seq: int, seq_len: int) -> Pass:
     """Count a forward of a model without weights; where its code needs numbers, by two operations for each weight and token."""

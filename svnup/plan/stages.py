@@ -225,11 +225,15 @@ class JobCounts:
         n_bytes = times * self._in_blocks
         return Work(copied=n_bytes * self._gpu, read=n_bytes * (self.offload == "disk"))
 
-    def _parked(self, n_tokens: float, times: float) -> Work:
+    def _hidden(self, n_tokens: int) -> int:
+        """Bytes of the hidden states of a text at one depth."""
+        return n_tokens * self._width * self._size
+
+    def _parked(self, n_tokens: int, times: float) -> Work:
         """Hidden states of a text that wait off the device, read or written so many times at each block."""
         if not self._waits:
             return Work()
-        n_bytes = times * self.lm.n_blocks * n_tokens * self._width * self._size
+        n_bytes = times * self.lm.n_blocks * self._hidden(n_tokens)
         return Work(copied=n_bytes * self._gpu, read=n_bytes * (self.offload == "disk"))
 
     @property
@@ -331,12 +335,9 @@ class JobCounts:
         data, players = scorer.game.data, scorer.game.n_players(self.lm.n_blocks)
         n_seq, seq_len = (data.n_seq or 0) * (CHOICES if scorer.game.payoff == "accuracy" else 1), data.seq_len
         costs = scorer.game.absence == "prune"
-        if self._waits:
-            room = (self.machine.memory or 0.0) / 2 if self._gpu else state_bytes(torch.device("cpu"))
-            held = max(2, int(room // max(1, n_seq * seq_len * self._width * self._size)))
-            walk = WalkPlan.of(coalitions, costs, together=n_together(held))
-        else:
-            walk = WalkPlan.of(coalitions, costs)
+        room = (self.machine.memory or 0.0) / 2 if self._gpu else state_bytes(torch.device("cpu"))
+        held = max(2, int(room // max(1, self._hidden(n_seq * seq_len))))
+        walk = WalkPlan.of(coalitions, costs, together=n_together(held) if self._waits else 1)
         forwards = walk.n_block_forwards / players  # of all blocks
         work = self.through(n_seq, seq_len) * forwards + self.head(n_seq * seq_len) * walk.n_evaluations
         return walk, work + self.loaded(walk.n_loads / players)
@@ -416,7 +417,7 @@ class JobCounts:
         if backward := cost.get("backward_passes", 0):  # with the forward, which is repeated block by block
             steps["backward passes"] = whole * (4 * backward)
         replacements = int(self.lm.block_params.sum()) * self._size * (2 if job.allocator.needs.n_games else job.game_prunes)
-        states = walk.peak_states * (data.n_seq or 0) * data.seq_len * self._width * self._size
+        states = walk.peak_states * self._hidden((data.n_seq or 0) * data.seq_len)
         return self._stage("scores", steps, states + replacements + self._judging)
 
     def _spectra(self) -> Work:
@@ -497,7 +498,7 @@ class JobCounts:
     def _states(self) -> int:
         """Hidden states of the calibration text."""
         n_tokens = (self.job.dataset.n_seq or 0) * self.job.dataset.seq_len
-        return n_tokens * self._width * self._size if self.job.calibrates else 0
+        return self._hidden(n_tokens) if self.job.calibrates else 0
 
     @property
     def _states_stay(self) -> bool:
@@ -539,7 +540,7 @@ class JobCounts:
     def _tuning_states(self) -> float:
         job, needs = self.job, self.job.allocator.needs
         assert job.selection is not None
-        read = job.selection.tokens(job.model.tokenizer).size * self._width * self._size
+        read = self._hidden(job.selection.tokens(job.model.tokenizer).size)
         per_state = read + self._states * job.pruner.needs_inputs
         room = state_bytes(torch.device("cpu")) if not self._gpu else ((self.machine.memory or 0.0) - self.weights) / 2
         return per_state * (2 if needs.once else min(self.lm.n_blocks + 1, max(2, room // max(1, per_state))))

@@ -63,7 +63,7 @@ def plan_of_sweep(jobs: Sequence[Job]) -> SweepPlan:
     work: list[tuple[Job, Work]] = []
     for job in jobs:
         if (like := _text(_without_seeds(job.config))) not in plans:
-            plans[like] = JobCounts(job, machine_of(job)).plan()
+            plans[like] = _counts_of(job).plan()
         shared = _shared(job)
         steps = [(stage.name, name, part) for stage in plans[like].stages for name, part in stage.steps.items()]
         own = [part for stage, name, part in steps if SHARED_STEPS.get(stage, SHARED_STEPS.get(name)) not in shared]

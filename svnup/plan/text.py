@@ -89,11 +89,7 @@ def _offloads(job: Job) -> list[Offload]:
 
 
 def _machine(job: Job, machine: Machine) -> str:
-    rates = {
-        "float32": machine.float32,
-        "bfloat16": machine.bfloat16,
-        "float16": machine.float16,
-    }
+    rates = {dtype: getattr(machine, dtype) for dtype in ("float32", "bfloat16", "float16")}
     products = ", ".join(f"{scaled(rate, 'FLOP/s')} {dtype}" for dtype, rate in rates.items() if rate)
     moved = f", memory {scaled(machine.bandwidth, 'B/s')}" if machine.bandwidth else ""
     known = "measured" if job.hardware == HERE else "verified" if machine.verified else "not verified by a measurement"

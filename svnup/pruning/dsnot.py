@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svnup.machines import Work
 from svnup.pattern import Pattern
-from svnup.pruning.masks import without, zeroed
+from svnup.pruning.masks import all_finite, without, zeroed
 from svnup.pruning.refit import check_base
 from svnup.pruning.walk import Pruner, workspace
 
@@ -103,7 +103,7 @@ class DSnoT:
         gone = zeroed(self.base.prune(weight, stats.base, sparsity), sparsity, self.pattern)
         variance = stats.deviations / stats.n_tokens
         squares = variance + stats.mean.square()
-        if not squares.isfinite().all():
+        if not all_finite(squares):
             raise ValueError("nan or infinity in the statistics of the inputs")
         variance = torch.maximum(variance, squares * torch.finfo().eps).clamp(min=torch.finfo().tiny)
         self._swap(

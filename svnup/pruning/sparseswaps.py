@@ -10,7 +10,7 @@ from torch import Tensor
 
 from svnup.machines import Work
 from svnup.pattern import Pattern
-from svnup.pruning.masks import without, zeroed
+from svnup.pruning.masks import all_finite, without, zeroed
 from svnup.pruning.refit import OnMask, RefitStats, check_base
 from svnup.pruning.walk import Pruner, workspace
 
@@ -66,7 +66,7 @@ class SparseSwaps(OnMask):
             return weight
         gone = zeroed(self.base.prune(weight, stats.base, sparsity), sparsity, self.pattern)
         gram = stats.hessian.mean()
-        if not gram.isfinite().all():
+        if not all_finite(gram):
             raise ValueError("nan or infinity in the statistics of the inputs")
         size = Pattern.parse(self.pattern).group or weight.shape[1]
         rows = max(1, CHUNK // (weight.shape[1] * size))
