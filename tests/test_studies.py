@@ -22,6 +22,7 @@ STUDIES = {  # module: arguments, and the files that it writes
     "pruners.run": ([], ["results/tables/pruners.md"]),
     "real_model.run": ([], ["results/tables/real_model.md"]),
     "real_model.trials": ([], ["results/tables/trials.md"]),
+    "real_model.transfer": ([], ["results/tables/transfer.md"]),
     "recovery.run": ([], ["results/tables/recovery.md"]),
     "template.run": ([], ["results/tables/template.md"]),
     "leaderboard.budgets": (["--workers", "0"], ["results/tables/budgets.md"]),

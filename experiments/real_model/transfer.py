@@ -1,0 +1,132 @@
+"""Do budgets that are chosen on C4 carry over to WikiText-2? Real prunings, and their loss on both texts.
+
+The budgets of `shapley_margins` and of block influence in the finished runs of `make table NAME=smollm2`, one a block, and
+budgets between the two. WikiText-2 is read in windows 1 to 32, which are selection text; the table reads those after them.
+Writes results/tables/transfer.md as it goes; losses are kept in the cache, so that a killed run goes on where it was.
+
+    python -m experiments.real_model.transfer [--runs results/smollm2] [--datasets FOLDER] [--cells wanda:0.7] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+
+from experiments.study import Known, built_in, made_by, parse, parser, publish, table, text
+from svnup.allocation import Budget
+from svnup.data import C4, Role, TokenSource, WikiText2, tokens_sha256
+from svnup.model import smollm2
+from svnup.model.language_model import LanguageModel
+from svnup.model.source import Pretrained
+from svnup.naming import allocator_name, identity, pruner_name
+from svnup.pruning.sparsegpt import SparseGPT
+from svnup.pruning.walk import Pruner, temporarily_pruned
+from svnup.pruning.wanda import Wanda
+from svnup.results.store import load
+from svnup.types import Floats, Ints
+
+PRUNERS: dict[str, Pruner] = {"wanda": Wanda(), "sparsegpt": SparseGPT()}
+CELLS = ["wanda:0.6", "sparsegpt:0.6", "wanda:0.7", "sparsegpt:0.7"]
+MARGINS, INFLUENCE = "shapleymargins", "blockinfluence"
+TEXTS = ("C4", "WikiText-2")
+ROLES: dict[str, Role] = {"calibration": "calibration", "C4": "selection", "WikiText-2": "test"}
+
+
+def smooth(profile: Floats) -> Floats:
+    """Means over a block and its two neighbours, (n_blocks,); the ends are repeated."""
+    return np.convolve(np.pad(profile, 1, mode="edge"), np.full(3, 1 / 3), "valid")
+
+
+def mixes(margins: Floats, influence: Floats, sparsity: float) -> dict[str, Floats]:
+    """Budgets of the two and between them, (n_blocks,) each."""
+    return {
+        "block influence": influence,
+        "margins": margins,
+        "half margins, half influence": (margins + influence) / 2,
+        "half margins, half uniform": (margins + sparsity) / 2,
+        "margins, smoothed": smooth(margins),
+        "half smoothed margins, half influence": (smooth(margins) + influence) / 2,
+    }
+
+
+def budgets_of(runs: Path, cell: str) -> dict[str, Floats] | None:
+    """The budgets of a cell; None where one of its two runs is not there."""
+    pruner, _, sparsity = cell.partition(":")
+    found: dict[str, Floats] = {}
+    for row in load(runs):
+        node = row.config["allocator"]
+        if row.status != "finished" or row.profile is None or row.config["sparsity"] != float(sparsity):
+            continue
+        if pruner_name(dict(row.config)) == pruner:
+            found[allocator_name(dict(node))] = np.array(row.profile.sparsity)
+    return mixes(found[MARGINS], found[INFLUENCE], float(sparsity)) if {MARGINS, INFLUENCE} <= found.keys() else None
+
+
+def study(lm: LanguageModel, texts: dict[str, Ints], cells: dict[str, dict[str, Floats]], options: argparse.Namespace) -> None:
+    known = Known(options.cache, "transfer")
+    read = {name: tokens_sha256(tokens) for name, tokens in texts.items()}
+    rows: list[list[str]] = []
+    for cell, profiles in cells.items():
+        pruner, sparsity = PRUNERS[cell.partition(":")[0]], float(cell.partition(":")[2])
+        budget = Budget(lm.block_params, sparsity)
+        first: dict[str, float] = {}
+        for name, wish in profiles.items():
+            profile = budget.project(wish, budget.bounds(None, None))
+
+            def losses() -> dict[str, float]:
+                with temporarily_pruned(lm, profile, pruner, texts["calibration"]):  # noqa: B023 - called at once
+                    return {text: float(lm.nll(texts[text]).mean()) for text in TEXTS}
+
+            lost = known.measured([lm.fingerprint(), identity(pruner), read, profile.sparsity.tolist()], losses)
+            first = first or lost
+            changes = [f"{100 * math.expm1(lost[text] - first[text]):+.1f} %" if lost is not first else "-" for text in TEXTS]
+            shown = [f"{math.exp(lost[text]):.2f}" for text in TEXTS]
+            rows.append([cell.replace(":", ", "), name, shown[0], changes[0], shown[1], changes[1]])
+            publish(options, "transfer", report(options, texts, rows))
+
+
+def report(options: argparse.Namespace, texts: dict[str, Ints], rows: list[list[str]]) -> list[str]:
+    size = {name: f"{tokens.shape[0]} x {tokens.shape[1]} tokens" for name, tokens in texts.items()}
+    return [
+        "# Budgets chosen on C4, on C4 and on WikiText-2",
+        "",
+        f"{made_by('make study NAME=transfer', 'one thread')}. Model {options.model_name}, a budget a block, real prunings; "
+        f"calibration {size['calibration']} of C4. Perplexity, and its change against block influence, on {size['C4']} of C4's "
+        f"selection text and {size['WikiText-2']} of WikiText-2, its first windows.",
+        "",
+        *table(["cell", "budget", *(head for text in TEXTS for head in (text, "change"))], rows, "llrrrr"),
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--model", metavar="FOLDER", default=smollm2.NAME, help="a checkpoint (what `make smollm2` brings)")
+    made.add_argument("--datasets", metavar="FOLDER", help="local copies of data sets (the hub)")
+    made.add_argument("--runs", type=Path, metavar="DIR", default=Path("results/smollm2"), help="of make table NAME=smollm2")
+    made.add_argument("--cells", type=lambda cells: cells.split(","), default=CELLS, help=f"of {','.join(CELLS)}")
+    options = parse(made, argv)
+    if options.quick:
+        lm, options.model_name = built_in(4), "built in, 4 blocks"
+        texts = {name: text(role, 2, 32) for name, role in ROLES.items()}
+        cells = {"wanda:0.6": mixes(np.array([0.5, 0.6, 0.7, 0.6]), np.array([0.55, 0.65, 0.65, 0.55]), 0.6)}
+    else:
+        found = {cell: budgets_of(options.runs, cell) for cell in options.cells}
+        cells = {cell: profiles for cell, profiles in found.items() if profiles is not None}
+        if not cells:
+            made.error(f"--runs {options.runs}: no finished runs of both budgets; make table NAME=smollm2 first")
+        lm = Pretrained(pretrained_model_name_or_path=options.model, dtype="float32", device="cpu").load()
+        options.model_name, of_texts = options.model, {"seq_len": 512, "seed": 0, "datasets_dir": options.datasets}
+        sources: dict[str, TokenSource] = {
+            "calibration": C4(n_seq=16, role="calibration", **of_texts),
+            "C4": C4(n_seq=40, role="selection", **of_texts),
+            "WikiText-2": WikiText2(n_seq=32, role="test", **of_texts),
+        }
+        texts = {name: source.tokens(lm.tokenizer) for name, source in sources.items()}
+    study(lm, texts, cells, options)
+
+
+if __name__ == "__main__":
+    main()
