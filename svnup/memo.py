@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterable
 from io import FileIO
 from pathlib import Path
 
+import numpy as np
+
 from svnup.claims import claimed_of, holders
 from svnup.files import naming
+from svnup.types import Floats
 
 logger = logging.getLogger(__name__)
 CLAIMS = "claims"  # in the folder: of the values that are being measured
@@ -52,6 +55,19 @@ class Memo:
                     measure(new)
             if not mine:
                 self._wait(missing, what)
+
+    def together(self, name: str, n: int, measure: Callable[[], Iterable[float]], what: str) -> Floats:
+        """n values under one name that one measurement gives, float64 (n,); shared as those of `share` are."""
+        names = [f"{name} {i}" for i in range(n)]
+
+        def measure_all(_: list[str]) -> None:
+            for one, value in zip(names, measure(), strict=True):
+                self.add(one, float(value))
+
+        self.share(names[-1:], measure_all, what)  # the last one is written last
+        if not all(one in self.values for one in names):  # of a damaged file
+            measure_all(names)
+        return np.array([self.values[one] for one in names])
 
     def _wait(self, missing: list[str], what: str) -> None:
         """Wait until all values are there, or the process that measures the first of them holds its claim no more."""

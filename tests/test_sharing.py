@@ -19,6 +19,7 @@ from svnup.evaluation.protocol import measured_once, unchecked
 from svnup.game import LayerGame
 from svnup.memo import Memo
 from svnup.shapley.exact import Exact
+from svnup.shapley.gates import Gates
 from svnup.types import Metric, Metrics
 
 CONTEXT = multiprocessing.get_context("fork")
@@ -73,6 +74,23 @@ def test_two_jobs_with_one_game_walk_it_once(tmp_path, random_model):
     assert min(first[1], second[1]) == 0, "one of them makes all forwards"
     assert max(first[1], second[1]) == alone.n_block_forwards
     assert first[2] == second[2] == expected
+
+
+def differentiate(queue, lm, cache):
+    torch.set_num_threads(1)
+    game = LayerGame(lm, np.arange(40).reshape(2, 20), cache_dir=cache)
+    measure, passes = game._measure_gates, []
+    game._measure_gates = lambda gate: (passes.append(gate), time.sleep(0.02), measure(gate))[-1]
+    queue.put((passes, Gates(nodes=3).estimate(game).values.tolist()))
+
+
+def test_two_jobs_with_one_game_make_its_backward_passes_once(tmp_path, random_model):
+    lm = random_model(3)
+    expected = Gates(nodes=3).estimate(LayerGame(lm, np.arange(40).reshape(2, 20))).values.tolist()
+    (first, second) = in_two(differentiate, lm, tmp_path)
+    assert len({*first[0], *second[0]}) == len(first[0] + second[0]) == 3
+    assert first[1] == second[1] == expected
+    assert in_two(differentiate, lm, tmp_path) == [([], expected)] * 2, "nor later once more"
 
 
 # -- any values

@@ -40,14 +40,12 @@ def smooth(profile: Floats) -> Floats:
     return np.convolve(np.pad(profile, 1, mode="edge"), np.full(3, 1 / 3), "valid")
 
 
-def mixes(margins: Floats, influence: Floats, sparsity: float) -> dict[str, Floats]:
+def mixes(margins: Floats, influence: Floats) -> dict[str, Floats]:
     """Budgets of the two and between them, (n_blocks,) each."""
     return {
         "block influence": influence,
         "margins": margins,
         "half margins, half influence": (margins + influence) / 2,
-        "half margins, half uniform": (margins + sparsity) / 2,
-        "margins, smoothed": smooth(margins),
         "half smoothed margins, half influence": (smooth(margins) + influence) / 2,
     }
 
@@ -62,7 +60,7 @@ def budgets_of(runs: Path, cell: str) -> dict[str, Floats] | None:
             continue
         if pruner_name(dict(row.config)) == pruner:
             found[allocator_name(dict(node))] = np.array(row.profile.sparsity)
-    return mixes(found[MARGINS], found[INFLUENCE], float(sparsity)) if {MARGINS, INFLUENCE} <= found.keys() else None
+    return mixes(found[MARGINS], found[INFLUENCE]) if {MARGINS, INFLUENCE} <= found.keys() else None
 
 
 def study(lm: LanguageModel, texts: dict[str, Ints], cells: dict[str, dict[str, Floats]], options: argparse.Namespace) -> None:
@@ -111,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.quick:
         lm, options.model_name = built_in(4), "built in, 4 blocks"
         texts = {name: text(role, 2, 32) for name, role in ROLES.items()}
-        cells = {"wanda:0.6": mixes(np.array([0.5, 0.6, 0.7, 0.6]), np.array([0.55, 0.65, 0.65, 0.55]), 0.6)}
+        cells = {"wanda:0.6": mixes(np.array([0.5, 0.6, 0.7, 0.6]), np.array([0.55, 0.65, 0.65, 0.55]))}
     else:
         found = {cell: budgets_of(options.runs, cell) for cell in options.cells}
         cells = {cell: profiles for cell, profiles in found.items() if profiles is not None}

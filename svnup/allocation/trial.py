@@ -187,23 +187,17 @@ class Trial:
             "nodes": nodes,
             "sparser": _key(sparser, {}),
         }
-        name = _key(denser, digest)
         parts = self._lm.budget_units(self._lm.granularity_of(denser.params))
-        names = [f"{name} {i}" for i in range(len(parts))]
 
-        def measure(_: list[str]) -> None:
+        def measure() -> Iterator[float]:
             present, absent = (partial(self._in_advance.block, profile=self._divide(p)) for p in (denser, sparser))
             before = self._lm.n_block_runs
             found = marginal_values(self._lm, present, absent, tokens, self._kind, nodes)
             self._n_calibration += self._lm.n_block_runs - before
             self._n_payoff += len(tokens) * nodes
-            for one, (index, linears) in zip(names, parts, strict=True):
-                self._memo.add(one, sum(found[index, linear] for linear in linears))
+            return (sum(found[index, linear] for linear in linears) for index, linears in parts)
 
-        self._memo.share(names[-1:], measure, "marginal values")  # one pass gives all of them, and the last one last
-        if not all(one in self._memo.values for one in names):  # of a damaged file
-            measure(names)
-        values = np.array([self._memo.values[one] for one in names])
+        values = self._memo.together(_key(denser, digest), len(parts), measure, "marginal values")
         seconds = time.perf_counter() - start
         self._seconds += seconds
         self._rounds.append(

@@ -272,7 +272,7 @@ class LayerGame:
     def gate_gradient(self, gate: float) -> Floats:
         """Derivative of the payoff by a gate g on each block, h + g (block(h) - h), float64 (n_players,).
 
-        It takes one forward and one backward pass; activations are recomputed block by block.
+        It takes one forward and one backward pass; activations are recomputed block by block. Kept as payoffs are.
 
         Args:
             gate: the value of all gates, in [0, 1].
@@ -287,6 +287,10 @@ class LayerGame:
             )
         if self.absent_costs or self._players[0].unit != "block":
             raise ValueError("gates are defined for absence=skip and players=block; choose these, or another estimator")
+        name = f"gate {gate!r}"
+        return self._memo.together(name, self.n_players, lambda: self._measure_gates(gate), "gradients of this game")
+
+    def _measure_gates(self, gate: float) -> Floats:
         total, n_sequences, nll = np.zeros(self.n_players), len(self.tokens), 0.0
         with torch.no_grad():
             batches = list(self.lm.micro_batches(self.tokens))
