@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 
 from svnup.model.language_model import BATCH_TOKENS, LanguageModel, make_config
 from svnup.pattern import Pattern
+from svnup.progress import listening
 from svnup.pruning.magnitude import Magnitude
 from svnup.pruning.nothing import Nothing
 from svnup.pruning.sparsegpt import Hessian, SparseGPT, cholesky_of_inverse
-from svnup.pruning.walk import Inputs, prune_model
+from svnup.pruning.walk import Inputs, prune_model, temporarily_pruned
 from svnup.pruning.wanda import Wanda
 from svnup.types import SparsityProfile
 
@@ -679,3 +680,13 @@ def test_a_look_at_the_inputs_ends_where_the_last_linear_is_called(random_model,
     short, n_short = pruned(whole_runs=False), len(runs) - n_whole
     assert all(torch.equal(whole[name], short[name]) for name in whole)
     assert n_whole - n_short == len(tokens) - 1
+
+
+def test_a_pruning_that_is_only_tried_is_told_as_that(random_model):
+    lm, heard = random_model(2), []
+    profile = SparsityProfile(np.full(2, 0.5), lm.block_params, 0.5)
+    with listening(lambda name, done, *_: heard.append((name, done))):
+        with temporarily_pruned(lm, profile, Magnitude(), np.zeros((1, 8), dtype=np.int64)):
+            pass
+        prune_model(lm, profile, Magnitude(), np.zeros((1, 8), dtype=np.int64))
+    assert heard == [(name, done) for name in ("trial pruning", "pruning") for done in range(3)]

@@ -281,6 +281,7 @@ def prune_model(
     pruner: Pruner,
     tokens: np.ndarray | Tensor,
     recovery: Recovery | None = None,
+    told: str = "pruning",
 ) -> PruneReport:
     """Prune a model in place, block after block; the statistics of a block are taken behind pruned blocks.
 
@@ -290,6 +291,7 @@ def prune_model(
         pruner: prunes each matrix.
         tokens: calibration text, int64 (n_seq, seq_len); unused if neither pruner nor recovery needs inputs.
         recovery: is applied to each block once it is pruned, before the next one is; zeros stay zeros.
+        told: name of the stage where its progress is shown.
 
     Returns:
         Zeros, reconstruction error and time of each linear layer.
@@ -307,7 +309,7 @@ def prune_model(
     recovered: list[RecoveredBlock] = []
     size = recovery.batch_tokens if recovery is not None else None
     batches = lm.entering(tokens, size) if pruner.needs_inputs or refits is not None else []
-    with stage("pruning", lm.n_blocks, "blocks") as advance:
+    with stage(told, lm.n_blocks, "blocks") as advance:
         for visit in lm.walk(batches):
             if refits is not None:
                 with _timed(clock, "recovery"):
@@ -319,12 +321,12 @@ def prune_model(
                     with _timed(clock, "recovery"):
                         refitted = refits.refit(visit)
                     of_block = [replace(report, n_zeros=_n_zeros(visit.linears[report.name].weight)) for report in of_block]
-                told = {"linears": [asdict(report) for report in of_block], "recovered": refitted and asdict(refitted)}
-                lm.store_block(visit.index, key, json.dumps(told))
+                made = {"linears": [asdict(report) for report in of_block], "recovered": refitted and asdict(refitted)}
+                lm.store_block(visit.index, key, json.dumps(made))
             else:  # pruned by a process that was interrupted
-                told = json.loads(note)
-                of_block = [LinearReport(**report) for report in told["linears"]]
-                refitted = told["recovered"] and RecoveredBlock(**told["recovered"])
+                made = json.loads(note)
+                of_block = [LinearReport(**report) for report in made["linears"]]
+                refitted = made["recovered"] and RecoveredBlock(**made["recovered"])
             reports += of_block
             recovered += [refitted] if refitted else []
             errors = [report.error for report in of_block if report.error is not None]
@@ -389,10 +391,11 @@ def temporarily_pruned(
 ) -> Iterator[PruneReport]:
     """Context in which the model is pruned; afterwards it has its former weights.
 
-    Args and Raises as `prune_model`; also raises ValueError if the model is offloaded, since both versions are in memory.
+    Its progress is that of a trial pruning. Args and Raises as `prune_model`; also raises ValueError if the model is
+    offloaded, since both versions are in memory.
     """
     with _weights_restored(lm, range(lm.n_blocks)):
-        yield prune_model(lm, profile, pruner, tokens)
+        yield prune_model(lm, profile, pruner, tokens, told="trial pruning")
 
 
 @contextmanager
