@@ -553,11 +553,18 @@ def of_the_paper() -> dict[str, str]:
     return {"paper-7b": percents([-100 * lines["llama_7b"]], 2)}
 
 
+def of_the_families() -> dict[str, str]:
+    """How many tiny models of causal families of transformers work, of all that were tried."""
+    verdicts = [line["verdict"] for line in lines_of("families.md", "and why |")]
+    counts = {verdict: verdicts.count(verdict) for verdict in ("works", "in part")}
+    return {"families": str(len(verdicts)), "families_work": str(counts["works"]), "families_part": str(counts["in part"])}
+
+
 def numbers() -> dict[str, str]:
     """Every number by its name."""
     parts = [of_the_leaderboard(), of_the_comparisons(), of_the_games(), of_budgets_and_windows(), of_the_estimators()]
     parts += [of_the_pruners(), of_the_demo(), of_the_paper(), of_the_margins(), of_the_real_model(), of_recovery()]
-    parts += [of_the_benchmarks()]
+    parts += [of_the_benchmarks(), of_the_families()]
     out: dict[str, str] = {}
     for part in parts:
         assert not out.keys() & part.keys()
