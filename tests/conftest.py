@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections import Counter
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -25,6 +26,17 @@ settings.register_profile(
     "svnup", deadline=None, derandomize=True, max_examples=40, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("svnup")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test with many cases that is marked `thinned(n)` every n-th is of the quick part; the others are slow."""
+    cases = Counter()
+    for item in items:
+        if (mark := item.get_closest_marker("thinned")) is not None:
+            if cases[item.parent, item.originalname] % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            cases[item.parent, item.originalname] += 1
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -84,6 +84,7 @@ def test_sparsegpt_with_a_budget_of_each_block_in_whole_steps(n):
     assert pruned.is_contiguous()
 
 
+@pytest.mark.slow
 def test_triton_settles_as_torch_does():
     """By Triton's interpreter, in a process of its own: it must be chosen before anything imports Triton."""
     if importlib.util.find_spec("triton") is None:

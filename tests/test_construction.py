@@ -246,6 +246,7 @@ def test_a_result_that_names_code_from_outside_is_repeated_with_trust_alone(svnu
 # -- what somebody else's result may say
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     "key", [*PLAIN_PLACES, "pruner", "model", "evaluation.datasets.docs", "allocator.scorer.game.data", "tracker", "hydra"]
 )

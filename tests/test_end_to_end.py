@@ -646,6 +646,7 @@ def test_shards_fill_the_cache_and_the_job_evaluates_nothing(tmp_path, monkeypat
     assert alone["n_new_evaluations"] == 8
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "given",
     [

@@ -522,6 +522,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_completes(svnup, run_folder, m
     assert svnup(*JOB, "save_masks=true")[0] == 0
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("key", ["results_dir", "cache_dir", "dataset.path", "allocator.path", "datasets_dir"])
 def test_a_name_that_is_too_long_is_one_line(key, svnup):
     group = {"allocator.path": ["allocator=from_file"], "dataset.path": ["dataset=text_file"]}.get(key, [])

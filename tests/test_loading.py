@@ -243,6 +243,7 @@ def plain(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("form", "family", "refusal"), FORMS, ids=NAMES)
 def test_a_form_of_checkpoint_is_read_alike_or_refused(form, family, refusal, tmp_path):
     form(family, tmp_path / "m")

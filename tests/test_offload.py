@@ -86,6 +86,7 @@ def full_blocks(lm):
 # -- the same numbers
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_is_the_same_from_disk_and_from_bits(family, saved):
     plain = load(saved(family))
@@ -109,6 +110,7 @@ QUICK = ["llama", "gpt2", "gemma3_text_mixed", "opt_post_norm_projected"]
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in QUICK]
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", QUICK + SLOW)
 def test_a_model_pruned_from_disk_has_the_weights_of_one_pruned_in_memory(family, saved, tmp_path):
     for pruner in (SparseGPT(), Wanda()):
@@ -347,6 +349,7 @@ class Fragile:
 N = 7  # linears of a block of Llama
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("block", [0, 1, 3])
 def test_an_interrupted_pruning_goes_on_where_it_was(saved, tmp_path, block):
     plain = load(saved("llama"))
@@ -369,6 +372,7 @@ def test_an_interrupted_pruning_goes_on_where_it_was(saved, tmp_path, block):
     assert load(tmp_path / "model").fingerprint() == plain.fingerprint()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("what", ["profile", "pruner", "tokens", "linears"])
 def test_another_pruning_with_the_same_files_starts_anew(saved, tmp_path, what):
     lm = load(saved("llama"), "disk", scratch=tmp_path)

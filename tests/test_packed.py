@@ -146,6 +146,7 @@ def test_a_finished_run_runs_again_for_what_it_lacks_and_only_then():
     assert (only_row()["metrics"], only_row()["config_key"]) == (metrics, key)
 
 
+@pytest.mark.slow
 def test_what_was_saved_of_other_weights_is_not_taken_for_this_model(random_model, tmp_path):
     args = [*PRETRAINED, f"model.pretrained_model_name_or_path={tmp_path / 'm'}", "save_model=true", "save_masks=true"]
     random_model(2, seed=0).save(tmp_path / "m")
@@ -169,6 +170,7 @@ def test_masks_of_a_model_on_disk_are_those_of_one_in_memory(random_model, tmp_p
     assert json.loads(Path(tmp_path / "m" / "config.json").read_text())["num_hidden_layers"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "then", ["the same", "other weights", *(pytest.param(n, marks=pytest.mark.slow) for n in ("force", "in memory"))]
 )

@@ -78,6 +78,7 @@ def test_every_number_is_in_the_mean_of_exactly_one_cell(rows):
         assert "fail" in cell.states if row.status == "failed" else row.metrics["docs/ppl"].value in cell.values
 
 
+@pytest.mark.slow
 @given(some_rows(), st.randoms(use_true_random=False))
 def test_the_order_of_runs_does_not_matter(rows, random):
     shuffled = random.sample(rows, len(rows))

@@ -34,6 +34,7 @@ def skeleton(family, **changes):
 # -- counts
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_operations_of_a_pass_are_those_of_the_real_model(family):
     eager = {"attn_implementation": "eager"}  # whose products of attention the counter of torch sees as they are
@@ -50,6 +51,7 @@ def test_operations_of_a_pass_are_those_of_the_real_model(family):
     assert set(made.blocks[0].products) == {"float32"}
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_which_layers_read_the_same_input(family):
     lm, real = skeleton(family), family_model(family)
@@ -178,6 +180,7 @@ def test_a_plan_for_a_gpu_that_is_not_here():
     ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("args", "told"),
     [
@@ -198,6 +201,7 @@ def test_mistakes_about_hardware_are_one_line(args, told):
     assert len(done.err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_too_small_is_told_the_offload_that_would_do():
     large = ["model.num_hidden_layers=20", "model.hidden_size=64", "model.intermediate_size=2048"]
     card = "+machines.card={device: cuda, float32: 1e12, memory: 30e6}"
@@ -222,6 +226,7 @@ def texts():
     return {}
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     "line", [json.loads(line) for line in MEASURED.read_text("utf-8").splitlines()], ids=lambda line: line["case"]
 )
@@ -236,6 +241,7 @@ def test_the_plan_against_measured_jobs(line, texts, tmp_path):
             assert 1 / 1.5 < one.planned / one.seconds < 1.5, one
 
 
+@pytest.mark.slow
 def test_a_plan_grows_with_what_it_is_of():
     def cost(*args):
         job = config.build(config.composed(*SMALL, "allocator=uniform", *args))

@@ -30,6 +30,7 @@ def folder():
 # -- failures
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("error", [OSError("the disk is gone"), ValueError("n=3: too many; take 2")], ids=["crash", "mistake"])
 @pytest.mark.parametrize("sweep", [False, True], ids=["alone", "sweep"])
 def test_a_failed_run_keeps_its_traceback_and_its_error(error, sweep, svnup, monkeypatch):
@@ -117,6 +118,7 @@ def test_a_model_whose_profile_is_not_there_yet_is_not_saved(svnup):
 # -- what is saved
 
 
+@pytest.mark.slow
 def test_a_model_in_another_form_goes_beside_the_first(svnup):
     job = ["allocator=uniform", "pruner=magnitude", "save_model=true"]
     assert svnup(*job, "save_format=bitmask")[0] == 0
@@ -187,6 +189,7 @@ def test_the_home_folder_is_the_home_folder_everywhere(svnup, monkeypatch, tmp_p
     assert "results_dir=~no-such-user/x: there is no home folder of that user here" in capsys.readouterr().err
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("key", "sweep"), [("results_dir", []), ("allocator.path", []), ("results_dir", ["-m"]), ("dataset.path", ["-m"])]
 )

@@ -51,6 +51,7 @@ def pair(pruner, recovery, family="llama", **options):
     return matrices(alone), matrices(recovered), report
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("recovery", [QUICK, replace(QUICK, inputs="dense")], ids=["pruned inputs", "dense inputs"])
 @pytest.mark.parametrize(
     "pruner", [Wanda(), Magnitude(), SparseGPT(), Wanda("2:4")], ids=["wanda", "magnitude", "sparsegpt", "2:4"]
@@ -158,6 +159,7 @@ CASES = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("family", "dtype"), CASES)
 def test_families_and_dtypes(family, dtype):
     lm = family_model(family)
@@ -217,6 +219,7 @@ def test_from_disk_blocks_are_refitted_alike_and_go_on_after_an_interruption(tmp
 JOB = [*SMALL, "allocator=uniform", "sparsity=0.6"]
 
 
+@pytest.mark.slow
 def test_a_job_records_what_recovery_did_and_is_told_apart(own_place):
     more = ["recovery=reconstruct", "recovery.epochs=2", "recovery.batch_tokens=64"]
     assert command(*JOB, *HERE).code == 0
@@ -244,6 +247,7 @@ def test_jobs_without_recovery_are_those_of_before():
     assert len(keys | {job.key}) == 3
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
@@ -261,6 +265,7 @@ def test_mistakes_are_one_line(own_place, overrides, told):
     assert len(done.err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_plan_tells_the_passes_of_recovery(own_place):
     job = [*JOB, *HERE, "dry_run=true", "dataset.n_seq=512"]
     line = re.compile(r"^ +recovery +[\d.]+ [MGT]FLOP", re.MULTILINE)

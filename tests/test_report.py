@@ -220,6 +220,7 @@ def poisoned(node, key=""):
     return HOSTILE if isinstance(node, str) and key not in ("status", "config_key", "higher_is") else node
 
 
+@pytest.mark.slow
 def test_hostile_text_stays_text():
     rows = []
     for one in sweep():
@@ -255,6 +256,7 @@ def test_order_and_copies_of_results_do_not_matter(whole):
         assert report(rows + rows[:5]) == whole
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_same_bytes_wherever_the_folder_lies(tmp_path, capsys):
     for place in ("a", "b/c"):
         for one in sweep():

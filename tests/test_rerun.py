@@ -218,6 +218,7 @@ def without_imports(monkeypatch):
     monkeypatch.setattr("svnup.rerun.subprocess", SimpleNamespace(run=run))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_imports")
 def test_another_number_is_exit_code_1_and_the_environment_is_as_it_was(ran, again_by_command, monkeypatch):
     (path,) = Path("results/runs").glob("*/result.json")

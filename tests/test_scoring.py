@@ -341,6 +341,7 @@ def test_every_allocator_as_a_job(svnup, name):
     assert ("scores' block forwards" in out) == (name in READ_INPUTS)
 
 
+@pytest.mark.slow
 def test_random_differs_by_its_seed(svnup):
     for given in ("allocator.shuffle=0", "allocator.shuffle=1", "seed=0"):
         assert svnup("allocator=random", "pruner=magnitude", "allocator.scale=rank", given)[0] == 0
@@ -350,6 +351,7 @@ def test_random_differs_by_its_seed(svnup):
     np.testing.assert_allclose(sorted(one), sorted(other), atol=1e-12)  # blocks of one size: the same budgets, dealt otherwise
 
 
+@pytest.mark.slow
 def test_reversed_is_the_mirror_of_shapley(svnup):
     assert svnup("allocator=shapley")[0] == 0
     assert svnup("allocator=reversed")[0] == 0
@@ -364,6 +366,7 @@ def test_leave_one_out_is_shapley_with_windows_of_one(svnup):
     assert (code, "already finished" in out) == (0, True)
 
 
+@pytest.mark.slow
 def test_the_group_shapley_does_not_count_where_no_game_is_played(svnup):
     assert svnup("allocator=owl")[0] == 0
     assert "already finished" in svnup("allocator=owl", "shapley.window=3", "shapley.game.payoff=neg_nll")[1]
@@ -374,6 +377,7 @@ def test_the_group_shapley_does_not_count_where_no_game_is_played(svnup):
 SUBLAYERS = ["shapley.game.players=sublayer", "allocator.granularity=sublayer", "pruner=magnitude"]
 
 
+@pytest.mark.slow
 def test_budgets_of_sublayers(svnup):
     code, _, err = svnup(*SUBLAYERS)
     assert code == 0, err
@@ -405,6 +409,7 @@ def test_budgets_of_sublayers(svnup):
     assert again["metrics"] == fine["metrics"]
 
 
+@pytest.mark.slow
 def test_influence_makes_budgets_of_sublayers(svnup):
     args = ("allocator=block_influence", "pruner=magnitude")
     code, _, err = svnup(*args, "allocator.granularity=sublayer")
@@ -419,6 +424,7 @@ def test_influence_makes_budgets_of_sublayers(svnup):
     assert names == ["blockinfluencesublayers (log, lam=0.15)", "blockinfluence (log, lam=0.15)"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["sublayer", "linear"])
 def test_lsa_makes_finer_budgets(svnup, granularity):
     code, _, err = svnup("allocator=lsa", "pruner=magnitude", f"allocator.granularity={granularity}", "allocator.lam=0.07")
@@ -492,6 +498,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("case", MISTAKES)
 def test_mistakes_are_one_line_before_anything_is_loaded(svnup, case, monkeypatch):
     def refuse(*args, **kwargs):

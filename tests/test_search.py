@@ -240,6 +240,7 @@ def test_a_job_that_searches(svnup):
     assert "sequences=1" in line
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("args", "said"),
     [

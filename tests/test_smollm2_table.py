@@ -38,6 +38,7 @@ def axes(sweep: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     return varied, [o for o in sweep if prefix not in o]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3, 4, 5])
 def test_every_job_of_a_stage_is_accepted(script, tmp_path, stage):
     config.register()

@@ -203,6 +203,7 @@ def test_the_rates_of_a_device(gpu, tmp_path):
     assert all(line.get("TFLOP/s", line.get("GB/s")) > 0 for line in lines.values())
 
 
+@pytest.mark.slow
 def test_the_column_kernels_are_timed_and_compared(gpu, tmp_path):
     import torch
 

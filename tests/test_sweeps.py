@@ -46,6 +46,7 @@ def seven(own_place):
     return sweep("allocator=uniform", "sparsity=0.4,-3,0.6", "seed=7")
 
 
+@pytest.mark.slow
 def test_each_job_has_its_number_and_all_that_differs(seven):
     heads = [line for line in seven.out.splitlines() if line.startswith("job ")]
     assert [head.partition(" (")[0] for head in heads] == ["job 1 of 3: sparsity=0.4 seed=7", "job 3 of 3: sparsity=0.6 seed=7"]
@@ -53,6 +54,7 @@ def test_each_job_has_its_number_and_all_that_differs(seven):
     assert "left)" not in heads[0]
 
 
+@pytest.mark.slow
 def test_a_wrong_job_is_told_first_and_again_at_the_end(seven):
     assert seven.code == 1
     assert seven.err.splitlines()[0].startswith("svnup: sparsity=-3")
@@ -62,6 +64,7 @@ def test_a_wrong_job_is_told_first_and_again_at_the_end(seven):
     assert summary[1].startswith("  failed: job 2, sparsity=-3 seed=7: sparsity=-3.0: ") or "job 2, sparsity=-3" in summary[1]
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_launched(seven, monkeypatch):
     launched = []
     monkeypatch.setattr(launcher(), "launch", lambda self, jobs, initial_job_idx: launched.extend(jobs) or [])
@@ -132,6 +135,7 @@ def test_another_sweeper_still_works(own_place):
 MASTERS = ["allocator=uniform", "sparsity=0.4"]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "jobs",
     [

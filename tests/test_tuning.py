@@ -244,6 +244,7 @@ def one_by_one(lm, pruner, profiles, calibration, text, split=WHOLE):
     return losses
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("state_bytes", [None, 1, 1_200_000])
 @pytest.mark.parametrize("pruner", [Magnitude(), Wanda(), SparseGPT(), Nothing()], ids=lambda p: type(p).__name__)
 def test_losses_of_many_are_those_of_one_after_the_other(random_model, tokens, tmp_path, pruner, state_bytes):

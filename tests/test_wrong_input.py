@@ -224,6 +224,7 @@ CONFIG_ALONE = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("case", CONFIG_ALONE)
 def test_config_mistakes(case):
     args, said = CONFIG_ALONE[case]
@@ -377,6 +378,7 @@ def of_shape(folder: Path, model_type: str, **shape: object) -> list[str]:
     return [*local(f"./{folder.name}"), "model.seq_len=32", "allocator=uniform", "pruner=magnitude"]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("model_type", "shape", "said"),
     [

@@ -450,6 +450,7 @@ def hub_copies(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("tasks", ["with_rte", "with_piqa"])
 def test_the_field_s_sets_offline(tasks, hub_copies, lm):
     metrics = ZeroShot(tasks=tasks).run(lm)
@@ -467,6 +468,7 @@ def test_the_field_s_sets_offline(tasks, hub_copies, lm):
     assert mean.protocol["add_bos_token"] is False
 
 
+@pytest.mark.slow
 def test_data_sets_of_tasks_lie_below_any_folder(hub_copies, lm, monkeypatch, tmp_path_factory):
     """Without examples there is no need for a split to take them from."""
     tasks = ["boolq", "arc_easy"]
@@ -482,6 +484,7 @@ def test_data_sets_of_tasks_lie_below_any_folder(hub_copies, lm, monkeypatch, tm
         ZeroShot(tasks=tasks, datasets_dir=str(hub_copies), num_fewshot=1).check(lm, lm.tokenizer)
 
 
+@pytest.mark.slow
 def test_a_limit_is_in_the_protocol_of_the_mean(hub_copies, lm):
     both = ["boolq", "winogrande"]
     whole, part = (ZeroShot(tasks=both, limit=limit).run(lm)["zero_shot/mean"].protocol for limit in (None, 4))
@@ -500,6 +503,7 @@ def test_boolq_is_scored_by_hand(hub_copies, lm):
     assert ZeroShot(tasks=["boolq"]).run(lm)["boolq/acc"].value == pytest.approx(100 * np.mean(right))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("tasks", "said"),
     [
