@@ -258,6 +258,10 @@ def test_permutation_budget():
     line = refused(*SMALL, "shapley=permutation", "shapley.budget=9")
     assert "shapley.budget=9" in line
     assert "least budget is 10" in line  # 4 n - 2 for n = 3
+    line = refused(*SMALL, "shapley=permutation", "shapley.budget=60", "shapley.stop=5")
+    assert "shapley.stop=5: must be a node of keys and values" in line
+    line = refused(*SMALL, "shapley=permutation", "shapley.budget=60", "shapley.stop={stderr: low}")
+    assert "stderr=low must be a number" in line
 
 
 def bad_texts(folder: Path) -> dict[str, tuple[str, list[str]]]:

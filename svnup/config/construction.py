@@ -10,7 +10,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from svnup.keys import did_you_mean
@@ -263,6 +263,12 @@ def type_complaint(value: Any, hint: Any) -> str | None:
         for entry in value:
             if (complaint := type_complaint(entry, args[0])) is not None:
                 return f"its entry {entry} {complaint}"
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            return "must be a node of keys and values, such as {key: 1}"
+        for key, entry in value.items():
+            if (complaint := type_complaint(entry, args[1])) is not None:
+                return f"its value {key}={entry} {complaint}"
     return None
 
 
