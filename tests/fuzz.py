@@ -43,7 +43,7 @@ CHOICES = {
         *("shapley_sublayers", "shapley_margins", "random", "alpha_pruning", "lsa", "neuronal"),
     ],
     "shapley": ["sliding_window", "exact", "permutation", "kernel", "leave_one_out", "gates", "shapiq"],
-    "pruner": ["none", "magnitude", "wanda", "ria", "sparsegpt", "dsnot", "sparseswaps", "alps", "wanda_refit"],
+    "pruner": ["none", "magnitude", "wanda", "ria", "sparsegpt", "dsnot", "sparseswaps", "thanos", "alps", "wanda_refit"],
     "recovery": ["none", "reconstruct"],
     "split": ["uniform", "error", "outliers", "shapley"],
     "evaluation": ["ppl", "none", "zero_shot", "full"],

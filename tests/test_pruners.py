@@ -27,6 +27,7 @@ from svnup.pruning.refit import CHUNK, Refit
 from svnup.pruning.ria import RIA
 from svnup.pruning.sparsegpt import Hessian, SparseGPT
 from svnup.pruning.sparseswaps import LEAST_GAIN, SparseSwaps
+from svnup.pruning.thanos import Thanos
 from svnup.pruning.wanda import Wanda
 from svnup.types import SparsityProfile
 
@@ -334,6 +335,50 @@ def test_rows_are_swapped_alike_in_chunks_of_any_size(monkeypatch):
     whole = prune(SparseSwaps(Wanda()), weight, inputs, 0.6)
     monkeypatch.setattr("svnup.pruning.sparseswaps.CHUNK", 1)
     torch.testing.assert_close(prune(SparseSwaps(Wanda()), weight, inputs, 0.6), whole, rtol=0, atol=0)
+
+
+# -- Thanos
+
+
+def thanos(w, x, sparsity, pattern, block_size):
+    """Algorithm of arXiv 2504.05346 row by row in float64, with the inverse of the Hessian that is left computed anew."""
+    w, h, norms = w.copy(), damped_hessian(x, 0.01), np.sqrt((x**2).sum(0))
+    steps = Pattern.parse(pattern).steps(sparsity)
+    size = steps.group if steps else block_size
+    for first in range(0, w.shape[1], size):
+        last = min(first + size, w.shape[1])
+        inverse, scores = np.linalg.inv(h[first:, first:]), np.abs(w[:, first:last]) * norms[first:last]
+        if steps:
+            gone = scores.argsort(1, kind="stable").argsort(1, kind="stable") < steps.zeros
+        else:
+            count = int(sparsity * len(w) * last + 1e-6) - int(sparsity * len(w) * first + 1e-6)
+            gone = (scores.ravel().argsort().argsort() < count).reshape(scores.shape)
+        for row in range(len(w)):
+            if (p := np.flatnonzero(gone[row])).size:
+                w[row, first:] -= np.linalg.solve(inverse[np.ix_(p, p)], w[row, first + p]) @ inverse[p]
+                w[row, first + p] = 0
+    return w
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), CASES)
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_thanos_is_its_algorithm(pattern, sparsity, block_size):
+    weight, inputs = a_case("random", 24, 40)
+    w, x = arrays(weight, inputs)
+    pruned = prune(Thanos(pattern, block_size=block_size), weight, inputs, sparsity, n_batches=3).numpy()
+    expected = thanos(w, x, sparsity, pattern, block_size)
+    np.testing.assert_array_equal(pruned == 0, expected == 0)
+    np.testing.assert_allclose(pruned, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_thanos_on_all_columns_at_once_is_the_least_squares_on_its_mask(kind):
+    weight, inputs = a_case(kind, 24, 40)
+    w, x = arrays(weight, inputs)
+    pruned = prune(Thanos(block_size=40), weight, inputs, 0.5).numpy()
+    h = damped_hessian(x, 0.01)
+    np.testing.assert_allclose(pruned, least_squares(w, pruned == 0, h), atol=1e-3)
+    assert objective(w - pruned, h).sum() < objective(w * (pruned == 0), h).sum()
 
 
 # -- ALPS

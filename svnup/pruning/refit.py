@@ -112,23 +112,40 @@ def least_squares(weight: Tensor, gone: Tensor, h: Tensor) -> Tensor:
     """
     w = weight.float()
     pull = w.masked_fill(~gone, 0) @ h
-    w = w.masked_fill(gone, 0)
-    n_kept = (~gone).sum(1)
-    kept_first = gone.to(torch.uint8).argsort(dim=1, stable=True)
-    order = n_kept.argsort(descending=True, stable=True)  # so that systems of a chunk have nearly the same size
+    return solve_rows(h, ~gone, pull).add_(w.masked_fill(gone, 0)).to(weight.dtype)
+
+
+def solve_rows(h: Tensor, chosen: Tensor, right: Tensor) -> Tensor:
+    """The solution x of h_cc x_c = right_c for the chosen inputs c of each row; 0 at the others.
+
+    Args:
+        h: symmetric and positive definite, float32 (d_in, d_in).
+        chosen: bool (d_out, d_in).
+        right: float32 (d_out, d_in).
+
+    Returns:
+        x, float32 (d_out, d_in).
+
+    Raises:
+        ValueError: the submatrix of h of a row's chosen inputs cannot be factorised.
+    """
+    x = torch.zeros_like(right)
+    n_chosen = chosen.sum(1)
+    chosen_first = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)
+    order = n_chosen.argsort(descending=True, stable=True)  # so that systems of a chunk have nearly the same size
     start = 0
-    while start < len(order) and (most := int(n_kept[order[start]])):
+    while start < len(order) and (most := int(n_chosen[order[start]])):
         rows = order[start : start + max(1, CHUNK // most**2)]
         start += len(rows)
-        inputs = kept_first[rows, :most]
+        inputs = chosen_first[rows, :most]
         beyond = (
-            torch.arange(most, device=w.device) >= n_kept[rows, None]
-        )  # smaller systems are padded with ones on the diagonal
+            torch.arange(most, device=x.device) >= n_chosen[rows, None]
+        )  # smaller systems are padded with a diagonal of ones
         system = h[inputs[:, :, None], inputs[:, None, :]].masked_fill_(beyond[:, :, None] | beyond[:, None, :], 0)
         system.diagonal(dim1=1, dim2=2).masked_fill_(beyond, 1)
         lower, failed = torch.linalg.cholesky_ex(system)
         if failed.any():
-            raise ValueError(f"the Hessian of the kept inputs of {int((failed != 0).sum())} outputs cannot be factorised")
-        change = torch.cholesky_solve(pull[rows].gather(1, inputs).masked_fill(beyond, 0)[:, :, None], lower)[:, :, 0]
-        w[rows] = w[rows].scatter_add(1, inputs, change)
-    return w.to(weight.dtype)
+            raise ValueError(f"the Hessian of some inputs of {int((failed != 0).sum())} outputs cannot be factorised")
+        solved = torch.cholesky_solve(right[rows].gather(1, inputs).masked_fill(beyond, 0)[:, :, None], lower)[:, :, 0]
+        x[rows] = x[rows].scatter(1, inputs, solved)
+    return x
