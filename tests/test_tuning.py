@@ -568,3 +568,17 @@ def test_tables_and_pages_mark_a_run_whose_uniform_budget_was_taken():
         other = changed(taken, tuning=tuning)
         assert uniform_taken(other) is None
         assert "uniform taken" not in describe(other)["allocator"]
+
+
+def test_tables_tell_a_budget_that_was_measured_or_chosen_on_another_text_than_the_calibration_s():
+    row = changed(made_up(20.0, allocator="shapley"), tuning={"curve": [{"label": "scores", "loss": 3.25}]})
+    assert " on " not in describe(row)["allocator"]
+    file = {"_target_": "svnup.data.TextFile", "path": "/some/where/mine.txt"}
+    scorer = row.config["allocator"]["scorer"]
+    game = {**scorer.get("game", {}), "data": file}
+    config = {**row.config, "dataset": {"_target_": "svnup.data.C4"}, "selection": {"_target_": "svnup.data.WikiText2"}}
+    config["allocator"] = {**row.config["allocator"], "scorer": {**scorer, "game": game}}
+    name = describe(changed(row, config=config))["allocator"]
+    assert "values on textfile mine.txt" in name
+    assert "choice on wikitext2" in name
+    assert "choice" not in describe(changed(row, config=config, tuning=None))["allocator"], "nothing was chosen"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -74,6 +75,7 @@ def describe(row: ResultRow) -> dict[str, Any]:
     words = [word for word in (*words, _options(config["allocator"])) if word]
     if row.tuning is not None and row.tuning.kind != "nll":
         words.append(f"by {row.tuning.kind}")
+    words += _other_texts(row)
     words += ["uniform taken"] if uniform_taken(row) else []
     return {
         "model": model_of(config),
@@ -83,6 +85,19 @@ def describe(row: ResultRow) -> dict[str, Any]:
         "pattern": config["pattern"],
         "seed": config["seed"],
     }
+
+
+def _other_texts(row: ResultRow) -> list[str]:
+    """What a budget was measured and chosen on, where that is another data set than the one that calibrates."""
+    config: Mapping[str, Any] = row.config
+    usual, allocator = config.get("dataset", {}).get("_target_"), config["allocator"]
+    payoff = allocator.get("data") or (allocator.get("scorer") or {}).get("game", {}).get("data")
+    read = {"values": payoff, "choice": config.get("selection") if row.tuning is not None else None}
+    return [
+        " ".join([what, "on", method_name(text), *([Path(text["path"]).name] if method_name(text) == "textfile" else [])])
+        for what, text in read.items()
+        if text and usual and text["_target_"] != usual
+    ]
 
 
 def _options(node: dict[str, Any]) -> str:
