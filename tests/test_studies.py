@@ -53,7 +53,7 @@ BENCHMARKS = {
     "benchmarks.offload": ["--blocks", "3", "--width", "64"],
     "benchmarks.scale": ["--only", "tiny"],
 }
-OTHERS = {"benchmarks.gpu", "leaderboard.comparisons", "families.run", "smollm2.run", "smollm2.intervals"}
+OTHERS = {"benchmarks.gpu", "leaderboard.comparisons", "families.run", "smollm2.run", "smollm2.intervals", "smollm2.windows"}
 
 
 def test_no_script_is_forgotten():

@@ -41,6 +41,8 @@ CONFIG_ALONE = {
     "unknown key added with plus": (["+sparsty=0.5"], ["sparsty=0.5", "did you mean sparsity?"]),
     "a key taken away": (["~sparsity"], ["~sparsity", "leave out ~sparsity"]),
     "a group taken away": (["~selection"], ["~selection", "leave out ~selection"]),
+    "numbers for an option": (["dataset=[0, 4]"], ["dataset=[0, 4]", "by its name; choose dataset=..."]),
+    "a list in a list of options": (["dataset@selection=[docs,[c4]]"], ["by its name; choose dataset@selection=..."]),
     "no name for a folder": (["cache_dir="], ["cache_dir=''", "name a folder"]),
     "known perplexity no number": (
         ["model.dense_ppl=[{dataset: docs, seq_len: 32, ppl: low, source: here}]"],

@@ -93,6 +93,7 @@ def _compose_and_run() -> int:
 
     try:
         with stoppable():
+            config.check_choices(overrides)
             hydra.main(config_path=str(config.CONF), config_name=CONFIG_NAME, version_base="1.3")(task)()
     except JobFailed:
         return 1

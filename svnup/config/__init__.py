@@ -3,7 +3,7 @@
 from svnup.config.build import build, stored
 from svnup.config.components import Texts
 from svnup.config.job import Job, config_key
-from svnup.config.messages import defaults, explain
+from svnup.config.messages import check_choices, defaults, explain
 from svnup.config.schema import CONF, GROUPS, KeepSecrets, choices, composed, register
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "KeepSecrets",
     "Texts",
     "build",
+    "check_choices",
     "choices",
     "composed",
     "config_key",

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, QuotedString
 from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 
-from svnup.config.schema import GROUPS, choices, composed
+from svnup.config.schema import CONF, GROUPS, choices, composed
 from svnup.keys import did_you_mean, walk
 
 RAY = "pip install 'svnup[ray]' && pip install --no-deps hydra-ray-launcher"
@@ -23,6 +25,23 @@ LAUNCHERS = {  # of Hydra: what brings them
     "submitit_local": "pip install hydra-submitit-launcher",
     "submitit_slurm": "pip install hydra-submitit-launcher; or take hydra/launcher=slurm",
 }
+
+
+def check_choices(overrides: list[str]) -> None:
+    """Raise ValueError for an override that gives a group anything but names of its options, which Hydra takes for granted."""
+    for text in overrides:
+        try:
+            (override,) = OverridesParser.create().parse_overrides([text])
+        except OverrideParseException:  # which Hydra tells
+            continue
+        if not (CONF / str(override.key_or_group)).is_dir():
+            continue
+        given = override.value()
+        for one in given.list if isinstance(given, ChoiceSweep) else [given]:
+            names = one if isinstance(one, list) else [one]
+            if not all(isinstance(name, str | QuotedString | dict | None) for name in names):
+                group = override.get_key_element()
+                raise ValueError(f"{text}: a group takes an option by its name; choose {group.lstrip('+~')}=...")
 
 
 def explain(error: Exception, overrides: list[str], folder: str | None = None) -> str:
