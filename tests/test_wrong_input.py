@@ -43,6 +43,7 @@ CONFIG_ALONE = {
     "a group taken away": (["~selection"], ["~selection", "leave out ~selection"]),
     "numbers for an option": (["dataset=[0, 4]"], ["dataset=[0, 4]", "by its name; choose dataset=..."]),
     "a list in a list of options": (["dataset@selection=[docs,[c4]]"], ["by its name; choose dataset@selection=..."]),
+    "a list for a yes or no": (["+machines.here.verified=[]"], ["machines.here.verified=[]", "must be true or false"]),
     "no name for a folder": (["cache_dir="], ["cache_dir=''", "name a folder"]),
     "known perplexity no number": (
         ["model.dense_ppl=[{dataset: docs, seq_len: 32, ppl: low, source: here}]"],

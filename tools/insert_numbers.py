@@ -529,6 +529,19 @@ def of_the_real_model() -> dict[str, str]:
     }
 
 
+def of_other_texts() -> dict[str, str]:
+    """Margins with SparseGPT whose values are measured on WikiText-2, and how margins prune on C4 and on WikiText-2."""
+    out = {}
+    for line in lines_of("smollm2.md"):
+        if "values on textfile" in line["allocator"] and line["pruner"] == "sparsegpt":
+            out[f"real-text-{line['sparsity'][2:]}0"] = line["wikitext2/ppl"]
+    for line in lines_of("transfer.md"):
+        if line["budget"] == "margins" and line["cell"].startswith("sparsegpt"):
+            level = f"{line['cell'][-1]}0"
+            out |= {f"transfer-c4-{level}": line["change"], f"transfer-wiki-{level}": line["change 2"]}
+    return out
+
+
 def of_the_benchmarks() -> dict[str, str]:
     """How fast games and prunings are, beside straightforward and released code and beside matrix products alone."""
     games = lines_of("../benchmarks/shapley_cost.md")
@@ -563,7 +576,7 @@ def of_the_families() -> dict[str, str]:
 def numbers() -> dict[str, str]:
     """Every number by its name."""
     parts = [of_the_leaderboard(), of_the_comparisons(), of_the_games(), of_budgets_and_windows(), of_the_estimators()]
-    parts += [of_the_pruners(), of_the_demo(), of_the_paper(), of_the_margins(), of_the_real_model(), of_recovery()]
+    parts += [of_the_pruners(), of_the_demo(), of_the_paper(), of_the_margins(), of_the_real_model(), of_other_texts(), of_recovery()]
     parts += [of_the_benchmarks(), of_the_families()]
     out: dict[str, str] = {}
     for part in parts:

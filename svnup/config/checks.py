@@ -20,6 +20,7 @@ from svnup.config.schema import GROUPS, Schema
 from svnup.data import TokenSource
 from svnup.files import at_home
 from svnup.keys import did_you_mean
+from svnup.machines import Machine
 from svnup.naming import recovery_name
 from svnup.pattern import Pattern
 from svnup.scoring.shapley import ShapleyScorer
@@ -36,6 +37,7 @@ def check_plain(config: dict[str, Any]) -> None:
     refuse_removed(config)
     check_groups(config)
     check_scalars(config)
+    check_rates(config["machines"])
 
 
 def check_roles(texts: dict[str, TokenSource]) -> None:
@@ -93,6 +95,15 @@ def check_groups(config: dict[str, Any]) -> None:
     for name in GROUPS:
         if not isinstance(config[name], dict) and name != "selection":
             raise ValueError(f"{name}={config[name]}: must be a node with a _target_; choose an option of it: {name}=...")
+
+
+def check_rates(machines: dict[str, Any]) -> None:
+    """Types of what is given of machines; which rates there are, and their range, `svnup.machines.named` checks."""
+    hints = typing.get_type_hints(Machine)
+    for name, node in machines.items():
+        for key, value in node.items() if isinstance(node, dict) else ():
+            if key in hints and (complaint := type_complaint(value, hints[key])):
+                raise ValueError(f"machines.{name}.{key}={value}: {complaint}")
 
 
 def check_scalars(config: dict[str, Any]) -> None:
