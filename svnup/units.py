@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 
 def duration(seconds: float) -> str:
     """Seconds in words of two units at most: 40 s, 12 min, 3 h 5 min, 2 d 4 h."""
+    if seconds == math.inf:
+        return "for ever"
     minutes = round(seconds / 60)
     if seconds < 99.5:
         return f"{seconds:.0f} s"

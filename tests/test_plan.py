@@ -256,3 +256,9 @@ def test_a_plan_grows_with_what_it_is_of():
 
 def cost_of_head(made):
     return 2 * 32 * 2048 * 4 * 32  # width, vocabulary, tokens
+
+
+@pytest.mark.parametrize("key", ["device", "dtype"])
+def test_what_is_taken_out_of_the_model_is_its_default(key):
+    done = command(*UNIFORM, "dry_run=true", f"~model.{key}")
+    assert done.code == 0, done.err

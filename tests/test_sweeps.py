@@ -355,6 +355,7 @@ def test_a_damaged_sweep_is_passed_over(told, tmp_path, text):
 
 def test_numbers_have_units_that_people_read():
     words = [duration(s) for s in (0.4, 59, 99, 100, 3000, 7200, 7500, 172_800, 200_000)]
+    assert duration(float("inf")) == "for ever"
     assert [scaled(n, "B") for n in (0, 999, 1000, 45_670, 3.2e9, 4e21)] == [
         "0 B",
         "999 B",

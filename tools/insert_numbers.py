@@ -539,6 +539,9 @@ def of_other_texts() -> dict[str, str]:
         if line["budget"] == "margins" and line["cell"].startswith("sparsegpt"):
             level = f"{line['cell'][-1]}0"
             out |= {f"transfer-c4-{level}": line["change"], f"transfer-wiki-{level}": line["change 2"]}
+        if line["budget"] == "half margins, half influence":
+            pruner, _, sparsity = line["cell"].partition(", ")
+            out[f"transfer-half-{pruner}-{sparsity[2:]}0"] = line["change 2"]
     return out
 
 
@@ -576,7 +579,15 @@ def of_the_families() -> dict[str, str]:
 def numbers() -> dict[str, str]:
     """Every number by its name."""
     parts = [of_the_leaderboard(), of_the_comparisons(), of_the_games(), of_budgets_and_windows(), of_the_estimators()]
-    parts += [of_the_pruners(), of_the_demo(), of_the_paper(), of_the_margins(), of_the_real_model(), of_other_texts(), of_recovery()]
+    parts += [
+        of_the_pruners(),
+        of_the_demo(),
+        of_the_paper(),
+        of_the_margins(),
+        of_the_real_model(),
+        of_other_texts(),
+        of_recovery(),
+    ]
     parts += [of_the_benchmarks(), of_the_families()]
     out: dict[str, str] = {}
     for part in parts:

@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
         study(lm, text("calibration", 2, 32), text("selection", 2, 32), options)
         return
     options.seq_len, options.n_calibration = 512, 16
-    options.model_name = options.model
+    options.model_name = Path(options.model).name
     lm = Pretrained(pretrained_model_name_or_path=options.model, dtype="float32", device="cpu").load()
     source = partial(C4, seq_len=options.seq_len, seed=0, datasets_dir=options.datasets)
     calibration = source(n_seq=options.n_calibration, role="calibration").tokens(lm.tokenizer)

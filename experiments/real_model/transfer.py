@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         if not cells:
             made.error(f"--runs {options.runs}: no finished runs of both budgets; make table NAME=smollm2 first")
         lm = Pretrained(pretrained_model_name_or_path=options.model, dtype="float32", device="cpu").load()
-        options.model_name, of_texts = options.model, {"seq_len": 512, "seed": 0, "datasets_dir": options.datasets}
+        options.model_name, of_texts = Path(options.model).name, {"seq_len": 512, "seed": 0, "datasets_dir": options.datasets}
         sources: dict[str, TokenSource] = {
             "calibration": C4(n_seq=16, role="calibration", **of_texts),
             "C4": C4(n_seq=40, role="selection", **of_texts),

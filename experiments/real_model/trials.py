@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -120,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         options.n_round, lm = 1, built_in(4)
         texts = {role: text(role, 2, 32) for role in ROLES}
     else:
-        options.model_name, options.seq_len, options.n_calibration, options.n_selection = options.model, 512, 16, 16
+        options.model_name, options.seq_len, options.n_calibration, options.n_selection = Path(options.model).name, 512, 16, 16
         options.n_round = 8
         lm = Pretrained(pretrained_model_name_or_path=options.model, dtype="float32", device="cpu").load()
         source = {role: C4(seq_len=512, seed=0, n_seq=16, role=role, datasets_dir=options.datasets) for role in ROLES}

@@ -63,6 +63,16 @@ class Model(Protocol):
         ...
 
     @property
+    def dtype(self) -> str:
+        """As given: auto, or a name of torch."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """As given: auto, or a name of torch."""
+        ...
+
+    @property
     def from_hub(self) -> bool:
         """Whether the model comes from the Hub."""
         ...

@@ -99,7 +99,7 @@ def plan(job: Job, machine: Machine | None = None) -> Plan:
 
 def machine_of(job: Job) -> Machine:
     """The machine that a job names, measured if it is this one; raises ValueError where it has not the device of the job."""
-    given, machine = job.config["model"]["device"], job.machine
+    given, machine = job.model.device, job.machine
     if job.hardware != HERE:
         if given != "auto" and given.partition(":")[0] != machine.device:
             kind = "GPU" if machine.device == "cuda" else "CPU"
@@ -119,7 +119,7 @@ def _measured(rates: tuple[tuple[str, object], ...], device: str, dtype: str) ->
 
 def dtype_of(job: Job) -> str:
     """The dtype that the weights of a job's model will have."""
-    given = job.config["model"]["dtype"]
+    given = job.model.dtype
     kept = job.skeleton.model.config.dtype if given == "auto" else getattr(torch, given)
     return str(kept or torch.float32).removeprefix("torch.")
 
