@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svnup import NUMBERS_VERSION
+from svnup import NUMBERS_VERSION, distributed
 from svnup.allocation.margins import marginal_values
 from svnup.allocation.splits import Split
 from svnup.data import TokenSource, tokens_sha256
@@ -130,7 +130,7 @@ class Trial:
         part: dict[str, Any] = {"n_seq": len(tokens)} if len(tokens) < len(self._tokens) else {}
         part |= {"trial": True} if in_advance else {}
         keys = [_key(profile, part) for _, profile in tried]
-        new = {key: profile for key, (_, profile) in zip(keys, tried, strict=True) if key not in self._memo.values}
+        new = {key: profile for key, (_, profile) in zip(keys, tried, strict=True)}
 
         def measure(missing: list[str]) -> None:
             before = self._lm.n_block_runs
@@ -143,7 +143,7 @@ class Trial:
                 self._measure(missing, divided, tokens, in_advance)
             self._n_calibration += self._lm.n_block_runs - before
 
-        self._memo.share(new, measure, "losses on selection text")
+        self._share(new, measure, "losses on selection text")
         losses = [self._memo.values[key] for key in keys]
         if not (kinds := {self._memo.kinds[key] for key in keys}) <= self._kinds:
             self._kinds |= kinds
@@ -155,6 +155,19 @@ class Trial:
             self._targets.add(round(profile.target, 9))
         self._seconds += time.perf_counter() - start
         return losses
+
+    def _share(self, names: Iterable[str], measure: Callable[[list[str]], object], what: str) -> None:
+        """As `Memo.share`; what was done is counted in all processes of the job."""
+        before = self._counts
+        self._memo.share(names, measure, what)
+        if distributed.n_processes() > 1:
+            counts = before + distributed.total(self._counts - before)
+            self._n_new, self._n_calibration, self._n_payoff = map(int, counts[:3])
+            self._n_selection = float(counts[3])
+
+    @property
+    def _counts(self) -> Floats:
+        return np.array([self._n_new, self._n_calibration, self._n_payoff, self._n_selection], dtype=np.float64)
 
     def took(self, label: str) -> None:
         """Put on record which of the labelled profiles was taken."""
@@ -200,9 +213,8 @@ class Trial:
             for one, (index, linears) in zip(names, parts, strict=True):
                 self._memo.add(one, sum(found[index, linear] for linear in linears))
 
-        self._memo.share(names[-1:], measure, "marginal values")  # one pass gives all of them, and the last one last
-        if not all(one in self._memo.values for one in names):  # of a damaged file
-            measure(names)
+        self._share(names[-1:], measure, "marginal values")  # one pass gives all of them, and the last one last
+        self._share(names, measure, "marginal values")  # of a damaged file
         values = np.array([self._memo.values[one] for one in names])
         seconds = time.perf_counter() - start
         self._seconds += seconds
