@@ -89,6 +89,8 @@ def joined() -> Iterator[None]:
 
     store, number, count = next(iter(rendezvous("env://", timeout=PATIENCE)))
     store = PrefixStore("svnup", store)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(min(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count() - 1))  # too many are refused later
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
     token = _store.set(store)
@@ -101,6 +103,10 @@ def joined() -> Iterator[None]:
 
 def _leave(store: Store) -> None:
     """The first process says that it has told how the job ended; the others wait for that, since torchrun ends all with one."""
+    import torch.distributed as dist
+
+    if ended() is None:
+        dist.destroy_process_group()
     with contextlib.suppress(RuntimeError):
         if is_first():
             store.set("told", "")

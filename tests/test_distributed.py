@@ -5,6 +5,7 @@ Two threads that meet where processes do stand for most of them; real ones, by t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -120,10 +121,11 @@ def test_a_model_is_pruned_by_statistics_of_all_its_processes(together, pruner):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "jetmoe"])
-def test_experts_are_pruned_by_what_all_processes_route_to_them(together, family):
-    whole, of_whole = pruned(make(family), Wanda())
+@pytest.mark.parametrize("text", [TEXT, TEXT[:2, :8]], ids=["enough tokens", "too few"])
+def test_experts_are_pruned_by_what_all_processes_route_to_them(together, family, text):
+    whole, of_whole = pruned(make(family), Wanda(), text=text)
     models = [make(family) for _ in range(N)]
-    (first, report), (second, _) = together(lambda number: pruned(models[number], Wanda()))
+    (first, report), (second, _) = together(lambda number: pruned(models[number], Wanda(), text=text))
     assert torch.equal(first, second)
     assert ((first == 0) != (whole == 0)).float().mean() < 1e-3
     assert [one.fallback for one in report.per_linear] == [one.fallback for one in of_whole.per_linear]
@@ -243,12 +245,15 @@ def test_what_several_processes_cannot_have_is_refused(monkeypatch, args, told):
         config.build(config.composed(*SMALL[5:], *HERE, "allocator=uniform", *args))
 
 
-@pytest.mark.parametrize("args", [[], ["-m", "seed=0,1"]], ids=["a job", "a sweep"])
-def test_several_processes_are_started_by_torchrun_and_for_one_job(monkeypatch, args):
+def test_several_processes_are_started_by_torchrun_and_for_one_job(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    done = command(*SMALL, *args)
+    done = command(*SMALL)
     assert (done.code, len(done.err.splitlines())) == (2, 1)
     assert done.err.startswith("svnup: WORLD_SIZE=2: RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set")
+    monkeypatch.setattr(distributed, "joined", contextlib.nullcontext)
+    done = command("-m", *SMALL, "seed=0,1")
+    assert (done.code, len(done.err.splitlines())) == (2, 1)
+    assert "the 2 processes of torchrun share one job; start the sweep without torchrun" in done.err
 
 
 def test_the_plan_is_that_of_a_share(monkeypatch):

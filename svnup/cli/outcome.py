@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from svnup import distributed
-from svnup.distributed import Lost
 from svnup.files import fault
 from svnup.results.stored import plain
 from svnup.secrets import redact
@@ -20,7 +19,7 @@ def outcome(error: BaseException) -> tuple[str, int] | None:
         return "interrupted (Ctrl-C)", 130
     if isinstance(error, ValueError):
         return str(error), 2
-    if isinstance(error, Lost):
+    if isinstance(error, distributed.Lost):
         return str(error), 1
     told = fault(error)
     return None if told is None else (told, 1)

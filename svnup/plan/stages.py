@@ -236,7 +236,7 @@ class JobCounts:
     def _part(self, pruner: Pruner) -> float:
         """The most of the calibration text that one process reads for the statistics of a pruner."""
         n_seq = self.job.dataset.n_seq or 0
-        shared = self.processes <= n_seq and self.job.recovery.n_passes == 0 and adds_up(pruner)
+        shared = 1 < self.processes <= n_seq and self.job.recovery.n_passes == 0 and adds_up(pruner)
         return self._most(n_seq) / n_seq if shared else 1.0
 
     def loaded(self, times: float) -> Work:

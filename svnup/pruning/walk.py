@@ -196,14 +196,15 @@ class Inputs:
         """Add up what all processes have seen of these linear layers, each in its share of the text."""
         for reads in distributed.gathered(self._reads):
             self._reads = reads | self._reads  # experts, which no token of this share may have reached
-        counts = distributed.total(np.array([self._n_tokens.get(name, 0) for name in self._linears]))
-        self._n_tokens |= {name: int(n) for name, n in zip(self._linears, counts, strict=True) if n}
-        for name in self._linears:
-            if name in names and self._reads.get(name) == name:
-                weight = matrix(self._linears[name])
-                if name not in self._stats:
-                    self._stats[name], self._first[name] = self._pruner.new_stats(weight), weight.new_zeros(0, weight.shape[1])
-                self._stats[name].add_up(distributed.added)
+        leaders = [name for name in self._linears if name in names and self._reads.get(name) == name]
+        counts = distributed.total(np.array([self._n_tokens.get(name, 0) for name in leaders]))
+        for name, n_tokens in zip(leaders, counts, strict=True):
+            if n_tokens == 0:  # in none of them
+                continue
+            weight, self._n_tokens[name] = matrix(self._linears[name]), int(n_tokens)
+            if name not in self._stats:
+                self._stats[name], self._first[name] = self._pruner.new_stats(weight), weight.new_zeros(0, weight.shape[1])
+            self._stats[name].add_up(distributed.added)
 
     def _kind(self, name: str) -> str:
         """The name of a linear layer, without the number of its expert."""
@@ -334,7 +335,7 @@ def prune_model(
     reports: list[LinearReport] = []
     recovered: list[RecoveredBlock] = []
     size = recovery.batch_tokens if recovery is not None else None
-    shared = refits is None and distributed.n_processes() <= len(tokens) and adds_up(pruner)
+    shared = refits is None and 1 < distributed.n_processes() <= len(tokens) and adds_up(pruner)
     own = tokens[distributed.share(len(tokens))] if shared else tokens
     batches = lm.entering(own, size) if pruner.needs_inputs or refits is not None else []
     with stage("pruning", lm.n_blocks, "blocks") as advance:
