@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -132,10 +132,13 @@ def threads(count: int) -> Iterator[None]:
 def texts_of(model: str, options: argparse.Namespace) -> Texts:
     """The built-in text for the built-in models; for others payoff and calibration of C4, and WikiText-2."""
     tokenizer = LanguageModel.load(model, device="cpu").tokenizer
-    calibration: partial[TokenSource] | type[TokenSource] = Docs
-    test: partial[TokenSource] | type[TokenSource] = Docs
+    calibration: Callable[..., TokenSource] = Docs
+    test: Callable[..., TokenSource] = Docs
     if options.datasets is not None:
-        calibration, test = (partial(source, datasets_dir=str(options.datasets)) for source in (C4, WikiText2))
+        calibration, test = (
+            partial(C4, datasets_dir=str(options.datasets)),
+            partial(WikiText2, datasets_dir=str(options.datasets)),
+        )
     length = {"seq_len": options.seq_len}
     return Texts(
         calibration(role="payoff", n_seq=options.n_payoff, **length).tokens(tokenizer),
