@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,9 +130,8 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def texts_of(model: str, options: argparse.Namespace) -> Texts:
+def texts_of(tokenizer: Any, options: argparse.Namespace) -> Texts:
     """The built-in text for the built-in models; for others payoff and calibration of C4, and WikiText-2."""
-    tokenizer = LanguageModel.load(model, device="cpu").tokenizer
     calibration: Callable[..., TokenSource] = Docs
     test: Callable[..., TokenSource] = Docs
     if options.datasets is not None:
@@ -149,13 +149,21 @@ def texts_of(model: str, options: argparse.Namespace) -> Texts:
 
 def lines_of(name: str, model: str, options: argparse.Namespace) -> list[str]:
     """The section of one model."""
-    texts = texts_of(model, options)
+    stored = LanguageModel.load(model, device="cpu")
+    texts = texts_of(stored.tokenizer, options)
     with threads(1):
         found = {dtype: measure(model, dtype, texts, options) for dtype in options.dtypes}
     reference = found[options.dtypes[0]]
     head = ["weights", "largest change of a value", "rank correlation", *(f"other masks, {p}" for p in PRUNERS)]
     head += ["perplexity, dense", *PRUNERS, "s"]
-    lines = ["", f"## {name}", "", *table(head, [compared(d, one, reference) for d, one in found.items()], "l" + "r" * 8)]
+    lines = [
+        "",
+        f"## {name}",
+        "",
+        f"Its checkpoint has {stored.dtype} weights.",
+        "",
+        *table(head, [compared(d, one, reference) for d, one in found.items()], "l" + "r" * 8),
+    ]
     if "float32" in found and options.threads > 1:
         with threads(options.threads):
             more = measure(model, "float32", texts, options, values=False)
