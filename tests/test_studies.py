@@ -52,7 +52,7 @@ BENCHMARKS = {
     "benchmarks.offload": ["--blocks", "3", "--width", "64"],
     "benchmarks.scale": ["--only", "tiny"],
     "benchmarks.precision": [
-        *("--model", str(ROOT / "svnup" / "assets" / "tiny"), "--dtypes", "float32", "bfloat16", "--window", "1"),
+        *("--model", str(ROOT / "svnup" / "assets" / "tiny"), "--dtypes", "float32", "--window", "1"),
         *("--n-payoff", "1", "--n-calibration", "1", "--n-test", "1", "--seq-len", "32"),
     ],
 }
