@@ -12,11 +12,12 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
 
-from svnup import config
+from svnup import config, distributed
 from svnup.claims import claimed
 from svnup.files import fault, naming
 from svnup.naming import moving_numbers
@@ -33,11 +34,31 @@ logger = logging.getLogger("svnup")
 def execute(job: config.Job, asked: Asked, plots: Figures) -> None:
     """Run a job that is not finished yet, and record it in its run folder and where it is tracked.
 
-    Of several processes with one job, one runs it and the others wait for its result. Raises what goes wrong; a run that had
-    begun is then recorded as failed, with its traceback in svnup.log, or as interrupted.
+    Of several commands with one job, one runs it and the others wait for its result; of several processes of one command the
+    first one decides and records, and all run it. Raises what goes wrong; a run that had begun is then recorded as failed,
+    with its traceback in svnup.log, or as interrupted.
     """
-    folder = RunFolder.of(job.results_dir, job.key)
     sharded = job.shapley is not None and job.shapley.shard is not None
+    if not distributed.is_first():
+        _follow(job, sharded)
+        return
+    _lead(job, sharded, asked, plots)
+    distributed.from_first(lambda: None)  # nothing is left to be run
+
+
+def _follow(job: config.Job, sharded: bool) -> None:
+    """Run what the first process of the job runs, and record nothing."""
+    from svnup import pipeline
+
+    while (started := distributed.from_first(dict[str, Any])) is not None:
+        if sharded:
+            pipeline.run_shard(job)
+        else:
+            pipeline.run(job, Path(os.devnull), ResultRow.from_dict(started))
+
+
+def _lead(job: config.Job, sharded: bool, asked: Asked, plots: Figures) -> None:
+    folder = RunFolder.of(job.results_dir, job.key)
     with naming(folder.path):
         folder.finish_publishing()
     there = _Before.of(folder, job, job.fingerprints())
@@ -56,6 +77,7 @@ def execute(job: config.Job, asked: Asked, plots: Figures) -> None:
         assert job.shapley is not None
         shard = Path(job.cache_dir) / "shards" / f"{job.key}-{str(job.shapley.shard).replace('/', '-of-')}"
         with claimed(shard, lambda: _say(f"shard {shard.name} is computed by another process: this one waits for it")):
+            distributed.from_first(dict[str, Any])
             _say(f"shard done: {pipeline.run_shard(job)} new coalitions in {job.cache_dir}")
         return
     with folder.claimed(lambda who: _say(f"{folder.path} is computed by {who}: this process waits for it")):
@@ -138,6 +160,8 @@ def _run_claimed(folder: RunFolder, job: config.Job, asked: Asked, there: _Befor
         if left is None or left.status != "finished":  # a result stands, whatever becomes of its figures or of W&B
             told = fault(error) or f"{type(error).__name__}: {error}"
             ended: Status = "failed" if isinstance(error, Exception) else "interrupted"
+            if (elsewhere := distributed.ended()) is not None:  # in another process of the job, before
+                told, ended = elsewhere[0], "failed" if elsewhere[1] in (1, 2) else "interrupted"
             with contextlib.suppress(OSError):  # of a full disk: the error itself is told
                 folder.write(replace(blank, status=ended, error=told))
         raise
@@ -157,7 +181,9 @@ def _run_into(folder: RunFolder, job: config.Job, blank: ResultRow, there: _Befo
         listening(tell),
     ):
         folder.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(redacted(job.config))))
-        row = pipeline.run(job, folder.begin(keep_blocks=not job.force), blank)
+        scratch = folder.begin(keep_blocks=not job.force)
+        distributed.from_first(blank.to_dict)  # from here on all run
+        row = pipeline.run(job, scratch, blank)
         figures: dict[str, Path] = {}
         try:
             figures = plots.figures(row, folder.path / "figures")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from svnup import distributed
 from svnup.claims import claimed_of, holders
 from svnup.files import naming
 from svnup.types import Floats
@@ -43,8 +44,36 @@ class Memo:
         """Have a value for each of some names: `measure` those that no other process is measuring, and wait for the others.
 
         What a process was measuring that fails or dies is measured here. `what` the values are is said where this one waits.
+        Of the processes of one job the first finds what is missing, each measures a share of it alone, and all get all values.
         """
         names = list(dict.fromkeys(names))
+        if distributed.n_processes() == 1:
+            self._share(names, measure, what)
+            return
+        if distributed.is_first():
+            self._share(names, lambda new: self._shared_out(distributed.from_first(lambda: new), measure), what)
+            distributed.from_first(list)
+        else:
+            while new := distributed.from_first(list[str]):
+                self._shared_out(new, measure)
+        self._know(distributed.from_first(lambda: {name: (self.values[name], self.kinds[name]) for name in names}))
+
+    def _shared_out(self, names: list[str], measure: Callable[[list[str]], object]) -> None:
+        """Have these names measured by all processes of the job, neighbours by the same one."""
+        mine, before = names[distributed.share(len(names))], set(self.values)
+        with distributed.alone():
+            if mine:
+                measure(mine)
+        found = {name: (self.values[name], self.kinds[name]) for name in self.values.keys() - before}
+        for of_one in distributed.gathered(found):
+            self._know(of_one)
+
+    def _know(self, found: dict[str, tuple[float, str]]) -> None:
+        """Take over values that another process has, with their kinds."""
+        self.values |= {name: value for name, (value, _) in found.items()}
+        self.kinds |= {name: kind for name, (_, kind) in found.items()}
+
+    def _share(self, names: list[str], measure: Callable[[list[str]], object], what: str) -> None:
         while missing := [name for name in names if name not in self.values]:
             if self.folder is None:
                 measure(missing)
@@ -65,8 +94,7 @@ class Memo:
                 self.add(one, float(value))
 
         self.share(names[-1:], measure_all, what)  # the last one is written last
-        if not all(one in self.values for one in names):  # of a damaged file
-            measure_all(names)
+        self.share(names, measure_all, what)  # of a damaged file
         return np.array([self.values[one] for one in names])
 
     def _wait(self, missing: list[str], what: str) -> None:

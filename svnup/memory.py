@@ -43,6 +43,11 @@ def resident() -> int:
     return _status("VmRSS") or 0
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes of a GPU; None on a CPU, where they are not asked for."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 def peak_memory(device: torch.device) -> int:
     """Peak bytes since `reset_peak`: allocated on all CUDA devices; on a CPU resident in the process, with its libraries;
     0 where the system does not say."""

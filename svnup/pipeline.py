@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from svnup import distributed
 from svnup.allocation import Budget
 from svnup.allocation.trial import Trial
 from svnup.data import tokens_sha256
@@ -37,7 +38,7 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     """Run a checked job: measure the blocks, divide the budget, prune, evaluate.
 
     `folder` takes the model and the masks, if they are saved; `blank` is the row of the job as it started, which the result
-    completes.
+    completes. Of several processes all run this, and the first one saves.
     """
     ended = Stages()
     lm = job.load(folder / SCRATCH)
@@ -82,11 +83,12 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     metrics = job.evaluation.run(lm)
     ended("evaluation", lm.device)
     logger.info("pruned: %s", ", ".join(f"{k} {m.value:.4g}" for k, m in metrics.items()) or "not evaluated")
-    if job.save_model:
+    saves = distributed.is_first()
+    if saves and job.save_model:
         place = RunFolder(folder).place(job.save_format)
         lm.save(place, job.save_format)
         write_text(place / "profile.json", json.dumps(sealed(profile.to_dict()), indent=1) + "\n")
-    if job.save_masks:
+    if saves and job.save_masks:
         save_masks(lm, folder / MASKS)
     if job.save_model or job.save_masks:
         ended("saving", lm.device)

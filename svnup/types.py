@@ -89,6 +89,7 @@ class ShapleyValues(BlockScores):
 
     `efficiency_gap` = sum of values - (v_full - v_empty): about 0 for exact values and permutations, reported for windows.
     `stopped` says why an estimator that converges stopped, `kinds` on which kinds of device coalitions were evaluated.
+    `walk` is the order in which new coalitions were walked, and why; None where none was new.
     """
 
     stderr: Floats | None = None
@@ -96,6 +97,7 @@ class ShapleyValues(BlockScores):
     v_full: float = 0.0
     stopped: str | None = None
     kinds: tuple[str, ...] = ()
+    walk: str | None = None
     stored_as: ClassVar[str] = "shapley"
 
     def __post_init__(self) -> None:
@@ -107,8 +109,9 @@ class ShapleyValues(BlockScores):
         if not (math.isfinite(self.v_empty) and math.isfinite(self.v_full)):
             raise ValueError(f"payoffs of the empty and the full coalition must be finite: {self.v_empty}, {self.v_full}")
 
-    def with_kinds(self, kinds: list[str]) -> Self:
-        return replace(self, kinds=tuple(kinds))
+    def measured(self, kinds: list[str], walk: str | None) -> Self:
+        """The values with how their coalitions were evaluated."""
+        return replace(self, kinds=tuple(kinds), walk=walk)
 
     @property
     def efficiency_gap(self) -> float:

@@ -53,7 +53,7 @@ LIGHT = [
 ]
 # Who may know whom, from the bottom up: a room knows those before it, never one after it.
 ORDER = (
-    {"files", "claims", "memory", "progress", "outside", "pattern", "secrets", "memo", "keys", "units"},
+    {"distributed", "files", "claims", "memory", "progress", "outside", "pattern", "secrets", "memo", "keys", "units"},
     {"machines"},
     {"naming", "types", "shapley"},
     {"data", "results", "model"},

@@ -13,9 +13,15 @@ from models import family_model as load
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from svnup.allocation import Budget
+from svnup.game import LayerGame
 from svnup.model.blocks import replaced
 from svnup.model.language_model import LanguageModel, make_config, pick_device
+from svnup.model.loading import Loader
 from svnup.model.source import Random
+from svnup.pruning import prune_model
+from svnup.pruning.sparsegpt import SparseGPT
+from svnup.shapley import all_coalitions
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +166,41 @@ def test_replaced_forwards_come_back():
         raise KeyError
     assert "forward" not in vars(lm.blocks[0])
     assert own.forward is earlier
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text_mixed"])
+def test_a_model_that_accelerate_spreads_is_the_model(family, text):
+    """With the hooks of a map over several GPUs, here all of them the CPU."""
+    from accelerate import dispatch_model
+
+    plain, spread = load(family), load(family)
+    places = {name: "cpu" for name, m in spread.model.named_modules() if not list(m.children())}
+    places |= {f"{spread.blocks_path}.{index}": "cpu" for index in range(spread.n_blocks)}
+    places = {n: p for n, p in places.items() if not any(n.startswith(f"{other}.") for other in places)}
+    lm = LanguageModel(dispatch_model(spread.model, places, main_device="cpu", force_hooks=True))
+    assert "forward" in vars(lm.blocks[0]), "accelerate has it"
+    np.testing.assert_array_equal(lm.nll(text), plain.nll(text))
+    games = [LayerGame(one, text) for one in (plain, lm)]
+    np.testing.assert_array_equal(*[game(all_coalitions(4)[::3]) for game in games])
+    for one in (plain, lm):
+        prune_model(one, Budget(one.block_params, 0.5, "unstructured").uniform(), SparseGPT(), text)
+    np.testing.assert_array_equal(lm.nll(text), plain.nll(text))
+    assert "forward" in vars(lm.blocks[0])
+
+
+def test_a_model_that_does_not_fit_the_gpus_is_refused(tmp_path, monkeypatch):
+    """Accelerate would keep the rest on the CPU or on disk, and bring it for each use."""
+    load("llama").model.save_pretrained(tmp_path)
+    read = Loader.load
+
+    def partly(loader):
+        model = read(loader)
+        model.model.layers[3].to("meta")
+        return model
+
+    monkeypatch.setattr(Loader, "load", partly)
+    with pytest.raises(ValueError, match=r"model\.device_map=auto: the model does not fit the GPUs at hand; use more"):
+        LanguageModel.load(str(tmp_path), tokenizer=object(), device_map="auto")
 
 
 def test_the_model_is_as_it_was_after_an_error_inside(text):

@@ -211,6 +211,28 @@ def test_a_gpu_that_is_too_small_is_told_the_offload_that_would_do():
     assert command(*UNIFORM, *large, "dry_run=true", card, "hardware=card", "offload=cpu").code == 0
 
 
+@pytest.mark.parametrize(
+    ("offload", "memory", "order"),
+    [("none", "80e9", "depth first: "), ("cpu", "80e9", "breadth first in groups of 32: "), ("cpu", "1.5e6", "depth first: ")],
+)
+def test_the_plan_counts_the_walk_that_the_game_takes(offload, memory, order):
+    args = [
+        *SMALL,
+        "shapley=exact",
+        "allocator=shapley",
+        f"offload={offload}",
+        "model.device=cuda",
+        "model.num_hidden_layers=5",
+    ]
+    card = [f"+machines.card={{device: cuda, float32: 1e12, memory: {memory}}}", "hardware=card"]
+    made = plan(config.build(config.composed(*args, *card, "dry_run=true")))
+    assert made.walk.startswith(order)
+    assert made.counts["shapley evaluations"] == 32
+    tight = memory == "1.5e6"  # so that states are dropped, and computed again
+    assert (made.counts["shapley block forwards"] > 31) if tight else (made.counts["shapley block forwards"] == 31)
+    assert made.counts["shapley peak states"] == (33 if order.startswith("breadth") else 2 if tight else 4)
+
+
 def test_hardware_is_no_part_of_a_job():
     usual, other = (config.build(config.composed(*UNIFORM, *args)) for args in ([], ["hardware=a100"]))
     assert usual.key == other.key

@@ -52,6 +52,10 @@ BENCHMARKS = {
     ],
     "benchmarks.offload": ["--blocks", "3", "--width", "64"],
     "benchmarks.scale": ["--only", "tiny"],
+    "benchmarks.precision": [
+        *("--model", str(ROOT / "svnup" / "assets" / "tiny"), "--dtypes", "float32", "--window", "1"),
+        *("--n-payoff", "1", "--n-calibration", "1", "--n-test", "1", "--seq-len", "32"),
+    ],
 }
 OTHERS = {"benchmarks.gpu", "leaderboard.comparisons", "families.run", "smollm2.run", "smollm2.intervals", "smollm2.windows"}
 

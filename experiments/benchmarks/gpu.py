@@ -312,14 +312,13 @@ def rates(results: Results, options: argparse.Namespace) -> None:
     """Matrix products, copies on the device, and copies to it: what a plan's seconds are calculated from."""
     import torch
 
-    device, real = torch.device(options.device), options.shape == "real"
-    side = 8192 if real else 256
+    from svnup.machines import Meter
+
+    device, side = torch.device(options.device), 8192 if options.shape == "real" else 256
     with torch.inference_mode():
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            with results.stage(f"products of {str(dtype).removeprefix('torch.')}") as found:
-                a = torch.randn(side, side, device=device, dtype=dtype)
-                seconds, _ = timed(torch.mm, (a, a), REPEATS[options.shape])
-                found |= {"seconds": seconds, "side": side, "TFLOP/s": 2 * side**3 / seconds / 1e12}
+        for dtype in ("bfloat16", "float16", "float32"):
+            with results.stage(f"products of {dtype}") as found:  # as a plan measures them
+                found["TFLOP/s"] = Meter(options.device).products(dtype) / 1e12
         with results.stage("copies on the device") as found:
             here = torch.empty(side**2 * 4, device=device)
             seconds, _ = timed(torch.Tensor.clone, (here,), REPEATS[options.shape])

@@ -60,7 +60,7 @@ class Needs:
     scores: bool = False
     selection: bool = False  # text to try profiles on, and the model in memory: it is a `Chooser`
     once: bool = False  # it asks for losses together, once, by weights pruned in advance
-    calibration: bool = False  # the pruner's text to try profiles on, and the model in memory: it is a `Chooser`, too
+    calibration: int = 0  # sequences of the pruner's text to try profiles on, and the model in memory: it is a `Chooser`, too
     n_games: int | None = None  # of blocks in the models that it prunes, after the first; None: any scores will do
     whole_blocks: bool = True  # it leaves to a split what the linear layers of a block get
 

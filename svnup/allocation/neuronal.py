@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -31,7 +30,10 @@ class Neuronal:
 
     n_seq: int = 8
     lambdas: list[float] | None = None
-    needs: ClassVar[Needs] = Needs(calibration=True)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(calibration=self.n_seq)
 
     def __post_init__(self) -> None:
         if self.n_seq < 1:

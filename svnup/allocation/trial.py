@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from svnup import NUMBERS_VERSION
+from svnup import NUMBERS_VERSION, distributed
 from svnup.allocation.margins import marginal_values
 from svnup.allocation.splits import Split
 from svnup.data import TokenSource, tokens_sha256
@@ -130,7 +131,7 @@ class Trial:
         part: dict[str, Any] = {"n_seq": len(tokens)} if len(tokens) < len(self._tokens) else {}
         part |= {"trial": True} if in_advance else {}
         keys = [_key(profile, part) for _, profile in tried]
-        new = {key: profile for key, (_, profile) in zip(keys, tried, strict=True) if key not in self._memo.values}
+        new = {key: profile for key, (_, profile) in zip(keys, tried, strict=True)}
 
         def measure(missing: list[str]) -> None:
             before = self._lm.n_block_runs
@@ -143,7 +144,8 @@ class Trial:
                 self._measure(missing, divided, tokens, in_advance)
             self._n_calibration += self._lm.n_block_runs - before
 
-        self._memo.share(new, measure, "losses on selection text")
+        with self._counted():
+            self._memo.share(new, measure, "losses on selection text")
         losses = [self._memo.values[key] for key in keys]
         if not (kinds := {self._memo.kinds[key] for key in keys}) <= self._kinds:
             self._kinds |= kinds
@@ -155,6 +157,20 @@ class Trial:
             self._targets.add(round(profile.target, 9))
         self._seconds += time.perf_counter() - start
         return losses
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count what the block does in all processes of the job."""
+        before = self._counts
+        yield
+        if distributed.n_processes() > 1:
+            counts = before + distributed.total(self._counts - before)
+            self._n_new, self._n_calibration, self._n_payoff = map(int, counts[:3])
+            self._n_selection = float(counts[3])
+
+    @property
+    def _counts(self) -> Floats:
+        return np.array([self._n_new, self._n_calibration, self._n_payoff, self._n_selection], dtype=np.float64)
 
     def took(self, label: str) -> None:
         """Put on record which of the labelled profiles was taken."""
@@ -197,7 +213,8 @@ class Trial:
             self._n_payoff += len(tokens) * nodes
             return (sum(found[index, linear] for linear in linears) for index, linears in parts)
 
-        values = self._memo.together(_key(denser, digest), len(parts), measure, "marginal values")
+        with self._counted():
+            values = self._memo.together(_key(denser, digest), len(parts), measure, "marginal values")
         seconds = time.perf_counter() - start
         self._seconds += seconds
         self._rounds.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from svnup import distributed
 from svnup.files import fault
 from svnup.results.stored import plain
 from svnup.secrets import redact
@@ -18,8 +19,17 @@ def outcome(error: BaseException) -> tuple[str, int] | None:
         return "interrupted (Ctrl-C)", 130
     if isinstance(error, ValueError):
         return str(error), 2
+    if isinstance(error, distributed.Lost):
+        return str(error), 1
     told = fault(error)
     return None if told is None else (told, 1)
+
+
+def end(message: str, code: int) -> int:
+    """Say why a job ends, of its processes the first one for all; returns the exit code."""
+    message, code = distributed.end(message, code)
+    tell("svnup", message)
+    return code
 
 
 def tell(program: str, message: str) -> None:

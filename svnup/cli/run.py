@@ -27,9 +27,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.svnup_slurm import SlurmLauncher
 from hydra_plugins.svnup_sweeper import Sweeper
-from svnup import __version__, config
+from svnup import __version__, config, distributed
 from svnup.cli import sweep as sweeps
-from svnup.cli.outcome import outcome, tell
+from svnup.cli.outcome import end, outcome, tell
 from svnup.cli.sweep import JobFailed
 from svnup.execute import execute, print_plan
 from svnup.outside import is_ours, targets
@@ -54,11 +54,9 @@ def main() -> int:
         Plugins.instance().register(plugin)
     with stoppable(), contextlib.redirect_stderr(typing.cast(TextIO, _Redacting(sys.stderr))):
         try:
-            code = _compose_and_run()
+            code = _run_in_step()
         except (KeyboardInterrupt, Stopped) as stop:
-            way = "what is done is kept, and the same command goes on from there"
-            tell("svnup", f"interrupted ({str(stop) or 'Ctrl-C'}); {way}")
-            code = stop.code if isinstance(stop, Stopped) else 130
+            code = _interrupted(stop)
         finally:
             with contextlib.suppress(OSError):
                 config.KeepSecrets.redact()
@@ -66,6 +64,30 @@ def main() -> int:
         tell("svnup", unsaid)
         return code or 1
     return code
+
+
+def _run_in_step() -> int:
+    """Run the command line, together with the other processes of the job if there are some; the first one speaks for all."""
+    try:
+        with distributed.joined(), contextlib.ExitStack() as silence:
+            if not distributed.is_first():
+                nowhere = silence.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                silence.enter_context(contextlib.redirect_stdout(nowhere))
+                silence.enter_context(contextlib.redirect_stderr(nowhere))
+            try:
+                return _compose_and_run()
+            except (KeyboardInterrupt, Stopped) as stop:
+                return _interrupted(stop)
+            except Exception as error:  # a fault of the program, which ends in a traceback
+                distributed.end(f"{type(error).__name__}: {error}", 1)
+                raise
+    except ValueError as error:  # of what torchrun should have said
+        return end(str(error), 2)
+
+
+def _interrupted(stop: KeyboardInterrupt | Stopped) -> int:
+    way = "what is done is kept, and the same command goes on from there"
+    return end(f"interrupted ({str(stop) or 'Ctrl-C'}); {way}", stop.code if isinstance(stop, Stopped) else 130)
 
 
 class _Redacting:
@@ -85,6 +107,8 @@ class _Redacting:
 def _compose_and_run() -> int:
     overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
     program = ["python", "-m", "svnup"] if Path(sys.argv[0]).name == "__main__.py" else ["svnup"]
+    if distributed.n_started() > 1:
+        program = ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', '1')}", "-m", "svnup"]
     codes: list[int] = []  # Hydra drops what a task returns
     texts: config.Texts = {}  # the jobs of a sweep read the same texts
 
@@ -100,13 +124,11 @@ def _compose_and_run() -> int:
     except BrokenPipeError:  # `svnup --help | head -1`
         to_nobody()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        tell("svnup", config.explain(error, overrides, _own_folder()))
-        return 2
+        return end(config.explain(error, overrides, _own_folder()), 2)
     except OSError as error:
         if (told := outcome(error)) is None:
             raise
-        tell("svnup", told[0])
-        return told[1]
+        return end(*told)
     return max(codes, default=0)
 
 
@@ -135,7 +157,7 @@ def _job(cfg: Any, texts: config.Texts, program: list[str], given: list[str]) ->
         told = outcome(error)
         message, code = told or (repr(error), 1)
         if told is not None:
-            tell("svnup", message)
+            code = end(message, code)
         elif alone:
             raise
         else:
@@ -219,7 +241,8 @@ def _run(cfg: Any, texts: config.Texts, asked: Asked, number: str | None) -> Non
     if job.dry_run:
         job.check_shapes()
         job.check_texts()
-        print_plan(job)
+        if distributed.is_first():
+            print_plan(job)
         return
     from svnup.reports import figures
 

@@ -27,7 +27,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from svnup import config
+from svnup import config, distributed
 from svnup.execute import finished, summary_of
 from svnup.files import at_home, fault
 from svnup.model.source import Model
@@ -84,7 +84,13 @@ def run(
 
     Raises:
         JobFailed: at the end, if a job is not finished then.
+        ValueError: several processes were started for one job.
     """
+    if (n := distributed.n_started()) > 1:
+        raise ValueError(
+            f"hydra.mode=MULTIRUN: the {n} processes of torchrun share one job; start the sweep without torchrun, as often as "
+            "its jobs should run at once, or its jobs one by one"
+        )
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(given)
     jobs: list[list[str]] = BasicSweeper.split_arguments(parsed, None)[0]
     dry = OmegaConf.select(master, "dry_run") is True

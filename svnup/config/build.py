@@ -18,6 +18,7 @@ from svnup.config.checks import (
     check_components,
     check_model,
     check_plain,
+    check_processes,
     check_pruner,
     check_recovery,
     omegaconf_error_context,
@@ -62,6 +63,7 @@ def _built(config: dict[str, Any], known: Texts) -> Job:
     if components.from_hub:
         _go_offline_if_unreachable()
     check_model(config, components)
+    check_processes(config)
     refuse_mixed_roles(components.sources())
     pruner: Pruner = construct(config["pruner"], "pruner", "pruner")  # the first that imports torch
     if components.allocator.needs.once and not pruner.prunes:  # every budget leaves the same model

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf.errors import OmegaConfBaseException
 
+from svnup import distributed
 from svnup.allocation import Budget
 from svnup.allocation.maps import Compare
 from svnup.config.construction import error_context, type_complaint
@@ -184,6 +185,23 @@ def check_model(config: dict[str, Any], components: Components) -> None:
     if components.shapley is not None:
         with error_context("allocator.scorer", ("shapley",)):
             components.shapley.check(n_blocks)
+
+
+def check_processes(config: dict[str, Any]) -> None:
+    """Refuse what several processes of one job cannot have."""
+    model, n = config["model"], distributed.n_started()
+    device, spread = model.get("device", "auto"), model.get("device_map")
+    if n == 1:
+        return
+    if config["offload"] == "disk":
+        raise ValueError(f"offload=disk: keeps the blocks of one process, not of {n}; use offload=cpu or none, or one process")
+    if spread is not None:
+        raise ValueError(
+            f"model.device_map={spread}: spreads one model over all GPUs, of which each of {n} processes has one; use "
+            "model.device_map=null, or one process"
+        )
+    if ":" in device:
+        raise ValueError(f"model.device={device}: each of {n} processes has a GPU of its own; use model.device=cuda or auto")
 
 
 def check_pruner(config: dict[str, Any], components: Components, pruner: Pruner) -> None:

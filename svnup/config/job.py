@@ -147,7 +147,7 @@ class Job(Components):
         """Whether anything reads the calibration text."""
         scorer_reads = self.scorer is not None and self.scorer.needs_inputs
         others = self.recovery.n_passes > 0 or self.split.needs_inputs or self.allocator.needs.calibration
-        return self.pruner.needs_inputs or scorer_reads or others
+        return bool(self.pruner.needs_inputs or scorer_reads or others)
 
     def tokens(self) -> Ints:
         """The calibration tokens; none where neither pruner nor scorer reads any."""

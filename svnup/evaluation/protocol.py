@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from svnup import NUMBERS_VERSION
+from svnup import NUMBERS_VERSION, distributed
 from svnup.claims import claimed, holder
 from svnup.data import TokenSource, tokens_sha256
 from svnup.files import SEAL, sealed, set_aside, unsealed, write_text
@@ -76,18 +77,18 @@ def measured_once(
     identity = [lm.fingerprint(), protocols, lm.device.type, NUMBERS_VERSION]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(cache_dir) / "dense" / f"{key}.json"
-    metrics = _kept(path)
+    metrics = distributed.from_first(lambda: _kept(path))
     if metrics is None:
         claim = path.with_suffix(".claim")
 
         def waiting() -> None:
             logger.info("dense numbers are computed by %s: this process waits for them", holder(claim) or "another process")
 
-        with claimed(claim, waiting):
-            metrics = _kept(path)  # as another process may have left them meanwhile
+        with claimed(claim, waiting) if distributed.is_first() else contextlib.nullcontext():
+            metrics = distributed.from_first(lambda: _kept(path))  # as another process may have left them meanwhile
             if metrics is None:
                 metrics = run(lm)
-                if not any(metric.reason for metric in metrics.values()):
+                if distributed.is_first() and not any(metric.reason for metric in metrics.values()):
                     write_text(path, json.dumps(sealed({"metrics": metrics.to_dict()})))
     check(metrics)
     return metrics

@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from svnup import distributed
 from svnup.data import folder_digest
 from svnup.evaluation.ppl import Perplexity
 from svnup.evaluation.protocol import Check, Evaluation, NoNumberError, measured_once, unchecked
@@ -144,11 +145,14 @@ class ZeroShot(Evaluation):
         """Metrics `<task>/acc` and, if the task has it, `<task>/acc_norm`, each with its protocol.
 
         Several tasks have `zero_shot/mean`, the mean of the metrics that tables show. Where a log-likelihood is not finite, the
-        accuracy is nan with its reason.
+        accuracy is nan with its reason. Of several processes the first one does all of it.
 
         Raises:
             ValueError: the model is offloaded, or a choice alone is longer than its context.
         """
+        return distributed.from_first(lambda: self._measured(lm))
+
+    def _measured(self, lm: LanguageModel) -> Metrics:
         if lm.offloaded:
             raise ValueError("offload: lm-eval needs the whole model in memory; use offload=none, or evaluation=ppl")
         from lm_eval.evaluator import evaluate

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from svnup import NUMBERS_VERSION
+from svnup import NUMBERS_VERSION, distributed
 from svnup.data import tokens_sha256
 from svnup.game.walk_plan import WalkPlan
 from svnup.memo import Memo
+from svnup.memory import free_memory
 from svnup.model.language_model import LanguageModel, MicroBatch, Unit
 from svnup.progress import stage
 from svnup.types import CHOICES, Bools, Floats, Players
@@ -84,10 +85,11 @@ class LayerGame:
         state_bytes: bytes of hidden states of prefixes to keep; beyond them states are computed again.
 
     Attributes:
-        n_evaluations: coalitions that this object has evaluated.
+        n_evaluations: coalitions that this object has evaluated, with those of other processes of its job.
         n_block_forwards: block-forwards (or sublayer-forwards) that it took. Neither counts `v_empty`, nor the one forward of
             the full coalition that `kl` and `recip_ppl` need.
         key: changes with whatever changes a payoff.
+        walk: the order in which new coalitions were walked, and why; None where none was new.
 
     Raises:
         ValueError: a loss is not finite, the blocks are offloaded and `pruned` is given, or the options do not fit the model.
@@ -133,6 +135,7 @@ class LayerGame:
             "numbers": NUMBERS_VERSION,
         }
         self.key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+        self.walk: str | None = None
         self._kinds: set[str] = set()
         folder = Path(cache_dir) / "games" / self.key if cache_dir is not None else None
         self._memo = Memo(folder, f"{lm.device.type}/{lm.dtype}")
@@ -143,11 +146,15 @@ class LayerGame:
             raise ValueError(f"coalitions must be bool (m, {self.n_players}), not {rows.dtype} {rows.shape}")
         distinct = {_name(row): row for row in np.unique(rows, axis=0)}
 
+        counts = np.zeros(2)
+
         def evaluate(missing: list[str]) -> None:
-            self.n_evaluations += len(missing)
-            self.n_block_forwards += self._walk(np.array([distinct[name] for name in missing]))
+            counts[:] += len(missing), self._walk(np.array([distinct[name] for name in missing]))
 
         self._memo.share(distinct, evaluate, "coalitions of this game")
+        n_new, n_forwards = distributed.total(counts).astype(int).tolist()
+        self.n_evaluations += n_new
+        self.n_block_forwards += n_forwards
         names = [_name(row) for row in rows]
         self._kinds |= {self._memo.kinds[name] for name in names}
         return np.array([self._memo.values[name] for name in names])
@@ -171,8 +178,8 @@ class LayerGame:
         An offloaded block is loaded once for as many coalitions as there is memory for their hidden states.
         """
         held, runs = max_states(self.lm, self._batches, self._state_bytes), self._runs_absent
-        together = n_together(held) if self.lm.offloaded else 1
-        plan, forwards = WalkPlan.of(coalitions, runs, held - together + 1, together), 0
+        plan, self.walk = planned_walk(coalitions, runs, held, self.lm.offloaded)
+        forwards = 0
         stack = {0: self._batches}
         with stage("coalitions", plan.n_evaluations, "coalitions") as advance:
             for group, start, kept in zip(plan.groups, plan.resume, plan.kept, strict=True):
@@ -403,17 +410,29 @@ def max_states(lm: LanguageModel, batches: list[MicroBatch], budget: int | None 
         budget: bytes for all copies; None takes `state_bytes`.
     """
     per_state = sum(b.hidden.numel() * b.hidden.element_size() for b in batches)
-    return max(2, (state_bytes(lm.device) if budget is None else budget) // per_state)
+    return max(2, (state_bytes(free_memory(lm.device)) if budget is None else budget) // per_state)
 
 
-def n_together(held: int) -> int:
-    """How many coalitions of an offloaded model are walked breadth first, where so many hidden states may be held."""
-    return min(TOGETHER, max(1, held // 2))
+def state_bytes(free: float | None) -> int:
+    """Bytes of hidden states that a walk may hold: half of what is free on a GPU that has the model; None (a CPU): 8 GiB."""
+    return int(free // 2) if free is not None else 2**33
 
 
-def state_bytes(device: torch.device) -> int:
-    """Bytes of hidden states that a walk may hold: half of a GPU's free memory, or 8 GiB."""
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**33
+def planned_walk(coalitions: Bools, runs_absent: bool | Bools, held: int, offloaded: bool) -> tuple[WalkPlan, str]:
+    """The walk of a game over coalitions, and its order in words with the reason.
+
+    Args:
+        coalitions: bool (m, n_players), distinct and in lexicographic order.
+        runs_absent: whether absent players are run, all or each.
+        held: how many hidden states of the text there is memory for.
+        offloaded: whether blocks are loaded to the device one at a time, which is what is slow then.
+    """
+    together = min(TOGETHER, max(1, held // 2)) if offloaded else 1
+    plan = WalkPlan.of(coalitions, runs_absent, held - together + 1, together)
+    why = "blocks stay on the device"
+    if offloaded:
+        why = "a block is loaded once for a group" if together > 1 else "no memory for the hidden states of a group"
+    return plan, f"{plan.order}: {why}"
 
 
 def _name(coalition: Bools) -> str:

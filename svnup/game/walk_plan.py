@@ -26,6 +26,7 @@ class WalkPlan:
         n_block_forwards: block-forwards of the walk.
         n_loads: loads of a block (or sublayer) to the device, if there is one at a time.
         peak_states: the most different hidden states held at a time, without those that a block is reading.
+        together: coalitions of a group, at most.
     """
 
     groups: list[slice]
@@ -35,6 +36,12 @@ class WalkPlan:
     n_block_forwards: int
     n_loads: int
     peak_states: int
+    together: int = 1
+
+    @property
+    def order(self) -> str:
+        """The order of the walk in words."""
+        return "depth first" if self.together == 1 else f"breadth first in groups of {self.together}"
 
     @classmethod
     def of(
@@ -75,7 +82,7 @@ class WalkPlan:
                 kept[i] &= ~lowest
             held = kept[i]
             peak = max(peak, _n_states(last, held) + len(others))
-        return cls(groups, resume, kept, n, forwards, loads, peak + 1)
+        return cls(groups, resume, kept, n, forwards, loads, peak + 1, together)
 
 
 def _n_states(row: Bools | Ints, kept: int) -> int:

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from svnup import distributed
 from svnup.files import at_home
 from svnup.model.blocks import (
     Call,
@@ -115,11 +116,12 @@ class Visit:
         linears: its prunable linear layers by name.
         batches: the micro-batches that enter the block.
         advanced: whether the batches already hold the outputs of the block.
+        shared: whether the batches are the share of this process in a text that several processes walk on together.
     """
 
-    def __init__(self, lm: LanguageModel, index: int, batches: list[MicroBatch]) -> None:
+    def __init__(self, lm: LanguageModel, index: int, batches: list[MicroBatch], shared: bool = False) -> None:
         lm.load_block(index)
-        self.lm, self.index, self.batches = lm, index, batches
+        self.lm, self.index, self.batches, self.shared = lm, index, batches, shared
         self.block = lm.blocks[index]
         self.linears = lm.linears(index)
         self.advanced = False
@@ -579,15 +581,18 @@ class LanguageModel:
             ValueError: the blocks of this model cannot be run one by one.
         """
         rows = torch.as_tensor(tokens)
-        size = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
         last = None
         assert self._checked
-        for chunk in rows.split(max(1, size // rows.shape[1])):
+        for chunk in rows.split(self._rows(rows.shape[1], batch_tokens)):
             batch = self._enter(chunk.to(self.device))
             if last is not None and _same(last.calls, batch.calls):
                 batch.calls = last.calls  # masks and rotary embeddings of one length, held once
             yield batch
             last = batch
+
+    def _rows(self, seq_len: int, batch_tokens: int | None = None) -> int:
+        """Sequences of a micro-batch."""
+        return max(1, (batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])) // seq_len)
 
     def entering(self, tokens: np.ndarray | Tensor, batch_tokens: int | None = None) -> list[MicroBatch]:
         """The micro-batches of all tokens at once, as a walk holds them. Args and Raises: as `micro_batches`."""
@@ -696,9 +701,17 @@ class LanguageModel:
     def nll(self, tokens: np.ndarray | Tensor) -> Floats:
         """Mean negative log-likelihood of each sequence in nats per token, float64 (n_seq,).
 
+        Of several processes each computes whole micro-batches, so that the losses are those of one process, bit for bit.
+
         Args:
             tokens: int64 (n_seq, seq_len).
         """
+        rows = self._rows(tokens.shape[1])
+        own = distributed.share(-(-len(tokens) // rows))
+        part = tokens[own.start * rows : own.stop * rows]
+        return np.concatenate(distributed.gathered(self._nll(part) if len(part) else np.zeros(0)))
+
+    def _nll(self, tokens: np.ndarray | Tensor) -> Floats:
         losses: list[Tensor] = []
         if self._store is not None:  # so that every block is loaded once
             *_, last = self.walk(tokens)
@@ -712,7 +725,7 @@ class LanguageModel:
         return torch.cat(losses).numpy()
 
     @torch.no_grad()  # and no inference mode, whose tensors are no good for gradients of what is visited
-    def walk(self, tokens: np.ndarray | Tensor | list[MicroBatch], start: int = 0) -> Iterator[Visit]:
+    def walk(self, tokens: np.ndarray | Tensor | list[MicroBatch], start: int = 0, *, shared: bool = False) -> Iterator[Visit]:
         """The block-by-block loop: visit each block with the outputs of the blocks before it, as the caller left them.
 
         After a visit the block is run with the weights that it then has, unless the caller has advanced the visit itself.
@@ -721,10 +734,11 @@ class LanguageModel:
             tokens: int64 (n_seq, seq_len), or micro-batches that are inputs of block `start`; the caller may clear this list
                 when the blocks that are left need no inputs.
             start: index of the first block to visit.
+            shared: as in `Visit`.
         """
         batches = tokens if isinstance(tokens, list) else self.entering(tokens)
         for index in range(start, self.n_blocks):
-            visit = Visit(self, index, batches)
+            visit = Visit(self, index, batches, shared)
             yield visit
             if not visit.advanced and index + 1 < self.n_blocks:
                 visit.run(advance=True)
@@ -920,12 +934,16 @@ def _find_blocks(model: PreTrainedModel, path: str | None) -> str:
 
 
 def pick_device(device: str) -> torch.device:
-    """The torch device of `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:1`; raises ValueError if it is missing."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    picked = torch.device(device)
-    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices; choose auto or cpu")
+    """The torch device of `auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:1`; raises ValueError if it is missing.
+
+    Of several processes of a job each has the GPU of its number on the machine.
+    """
+    picked = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if picked.type == "cuda" and (number := distributed.local_rank()) is not None:
+        picked = torch.device("cuda", number)
+    if picked.type == "cuda" and (picked.index or 0) >= (n := torch.cuda.device_count()):
+        way = "choose auto or cpu" if distributed.local_rank() is None else f"start at most {n} processes on it, or choose cpu"
+        raise ValueError(f"device={device}: this machine has {n} CUDA devices; {way}")
     return picked
 
 

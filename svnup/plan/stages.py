@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from svnup import distributed
 from svnup.allocation import Chooser
-from svnup.game.layer_game import n_together, state_bytes
+from svnup.game.layer_game import planned_walk, state_bytes
 from svnup.game.walk_plan import WalkPlan
 from svnup.machines import HERE, Machine, Work
 from svnup.memory import resident
 from svnup.model.language_model import BATCH_TOKENS, HEAD_TOKENS, LanguageModel, pick_device
 from svnup.model.linears import Linear, expert_of, matrix
 from svnup.plan.counting import Pass, count_pass, count_statistics, routed
-from svnup.pruning.walk import ERROR_TOKENS, Pruner, workspace
+from svnup.pruning.walk import ERROR_TOKENS, Pruner, adds_up, workspace
 from svnup.shapley import block_forwards
 from svnup.types import CHOICES, Bools, Offload
 
@@ -64,6 +65,8 @@ class Plan:
         stages: in their order.
         machine: by whose rates times are estimated.
         not_counted: what takes time that no stage here has.
+        walk: the order in which a game walks its coalitions, and why; None without a game.
+        processes: that share the job; what is planned is the work of one of them, the most that one has.
     """
 
     counts: Mapping[str, int]
@@ -71,6 +74,8 @@ class Plan:
     stages: tuple[Stage, ...]
     machine: Machine
     not_counted: tuple[str, ...] = ()
+    walk: str | None = None
+    processes: int = 1
 
     @property
     def work(self) -> Work:
@@ -130,11 +135,13 @@ class JobCounts:
 
     Args:
         offload_to: another place for the blocks than the job's; None is the job's own.
+        processes: that share the job.
     """
 
     job: Job
     machine: Machine
     offload_to: Offload | None = None
+    processes: int = field(default_factory=distributed.n_started)
     _passes: dict[tuple[int, int], Pass] = field(default_factory=dict)
     _known: dict[tuple[str, tuple[int, ...], torch.dtype, int], tuple[Work, int]] = field(default_factory=dict)
 
@@ -145,7 +152,9 @@ class JobCounts:
             counts["weights of blocks that are not pruned"] = sum(left.values())
         counts |= self._counts()
         stages = [self._loading(), self._dense(), self._scores(), self._allocation(), self._pruning(), self._evaluation()]
-        return Plan(counts, self.weights, tuple(s for s in stages if s is not None), self.machine, self._not_counted())
+        walk = self._game[1] if self.job.shapley is not None else None
+        found = tuple(s for s in stages if s is not None)
+        return Plan(counts, self.weights, found, self.machine, self._not_counted(), walk, self.processes)
 
     # -- shapes
 
@@ -214,9 +223,21 @@ class JobCounts:
         out = Work()
         for source in self.job.evaluation.sources().values():
             n_seq, seq_len = source.tokens(self.job.model.tokenizer).shape
-            out += self.through(n_seq, seq_len) + self.head(n_seq * seq_len) + self.loaded(1)
-            out += self._parked(n_seq * seq_len, 3)
+            n_batches = math.ceil(n_seq / self._batch(n_seq, seq_len)[0])
+            part = self._most(n_batches) / n_batches
+            text = self.through(n_seq, seq_len) + self.head(n_seq * seq_len) + self._parked(n_seq * seq_len, 3)
+            out += text * part + self.loaded(1)
         return out
+
+    def _most(self, n: int) -> int:
+        """The most of n things that one process has."""
+        return math.ceil(n / self.processes)
+
+    def _part(self, pruner: Pruner) -> float:
+        """The most of the calibration text that one process reads for the statistics of a pruner."""
+        n_seq = self.job.dataset.n_seq or 0
+        shared = 1 < self.processes <= n_seq and self.job.recovery.n_passes == 0 and adds_up(pruner)
+        return self._most(n_seq) / n_seq if shared else 1.0
 
     def loaded(self, times: float) -> Work:
         """Offloaded blocks, each loaded to the device so many times."""
@@ -250,9 +271,9 @@ class JobCounts:
         n_seq, seq_len = (self.job.dataset.n_seq or 0), self.job.dataset.seq_len
         n_tokens, steps = n_seq * seq_len, dict[str, Work]()
         if pruner.needs_inputs and n_tokens:
-            passes = 2 - 1 / self.lm.n_blocks if pruner.prunes else 1
-            steps["passes"] = self.through(n_seq, seq_len) * passes + self._parked(n_tokens, 3)
-            steps["statistics"] = self._statistics(pruner, n_seq, seq_len)
+            passes, part = 2 - 1 / self.lm.n_blocks if pruner.prunes else 1, self._part(pruner)
+            steps["passes"] = (self.through(n_seq, seq_len) * passes + self._parked(n_tokens, 3)) * part
+            steps["statistics"] = self._statistics(pruner, n_seq, seq_len) * part
             steps["factorisation"] = self._factorisation(pruner)
         steps["selection and update"] = self._selection(pruner) if pruner.prunes else Work()
         first = min(ERROR_TOKENS, n_tokens) if errors and pruner.needs_inputs else 0
@@ -328,19 +349,31 @@ class JobCounts:
         calls = d_in * (30 / 128 if self._gpu else CALLS_OF_COLUMN)
         return Work({"float32": 1.0 * d_out * d_in**2}, moved=(SELECTION + COLUMNS) * d_out * d_in, calls=calls)
 
-    def game(self, coalitions: Bools) -> tuple[WalkPlan, Work]:
-        """A walk over coalitions, and what it does."""
+    def game(self, coalitions: Bools) -> tuple[WalkPlan, str, Work]:
+        """The walk of the job's game over coalitions, its order and the reason in words, and what it does.
+
+        Of several processes each walks neighbours among the coalitions.
+        """
+        coalitions = coalitions[: self._most(len(coalitions))]
         scorer = self.job.shapley
         assert scorer is not None
         data, players = scorer.game.data, scorer.game.n_players(self.lm.n_blocks)
         n_seq, seq_len = (data.n_seq or 0) * (CHOICES if scorer.game.payoff == "accuracy" else 1), data.seq_len
-        costs = scorer.game.absence == "prune"
-        room = (self.machine.memory or 0.0) / 2 if self._gpu else state_bytes(torch.device("cpu"))
-        held = max(2, int(room // max(1, self._hidden(n_seq * seq_len))))
-        walk = WalkPlan.of(coalitions, costs, together=n_together(held) if self._waits else 1)
+        held = self._held(self._hidden(n_seq * seq_len))
+        walk, order = planned_walk(coalitions, scorer.game.absence == "prune", held, self._waits)
         forwards = walk.n_block_forwards / players  # of all blocks
         work = self.through(n_seq, seq_len) * forwards + self.head(n_seq * seq_len) * walk.n_evaluations
-        return walk, work + self.loaded(walk.n_loads / players)
+        return walk, order, work + self.loaded(walk.n_loads / players)
+
+    @cached_property
+    def _game(self) -> tuple[WalkPlan, str, Work]:
+        assert self.job.shapley is not None
+        return self.game(self.job.shapley.shard_coalitions(self.lm.n_blocks))
+
+    def _held(self, per_state: float) -> int:
+        """How many hidden states a walk may hold, as `max_states` has it; at least 2."""
+        free = max(0.0, (self.machine.memory or 0.0) - self._model_here) if self._gpu else None
+        return max(2, int(state_bytes(free) // max(1, per_state)))
 
     def whole(self, n_seq: int, seq_len: int) -> Work:
         """All blocks and the head on a text."""
@@ -398,7 +431,6 @@ class JobCounts:
         job, steps = self.job, dict[str, Work]()
         if job.scorer is None:
             return None
-        cost = job.scorer.plan(self.lm.n_blocks)
         if job.shapley is None:  # a walk over the dense model, with a score of every weight
             n_seq, seq_len = job.dataset.n_seq or 0, job.dataset.seq_len
             read = job.calibrates and job.scorer.needs_inputs
@@ -410,11 +442,11 @@ class JobCounts:
             return self._stage("scores", steps, held)
         if job.game_prunes:
             steps["pruned blocks"] = sum(self.pruning(job.shapley.game.pruner, errors=False).values(), Work())
-        walk, steps["coalitions"] = self.game(job.shapley.shard_coalitions(self.lm.n_blocks))
+        walk, _, steps["coalitions"] = self._game
         data = job.shapley.game.data
         whole = self.whole(data.n_seq or 0, data.seq_len)
         steps["coalitions"] += whole * (job.shapley.game.payoff in ("kl", "recip_ppl")) + self.fingerprint()
-        if backward := cost.get("backward_passes", 0):  # with the forward, which is repeated block by block
+        if backward := job.shapley.n_backward:  # with the forward, which is repeated block by block
             steps["backward passes"] = whole * (4 * backward)
         replacements = int(self.lm.block_params.sum()) * self._size * (2 if job.allocator.needs.n_games else job.game_prunes)
         states = walk.peak_states * self._hidden((data.n_seq or 0) * data.seq_len)
@@ -449,8 +481,8 @@ class JobCounts:
         job = self.job
         count, share = cast(Chooser, job.allocator).n_losses(job.budget(self.lm)), 1.0
         n_seq = job.dataset.n_seq or 0
-        if n_seq and (read := getattr(job.allocator, "n_seq", None)):
-            share = min(1.0, read / n_seq)
+        if n_seq:
+            share = min(1.0, job.allocator.needs.calibration / n_seq)
         steps = self.pruning(job.pruner, errors=False)
         text = steps.pop("passes", Work()) + steps.pop("statistics", Work())
         text += self.through(n_seq, job.dataset.seq_len) * 2  # the norms of inputs, dense and pruned
@@ -473,9 +505,10 @@ class JobCounts:
         job, needs, out = self.job, self.job.allocator.needs, dict[str, int]()
         if needs.selection or needs.calibration:
             out["tuning evaluations"] = cast(Chooser, job.allocator).n_losses(job.budget(self.lm))
-        if job.scorer is not None:
-            called = "scores'" if job.shapley is None else "shapley"
-            out |= {f"{called} {k.replace('_', ' ')}": v for k, v in job.scorer.plan(self.lm.n_blocks).items()}
+        if job.shapley is not None:
+            out |= {f"shapley {k.replace('_', ' ')}": v for k, v in job.shapley.counts(self._game[0]).items()}
+        elif job.scorer is not None:
+            out |= {f"scores' {k.replace('_', ' ')}": v for k, v in job.scorer.plan(self.lm.n_blocks).items()}
         if job.shapley is not None and needs.n_games:
             again = job.shapley.estimator.plan(job.shapley.game.n_players(self.lm.n_blocks))
             out["evaluations of later rounds"] = needs.n_games * len(again)
@@ -486,19 +519,24 @@ class JobCounts:
 
     def _stage(self, name: str, steps: Mapping[str, Work], held: float, host: float | None = None) -> Stage:
         """A stage that holds so many bytes beside the model; `host`: of the model on the host of a GPU, if not as usual."""
-        process, here = self.machine.process or 0.0, self.weights
-        if self._waits:
-            here += -self._in_blocks + 2 * self._largest_block  # one is read or written, or comes ahead
+        process, here = self.machine.process or 0.0, self._model_here
         if not self._gpu:
             return Stage(name, steps, process + here + held)
         waiting = {"none": 0.0, "cpu": self.weights + self._states, "disk": 2.0 * self._largest_block}[self.offload]
         return Stage(name, steps, here + held, process + (waiting if host is None else max(host, waiting)))
 
     @cached_property
+    def _model_here(self) -> int:
+        """Bytes of the model that are on the device at a time."""
+        if not self._waits:
+            return self.weights
+        return self.weights - self._in_blocks + 2 * self._largest_block  # one is read or written, or comes ahead
+
+    @cached_property
     def _states(self) -> int:
         """Hidden states of the calibration text."""
         n_tokens = (self.job.dataset.n_seq or 0) * self.job.dataset.seq_len
-        return self._hidden(n_tokens) if self.job.calibrates else 0
+        return int(self._hidden(n_tokens) * self._part(self.job.pruner)) if self.job.calibrates else 0
 
     @property
     def _states_stay(self) -> bool:
@@ -542,5 +580,4 @@ class JobCounts:
         assert job.selection is not None
         read = self._hidden(job.selection.tokens(job.model.tokenizer).size)
         per_state = read + self._states * job.pruner.needs_inputs
-        room = state_bytes(torch.device("cpu")) if not self._gpu else ((self.machine.memory or 0.0) - self.weights) / 2
-        return per_state * (2 if needs.once else min(self.lm.n_blocks + 1, max(2, room // max(1, per_state))))
+        return per_state * (2 if needs.once else min(self.lm.n_blocks + 1, self._held(per_state)))

@@ -59,18 +59,21 @@ class SweepPlan:
 def plan_of_sweep(jobs: Sequence[Job]) -> SweepPlan:
     """What checked jobs will cost together, where what they share is computed once and nothing of it is in the cache."""
     plans: dict[str, Plan] = {}  # jobs that differ in seeds alone cost the same
+    counted: dict[str, JobCounts] = {}
     groups: dict[tuple[str, str], list[Job]] = {}
     work: list[tuple[Job, Work]] = []
     for job in jobs:
         if (like := _text(_without_seeds(job.config))) not in plans:
-            plans[like] = _counts_of(job).plan()
+            counted[like] = JobCounts(job, machine_of(job))
+            plans[like] = counted[like].plan()
         shared = _shared(job)
         steps = [(stage.name, name, part) for stage in plans[like].stages for name, part in stage.steps.items()]
         own = [part for stage, name, part in steps if SHARED_STEPS.get(stage, SHARED_STEPS.get(name)) not in shared]
         work.append((job, sum(own, Work())))
         for what, found in shared.items():
             groups.setdefault((what, _text(found)), []).append(job)
-    alike = [SHARED[what](those) for (what, _), those in groups.items()]
+    counts = [[counted[_text(_without_seeds(job.config))] for job in those] for those in groups.values()]
+    alike = [SHARED[what](those, of) for (what, _), those, of in zip(groups, groups.values(), counts, strict=True)]
     work += [(those[0], one.work) for those, one in zip(groups.values(), alike, strict=True)]
     spans = [machine_of(job).seconds(part) for job, part in work]
     largest = max(((job, plans[_text(_without_seeds(job.config))]) for job in jobs), key=lambda one: one[1].peak, default=None)
@@ -103,37 +106,37 @@ def _shared(job: Job) -> dict[str, Any]:
     return found
 
 
-def _game(jobs: list[Job]) -> SharedWork:
+def _game(jobs: list[Job], counts: list[JobCounts]) -> SharedWork:
     lm, scorers = jobs[0].skeleton, [job.shapley for job in jobs if job.shapley is not None]
     coalitions = np.unique(np.concatenate([scorer.shard_coalitions(lm.n_blocks) for scorer in scorers]), axis=0)
-    counted = _counts_of(jobs[0])
-    walk, work = counted.game(coalitions)
-    counts = {"evaluations": walk.n_evaluations, "block-forwards": walk.n_block_forwards}
+    counted = counts[0]
+    walk, _, work = counted.game(coalitions)
+    found = {"evaluations": walk.n_evaluations, "block-forwards": walk.n_block_forwards}
     if jobs[0].game_prunes:
         work += sum(counted.pruning(scorers[0].game.pruner, errors=False).values(), Work())
-    gates = {identity(scorer.estimator): scorer.plan(lm.n_blocks).get("backward_passes", 0) for scorer in scorers}
+    gates = {identity(scorer.estimator): scorer.n_backward for scorer in scorers}
     if backward := sum(gates.values()):
-        counts["backward passes"] = backward
+        found["backward passes"] = backward
         work += counted.whole(scorers[0].game.data.n_seq or 0, scorers[0].game.data.seq_len) * (4 * backward)
-    return SharedWork("game", len(jobs), counts, work)
+    return SharedWork("game", len(jobs), found, work)
 
 
-def _dense(jobs: list[Job]) -> SharedWork:
+def _dense(jobs: list[Job], counts: list[JobCounts]) -> SharedWork:
     tokens = sum(source.tokens(jobs[0].model.tokenizer).size for source in jobs[0].evaluation.sources().values())
-    return SharedWork("dense numbers", len(jobs), {"tokens": tokens}, _counts_of(jobs[0]).judged())
+    return SharedWork("dense numbers", len(jobs), {"tokens": tokens}, counts[0].judged())
 
 
-def _losses(jobs: list[Job]) -> SharedWork:
-    counts = [cast(Chooser, job.allocator).n_losses(job.budget(job.skeleton)) for job in jobs]
-    work = sum((_counts_of(job).losses() for job in jobs), Work())
-    return SharedWork("losses", len(jobs), {"evaluations at most": sum(counts)}, work)
+def _losses(jobs: list[Job], counts: list[JobCounts]) -> SharedWork:
+    most = [cast(Chooser, job.allocator).n_losses(job.budget(job.skeleton)) for job in jobs]
+    work = sum((counted.losses() for counted in counts), Work())
+    return SharedWork("losses", len(jobs), {"evaluations at most": sum(most)}, work)
 
 
-SHARED: dict[str, Callable[[list[Job]], SharedWork]] = {"game": _game, "dense numbers": _dense, "losses": _losses}
-
-
-def _counts_of(job: Job) -> JobCounts:
-    return JobCounts(job, machine_of(job))
+SHARED: dict[str, Callable[[list[Job], list[JobCounts]], SharedWork]] = {
+    "game": _game,
+    "dense numbers": _dense,
+    "losses": _losses,
+}
 
 
 def _without_seeds(node: Any) -> Any:

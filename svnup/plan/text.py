@@ -21,6 +21,10 @@ def told(job: Job, plan: Plan) -> list[str]:
     """The lines of a job's plan."""
     lines = [f"  {name:30} {value:>16,}" for name, value in plan.counts.items()]
     lines.append(f"  {'weights':30} {scaled(plan.weights, 'B'):>16}")
+    if plan.processes > 1:
+        lines.append(f"  of {plan.processes} processes; the work of one of them, at most:")
+    if plan.walk is not None:
+        lines.append(f"  coalitions are walked {plan.walk}")
     lines += [f"  {_machine(job, plan.machine)}", ""]
     on_gpu = plan.machine.device == "cuda"
     head = ("stage", "operations", "bytes moved", *(("peak, device", "peak, host") if on_gpu else ("peak",)), "time")

@@ -12,7 +12,7 @@ from svnup.machines import Work
 from svnup.pattern import Pattern
 from svnup.pruning.masks import all_finite, without, zeroed
 from svnup.pruning.refit import check_base
-from svnup.pruning.walk import Pruner, workspace
+from svnup.pruning.walk import Pruner, Total, workspace
 
 
 @dataclass
@@ -34,6 +34,14 @@ class InputMoments:
     @property
     def fallback(self) -> str | None:
         return getattr(self.base, "fallback", None)
+
+    def add_up(self, total: Total) -> None:
+        n = int(total(torch.tensor(self.n_tokens)))
+        mean = total(self.mean * (self.n_tokens / max(1, n)))
+        self.deviations = total(self.deviations + self.n_tokens * (self.mean - mean).square())
+        self.mean, self.n_tokens = mean, n
+        if self.base is not None:
+            self.base.add_up(total)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from svnup.machines import Work
 from svnup.pruning.masks import zeroed
 from svnup.pruning.sparsegpt import Hessian, cholesky
-from svnup.pruning.walk import Pruner, workspace
+from svnup.pruning.walk import Pruner, Total, workspace
 
 FLOAT = 4  # bytes
 CHUNK = 2**25  # entries of the linear systems that are solved at once: 128 MiB
@@ -27,6 +27,11 @@ class RefitStats:
     @property
     def fallback(self) -> str | None:
         return self.hessian.fallback or getattr(self.base, "fallback", None)
+
+    def add_up(self, total: Total) -> None:
+        self.hessian.add_up(total)
+        if self.base is not None:
+            self.base.add_up(total)
 
 
 class OnMask:

@@ -12,6 +12,7 @@ from torch import Tensor
 from svnup.pattern import Pattern
 from svnup.pruning.column_block import prune_columns
 from svnup.pruning.masks import all_finite, check_groups, lowest_counts, n_zeros
+from svnup.pruning.walk import Total
 
 Factor = TypeVar("Factor")
 # Columns of X^T X that one matrix product makes, and tokens that it sums; on a CPU few, so that less is computed twice and MKL
@@ -48,6 +49,10 @@ class Hessian:
             for start in range(0, x.shape[1], slab):
                 self.xtx[start : start + slab, start:].addmm_(part[:, start : start + slab].T, part[:, start:])
         self.n_tokens += len(x)
+
+    def add_up(self, total: Total) -> None:
+        total(self.xtx)
+        self.n_tokens, self._known = int(total(torch.tensor(self.n_tokens))), None
 
     def mean(self) -> Tensor:
         """X^T X / n_tokens, (d_in, d_in), both triangles."""

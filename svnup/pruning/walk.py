@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any, ClassVar, Protocol
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from svnup import distributed
 from svnup.memory import peak_memory, synchronize
 from svnup.model.blocks import StopForward
 from svnup.model.language_model import LanguageModel, Visit
@@ -28,6 +29,7 @@ from svnup.types import LinearReport, PruneReport, RecoveredBlock, SparsityProfi
 logger = logging.getLogger(__name__)
 __all__ = ["Inputs", "Pruner", "Recovery", "apply_masks", "prune_model", "pruned_weights", "save_masks", "temporarily_pruned"]
 ERROR_TOKENS = 2048
+Total = Callable[[Tensor], Tensor]  # a tensor as its sum over the processes of a job, in place
 
 
 class Pruner(Protocol):
@@ -36,7 +38,9 @@ class Pruner(Protocol):
     A pruner that takes more memory for a matrix than eight float32 copies has a method `workspace(d_out, d_in) -> bytes`, and
     one that does more with it than scores and a mask, or with a Hessian SparseGPT's update, `work(d_out, d_in, sparsity)`: a
     `svnup.machines.Work`, beside that of its `base` if it has one.
-    Statistics may have an attribute `fallback`, which says how pruning deviated from what was asked; None if it did not.
+    Statistics may have an attribute `fallback`, which says how pruning deviated from what was asked; None if it did not; and a
+    method `add_up(total)`, which makes statistics of all text of those of its parts, of which each process of a job has read
+    one: `total(tensor)` is the sum over all of them. Without it each process reads all of the text.
 
     Attributes:
         needs_inputs: whether it reads statistics of inputs.
@@ -114,6 +118,13 @@ def workspace(pruner: Pruner, d_out: int, d_in: int) -> int:
     return own(d_out, d_in) if own is not None else 8 * d_out * d_in * 4
 
 
+def adds_up(pruner: Pruner) -> bool:
+    """Whether statistics of parts of a text make those of all of it, so that processes can share it out."""
+    base = getattr(pruner, "base", None)
+    own = pruner.needs_inputs and hasattr(pruner.new_stats(torch.zeros(1, 1)), "add_up")
+    return own and (base is None or not base.needs_inputs or adds_up(base))
+
+
 class Inputs:
     """Statistics and first tokens of the inputs of a block's linear layers, once per distinct input.
 
@@ -173,11 +184,27 @@ class Inputs:
                 their parameters say.
         """
         self._observe(visit, advance and not self._experts)
+        if visit.shared:
+            self._add_up(self._linears)
         seen = {self._kind(name) for name in self._reads}  # an expert may well get no token, but not all of them
         if unseen := {name for name in self._linears if self._kind(name) not in seen}:
             raise ValueError(f"block {visit.index}: no input ever reached {sorted(unseen)}")
         if self._experts:
             self._complete(visit, advance)
+
+    def _add_up(self, names: Iterable[str]) -> None:
+        """Add up what all processes have seen of these linear layers, each in its share of the text."""
+        for reads in distributed.gathered(self._reads):
+            self._reads = reads | self._reads  # experts, which no token of this share may have reached
+        leaders = [name for name in self._linears if name in names and self._reads.get(name) == name]
+        counts = distributed.total(np.array([self._n_tokens.get(name, 0) for name in leaders]))
+        for name, n_tokens in zip(leaders, counts, strict=True):
+            if n_tokens == 0:  # in none of them
+                continue
+            weight, self._n_tokens[name] = matrix(self._linears[name]), int(n_tokens)
+            if name not in self._stats:
+                self._stats[name], self._first[name] = self._pruner.new_stats(weight), weight.new_zeros(0, weight.shape[1])
+            self._stats[name].add_up(distributed.added)
 
     def _kind(self, name: str) -> str:
         """The name of a linear layer, without the number of its expert."""
@@ -235,6 +262,8 @@ class Inputs:
             self._reads[name] = name
         with routed_to_all({name: self._linears[name] for name in few}, self._observe_rows):
             visit.run(advance)
+        if visit.shared:
+            self._add_up(few)
         for name, reason in few.items():
             rule = "all tokens that enter the experts"
             if name not in self._stats:
@@ -308,9 +337,11 @@ def prune_model(
     reports: list[LinearReport] = []
     recovered: list[RecoveredBlock] = []
     size = recovery.batch_tokens if recovery is not None else None
-    batches = lm.entering(tokens, size) if pruner.needs_inputs or refits is not None else []
+    shared = refits is None and 1 < distributed.n_processes() <= len(tokens) and adds_up(pruner)
+    own = tokens[distributed.share(len(tokens))] if shared else tokens
+    batches = lm.entering(own, size) if pruner.needs_inputs or refits is not None else []
     with stage(told, lm.n_blocks, "blocks") as advance:
-        for visit in lm.walk(batches):
+        for visit in lm.walk(batches, shared=shared):
             if refits is not None:
                 with _timed(clock, "recovery"):
                     refits.advance(visit)
@@ -452,7 +483,8 @@ def _prune_linear(visit: Visit, name: str, pruner: Pruner, inputs: Inputs, spars
         raise ValueError(f"stage pruning: {full_name}: the pruned weights are not all finite")
     error_ratio = None
     if errors and pruner.needs_inputs:
-        error_ratio = _error(inputs.first_tokens(name), weight, pruned)
+        first = inputs.first_tokens(name)
+        error_ratio = _error(first, weight, pruned) if len(first) else None
     weight.copy_(pruned)
     zeros, asked = _n_zeros(weight), n_zeros(sparsity, weight.numel())
     # More zeros than asked: kept weights were zero before, or too small for the dtype after an update. Fewer zeros are a bug.

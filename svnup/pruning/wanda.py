@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from svnup.pruning.masks import smallest, without
+from svnup.pruning.walk import Total
 
 
 @dataclass
@@ -24,6 +25,9 @@ class InputNorms:
     def add(self, x: Tensor) -> None:
         """Add inputs (tokens, d_in)."""
         self.squares += x.float().square().sum(0)
+
+    def add_up(self, total: Total) -> None:
+        total(self.squares)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from svnup import NUMBERS_VERSION
+from svnup import NUMBERS_VERSION, distributed
 from svnup.keys import walk
 from svnup.outside import OURS, code_hash, git, outside_code
 from svnup.results.row import Hardware, Provenance
@@ -73,6 +73,7 @@ def provenance(
         "overrides": asked.overrides,
         "name": name,
         "sweep": asked.sweep,
+        "processes": distributed.n_started(),
         "seed": config.get("seed"),
         "numbers": NUMBERS_VERSION,
         "seeds": {key: value for key, value in walk(config) if key.rpartition(".")[2] == "seed"},

@@ -123,7 +123,7 @@ class Dequantized(Stored):
 
 @dataclass(frozen=True)
 class Provenance(Stored):
-    """Where a result came from: command, seeds, texts, code and what of it was not committed, machine.
+    """Where a result came from: command, seeds, texts, code and what of it was not committed, machine, processes of the job.
 
     `numbers` is the version of the numbers, of results that do not tell it 2. A sweep that is made up, as for a table, has none
     of all this.
@@ -133,6 +133,7 @@ class Provenance(Stored):
     overrides: tuple[str, ...] = ()
     name: str | None = None
     sweep: str | None = None
+    processes: int = 1
     seed: int | None = None
     numbers: int = 2
     seeds: Mapping[str, int | None] = field(default_factory=dict)
@@ -244,6 +245,7 @@ class Scores(Stored):
     v_full: float | None = None
     stopped: str | None = None
     kinds: tuple[str, ...] = ()
+    walk: str | None = None
     n_evaluations: int = 0
     n_block_forwards: int = 0
     n_new_evaluations: int = 0

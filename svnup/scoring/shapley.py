@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from svnup.game.layer_game import LayerGame, Replacements
+    from svnup.game.walk_plan import WalkPlan
     from svnup.model.language_model import LanguageModel
     from svnup.pruning.walk import Pruner
 
@@ -114,12 +115,20 @@ class ShapleyScorer:
         return np.array_split(coalitions, n)[k]
 
     def plan(self, n_blocks: int) -> dict[str, int]:
-        """The cost of the values (or the shard) with an empty cache, and the most hidden states held, by name."""
+        """The cost of the values (or the shard) with an empty cache, walked depth first, as `counts` has it."""
         from svnup.game.walk_plan import WalkPlan
 
-        walk = WalkPlan.of(self.shard_coalitions(n_blocks), absent_costs=self.game.absence == "prune")
+        return self.counts(WalkPlan.of(self.shard_coalitions(n_blocks), absent_costs=self.game.absence == "prune"))
+
+    def counts(self, walk: WalkPlan) -> dict[str, int]:
+        """The cost of a walk over the coalitions, the most hidden states held, and backward passes, by name."""
         counts = {"evaluations": walk.n_evaluations, "block_forwards": walk.n_block_forwards, "peak_states": walk.peak_states}
-        return counts | ({"backward_passes": self.estimator.nodes} if self._gated else {})  # type: ignore[attr-defined]
+        return counts | ({"backward_passes": self.n_backward} if self._gated else {})
+
+    @property
+    def n_backward(self) -> int:
+        """Backward passes of the estimator."""
+        return self.estimator.nodes if self._gated else 0  # type: ignore[attr-defined]
 
     def build_game(self, lm: LanguageModel, replacements: Callable[[Pruner], Replacements], cache_dir: str | None) -> LayerGame:
         """Build the game on a model.
@@ -148,7 +157,7 @@ class ShapleyScorer:
         values = self.estimator.estimate(game)
         if len(game.kinds) > 1:
             logger.warning("the Shapley values mix coalition values from several kinds of device: %s", game.kinds)
-        return values.with_kinds(game.kinds)
+        return values.measured(game.kinds, game.walk)
 
     def reestimate(self, lm: LanguageModel, absent: list[dict[str, Tensor]], cache_dir: str | None) -> ShapleyValues:
         """Estimate the values in a model that has changed, on the same text with the same estimator and the payoff -NLL.
@@ -162,4 +171,4 @@ class ShapleyScorer:
 
         tokens = self.game.data.tokens(lm.tokenizer)
         game = LayerGame(lm, tokens, players=self.game.players, pruned=absent, cache_dir=cache_dir)
-        return self.estimator.estimate(game).with_kinds(game.kinds)
+        return self.estimator.estimate(game).measured(game.kinds, game.walk)
