@@ -129,15 +129,16 @@ class Masks:
 
         Raises:
             ValueError: there are no LoRA adapters on masked linear layers; or some are of another kind than W + BA, have
-                dropout, or are on stacked experts, for which it does not work.
+                dropout or biases, or are on stacked experts, for which it does not work.
         """
         layers = self._adapted(tuned)
         for name, (layer, _) in layers.items():
             dropout = any(isinstance(m, nn.Dropout) for m in layer.lora_dropout.values())
-            if layer.lora_variant or dropout or not hasattr(layer.get_base_layer(), "weight") or hasattr(layer, "get_param"):
+            stacked = not hasattr(layer.get_base_layer(), "weight")
+            if layer.lora_variant or dropout or stacked or any(layer.lora_bias.values()):
                 raise ValueError(
-                    f"adapters_masked: the adapter of {name} is not W + BA; choose LoRA of linear layers with lora_dropout=0 "
-                    "and use_dora=False, or train it as it is and merge"
+                    f"adapters_masked: the adapter of {name} is not W + BA; choose LoRA of linear layers with lora_dropout=0, "
+                    "lora_bias=False and use_dora=False, or train it as it is and merge"
                 )
         try:
             for layer, gone in layers.values():

@@ -47,14 +47,14 @@ class Sizes:
     sparsity: float = 0.7
     window: int = 3
     n_payoff: int = 8
-    n_calibration: int = 32
-    n_training: int = 128
-    n_selection: int = 24
-    n_test: int = 64
+    n_calibration: int = 16
+    n_training: int = 64
+    n_selection: int = 16
+    n_test: int = 32
     seq_len: int = 256
     n_batch: int = 4  # sequences of a step
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1)
     rank: int = 8
 
 
@@ -270,9 +270,9 @@ def about(options: argparse.Namespace, sizes: Sizes, rate: float) -> str:
         f"{made_by('make study NAME=finetuning', threads)}. {where}; Wanda with {sizes.n_calibration} calibration sequences; "
         f"{'a stored profile' if options.profile else values}; all sequences have {sizes.seq_len} tokens. Trained for one pass "
         f"over {sizes.n_training} sequences ({sizes.n_training * sizes.seq_len:,} tokens) of training text, {sizes.n_batch} a "
-        f"step, by AdamW with weight decay {DECAY:g}, rate {rate:g} ({chosen}). LoRA of rank {sizes.rank} on all linear layers of "
-        f"blocks, rate {LORA_RATE * rate:g}; merged: into the kept weights alone; masked: trained as it will be merged. Seeds "
-        f"{', '.join(map(str, sizes.seeds))}, of text and adapters: mean ± standard deviation; calibration seed 0."
+        f"step, by AdamW with weight decay {DECAY:g}, rate {rate:g} ({chosen}). LoRA of rank {sizes.rank} on all linear layers "
+        f"of blocks, rate {LORA_RATE * rate:g}; merged: into the kept weights alone; masked: trained as it will be merged. "
+        f"Seeds {', '.join(map(str, sizes.seeds))}, of text and adapters: mean ± standard deviation; calibration seed 0."
     )
 
 

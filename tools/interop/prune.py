@@ -7,6 +7,7 @@ file with a bool matrix for each linear layer, by its name in the model.
 """
 
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +18,11 @@ from transformers import AutoModelForCausalLM
 
 def main(folder: str, recipe: str, tokens: str, output: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in torch.from_numpy(np.load(tokens))]
+    rows: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in torch.from_numpy(np.load(tokens))]
     oneshot(model=model, recipe=recipe, dataset=DataLoader(rows, batch_size=1), num_calibration_samples=len(rows))
     linears = {name: m.weight.detach() for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    np.savez(output, **{name: (weight == 0).numpy() for name, weight in linears.items()})
+    zeros: dict[str, Any] = {name: (weight == 0).numpy() for name, weight in linears.items()}
+    np.savez(output, **zeros)
 
 
 if __name__ == "__main__":
