@@ -91,7 +91,7 @@ class Masks:
         """Context in which pruned weights are zero, before the first step of the optimizer and after each.
 
         Their gradients are zero too as soon as they are there, so that neither clipping nor momentum sees them. Neither weight
-        decay nor a momentum of before brings a weight back.
+        decay nor a momentum of before makes one of them anything else.
 
         Args:
             optimizer: of torch, or one that accelerate has wrapped.

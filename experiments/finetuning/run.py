@@ -1,4 +1,4 @@
-"""What training the kept weights brings back, and whether the choice of a budget still matters after it.
+"""What training the kept weights recovers, and whether the choice of a budget still matters after it.
 
 A model pruned with Wanda by the uniform budget and by a Shapley budget, and the dense model: perplexity on test text before
 and after each was trained alike, on as many tokens of training text. Beside it LoRA adapters, as peft trains them and as they
