@@ -1,10 +1,10 @@
 """What training the kept weights recovers, and whether the choice of a budget still matters after it.
 
 A model pruned with Wanda by the uniform budget and by a Shapley budget, and the dense model: perplexity on test text before
-and after each was trained alike, on as many tokens of training text. Beside it LoRA adapters, as peft trains them and as they
-will be merged, before and after a merge that stays sparse. Of several learning rates the study takes the one with the lowest
-perplexity on selection text, uniformly pruned. Writes results/tables/finetuning.md; what was measured is kept in the cache, so
-that a killed run goes on at the training where it was.
+and after each was trained alike, on as many tokens of training text. Beside it, with the uniform budget, LoRA adapters, as
+peft trains them and as they will be merged, before and after a merge that stays sparse. Of several learning rates the study
+takes the one with the lowest perplexity on selection text, uniformly pruned. Writes results/tables/finetuning.md; what was
+measured is kept in the cache, so that a killed run goes on at the training where it was.
 
     python -m experiments.finetuning.run [--cache results/cache] [--quick]
     python -m experiments.finetuning.run --model PATH [--datasets FOLDER] [--profile profile.json]     # of a real model
@@ -237,9 +237,9 @@ def main(argv: list[str] | None = None) -> None:
     for name, profile in bench.profiles.items():
         line = [name, "-" if profile is None else f"{100 * profile.target:g} %", f"{bench.before(profile):.2f}"]
         line.append(mean_and_spread([bench.after(profile, "weights", rate, seed)[0] for seed in sizes.seeds]))
-        if profile is None:
+        if name != "uniform":
             line += ["-"] * 4
-        else:
+        else:  # what a merge loses is no question of the budget
             ways: tuple[Way, ...] = ("lora", "masked lora")
             for way in ways:
                 both = np.array([bench.after(profile, way, rate, seed) for seed in sizes.seeds])
