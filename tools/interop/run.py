@@ -3,9 +3,9 @@
     python -m tools.interop.run --python PYTHON      # of an environment with llm-compressor; `make interop` makes one
 
 Three budgets of the built-in model: of blocks, in whole weights of every row of a matrix, by Wanda and by SparseGPT, so that
-both tools leave the same number of zeros in each linear layer (SparseGPT there zeroes at most one weight more in every 128
-columns, as its released code does); and of linear layers, as scores give them, where llm-compressor leaves out what is less
-than a weight of a row. Exits with 1 where a number of zeros is another one.
+both tools leave the same number of zeros in each linear layer (SparseGPT there zeroes one weight more in every 128 columns, and
+any of equal scores, as its released code does); and of linear layers, as scores give them, where llm-compressor leaves out what
+is less than a weight of a row. Exits with 1 where a number of zeros is another one.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def compared(folder: Path, job: str, overrides: list[str], target: float, lm: La
 
 def asked(row: ResultRow, index: int, name: str, shape: tuple[int, int]) -> tuple[int, int]:
     """The least and the largest number of zeros by llm-compressor's rules: of Wanda so many a row; of SparseGPT so many of the
-    128 columns that it prunes together, and at most one more."""
+    128 columns that it prunes together, one more, and those of equal scores, for which another one is allowed."""
     assert row.profile is not None
     linears, (d_out, d_in) = row.profile.linears, shape
     sparsity = row.profile.sparsity[index] if linears is None else linears[index][name].sparsity
@@ -118,7 +118,7 @@ def asked(row: ResultRow, index: int, name: str, shape: tuple[int, int]) -> tupl
         return (d_out * math.floor(d_in * sparsity),) * 2
     parts = [min(128, d_in - start) for start in range(0, d_in, 128)]
     least = sum(math.floor(d_out * part * sparsity) for part in parts)
-    return least, least + len(parts)
+    return least, least + 2 * len(parts)
 
 
 if __name__ == "__main__":
