@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo smollm2 real test test-slow test-all test-slurm test-ray fuzz chaos lint format table tables study numbers docs benchmarks bench-gpu families clean
+.PHONY: help install demo smollm2 real test test-slow test-all test-slurm test-ray fuzz chaos lint format table tables study numbers docs benchmarks bench-gpu families interop clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -132,6 +132,14 @@ bench-gpu:  ## what svnup does on a GPU, in at most nine minutes; into OUT=resul
 
 families: $(READY)  ## try a tiny model of every causal family that the installed transformers knows; AGAIN=1: also those in the table
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m experiments.families.run $(if $(AGAIN),--again)
+
+# It wants an older transformers than svnup, so an environment of its own.
+INTEROP ?= .venv-interop
+interop: $(READY)  ## whether the released llm-compressor prunes to the recipes of our budgets, in an environment of its own
+	test -x $(INTEROP)/bin/python || $(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/pip install -q torch==2.13.0
+	$(INTEROP)/bin/pip install -q llmcompressor==0.14.0.1
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m tools.interop.run --python $(INTEROP)/bin/python
 
 clean:  ## remove the environment and everything that runs wrote (not the committed tables)
 	rm -rf $(VENV) results/demo results/demo_zero_shot results/tables_* results/runs results/cache results/sweeps results/sweep results/quick \

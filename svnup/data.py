@@ -1,7 +1,8 @@
 """Token sources: the built-in text, a text file, WikiText-2 and C4; each gives int64 tokens (n_seq, seq_len).
 
-Four roles of text are never mixed: calibration (statistics of pruners), payoff (the game), selection (validation: options and
-profiles are chosen on it) and test (reported numbers only). Each source has different text for each role.
+Five roles of text are never mixed: calibration (statistics of pruners), payoff (the game), selection (validation: options and
+profiles are chosen on it), test (reported numbers only) and training (of a pruned model, which no job reads). Each source has
+different text for each role.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import numpy as np
 from svnup.files import at_home
 from svnup.types import LOCAL_COPY, Ints
 
-Role = Literal["calibration", "payoff", "selection", "test"]
+Role = Literal["calibration", "payoff", "selection", "test", "training"]
 Sampler = Literal["distinct", "literature"]
 MAX_TEXT = 2**30  # bytes of a text file, decompressed: all of it is tokenized at once
 CHUNK = 2**20
-DRAWN = ("calibration", "payoff")  # roles whose windows are sampled by the seed
+DRAWN = ("calibration", "payoff", "training")  # roles whose windows are sampled by the seed
 TEXTS = Path(__file__).parent / "assets" / "text"
 
 
@@ -86,7 +87,7 @@ class TokenSource(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Docs(TokenSource):
-    """The text of the built-in model: docstrings of permissively licensed packages, four disjoint files for the four roles."""
+    """The text of the built-in model: docstrings of permissively licensed packages, five disjoint files for the five roles."""
 
     name = "docs"
 
@@ -152,7 +153,7 @@ class WikiText2(TokenSource):
     """WikiText-2 raw, with lines joined by two newlines and tokenized once, as in the released scripts of SparseGPT and Wanda.
 
     Test and selection are the test and validation splits; calibration is the first 80 % of the lines of the training split,
-    payoff the rest.
+    payoff the rest. None is left to train on: raises ValueError for that role.
     """
 
     path: str = "Salesforce/wikitext"
@@ -160,6 +161,11 @@ class WikiText2(TokenSource):
     datasets_dir: str | None = None
     name = "wikitext2"
     from_hub = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.role == "training":
+            raise ValueError("role=training: calibration and payoff divide the training split of wikitext2; train on c4")
 
     def fingerprint(self) -> str:
         return _hub_fingerprint(self.path, self.revision, self.datasets_dir)
@@ -176,7 +182,7 @@ class WikiText2(TokenSource):
 class C4(TokenSource):
     """C4 (en).
 
-    Calibration, payoff and selection are random crops of documents longer than seq_len, from the first, second and third
+    Calibration, payoff, selection and training are random crops of documents longer than seq_len, from the first to the fourth
     training file. Test is the usual protocol of SparseGPT and Wanda: the first 1,100 validation documents joined by a space,
     cut into 256 windows.
 
@@ -201,7 +207,7 @@ class C4(TokenSource):
             documents = self._documents("en/c4-validation.00000-of-00008.json.gz")
             text = " ".join(documents[i]["text"] for i in range(min(1100, len(documents))))
             return _windows(_encode(tokenizer, text)[: 256 * self.seq_len], self)
-        shard = ("calibration", "payoff", "selection").index(self.role)
+        shard = ("calibration", "payoff", "selection", "training").index(self.role)
         documents = self._documents(f"en/c4-train.{shard:05d}-of-01024.json.gz")
         crops = _literature_crops if self.sampler == "literature" else _distinct_crops
         return crops(documents, tokenizer, self)
@@ -282,7 +288,7 @@ def _n_sampled(source: TokenSource) -> int:
 
 
 def _windows(ids: Ints, source: TokenSource) -> Ints:
-    """Cut tokens into non-overlapping windows, without the remainder; calibration and payoff sample theirs by the seed."""
+    """Cut tokens into non-overlapping windows, without the remainder; what is drawn is sampled by the seed."""
     available = len(ids) // source.seq_len
     left = available - source.skip
     wanted = source.n_seq if source.n_seq is not None else left

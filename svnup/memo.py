@@ -13,11 +13,11 @@ from io import FileIO
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from svnup import distributed
 from svnup.claims import claimed_of, holders
 from svnup.files import naming
-from svnup.types import Floats
 
 logger = logging.getLogger(__name__)
 CLAIMS = "claims"  # in the folder: of the values that are being measured
@@ -85,7 +85,7 @@ class Memo:
             if not mine:
                 self._wait(missing, what)
 
-    def together(self, name: str, n: int, measure: Callable[[], Iterable[float]], what: str) -> Floats:
+    def together(self, name: str, n: int, measure: Callable[[], Iterable[float]], what: str) -> NDArray[np.float64]:
         """n values under one name that one measurement gives, float64 (n,); shared as those of `share` are."""
         names = [f"{name} {i}" for i in range(n)]
 

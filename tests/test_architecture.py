@@ -16,7 +16,8 @@ MODULES = {path.relative_to(ROOT).with_suffix("").as_posix(): ast.parse(path.rea
 ONLY_IN = {
     "hydra": {"cli", "config"},
     "omegaconf": {"cli", "config", "execute"},
-    "transformers": {"model", "data"},
+    "transformers": {"model", "data", "recovery"},
+    "peft": {"recovery"},
     "wandb": {"reports/wandb"},
     "lm_eval": {"evaluation/zero_shot"},
     "pandas": {"results", "reports"},
@@ -28,7 +29,7 @@ ONLY_IN = {
     "gguf": {"model"},
     "triton": {"pruning/column_block_triton"},  # itself imported lazily
 }
-LAZY = {"wandb", "lm_eval", "matplotlib", "datasets", "shapiq", "gguf"}
+LAZY = {"wandb", "lm_eval", "matplotlib", "datasets", "shapiq", "gguf", "peft"}
 # numpy, and nothing else of weight; with what of svnup they may know
 BUDGETS = {"types", "pattern", "naming", "allocation"}
 PURE = {
@@ -58,7 +59,7 @@ ORDER = (
     {"naming", "types", "shapley"},
     {"data", "results", "model"},
     {"game", "pruning", "evaluation"},
-    {"scoring"},
+    {"scoring", "recovery"},
     {"allocation"},
     {"config"},
     {"plan", "pipeline"},

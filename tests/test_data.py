@@ -1,4 +1,4 @@
-"""Token sources: four roles that never mix, windows by the seed, and the data sets of the hub on small local copies."""
+"""Token sources: five roles that never mix, windows by the seed, and the data sets of the hub on small local copies."""
 
 import gzip
 import itertools
@@ -39,7 +39,7 @@ def numbers(start: int, stop: int) -> str:
 # -- the built-in text
 
 
-def test_the_four_texts_are_disjoint():
+def test_the_five_texts_are_disjoint():
     """They were split by file, and docstrings seen before were left out: no more is shared than a line of boilerplate."""
     paragraphs = {}
     for role in ROLES:
@@ -55,7 +55,7 @@ def test_the_four_texts_are_disjoint():
 def test_docs_read_the_text_of_their_role(tokenizer):
     windows = {role: Docs(n_seq=8, seq_len=32, role=role).tokens(tokenizer) for role in ROLES}
     prints = {role: Docs(n_seq=8, seq_len=32, role=role).fingerprint() for role in ROLES}
-    assert len(set(prints.values())) == 4
+    assert len(set(prints.values())) == 5
     for role, rows in windows.items():
         assert rows.shape == (8, 32)
         assert rows.dtype == np.int64
@@ -103,13 +103,13 @@ def test_windows_at_the_beginning_are_left_out(role, hundred):
         after(100)
 
 
-@pytest.mark.parametrize("role", ["calibration", "payoff"])
+@pytest.mark.parametrize("role", ["calibration", "payoff", "training"])
 def test_windows_that_are_drawn_have_no_beginning(role, hundred):
     with pytest.raises(ValueError, match=rf"^skip=3: {role} text is drawn"):
         TextFile(path=hundred, n_seq=2, seq_len=10, role=role, skip=3)
 
 
-@pytest.mark.parametrize("role", ["calibration", "payoff"])
+@pytest.mark.parametrize("role", ["calibration", "payoff", "training"])
 def test_sampled_windows_are_drawn_by_the_seed(role, hundred):
     zero, one = (windows(hundred, role, n_seq=20, seed=s) for s in (0, 1))
     assert np.array_equal(windows(hundred, role, n_seq=20, seed=0), zero)
@@ -274,7 +274,8 @@ def copies(tmp_path, monkeypatch) -> Path:
         readme += f"  - split: {split}\n    path: wikitext-2-raw-v1/{split}-*\n"
     (wiki / "README.md").write_text(f"{readme}---\n")
     (tmp_path / "allenai" / "c4" / "en").mkdir(parents=True)
-    for name, start in (("train.00000-of-01024", 0), ("train.00001-of-01024", 10**6), ("train.00002-of-01024", 2 * 10**6)):
+    for shard in range(4):
+        name, start = f"train.{shard:05d}-of-01024", shard * 10**6
         # documents of 5, 10, 15, ... tokens; a document begins at a multiple of 1,000
         write_c4(tmp_path, name, [numbers(start + 1000 * i, start + 1000 * i + 5 * (i + 1)) for i in range(40)])
     write_c4(tmp_path, "validation.00000-of-00008", [f"{i}" for i in range(1300)])
@@ -292,7 +293,7 @@ def tokens_of(rows: np.ndarray) -> set[int]:
 
 
 def test_wikitext2_by_role(copies):
-    rows = {role: WikiText2(n_seq=None, seq_len=10, role=role).tokens(Words()) for role in ROLES}
+    rows = {role: WikiText2(n_seq=None, seq_len=10, role=role).tokens(Words()) for role in ROLES if role != "training"}
     assert np.array_equal(rows["test"], 20_000 + np.arange(200).reshape(20, 10))
     assert np.array_equal(rows["selection"], 10_000 + np.arange(300).reshape(30, 10))
     assert tokens_of(rows["calibration"]) == set(range(800))  # the first 80 % of the lines of train
@@ -300,6 +301,8 @@ def test_wikitext2_by_role(copies):
     zero, one = (WikiText2(n_seq=5, seq_len=10, seed=s).tokens(Words()) for s in (0, 1))
     assert zero.shape == (5, 10)
     assert not np.array_equal(zero, one)
+    with pytest.raises(ValueError, match=r"^role=training: calibration and payoff divide .* wikitext2; train on c4$"):
+        WikiText2(n_seq=None, seq_len=10, role="training")
     with pytest.raises(ValueError, match=r"n_seq=21: the test text of wikitext2 has 200 tokens, 20 windows"):
         WikiText2(n_seq=21, seq_len=10, role="test").tokens(Words())
 
@@ -318,7 +321,7 @@ def test_wikitext2_is_joined_by_two_newlines_and_tokenized_once(copies):
 
 
 def test_c4_crops_are_random_windows_of_long_documents(copies):
-    roles = ("calibration", "payoff", "selection")
+    roles = ("calibration", "payoff", "selection", "training")
     seq_len = 100
     rows = {role: C4(n_seq=15, seq_len=seq_len, role=role).tokens(Words()) for role in roles}
     for shard, role in enumerate(roles):
@@ -330,7 +333,7 @@ def test_c4_crops_are_random_windows_of_long_documents(copies):
         assert (5 * (document + 1) > seq_len).all(), "only documents longer than seq_len"
         assert len(set(document)) == 15, "no document twice"
         assert len(set(start)) > 1, "crops begin anywhere"
-    assert not tokens_of(rows["calibration"]) & tokens_of(rows["payoff"])
+    assert sum(len(tokens_of(of_role)) for of_role in rows.values()) == len(set().union(*map(tokens_of, rows.values())))
     again, other = (C4(n_seq=15, seq_len=seq_len, seed=s).tokens(Words()) for s in (0, 1))
     assert np.array_equal(again, rows["calibration"])
     assert not np.array_equal(other, again)
@@ -402,8 +405,9 @@ def test_sampling_needs_a_number(copies):
         C4(n_seq=None, seq_len=10).tokens(Words())
 
 
-@pytest.mark.parametrize("source", [WikiText2, C4])
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(
+    ("source", "role"), [(s, r) for s in (WikiText2, C4) for r in ROLES if (s, r) != (WikiText2, "training")]
+)
 def test_not_available_offline(source, role, tmp_path, monkeypatch):
     import datasets
 

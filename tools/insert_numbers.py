@@ -17,7 +17,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "results" / "tables"
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("getting_started", "budgets", "choosing", "leaderboard", "real_model")))
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("getting_started", "budgets", "choosing", "finetuning", "leaderboard", "real_model")),
+)
 MARK = re.compile(r"<!--n:([a-z0-9-]+)-->(.*?)<!--/n-->", re.DOTALL)
 
 MODELS, PRUNERS = ("tiny", "tiny_opt"), ("magnitude", "wanda", "sparsegpt")
@@ -460,6 +463,18 @@ def of_recovery() -> dict[str, str]:
     }
 
 
+def of_finetuning() -> dict[str, str]:
+    """Perplexities before and after training, and what a merge of adapters loses."""
+    lines = lines_of("finetuning.md")
+    plain = row(lines, budget="uniform")
+    kept = ["budget", "zeros", "before", "trained"]
+    return {
+        "finetuning": table(kept, ["---", *["---:"] * 3], [[line[key] for key in kept] for line in lines]),
+        "finetuning_lora": f"from {plain['LoRA']} to {plain['LoRA, merged']}",
+        "finetuning_masked": plain["masked LoRA, merged"],
+    }
+
+
 def of_the_margins() -> dict[str, str]:
     """What is measured of values at the margin; cells and settings of which nothing is are left out."""
     lines = lines_of("margins.md")
@@ -579,16 +594,8 @@ def of_the_families() -> dict[str, str]:
 def numbers() -> dict[str, str]:
     """Every number by its name."""
     parts = [of_the_leaderboard(), of_the_comparisons(), of_the_games(), of_budgets_and_windows(), of_the_estimators()]
-    parts += [
-        of_the_pruners(),
-        of_the_demo(),
-        of_the_paper(),
-        of_the_margins(),
-        of_the_real_model(),
-        of_other_texts(),
-        of_recovery(),
-    ]
-    parts += [of_the_benchmarks(), of_the_families()]
+    parts += [of_the_pruners(), of_the_demo(), of_the_paper(), of_the_margins(), of_the_real_model(), of_other_texts()]
+    parts += [of_recovery(), of_finetuning(), of_the_benchmarks(), of_the_families()]
     out: dict[str, str] = {}
     for part in parts:
         assert not out.keys() & part.keys()

@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     _published_options(commands.add_parser("published", help="a table of the field: ours, published and the difference"))
     _export_options(commands.add_parser("export", help="every metric of every run with its whole configuration"))
+    _recipe_options(commands.add_parser("recipe", help="the budget of a run as a recipe of llm-compressor"))
     _rerun_options(commands.add_parser("rerun", help="repeat a run from its result, and compare the numbers"))
     _wandb_options(commands.add_parser("wandb", help="upload runs that have ended to W&B, each once"))
     _report_options(commands.add_parser("report", help="write one HTML page about the runs that lie in a results folder"))
@@ -242,6 +243,22 @@ def _export(options: Options) -> int:
 
     chosen = [run.row for run in select.choose(select.runs_of(_rows(options.results_dir)), _where(options.where))]
     _write((csv_text if options.format == "csv" else runs.jsonl)(runs.records(chosen)), options.output)
+    return 0
+
+
+def _recipe_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("results_dir")
+    parser.add_argument("id", help="the key of a run, or how it begins")
+    parser.add_argument("--blocks", metavar="TARGET", help="what matches the names of the blocks, as llm-compressor has it")
+    parser.add_argument("--output", type=Path, help="write to a file instead of standard output")
+    parser.set_defaults(run=_recipe)
+
+
+def _recipe(options: Options) -> int:
+    from svnup.reports import recipe, runs
+
+    row = runs.find(_rows(options.results_dir), options.id)
+    _write(recipe.recipe(row, options.blocks or recipe.BLOCKS), options.output)
     return 0
 
 

@@ -366,8 +366,7 @@ class LanguageModel:
 
         Routers and gates of experts are none, and what several blocks share belongs to none of them.
         """
-        found = linears_of(self.blocks[index])
-        return {name: m for name, m in found.items() if f"{index}.{parameter_of(name, m)}" not in self._shared}
+        return _own_linears(self.blocks, index, self._shared)
 
     def linear_parameters(self, index: int) -> dict[str, nn.Parameter]:
         """The parameters of a block that hold the weights of its prunable linear layers, by name in the block."""
@@ -912,6 +911,27 @@ def _shared_by_blocks(blocks: nn.ModuleList) -> frozenset[str]:
             owners.setdefault(id(p), set()).add(index)
             names[f"{index}.{name}"] = id(p)
     return frozenset(name for name, p in names.items() if len(owners[p]) > 1)
+
+
+def _own_linears(blocks: nn.ModuleList, index: int, shared: frozenset[str]) -> dict[str, Linear]:
+    found = linears_of(blocks[index])
+    return {name: m for name, m in found.items() if f"{index}.{parameter_of(name, m)}" not in shared}
+
+
+def prunable_parameters(model: PreTrainedModel, blocks_path: str | None = None) -> dict[str, nn.Parameter]:
+    """The parameters that hold the prunable weights of a model of transformers, by name; the model stays as it is.
+
+    Args and Raises as `LanguageModel`.
+    """
+    path = _find_blocks(model, blocks_path)
+    blocks = model.get_submodule(path)
+    shared = _shared_by_blocks(blocks)
+    names = {
+        f"{path}.{index}.{parameter_of(name, m)}": None
+        for index in range(len(blocks))
+        for name, m in _own_linears(blocks, index, shared).items()
+    }
+    return {name: model.get_parameter(name) for name in names}
 
 
 def _find_blocks(model: PreTrainedModel, path: str | None) -> str:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from svnup.model.checkpoint import pack, read_metadata, read_tensors, save_tensors, unpack
 from svnup.model.language_model import LanguageModel
@@ -33,20 +33,28 @@ def apply_masks(model: nn.Module | LanguageModel, file: str | Path) -> None:
     Raises:
         ValueError: the file has no masks, or those of another model, or the weights are not in memory; the model is unchanged.
     """
+    for parameter, keep in read_masks(model, file).values():
+        parameter.masked_fill_(~keep.to(parameter.device), 0)
+
+
+def read_masks(model: nn.Module | LanguageModel, file: str | Path) -> dict[str, tuple[nn.Parameter, Tensor]]:
+    """The masks of a file, bool in the shapes of their parameters, beside these, by name.
+
+    Args and Raises as `apply_masks`.
+    """
     if isinstance(model, LanguageModel) and model.offloaded:
         raise ValueError("apply_masks: the weights of an offloaded model are not in memory; load it with offload=none")
     module = model.model if isinstance(model, LanguageModel) else model
     metadata = read_metadata(Path(file))
     if "svnup_masks" not in metadata:
         raise ValueError(f"{file}: no masks; give a file that save_masks=true wrote")
-    packed = read_tensors(Path(file))
-    parameters, todo = dict(module.named_parameters()), []
+    packed, parameters = read_tensors(Path(file)), dict(module.named_parameters())
+    out: dict[str, tuple[nn.Parameter, Tensor]] = {}
     for name, shape in json.loads(metadata["svnup_masks"]).items():
         if name not in parameters or list(parameters[name].shape) != shape:
             found = f"of shape {list(parameters[name].shape)}" if name in parameters else "not in it"
             raise ValueError(f"{file}: masks of another model: {name} {shape} is {found}; give the masks of this model")
         if parameters[name].is_meta:
             raise ValueError(f"apply_masks: the weights of {name} are not in memory; load the model without offloading")
-        todo.append((parameters[name], unpack(packed[name], shape)))
-    for parameter, keep in todo:
-        parameter.masked_fill_(~keep.to(parameter.device), 0)
+        out[name] = parameters[name], unpack(packed[name], shape)
+    return out

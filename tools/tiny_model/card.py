@@ -22,7 +22,7 @@ WINDOW, RATIO = 256, 10
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure the numbers of the model card.")
     parser.add_argument("--model", type=Path, default=ASSETS / "tiny", help="model folder (default: the built-in one)")
-    parser.add_argument("--texts", type=Path, default=ASSETS / "text", help="folder of the four texts")
+    parser.add_argument("--texts", type=Path, default=ASSETS / "text", help="folder of the five texts")
     args = parser.parse_args()
     logging.set_verbosity_error()  # a whole text is longer than the model's positions: intended
     logging.disable_progress_bar()

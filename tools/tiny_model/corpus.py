@@ -2,7 +2,7 @@
 
     python corpus.py OUT_DIR [--roles DIR]
 
-writes OUT_DIR/{train,validation,test}.txt and, with --roles, the four texts that svnup ships as DIR/*.txt.gz.
+writes OUT_DIR/{train,validation,test}.txt and, with --roles, the five texts that svnup ships as DIR/*.txt.gz.
 
 Deterministic for given package versions: packages, folders and files in sorted order; a docstring is kept if it has at
 least 120 characters and at least 60 % of its longer lines were not seen before; the split is by the SHA-256 of the
@@ -18,7 +18,7 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -85,7 +85,7 @@ def build() -> dict[str, list[str]]:
 
 
 def roles(texts: dict[str, str]) -> dict[str, str]:
-    """The four shipped texts. Each is cut at the first blank line after its size, so that no paragraph is broken."""
+    """The five shipped texts. Each is cut at the first blank line after its size, so that no paragraph is broken."""
 
     def end(text: str, position: int) -> int:
         found = text.find("\n\n", position)
@@ -93,19 +93,27 @@ def roles(texts: dict[str, str]) -> dict[str, str]:
 
     train, validation = texts["train"], texts["validation"]
     first = end(train, 1_500_000)
-    start = first + len("\n\n")
-    return {
+    second = end(train, first + len("\n\n") + 500_000)
+    third = end(train, second + len("\n\n") + 500_000)
+    others = {
         "calibration": train[:first],
-        "payoff": train[start : end(train, start + 500_000)],
+        "payoff": train[first + len("\n\n") : second],
         "selection": validation[: end(validation, 600_000)],
         "test": texts["test"],
     }
+    return others | {"training": unshared(train[second + len("\n\n") : third], others.values())}
+
+
+def unshared(text: str, others: Iterable[str]) -> str:
+    """A text without its paragraphs of more than 200 characters that another has, too: docstrings share some boilerplate."""
+    known = {paragraph.strip() for other in others for paragraph in other.split("\n\n")}
+    return "\n\n".join(p for p in text.split("\n\n") if len(p.strip()) <= 200 or p.strip() not in known)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the text of the built-in model from docstrings.")
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder for train.txt, validation.txt, test.txt")
-    parser.add_argument("--roles", type=Path, metavar="DIR", help="also write the four shipped texts as .txt.gz here")
+    parser.add_argument("--roles", type=Path, metavar="DIR", help="also write the five shipped texts as .txt.gz here")
     parser.add_argument("--any-version", action="store_true", help="accept other versions: the text will differ")
     args = parser.parse_args()
 
