@@ -1,7 +1,7 @@
 """The processes of one job, as torchrun starts them: each computes a share, and the first one tells and writes.
 
 All of them run the same program on the same job. They meet where work is shared out: to add up statistics (`added`), to hear
-what each has found (`gathered`), or what the first one has decided or made (`from_first`). A job of one process meets nobody,
+what each has found (`gathered`), or what the first one has decided or made (`from_first`). A job of one process meets no other,
 and imports nothing for it.
 
 Torch's own package does it, and torchrun starts the processes: accelerate adds to that what training needs, and nothing here.
