@@ -199,7 +199,12 @@ def test_a_plan_tells_what_is_finished_and_what_is_wrong(own_place):
 
 
 def test_games_that_overlap_are_counted_once():
+    from svnup.machines import Machine
+    from svnup.plan.stages import JobCounts
     from svnup.plan.sweep import _game, _shared
+
+    def evaluations(jobs):
+        return _game(jobs, [JobCounts(job, Machine()) for job in jobs]).counts["evaluations"]
 
     config.register()
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
@@ -215,8 +220,8 @@ def test_games_that_overlap_are_counted_once():
         shards = [job("shapley.window=2", f"shapley.shard={k}/3") for k in range(3)]
         alike = [job("shapley.window=2", f"pruner={name}", "compare_uniform=trial") for name in ("wanda", "magnitude")]
         pruned = [job("shapley.window=2", "shapley.game.absence=prune", f"pruner={name}") for name in ("wanda", "magnitude")]
-    assert _game([exact, one]).counts["evaluations"] == 2**3
-    assert _game(shards).counts["evaluations"] == 6
+    assert evaluations([exact, one]) == 2**3
+    assert evaluations(shards) == 6
     assert _shared(alike[0])["game"] == _shared(alike[1])["game"], "a game without pruned blocks knows no pruner"
     assert _shared(pruned[0])["game"] != _shared(pruned[1])["game"]
     assert _shared(alike[0])["losses"] != _shared(alike[1])["losses"]
