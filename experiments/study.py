@@ -20,13 +20,18 @@ import numpy as np
 from svnup import NUMBERS_VERSION, config
 from svnup.data import Docs, Role
 from svnup.language_model import LanguageModel
+from svnup.model import smollm2
 from svnup.model.loading import read_tokenizer
-from svnup.model.source import BUILT_IN_FOLDER
+from svnup.model.source import BUILT_IN_FOLDER, Pretrained
+from svnup.pruning.sparsegpt import SparseGPT
+from svnup.pruning.walk import Pruner
+from svnup.pruning.wanda import Wanda
 from svnup.reports.grid import Cell, Grid
 from svnup.results.provenance import hardware
 from svnup.types import Floats, Ints
 
 QUICK = Path("results") / "quick"
+PRUNERS: dict[str, Pruner] = {"wanda": Wanda(), "sparsegpt": SparseGPT()}
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -44,6 +49,18 @@ def parse(made: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Nam
     options.output = options.output or (QUICK if options.quick else Path())
     options.cache = options.cache or (options.output / "cache" if options.quick else Path("results") / "cache")
     return options
+
+
+def add_real_model(made: argparse.ArgumentParser) -> None:
+    """Add the options of a study of a real model: its checkpoint, and local copies of data sets."""
+    made.add_argument("--model", metavar="FOLDER", default=smollm2.NAME, help="a checkpoint (what `make smollm2` brings)")
+    made.add_argument("--datasets", metavar="FOLDER", help="local copies of data sets (the hub)")
+
+
+def real_model(options: argparse.Namespace) -> LanguageModel:
+    """The model of these options on the CPU; `options.model_name` is what a table calls it."""
+    options.model_name = Path(options.model).name
+    return Pretrained(pretrained_model_name_or_path=options.model, dtype="float32", device="cpu").load()
 
 
 def built_in(n_blocks: int | None = None) -> LanguageModel:

@@ -20,15 +20,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from experiments.study import Known, built_in, figure, made_by, mean_and_spread, parse, parser, publish, table, text
+from experiments.study import PRUNERS, Known, built_in, figure, made_by, mean_and_spread, parse, parser, publish, table, text
 from svnup.allocation import Budget
 from svnup.allocation.maps import ScoreBudget
 from svnup.data import Role
 from svnup.evaluation import perplexity
 from svnup.game.layer_game import LayerGame, Payoff
-from svnup.pruning.sparsegpt import SparseGPT
-from svnup.pruning.walk import Pruner, pruned_weights, temporarily_pruned
-from svnup.pruning.wanda import Wanda
+from svnup.pruning.walk import pruned_weights, temporarily_pruned
 from svnup.shapley import Estimator
 from svnup.shapley.exact import Exact
 from svnup.shapley.gates import Gates
@@ -41,7 +39,6 @@ Setting = tuple[Absence, Players, str, str]  # the payoff, of PAYOFFS or TRANSFO
 Choice = tuple[Setting | None, Scale]  # None: uniform, whatever the scale
 Losses = dict[tuple[Setting | None, Scale, str, float], list[float]]  # by choice, pruner and sparsity: one per seed
 Tests = dict[Choice, dict[str, list[float]]]  # perplexities by choice and pruner: one per seed
-PRUNERS: dict[str, Pruner] = {"wanda": Wanda(), "sparsegpt": SparseGPT()}
 PLAIN: Setting = ("skip", "block", "neg_nll", "w=5")
 UNIFORM: Choice = (None, "log")
 ESTIMATORS: dict[str, Estimator | Gates] = {

@@ -22,15 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.study import built_in, made_by, parse, parser, publish, spearman, table, text
+from experiments.study import add_real_model, built_in, made_by, parse, parser, publish, real_model, spearman, table, text
 from svnup.allocation import Budget
 from svnup.allocation.margins import marginal_values
 from svnup.data import C4, tokens_sha256
 from svnup.game.walk_plan import WalkPlan
 from svnup.memo import Memo
-from svnup.model import smollm2
 from svnup.model.language_model import LanguageModel, MicroBatch
-from svnup.model.source import Pretrained
 from svnup.pruning.advance import PrunedInAdvance
 from svnup.pruning.wanda import Wanda
 from svnup.scoring import Context
@@ -228,8 +226,7 @@ def report(
 
 def main(argv: list[str] | None = None) -> None:
     made = parser(__doc__)
-    made.add_argument("--model", metavar="FOLDER", default=smollm2.NAME, help="a checkpoint (what `make smollm2` brings)")
-    made.add_argument("--datasets", metavar="FOLDER", help="local copies of data sets (the hub)")
+    add_real_model(made)
     made.add_argument("--sparsity", type=float, default=0.6)
     made.add_argument("--n-seq", type=int, default=4, help="sequences of the selection text")
     made.add_argument("--windows", type=lambda s: [int(w) for w in s.split(",")], default=[1, 3, 5])
@@ -242,8 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         study(lm, text("calibration", 2, 32), text("selection", 2, 32), options)
         return
     options.seq_len, options.n_calibration = 512, 16
-    options.model_name = Path(options.model).name
-    lm = Pretrained(pretrained_model_name_or_path=options.model, dtype="float32", device="cpu").load()
+    lm = real_model(options)
     source = partial(C4, seq_len=options.seq_len, seed=0, datasets_dir=options.datasets)
     calibration = source(n_seq=options.n_calibration, role="calibration").tokens(lm.tokenizer)
     study(lm, calibration, source(n_seq=options.n_seq, role="selection").tokens(lm.tokenizer), options)

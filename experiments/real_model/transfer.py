@@ -11,24 +11,20 @@ from __future__ import annotations
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from experiments.study import Known, built_in, made_by, parse, parser, publish, table, text
+from experiments.study import PRUNERS, Known, add_real_model, built_in, made_by, parse, parser, publish, real_model, table, text
 from svnup.allocation import Budget
 from svnup.data import C4, Role, TokenSource, WikiText2, tokens_sha256
-from svnup.model import smollm2
 from svnup.model.language_model import LanguageModel
-from svnup.model.source import Pretrained
 from svnup.naming import allocator_name, identity, pruner_name
-from svnup.pruning.sparsegpt import SparseGPT
 from svnup.pruning.walk import Pruner, temporarily_pruned
-from svnup.pruning.wanda import Wanda
 from svnup.results.store import load
-from svnup.types import Floats, Ints
+from svnup.types import Floats, Ints, SparsityProfile
 
-PRUNERS: dict[str, Pruner] = {"wanda": Wanda(), "sparsegpt": SparseGPT()}
 CELLS = ["wanda:0.6", "sparsegpt:0.6", "wanda:0.7", "sparsegpt:0.7"]
 MARGINS, INFLUENCE = "shapleymargins", "blockinfluence"
 TEXTS = ("C4", "WikiText-2")
@@ -63,8 +59,14 @@ def budgets_of(runs: Path, cell: str) -> dict[str, Floats] | None:
     return mixes(found[MARGINS], found[INFLUENCE]) if {MARGINS, INFLUENCE} <= found.keys() else None
 
 
+def losses(lm: LanguageModel, profile: SparsityProfile, pruner: Pruner, texts: dict[str, Ints]) -> dict[str, float]:
+    """The losses of a profile on both texts, in nats per token, by a real pruning."""
+    with temporarily_pruned(lm, profile, pruner, texts["calibration"]):
+        return {text: float(lm.nll(texts[text]).mean()) for text in TEXTS}
+
+
 def study(lm: LanguageModel, texts: dict[str, Ints], cells: dict[str, dict[str, Floats]], options: argparse.Namespace) -> None:
-    known = Known(options.cache, "transfer")
+    known, fingerprint = Known(options.cache, "transfer"), lm.fingerprint()
     read = {name: tokens_sha256(tokens) for name, tokens in texts.items()}
     rows: list[list[str]] = []
     for cell, profiles in cells.items():
@@ -73,12 +75,8 @@ def study(lm: LanguageModel, texts: dict[str, Ints], cells: dict[str, dict[str, 
         first: dict[str, float] = {}
         for name, wish in profiles.items():
             profile = budget.project(wish, budget.bounds(None, None))
-
-            def losses() -> dict[str, float]:
-                with temporarily_pruned(lm, profile, pruner, texts["calibration"]):  # noqa: B023 - called at once
-                    return {text: float(lm.nll(texts[text]).mean()) for text in TEXTS}
-
-            lost = known.measured([lm.fingerprint(), identity(pruner), read, profile.sparsity.tolist()], losses)
+            what = [fingerprint, identity(pruner), read, profile.sparsity.tolist()]
+            lost = known.measured(what, partial(losses, lm, profile, pruner, texts))
             first = first or lost
             changes = [f"{100 * math.expm1(lost[text] - first[text]):+.1f} %" if lost is not first else "-" for text in TEXTS]
             shown = [f"{math.exp(lost[text]):.2f}" for text in TEXTS]
@@ -101,8 +99,7 @@ def report(options: argparse.Namespace, texts: dict[str, Ints], rows: list[list[
 
 def main(argv: list[str] | None = None) -> None:
     made = parser(__doc__)
-    made.add_argument("--model", metavar="FOLDER", default=smollm2.NAME, help="a checkpoint (what `make smollm2` brings)")
-    made.add_argument("--datasets", metavar="FOLDER", help="local copies of data sets (the hub)")
+    add_real_model(made)
     made.add_argument("--runs", type=Path, metavar="DIR", default=Path("results/smollm2"), help="of make table NAME=smollm2")
     made.add_argument("--cells", type=lambda cells: cells.split(","), default=CELLS, help=f"of {','.join(CELLS)}")
     options = parse(made, argv)
@@ -115,8 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         cells = {cell: profiles for cell, profiles in found.items() if profiles is not None}
         if not cells:
             made.error(f"--runs {options.runs}: no finished runs of both budgets; make table NAME=smollm2 first")
-        lm = Pretrained(pretrained_model_name_or_path=options.model, dtype="float32", device="cpu").load()
-        options.model_name, of_texts = Path(options.model).name, {"seq_len": 512, "seed": 0, "datasets_dir": options.datasets}
+        lm = real_model(options)
+        of_texts = {"seq_len": 512, "seed": 0, "datasets_dir": options.datasets}
         sources: dict[str, TokenSource] = {
             "calibration": C4(n_seq=16, role="calibration", **of_texts),
             "C4": C4(n_seq=40, role="selection", **of_texts),

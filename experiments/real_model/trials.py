@@ -11,29 +11,34 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from experiments.study import built_in, made_by, parse, parser, publish, spearman, table, text
+from experiments.study import (
+    PRUNERS,
+    add_real_model,
+    built_in,
+    made_by,
+    parse,
+    parser,
+    publish,
+    real_model,
+    spearman,
+    table,
+    text,
+)
 from svnup.allocation import Budget
 from svnup.allocation.maps import ScoreBudget
 from svnup.allocation.rounds import ShapleyMargins
 from svnup.allocation.splits import UniformSplit
 from svnup.allocation.trial import Trial
 from svnup.data import C4, Role, TokenSource
-from svnup.model import smollm2
 from svnup.model.language_model import LanguageModel
-from svnup.model.source import Pretrained
-from svnup.pruning.sparsegpt import SparseGPT
-from svnup.pruning.walk import Pruner
-from svnup.pruning.wanda import Wanda
 from svnup.scoring import Context
 from svnup.scoring.published import BlockInfluence
 from svnup.types import Ints, SparsityProfile
 
-PRUNERS: dict[str, Pruner] = {"wanda": Wanda(), "sparsegpt": SparseGPT()}
 ROLES: tuple[Role, ...] = ("calibration", "payoff", "selection")
 
 
@@ -111,8 +116,7 @@ def report(options: argparse.Namespace, rows: list[tuple[str, str, float, float]
 
 def main(argv: list[str] | None = None) -> None:
     made = parser(__doc__)
-    made.add_argument("--model", metavar="FOLDER", default=smollm2.NAME, help="a checkpoint (what `make smollm2` brings)")
-    made.add_argument("--datasets", metavar="FOLDER", help="local copies of data sets (the hub)")
+    add_real_model(made)
     made.add_argument("--sparsity", type=float, default=0.6)
     made.add_argument("--pruners", type=lambda names: names.split(","), default=list(PRUNERS))
     options = parse(made, argv)
@@ -121,9 +125,9 @@ def main(argv: list[str] | None = None) -> None:
         options.n_round, lm = 1, built_in(4)
         texts = {role: text(role, 2, 32) for role in ROLES}
     else:
-        options.model_name, options.seq_len, options.n_calibration, options.n_selection = Path(options.model).name, 512, 16, 16
+        options.seq_len, options.n_calibration, options.n_selection = 512, 16, 16
         options.n_round = 8
-        lm = Pretrained(pretrained_model_name_or_path=options.model, dtype="float32", device="cpu").load()
+        lm = real_model(options)
         source = {role: C4(seq_len=512, seed=0, n_seq=16, role=role, datasets_dir=options.datasets) for role in ROLES}
         texts = {role: one.tokens(lm.tokenizer) for role, one in source.items()}
     study(lm, texts, options)

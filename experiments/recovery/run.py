@@ -16,16 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments.study import Known, built_in, made_by, parse, parser, publish, table, text
+from experiments.study import PRUNERS, Known, built_in, made_by, parse, parser, publish, table, text
 from svnup.allocation import Budget
 from svnup.allocation.maps import ScoreBudget
 from svnup.evaluation import perplexity
 from svnup.game import LayerGame
 from svnup.pruning import prune_model
 from svnup.pruning.reconstruct import Reconstruct
-from svnup.pruning.sparsegpt import SparseGPT
 from svnup.pruning.walk import Pruner
-from svnup.pruning.wanda import Wanda
 from svnup.shapley.sliding_window import SlidingWindow
 from svnup.types import ShapleyValues, SparsityProfile
 
@@ -45,7 +43,6 @@ class Sizes:
 
 QUICK = Sizes(n_blocks=3, sparsities=(0.6,), n_payoff=2, n_calibration=2, n_test=2, seq_len=32, window=2)
 RATE = 3e-3  # of 3e-4, 1e-3 and 3e-3 the best with Wanda at 70 %, uniform, on 32 sequences of the selection text
-PRUNERS: dict[str, Pruner] = {"wanda": Wanda(), "sparsegpt": SparseGPT()}
 
 
 class Bench:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from experiments.study import add_real_model
 from svnup.data import WikiText2
 from svnup.model import smollm2
 from svnup.model.loading import read_tokenizer
@@ -22,8 +23,7 @@ PARTS = {"payoff.txt": slice(0, 12), "selection.txt": slice(12, 32)}  # of the w
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="the folder of the two files")
-    parser.add_argument("--datasets", metavar="FOLDER", help="local copies of data sets (the hub)")
-    parser.add_argument("--model", metavar="FOLDER", default=smollm2.NAME, help="a checkpoint (what `make smollm2` brings)")
+    add_real_model(parser)
     options = parser.parse_args(argv)
     tokenizer = read_tokenizer(str(smollm2.checkpoint_folder() if options.model == smollm2.NAME else options.model))
     tokens = WikiText2(n_seq=32, seq_len=512, role="test", datasets_dir=options.datasets).tokens(tokenizer)

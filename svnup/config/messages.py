@@ -29,9 +29,10 @@ LAUNCHERS = {  # of Hydra: what brings them
 
 def check_choices(overrides: list[str]) -> None:
     """Raise ValueError for an override that gives a group anything but names of its options, which Hydra takes for granted."""
+    parser = OverridesParser.create()
     for text in overrides:
         try:
-            (override,) = OverridesParser.create().parse_overrides([text])
+            (override,) = parser.parse_overrides([text])
         except OverrideParseException:  # which Hydra tells
             continue
         if not (CONF / str(override.key_or_group)).is_dir():

@@ -143,9 +143,7 @@ def solve_rows(h: Tensor, chosen: Tensor, right: Tensor) -> Tensor:
         rows = order[start : start + max(1, CHUNK // most**2)]
         start += len(rows)
         inputs = chosen_first[rows, :most]
-        beyond = (
-            torch.arange(most, device=x.device) >= n_chosen[rows, None]
-        )  # smaller systems are padded with a diagonal of ones
+        beyond = torch.arange(most, device=x.device) >= n_chosen[rows, None]  # where smaller systems are padded, by ones
         system = h[inputs[:, :, None], inputs[:, None, :]].masked_fill_(beyond[:, :, None] | beyond[:, None, :], 0)
         system.diagonal(dim1=1, dim2=2).masked_fill_(beyond, 1)
         lower, failed = torch.linalg.cholesky_ex(system)

@@ -139,17 +139,8 @@ def _inverse_factor(h: Tensor, u: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class SparseGPT:
-    """Prune column by column and let the kept weights to the right compensate each error.
-
-    H = X^T X / n_tokens + damp * mean(diag) I, and U is the upper Cholesky factor of H^-1. In each block of `block_size`
-    columns the weights with the smallest W^2 / diag(U)^2 are zeroed; for N:M in each group of M columns, by the weights at its
-    turn. Weights of dead inputs are zeroed first. If the factorisation fails, damping grows tenfold, at most 4 times; then
-    ValueError has the range of the diagonal. All is float32.
-
-    Source: Frantar and Alistarh 2023 (arXiv 2301.00774), algorithm 1. Our zero counts are exact; the released code prunes one
-    weight more per block of columns and zeroes all weights of dead inputs even beyond the budget.
-    """
+class ColumnBlocks:
+    """A pruner that goes from left to right through blocks of `block_size` columns, with a Hessian; subclasses say how."""
 
     pattern: str = "unstructured"
     damp: float = 0.01
@@ -170,16 +161,45 @@ class SparseGPT:
     def observe(self, stats: Hessian, x: Tensor) -> None:
         stats.add(x)
 
-    def workspace(self, d_out: int, d_in: int) -> int:
-        """Bytes that `prune` takes for one matrix, as measured."""
-        return 4 * (5 * d_out * d_in + 6 * d_in**2)
-
     def prune(self, weight: Tensor, stats: Hessian, sparsity: float) -> Tensor:
         steps = Pattern.parse(self.pattern).steps(sparsity)
         if steps:
             check_groups(*steps, weight.shape[1])
         if sparsity == 0 or (steps and steps.zeros == 0):
             return weight
+        return self._pruned(weight, stats, sparsity)
+
+    def _pruned(self, weight: Tensor, stats: Hessian, sparsity: float) -> Tensor:
+        """The pruned matrix where there is something to prune, as `prune`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _lowest(scores: Tensor, sparsity: float, start: int) -> Tensor:
+        """The smallest scores of a block of columns that begins with column `start`, bool (rows, columns); of equal ones the
+        first. They are as many as the rounding rule leaves for it, after the columns before."""
+        rows, columns = scores.shape
+        count = n_zeros(sparsity, rows * (start + columns)) - n_zeros(sparsity, rows * start)
+        return lowest_counts(scores.reshape(1, -1), torch.tensor([count])).reshape(scores.shape)
+
+
+@dataclass(frozen=True)
+class SparseGPT(ColumnBlocks):
+    """Prune column by column and let the kept weights to the right compensate each error.
+
+    H = X^T X / n_tokens + damp * mean(diag) I, and U is the upper Cholesky factor of H^-1. In each block of `block_size`
+    columns the weights with the smallest W^2 / diag(U)^2 are zeroed; for N:M in each group of M columns, by the weights at its
+    turn. Weights of dead inputs are zeroed first. If the factorisation fails, damping grows tenfold, at most 4 times; then
+    ValueError has the range of the diagonal. All is float32.
+
+    Source: Frantar and Alistarh 2023 (arXiv 2301.00774), algorithm 1. Our zero counts are exact; the released code prunes one
+    weight more per block of columns and zeroes all weights of dead inputs even beyond the budget.
+    """
+
+    def workspace(self, d_out: int, d_in: int) -> int:
+        """Bytes that `prune` takes for one matrix, as measured."""
+        return 4 * (5 * d_out * d_in + 6 * d_in**2)
+
+    def _pruned(self, weight: Tensor, stats: Hessian, sparsity: float) -> Tensor:
         _, u, dead = stats.damped(self.damp, cholesky_of_inverse)
         return self.prune_with_factor(weight, u, dead, sparsity)
 
@@ -194,15 +214,13 @@ class SparseGPT:
         """
         steps = Pattern.parse(self.pattern).steps(sparsity)
         w = weight.float().T.clone(memory_format=torch.contiguous_format).T  # columns contiguous in memory
-        rows, columns = w.shape
+        columns = w.shape[1]
         for start in range(0, columns, self.block_size):
             end = min(start + self.block_size, columns)
             block, factor, mask = w[:, start:end], u[start:end, start:end], None
             scale = factor.diagonal().masked_fill(dead[start:end], torch.inf)  # zeroes weights of dead inputs first
             if steps is None:
-                count = n_zeros(sparsity, rows * end) - n_zeros(sparsity, rows * start)
-                scores = (block / scale).square().reshape(1, -1)
-                mask = lowest_counts(scores, torch.tensor([count])).reshape(block.shape)
+                mask = self._lowest((block / scale).square(), sparsity, start)
             block[:], errors = prune_columns(block, factor, mask, steps, scale)
             w[:, end:].addmm_(errors, u[start:end, end:], alpha=-1)
         return w.to(weight.dtype).contiguous()
