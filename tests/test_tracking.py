@@ -39,6 +39,7 @@ def a_place(folder: Path) -> Iterator[pytest.MonkeyPatch]:
         for name in [n for n in os.environ if n.startswith("WANDB_")]:
             patch.delenv(name)
         patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_ERROR_REPORTING", "false")
         for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
             patch.setenv(name, str(folder / "home"))
         yield patch
@@ -556,7 +557,7 @@ def test_names_tell_options_and_seeds_apart_and_runs_of_one_job_share_a_group():
 def test_after_a_signal_what_was_logged_can_be_read(tmp_path, number):
     """To the whole group, as a batch system sends it."""
     small = [a for a in cli.SMALL if not a.startswith("model.num_hidden_layers")]
-    options = [*small, "model.num_hidden_layers=12", "shapley=exact", "tracker=wandb", *cli.HERE]
+    options = [*small, "model.num_hidden_layers=16", "shapley=exact", "tracker=wandb", *cli.HERE]
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     home = {f"WANDB_{k}_DIR": str(tmp_path / "home") for k in ("CONFIG", "CACHE", "DATA", "ARTIFACT")}
     env = kept | home | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
