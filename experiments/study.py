@@ -55,12 +55,13 @@ def add_real_model(made: argparse.ArgumentParser) -> None:
     """Add the options of a study of a real model: its checkpoint, and local copies of data sets."""
     made.add_argument("--model", metavar="FOLDER", default=smollm2.NAME, help="a checkpoint (what `make smollm2` brings)")
     made.add_argument("--datasets", metavar="FOLDER", help="local copies of data sets (the hub)")
+    made.add_argument("--device", default="cpu", help="such as cuda")
 
 
 def real_model(options: argparse.Namespace) -> LanguageModel:
-    """The model of these options on the CPU; `options.model_name` is what a table calls it."""
+    """The model of these options in float32; `options.model_name` is what a table calls it."""
     options.model_name = Path(options.model).name
-    return Pretrained(pretrained_model_name_or_path=options.model, dtype="float32", device="cpu").load()
+    return Pretrained(pretrained_model_name_or_path=options.model, dtype="float32", device=options.device).load()
 
 
 def built_in(n_blocks: int | None = None) -> LanguageModel:

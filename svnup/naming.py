@@ -170,7 +170,7 @@ def allocator_name(node: dict[str, Any]) -> str:
     It ends in `sublayers`, `experts` or `linears` if these have budgets of their own.
     """
     scorer, own = node.get("scorer"), method_name(node)
-    name = method_name(scorer) if scorer else own
+    name = method_name(scorer) if scorer and own != "marginsandinfluence" else own
     if scorer and "game" in scorer:
         control = "reversed" if node.get("reverse") else "random" if node.get("shuffle") is not None else "shapley"
         name = own if own.startswith("shapley") else control

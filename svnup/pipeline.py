@@ -70,7 +70,8 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     budget, trial = job.budget(lm), trial_of(job, lm, tokens)
     if job.not_compared is not None:
         logger.warning("%s; the budget is not compared with the uniform one", job.not_compared)
-    profile = job.allocator.allocate(budget, scores.per_unit(budget.n_units) if scores is not None else None, trial)
+    blocks = [index for index, _ in lm.budget_units(lm.granularity_of(budget.params))]
+    profile = job.allocator.allocate(budget, scores.per_unit(budget.n_units, blocks) if scores is not None else None, trial)
     profile = job.split.divide(lm, profile, job.pruner, tokens)
     ended("allocation", lm.device)
     report = prune_model(lm, profile, job.pruner, tokens, job.recovery)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -70,12 +71,19 @@ class BlockScores:
         if self.higher_is not in ("denser", "sparser"):
             raise ValueError(f"higher_is={self.higher_is!r}: choose 'denser' or 'sparser'")
 
-    def per_unit(self, n_units: int) -> BlockScores:
-        """The same scores summed over the players of each part with one budget: of a block, where its attention and its MLP
-        are players apart."""
+    def per_unit(self, n_units: int, blocks: Sequence[int] | None = None) -> BlockScores:
+        """The same scores for each part with one budget.
+
+        Those of several players of a part are summed, as of attention and MLP where blocks have budgets; parts that are finer
+        than the players get that of their block, whose index `blocks` (n_units,) has.
+        """
         if len(self.values) == n_units:
             return self
-        return BlockScores(self.values.reshape(n_units, -1).sum(axis=1), self.method, self.higher_is, self.cost)
+        if n_units > len(self.values) and blocks is not None:
+            values = self.values[list(blocks)]
+        else:
+            values = self.values.reshape(n_units, -1).sum(axis=1)
+        return BlockScores(values, self.method, self.higher_is, self.cost)
 
     def to_dict(self) -> dict[str, Any]:
         """As nested JSON values: the fields of `cost` stand beside the others."""

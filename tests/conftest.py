@@ -10,7 +10,7 @@ from collections import Counter
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-os.environ["WANDB_ERROR_REPORTING"] = "false"  # a disabled run still reports to its makers, from a thread that outlives the test
+os.environ["WANDB_ERROR_REPORTING"] = "false"  # from a thread that outlives the test, of disabled runs, too
 
 import models
 import numpy as np

@@ -14,8 +14,9 @@ from games import Given
 from test_search import C, Toy
 
 from svnup.allocation import Budget
+from svnup.allocation.maps import ScoreBudget
 from svnup.allocation.margins import marginal_values
-from svnup.allocation.rounds import ShapleyMargins
+from svnup.allocation.rounds import MarginsAndInfluence, ShapleyMargins
 from svnup.allocation.splits import UniformSplit
 from svnup.allocation.trial import Trial
 from svnup.game import LayerGame
@@ -27,7 +28,7 @@ from svnup.pruning.wanda import Wanda
 from svnup.reports.tables import describe
 from svnup.results.row import ResultRow
 from svnup.shapley import all_coalitions, exact_values
-from svnup.types import SparsityProfile
+from svnup.types import BlockScores, SparsityProfile
 
 
 def profile_of(lm, *sparsity, granularity="block"):
@@ -156,11 +157,12 @@ def test_a_value_is_the_derivative_by_the_degree_of_presence(random_model, token
 # -- budgets
 
 
-def test_rounds_reach_the_budget_at_which_another_weight_costs_the_same_everywhere():
-    class Smooth(Toy):
-        def marginal_values(self, denser, sparser, first, n_seq, nodes=1):
-            return self.shapley_values(denser, sparser)
+class Smooth(Toy):
+    def marginal_values(self, denser, sparser, first, n_seq, nodes=1):
+        return self.shapley_values(denser, sparser)
 
+
+def test_rounds_reach_the_budget_at_which_another_weight_costs_the_same_everywhere():
     a, params = np.array([8.0, 1.0, 2.0, 0.5]), np.array([10, 10, 20, 10])
     trial = Smooth(a)
     margins = ShapleyMargins(data=None, rounds=40, lower=0.0, upper=1.0, step=0.1)
@@ -193,6 +195,34 @@ def test_where_no_round_is_better_the_uniform_profile_stays():
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ShapleyMargins(data=None, **options)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_block_influence(share):
+    """Between the profiles of the two, with finer parts as their block."""
+    sensitivity, budget = [8.0, 1.0, 2.0, 0.5, 1.0, 4.0], Budget(np.array([10, 20] * 3), 0.6)
+    scores = BlockScores(np.array([0.3, 0.1, 0.2]), "BlockInfluence")
+    margins = ShapleyMargins(data=None, rounds=3).allocate(budget, trial=Smooth(sensitivity)).sparsity
+    of_blocks = ScoreBudget().allocate(Budget(np.array([30] * 3), 0.6), scores).sparsity
+    assert np.ptp(margins) > 0
+    allocator, of_parts = MarginsAndInfluence(data=None, rounds=3, influence=share), scores.per_unit(6, [0, 0, 1, 1, 2, 2])
+    mixed = allocator.allocate(budget, of_parts, Smooth(sensitivity)).sparsity
+    np.testing.assert_allclose(mixed, (1 - share) * margins + share * of_blocks.repeat(2), atol=1e-9)
+    with pytest.raises(ValueError, match=r"influence=1\.5"):
+        MarginsAndInfluence(data=None, influence=1.5)
+
+
+@pytest.mark.parametrize("granularity", ["block", pytest.param("linear", marks=pytest.mark.slow)])
+def test_a_job_of_margins_and_influence(svnup, granularity):
+    options = ["allocator.rounds=2", "allocator.n_seq=2", "allocator.trial_n_seq=2", f"allocator.granularity={granularity}"]
+    code, _, err = svnup("allocator=margins_and_influence", *options)
+    assert code == 0, err
+    row = last_row()
+    assert row["scores"]["method"] == "BlockInfluence"
+    assert [c["label"] for c in row["tuning"]["curve"]][-1].endswith(" and influence")
+    name = describe(ResultRow.from_json(json.dumps(row)))["allocator"]
+    assert name.startswith("marginsandinfluence" + ("linears (" if granularity == "linear" else " ("))
+    assert "influence=0.5" in name
 
 
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("sublayer", "linear")]

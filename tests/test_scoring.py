@@ -310,7 +310,7 @@ def rows():
 
 
 WITHOUT_SCORES = {"uniform", "atp", "search", "curves", "shapley_margins", "neuronal"}
-READ_INPUTS = {"owl", "owl_nm", "dlp", "lsa", "block_influence"}
+READ_INPUTS = {"owl", "owl_nm", "dlp", "lsa", "block_influence", "margins_and_influence"}
 SHAPLEY = {"shapley", "shapley_rounds", "shapley_sublayers", "leave_one_out", "random", "reversed"}
 
 

@@ -501,8 +501,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=SHAPES, default="real", help="of models: real, or tiny")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmarks", metavar="DIR")
     parser.add_argument("--seconds", type=float, default=LIMIT, help="of the whole script")
+    parser.add_argument("--parts", type=lambda names: names.split(","), default=list(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # of a process that main started
-    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--run", help="a name; what another call of that name has measured stands on the same page")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     run = options.run or datetime.now(UTC).isoformat(timespec="microseconds")
@@ -511,7 +512,10 @@ def main(argv: list[str] | None = None) -> int:
         {"machine": machine, "tests": tests, "kernel": kernel, "rates": rates}.get(options.part, model)(results, options)
         return 0
     end = time.time() + options.seconds - CLOSING
-    for part, limit in PARTS.items():
+    for part in options.parts:
+        limit = PARTS.get(part)
+        if limit is None:
+            parser.error(f"--parts {part}: choose among {', '.join(PARTS)}")
         until = min(end, time.time() + limit)
         if until <= time.time():
             results.add(part, "skipped", why="no time is left")

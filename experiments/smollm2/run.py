@@ -32,6 +32,8 @@ BUDGETS: dict[str, Sweep] = {  # what `--best` may name, besides allocators
     "shapley_margins": [f"{ALLOCATOR}=shapley_margins"],
     "shapley_margins_sublayers": [f"{ALLOCATOR}=shapley_margins", "allocator.granularity=sublayer"],
     "shapley_margins_linears": [f"{ALLOCATOR}=shapley_margins", "allocator.granularity=linear"],
+    "margins_and_influence": [f"{ALLOCATOR}=margins_and_influence"],
+    "margins_and_influence_linears": [f"{ALLOCATOR}=margins_and_influence", "allocator.granularity=linear"],
 }
 KNOBS = {"owl": "lam", "alpha_pruning": "epsilon", "dlp": "lam", "atp": "beta", "block_influence": "lam", "shapley": "lam"}
 

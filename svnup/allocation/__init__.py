@@ -58,6 +58,7 @@ class Needs:
     """What an allocator asks of a job beside the budget."""
 
     scores: bool = False
+    as_fine: bool = True  # budgets finer than blocks need scores as fine; else parts share the score of their block
     selection: bool = False  # text to try profiles on, and the model in memory: it is a `Chooser`
     once: bool = False  # it asks for losses together, once, by weights pruned in advance
     calibration: int = 0  # sequences of the pruner's text to try profiles on, and the model in memory: it is a `Chooser`, too

@@ -135,7 +135,12 @@ class ShapleyMargins:
 
     def allocate(self, budget: Budget, scores: BlockScores | None = None, trial: Trial | None = None) -> SparsityProfile:
         assert trial is not None
-        profile = uniform = budget.uniform()
+        uniform = ("uniform", budget.uniform())
+        return best_of([uniform, self._best_round(budget, trial) or uniform], trial)[1]
+
+    def _best_round(self, budget: Budget, trial: Trial) -> tuple[str, SparsityProfile] | None:
+        """The profile of the round with the least loss by trial, and its label; None where more weights help no part."""
+        profile = budget.uniform()
         params, bounds = budget.params, budget.bounds(self.lower, self.upper)
         tried = []
         for number in range(self.rounds):
@@ -150,8 +155,39 @@ class ShapleyMargins:
             profile = budget.project(profile.sparsity - self.step * np.clip(z, -2, 2), bounds)
             label = f"round {number + 1}"
             tried.append((trial.loss(profile, label, self.trial_n_seq, in_advance=True), label, profile))
-        best = min(tried, key=lambda one: one[0])[1:] if tried else ("uniform", uniform)
-        return best_of([("uniform", uniform), best], trial)[1]
+        return min(tried, key=lambda one: one[0])[1:] if tried else None
+
+
+@dataclass(frozen=True)
+class MarginsAndInfluence(ShapleyMargins):
+    """Budgets between those of values at the margin and of block influence: `influence` is the share of the latter.
+
+    The best profile of the rounds of `ShapleyMargins` and that of `ScoreBudget` by the scores, with its usual scale and
+    amplitude, are averaged; then as there, it and the uniform one are pruned for real, and the better is taken. Values at the
+    margin are measured on little text of one kind, scores of the dense model by its activations: neither sees what the other
+    does, and a mean of both is less of either's accidents. Scores are of blocks; finer parts share those of their block.
+
+    Source: our choice; block influence is that of ShortGPT, arXiv 2403.03853.
+    """
+
+    influence: float = 0.5
+    needs: ClassVar[Needs] = Needs(scores=True, as_fine=False, selection=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.influence <= 1:
+            raise ValueError(f"influence={self.influence}: a share of the budget; choose 0 to 1, such as 0.5")
+
+    def allocate(self, budget: Budget, scores: BlockScores | None = None, trial: Trial | None = None) -> SparsityProfile:
+        assert trial is not None
+        tried = [("uniform", budget.uniform())]
+        influence = ScoreBudget(lower=self.lower, upper=self.upper).allocate(budget, scores)
+        if (best := self._best_round(budget, trial)) is not None:
+            label, margins = best
+            mixed = (1 - self.influence) * margins.sparsity + self.influence * influence.sparsity
+            profile = budget.project(mixed, budget.bounds(self.lower, self.upper))
+            tried.append((f"{label} and influence", profile))
+        return best_of(tried, trial)[1]
 
 
 def _refuse_steps(budget: Budget) -> None:

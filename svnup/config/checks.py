@@ -150,7 +150,8 @@ def check_components(config: dict[str, Any], components: Components) -> None:
 def _check_finer(config: dict[str, Any], components: Components) -> None:
     """Refuse budgets finer than blocks without their scores, or divided as those of blocks."""
     granularity = config["allocator"]["granularity"]
-    if components.scorer is not None and getattr(components.scorer, "granularity", "block") != granularity:
+    of_parts = getattr(components.scorer, "granularity", "block") == granularity or not components.allocator.needs.as_fine
+    if components.scorer is not None and not of_parts:
         of_game = components.shapley is not None
         what = "shapley.game.players=sublayer" if of_game else "allocator=shapley shapley.game.players=sublayer"
         raise ValueError(
