@@ -154,6 +154,20 @@ def test_a_value_is_the_derivative_by_the_degree_of_presence(random_model, token
             assert values[layer] == pytest.approx(-slope, rel=0.05, abs=2e-5), layer
 
 
+@pytest.mark.parametrize("pruner", [Wanda(), SparseGPT(block_size=16)])
+def test_behind_a_profile_a_trial_of_it_is_a_real_pruning(random_model, tokens, tmp_path, pruner):
+    lm = random_model(louder=3.0)
+    trial = held_out(lm, pruner, tokens, tmp_path)
+    profile, other = profile_of(lm, 0.3, 0.6, 0.5, 0.4), profile_of(lm, 0.6, 0.3, 0.4, 0.5)
+    by_the_dense = trial.losses([("", profile), ("", other)], in_advance=True)
+    values = trial.marginal_values(other, profile, 0, 2)
+    trial.calibrate_behind(profile)
+    assert trial.loss(profile, in_advance=True) == pytest.approx(trial.loss(profile), abs=1e-6)
+    assert abs(by_the_dense[0] - trial.loss(profile)) > 1e-4
+    assert not np.array_equal(trial.marginal_values(other, profile, 0, 2), values), "what was kept is told apart"
+    assert held_out(lm, pruner, tokens, tmp_path).losses([("", profile), ("", other)], in_advance=True) == by_the_dense
+
+
 # -- budgets
 
 
@@ -226,6 +240,13 @@ def test_a_job_of_margins_and_influence(svnup, granularity):
 
 
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("sublayer", "linear")]
+
+
+def test_a_job_that_takes_its_statistics_anew(svnup):
+    few = ["allocator.rounds=2", "allocator.n_seq=2", "allocator.trial_n_seq=2", "allocator.refresh=true"]
+    code, _, err = svnup("allocator=shapley_margins", *few)
+    assert code == 0, err
+    assert "refresh" in describe(ResultRow.from_json(json.dumps(last_row())))["allocator"]
 
 
 @pytest.mark.parametrize("granularity", ["block", *OTHERS])

@@ -315,6 +315,7 @@ def rates(results: Results, options: argparse.Namespace) -> None:
     from svnup.machines import Meter
 
     device, side = torch.device(options.device), 8192 if options.shape == "real" else 256
+    torch.zeros(1, device=device)  # starts the device
     with torch.inference_mode():
         for dtype in ("bfloat16", "float16", "float32"):
             with results.stage(f"products of {dtype}") as found:  # as a plan measures them

@@ -34,6 +34,9 @@ class Trial(Protocol):
         says so by `keep` False: of the statistics by which weights are pruned in advance, those of one block are then held."""
         return [self.loss(profile, label, n_seq, in_advance) for label, profile in tried]
 
+    def calibrate_behind(self, profile: SparsityProfile) -> None:
+        """From now on prune in advance by statistics taken behind blocks that are pruned by a profile, not in the dense model."""
+
     def took(self, label: str) -> None:
         """Put on record which of the labelled profiles was taken."""
 

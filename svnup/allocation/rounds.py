@@ -94,7 +94,8 @@ class ShapleyMargins:
     sequences, whatever the number of parts; each round reads the next sequences. Then s_l moves by `step` times the log of the
     value per weight that differs, centred, within 2 `step`; a value near 0 or below counts as 2 % of the median. A trial on
     `trial_n_seq` selection sequences follows; the profile with the least, and the uniform one, are pruned for real and measured
-    on the whole selection text, and the better is taken.
+    on the whole selection text, and the better is taken. With `refresh` the statistics by which weights are pruned in advance
+    are taken anew in each round, behind blocks that are pruned by its profile, and not once, in the dense model.
 
     `data` is the payoff text. Source: our choice. The value is that of Aumann and Shapley (1974) for a game with degrees of
     presence, the condition that of Lagrange for the least loss under a budget; weights in advance as in EvoPress (arXiv
@@ -108,6 +109,7 @@ class ShapleyMargins:
     nodes: int = 1
     n_seq: int = 8
     trial_n_seq: int | None = 16
+    refresh: bool = False
     lower: float | None = None
     upper: float | None = None
     granularity: Granularity = "block"
@@ -144,6 +146,8 @@ class ShapleyMargins:
         params, bounds = budget.params, budget.bounds(self.lower, self.upper)
         tried = []
         for number in range(self.rounds):
+            if self.refresh:
+                trial.calibrate_behind(profile)
             denser, sparser = (_shifted(profile, by) for by in (-self.delta, self.delta))
             values = trial.marginal_values(denser, sparser, number * self.n_seq, self.n_seq, self.nodes)
             values /= params * (sparser.sparsity - denser.sparsity)

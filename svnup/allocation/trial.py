@@ -92,6 +92,7 @@ class Trial:
         self._n_calibration, self._n_selection = 0, 0.0  # block-forwards
         self._n_payoff = 0  # sequences through a backward pass
         self._taken: str | None = None
+        self._behind: SparsityProfile | None = None
 
     @cached_property
     def _tokens(self) -> Ints:
@@ -109,7 +110,17 @@ class Trial:
 
     @cached_property
     def _in_advance(self) -> PrunedInAdvance:
-        return PrunedInAdvance(self._lm, self._pruner, self._calibration)
+        return PrunedInAdvance(self._lm, self._pruner, self._calibration, behind=self._behind)
+
+    def calibrate_behind(self, profile: SparsityProfile) -> None:
+        """From now on take the statistics of what is pruned in advance behind blocks that are pruned by a profile."""
+        self._behind = self._divide(profile)
+        self.__dict__.pop("_in_advance", None)
+
+    @property
+    def _statistics(self) -> dict[str, Any]:
+        """What tells these statistics from those of the dense model."""
+        return {} if self._behind is None else {"behind": _key(self._behind, {})}
 
     def _divide(self, profile: SparsityProfile) -> SparsityProfile:
         return self._split.divide(self._lm, profile, self._pruner, self._calibration)
@@ -129,7 +140,7 @@ class Trial:
         start = time.perf_counter()
         tokens = self._tokens[:n_seq]
         part: dict[str, Any] = {"n_seq": len(tokens)} if len(tokens) < len(self._tokens) else {}
-        part |= {"trial": True} if in_advance else {}
+        part |= {"trial": True, **self._statistics} if in_advance else {}
         keys = [_key(profile, part) for _, profile in tried]
         new = {key: profile for key, (_, profile) in zip(keys, tried, strict=True)}
 
@@ -153,7 +164,8 @@ class Trial:
                 logger.warning("the losses on selection text are of several kinds of device: %s", sorted(self._kinds))
         for (label, profile), loss in zip(tried, losses, strict=True):
             logger.info("%s: loss %.4f on %d sequences of the selection text", label or "tried", loss, len(tokens))
-            self._calls.append({"label": label, "loss": loss if math.isfinite(loss) else None} | part)
+            told = {name: value for name, value in part.items() if name != "behind"}
+            self._calls.append({"label": label, "loss": loss if math.isfinite(loss) else None} | told)
             self._targets.add(round(profile.target, 9))
         self._seconds += time.perf_counter() - start
         return losses
@@ -202,6 +214,7 @@ class Trial:
             "tokens": tokens_sha256(tokens),
             "nodes": nodes,
             "sparser": _key(sparser, {}),
+            **self._statistics,
         }
         parts = self._lm.budget_units(self._lm.granularity_of(denser.params))
 

@@ -17,14 +17,15 @@ from svnup.types import Ints, SparsityProfile
 
 
 class PrunedInAdvance:
-    """Pruned weights of every linear layer at any sparsity, by statistics of the dense model that are taken once.
+    """Pruned weights of every linear layer at any sparsity, by statistics that are taken once.
 
-    `prune_model` takes the statistics of a block behind blocks that are pruned already; here they are the dense model's, so
-    that a profile is put together in the time that its matrices take. Matrices are kept, the last used ones, in at most
-    `max_bytes`.
+    `prune_model` takes the statistics of a block behind blocks that are pruned already; here they are the dense model's, or
+    those behind blocks that are pruned by a profile `behind`, so that another profile is put together in the time that its
+    matrices take. Matrices are kept, the last used ones, in at most `max_bytes`.
 
     Args:
         tokens: calibration text, int64 (n_seq, seq_len), unused where the pruner needs no inputs.
+        behind: a profile of blocks that is divided among their linear layers, or of these; None: no block is pruned.
 
     Raises:
         ValueError: the model is offloaded, or a matrix cannot be pruned.
@@ -32,13 +33,20 @@ class PrunedInAdvance:
     Source: the database of levels of EvoPress (arXiv 2410.14649); ours makes a level when it is asked for.
     """
 
-    def __init__(self, lm: LanguageModel, pruner: Pruner, tokens: Ints, max_bytes: int = 2**32) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        pruner: Pruner,
+        tokens: Ints,
+        max_bytes: int = 2**32,
+        behind: SparsityProfile | None = None,
+    ) -> None:
         _refuse_offload(lm)
         self._lm, self._pruner, self._max_bytes, self._bytes = lm, pruner, max_bytes, 0
         self._inputs: list[Inputs] = []
         self._kept: OrderedDict[tuple[int, str, float], Tensor] = OrderedDict()
         if pruner.needs_inputs:
-            self._inputs += (inputs for _, inputs in _dense_inputs(lm, pruner, tokens) if inputs is not None)
+            self._inputs += (inputs for _, inputs in _inputs(lm, pruner, tokens, behind) if inputs is not None)
 
     @torch.inference_mode()
     def weight(self, index: int, name: str, sparsity: float) -> Tensor:
@@ -70,19 +78,28 @@ def pruned_in_passing(
     Args and Raises: as for `PrunedInAdvance`.
     """
     _refuse_offload(lm)
-    for index, inputs in _dense_inputs(lm, pruner, tokens):
+    for index, inputs in _inputs(lm, pruner, tokens):
         yield index, partial(_pruned_block, lm, pruner, index, inputs)
 
 
-def _dense_inputs(lm: LanguageModel, pruner: Pruner, tokens: Ints) -> Iterator[tuple[int, Inputs | None]]:
-    """What the linear layers of each block of the dense model read; None where the pruner needs no inputs."""
+def _inputs(
+    lm: LanguageModel, pruner: Pruner, tokens: Ints, behind: SparsityProfile | None = None
+) -> Iterator[tuple[int, Inputs | None]]:
+    """What the linear layers of each block read, in the dense model or behind blocks that are pruned by a profile; None where
+    the pruner needs no inputs."""
     with torch.inference_mode(), stage("statistics", lm.n_blocks, "blocks") as advance:
         if not pruner.needs_inputs:
             yield from ((index, None) for index in range(lm.n_blocks))
             return
         for visit in lm.walk(tokens):
             inputs = Inputs(visit.linears, pruner, n_first=0)
-            inputs.collect(visit, advance=True)
+            inputs.collect(visit, advance=behind is None)
+            if behind is not None:
+                weights = _pruned_block(lm, pruner, visit.index, inputs, behind)
+                for batch in visit.batches:
+                    out = lm.run_block(visit.index, batch, weights=weights)
+                    batch.hidden, batch.state = out.hidden, out.state
+                visit.advanced = True
             yield visit.index, inputs
             advance(1)
 
