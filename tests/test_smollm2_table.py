@@ -52,7 +52,7 @@ def test_every_job_of_a_stage_is_accepted(script, tmp_path, stage):
                     options = [f"{k}={v[-1]}" for k, v in varied.items() if k in ("sparsity", "seed")]
                     given = [f"allocator={allocator}", f"pruner={pruner}", *options, *fixed]
                     seen.add(config.build(compose("config", overrides=["experiment=smollm2", *ON_TINY, *given])).key)
-        assert len(seen) == {1: 10, 2: 6, 3: 3, 4: 3, 5: 3}[stage]
+        assert len(seen) == {1: 12, 2: 6, 3: 3, 4: 3, 5: 3}[stage]
 
 
 def test_a_knob_is_chosen_where_it_was_tried_and_used_everywhere(script, tmp_path):
@@ -64,7 +64,7 @@ def test_a_knob_is_chosen_where_it_was_tried_and_used_everywhere(script, tmp_pat
     assert script.chosen(tmp_path, "owl", "lam") == "0.1"
     assert script.chosen(tmp_path, "dlp", "lam") is None
     sweeps = list(script.sweeps(2, [], tmp_path))
-    assert ["hydra.sweeper.params.allocator=owl", "allocator.lam=0.1"] in sweeps
+    assert ["hydra.sweeper.params.allocator=owl", "++allocator.lam=0.1"] in sweeps
 
 
 def test_the_table_is_written_after_every_sweep_and_stops_at_a_mistake(script, tmp_path, monkeypatch):
@@ -76,10 +76,10 @@ def test_the_table_is_written_after_every_sweep_and_stops_at_a_mistake(script, t
             self.returncode = next(codes)
 
     monkeypatch.setattr(script.subprocess, "run", Done)
-    monkeypatch.setattr(script, "write_table", lambda results, output: tables.append(output))
+    monkeypatch.setattr(script, "write_table", lambda results, output, overrides: tables.append((output, overrides)))
     output = tmp_path / "t.md"
     assert script.main(["--datasets", str(tmp_path), "--output", str(output), "dataset.n_seq=2"]) == 2
-    assert tables == [output, output]
+    assert tables == [(output, ["dataset.n_seq=2"])] * 2
     assert len(commands) == 3
     for command in commands:
         assert command[1:5] == ["-m", "svnup", "-m", "experiment=smollm2"]
@@ -102,9 +102,9 @@ def board(shift, seeds=("0",), spread=0.1, n=128):
 def test_a_difference_is_found_where_there_is_one_and_not_where_there_is_none(seeds):
     from experiments.smollm2.intervals import questions
 
-    title = "The best Shapley budget of all against the best other of all"
+    title = "One budget a block: each of ours against the best other"
     (found,) = questions(board(-0.05, seeds))[title]
-    assert (found.name, found.other, found.n_seeds) == ("shapley", "owl", len(seeds))
+    assert (found.name, found.other, found.n_runs) == ("shapley", "owl", len(seeds))
     assert found.low < 100 * np.expm1(-0.05) < found.high < 0
     assert found.p < 0.01
     (none,) = questions(board(0.0, seeds))[title]
@@ -122,10 +122,12 @@ def test_windows_are_written_and_read_back_with_budgets_told_apart(script, tmp_p
         (metric,) = one.metrics.values()
         one.metrics["wikitext2/ppl"] = replace(metric, window_nll=tuple((losses + i / 10).tolist()))
     write(tmp_path, *rows)
-    script.write_windows(tmp_path, tmp_path / "w.csv")
-    ((cell, runs),) = read(tmp_path / "w.csv").items()
+    script.write_windows(tmp_path, tmp_path / "smollm2_windows.csv")
+    ((cell, runs),) = read(tmp_path).items()
     assert cell == ("wanda", "0.6")
     assert sorted(name.partition(" ")[0] for name in runs) == ["owl", "owl", "shapley", "uniform"]
     assert [name for name in runs if "lam=0.2" in name]
-    assert np.allclose(runs["uniform"]["0"], losses + 0.2, atol=1e-6)
-    assert "| wanda, 60 % | shapley | owl" in report(read(tmp_path / "w.csv"))
+    assert np.allclose(runs["uniform"]["CPU 0"], losses + 0.2, atol=1e-6)
+    assert "| wanda, 60 % | shapley | owl" in report(read(tmp_path))
+    (tmp_path / "smollm2_h100_windows.csv").write_bytes((tmp_path / "smollm2_windows.csv").read_bytes())
+    assert "| wanda, 60 % | uniform | 40.45 | 40.45 | +0.0 % |" in report(read(tmp_path))

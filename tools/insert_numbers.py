@@ -434,13 +434,6 @@ def of_the_demo() -> dict[str, str]:
     return {"smoke": columns(list(lines[0]), [list(line.values()) for line in lines])}
 
 
-def budgets_of(name: str) -> str:
-    """A table of runs, without the columns that are the same in all of them."""
-    lines = lines_of(name)
-    shown = [key for key in lines[0] if key in ("allocator", "pruner", "sparsity") or "ppl" in key]
-    return table(shown, ["---"] * len(shown), [[line[key] for key in shown] for line in lines])
-
-
 def code_first(setting: str) -> str:
     """'`shapley_margins`, linear layers'"""
     name, comma, rest = setting.partition(",")
@@ -493,19 +486,51 @@ def of_the_margins() -> dict[str, str]:
 
 
 def of_the_intervals() -> dict[str, str]:
-    """Changes on the real model with their intervals, by question and cell."""
-    questions = {
-        "block": "## The best Shapley budget per block against the best other per block",
-        "all": "## The best Shapley budget of all against the best other of all",
+    """Changes on the real model with their intervals, by budget and cell, and what rounding alone changes."""
+    ours = {
+        "margins": "shapleymargins",
+        "mixed": "marginsandinfluence",
+        "linears": "shapleymarginslinears",
+        "mixed-linears": "marginsandinfluencelinears",
     }
-    out = {}
-    for name, heading in questions.items():
-        for line in lines_of("smollm2_intervals.md", heading):
-            pruner, sparsity = line["cell"].removesuffix(" %").split(", ")
-            out[f"real-{name}-{pruner}-{sparsity}"] = f"{line['change']} {line['95 % interval']}"
-    found = lines_of("smollm2_intervals.md", "## Every budget against uniform")
-    shown = ("cell", "budget", "change", "95 % interval")
-    return out | {"real-intervals": table(shown, ["---"] * len(shown), [[line[key] for key in shown] for line in found])}
+    out: dict[str, str] = {}
+    for heading in ("## One budget a block", "## Finer budgets"):
+        for line in lines_of("smollm2_intervals.md", f"{heading}: each of ours against the best other"):
+            names = [name for name, method in ours.items() if line["budget"].partition(" (")[0] == method]
+            if names:
+                runs = f"{line['runs']} run" + ("s" if line["runs"] != "1" else "")
+                out[f"beside-{names[0]}-{cell_key(line['cell'])}"] = f"{line['change']} {line['95 % interval']}, {runs}"
+    text = (TABLES / "smollm2_intervals.md").read_text(encoding="utf-8")
+    moved = re.findall(r"(\w+), (\d+) %: ([\d.]+) %", text.partition("Root mean square: ")[2].partition("\n")[0])
+    out |= {f"rounding-{pruner}-{level}": f"{size} %" for pruner, level, size in moved}
+    against = lines_of("smollm2_intervals.md", "## Every budget against uniform")
+    reached = [line for line in against if not number(line["95 % interval"].strip("[]").split(", ")[1]) < 0]
+    named = [f"{line['budget'].partition(' (')[0]} with {line['cell']}" for line in reached]
+    return out | {"not-below-uniform": "; ".join(named) or "none", "n-beside-uniform": str(len(against))}
+
+
+def cell_key(cell: str) -> str:
+    """'wanda-60' of 'wanda, 60 %'"""
+    return cell.removesuffix(" %").replace(", ", "-")
+
+
+def of_the_real_budgets() -> dict[str, str]:
+    """The budgets on the real model: perplexities of all runs by cell, on the CPU first, then those on the H100 by seed."""
+    cells = [(pruner, sparsity) for sparsity in ("0.6", "0.7") for pruner in ("wanda", "sparsegpt")]
+    found: dict[str, dict[tuple[str, str], list[str]]] = {}
+    for file, machine in (("smollm2.md", "CPU"), ("smollm2_h100.md", "H100")):
+        for line in lines_of(file):
+            method, _, options = line["allocator"].partition(" (")
+            usual = ("lam=", "epsilon=", "m=", "rounds=", "step=", "delta=", "nodes=", "n_seq=", "trial_n_seq=", "influence=")
+            told = [word for word in options.rstrip(")").split(", ") if word not in ("log", "raw", "mean", "")]
+            told = [word for word in told if not word.startswith(usual)]
+            name = method + (f" ({', '.join(told)})" if told else "")
+            of_cell = found.setdefault(name, {}).setdefault((line["pruner"], line["sparsity"]), [])
+            of_cell.append(f"{line['wikitext2/ppl']}{' CPU' if machine == 'CPU' else ''}")
+    order = sorted(found, key=lambda name: (name != "uniform", name))
+    heads = [f"{pruner}, {sparsity[2:]}0 %" for pruner, sparsity in cells]
+    body = [[name, *(", ".join(found[name].get(cell, ["-"])) for cell in cells)] for name in order]
+    return {"real-budgets": table(["budget", *heads], ["---"] * (1 + len(cells)), body)}
 
 
 def of_the_real_model() -> dict[str, str]:
@@ -526,7 +551,7 @@ def of_the_real_model() -> dict[str, str]:
     noise = [number(line["standard error / spread"]) for line in games if line["standard error / spread"] != "-"]
     return {
         **of_the_intervals(),
-        "real-budgets": budgets_of("smollm2.md"),
+        **of_the_real_budgets(),
         "real-dense": row(budgets, allocator="uniform")["wikitext2/ppl dense"],
         "real-uniform": row(budgets, allocator="uniform")["wikitext2/ppl"],
         "real-margins": row(budgets, allocator="shapleymargins")["wikitext2/ppl"],
@@ -553,7 +578,7 @@ def of_other_texts() -> dict[str, str]:
     for line in lines_of("transfer.md"):
         if line["budget"] == "margins" and line["cell"].startswith("sparsegpt"):
             level = f"{line['cell'][-1]}0"
-            out |= {f"transfer-c4-{level}": line["change"], f"transfer-wiki-{level}": line["change 2"]}
+            out[f"transfer-wiki-{level}"] = line["change 2"]
         if line["budget"] == "half margins, half influence":
             pruner, _, sparsity = line["cell"].partition(", ")
             out[f"transfer-half-{pruner}-{sparsity[2:]}0"] = line["change 2"]

@@ -1,12 +1,13 @@
 """Which differences in the table of a real model are more than chance: paired intervals over segments of its test text.
 
-Reads results/tables/smollm2_windows.csv alone and writes results/tables/smollm2_intervals.md, in seconds:
+Reads results/tables/smollm2_windows.csv and smollm2_h100_windows.csv alone, and writes results/tables/smollm2_intervals.md, in
+seconds:
 
     python -m experiments.smollm2.intervals
 
-The losses of two budgets are compared window by window. Neighbouring windows are alike, so the test text is cut into 16
-contiguous segments; segments and, where there are several, calibration seeds are drawn again 20,000 times (bootstrap). What is
-said of several cells is corrected for their number by Holm's method.
+The losses of two budgets are compared window by window, in runs of the same calibration seed on the same machine. Neighbouring
+windows are alike, so the test text is cut into 16 contiguous segments; segments and, where there are several, runs are drawn
+again 20,000 times (bootstrap). What is said of several cells is corrected for their number by Holm's method.
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ TABLES = Path(__file__).parents[2] / "results" / "tables"
 N_SEGMENTS, N_DRAWS, SEED = 16, 20_000, 0
 UNIFORM = "uniform"
 Cell = tuple[str, str]  # pruner, sparsity
-Board = dict[Cell, dict[str, dict[str, Floats]]]  # losses of the windows in nats per token, by allocator and seed
+Board = dict[Cell, dict[str, dict[str, Floats]]]  # losses of the windows in nats per token, by allocator and run
+BOTH = ("CPU 0", "H100 0")
+BLOCK, FINER, ALL = (
+    "One budget a block: each of ours against the best other",
+    "Finer budgets: each of ours against the best other",
+    "Every budget against uniform",
+)
+FILES = {"CPU": "smollm2_windows.csv", "H100": "smollm2_h100_windows.csv"}  # a run is called by its machine and its seed
 
 
 @dataclass(frozen=True)
@@ -41,17 +49,20 @@ class Change:
     low: float
     high: float
     p: float
-    n_seeds: int
+    n_runs: int
 
 
-def read(path: Path) -> Board:
-    """The board of the file that `run.py` writes: a line a run, of which the columns w0, w1, ... are windows.
+def read(tables: Path) -> Board:
+    """The board of the files that `run.py` writes: a line a run, of which the columns w0, w1, ... are windows.
 
     A budget is called by its method alone where its options are those of all runs of the method.
     """
     board: Board = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines: list[dict[str, str]] = []
+    for machine, name in FILES.items():
+        if (tables / name).is_file():
+            with (tables / name).open(encoding="utf-8", newline="") as file:
+                lines += [line | {"seed": f"{machine} {line['seed']}"} for line in csv.DictReader(file)]
     labels = {line["allocator"] for line in lines}
     methods = [label.partition(" ")[0] for label in labels]
     usual = {label for label in labels if methods.count(label.partition(" ")[0]) == 1}
@@ -64,8 +75,10 @@ def read(path: Path) -> Board:
 
 
 def change(cell: Cell, name: str, other: str, runs: dict[str, dict[str, Floats]]) -> Change:
-    """The change of perplexity over the seeds that both have."""
+    """The change of perplexity over the runs that both have."""
     seeds = sorted(runs[name].keys() & runs[other].keys())
+    if not seeds:
+        return Change(cell, name, other, math.nan, math.nan, math.nan, 1.0, 0)
     difference = np.array([runs[name][seed] - runs[other][seed] for seed in seeds])  # (seeds, windows)
     segments = segment_means(difference, N_SEGMENTS)
     sizes = np.array([len(part) for part in np.array_split(difference[0], N_SEGMENTS)])
@@ -80,52 +93,66 @@ def change(cell: Cell, name: str, other: str, runs: dict[str, dict[str, Floats]]
     return Change(cell, name, other, mean, low, high, max(beyond, 1 / N_DRAWS), len(seeds))
 
 
-def loss(runs: dict[str, Floats]) -> float:
-    """Mean loss of a budget over its seeds and windows."""
-    return float(np.mean([losses.mean() for losses in runs.values()]))
+def method(name: str) -> str:
+    return name.partition(" (")[0]
 
 
 def is_ours(name: str) -> bool:
-    return name.startswith("shapley")
+    return method(name).startswith(("shapley", "marginsandinfluence"))
 
 
 def is_finer(name: str) -> bool:
     """Whether attention and MLP, or linear layers, have budgets of their own."""
-    return "sublayers" in name or "linears" in name
+    return method(name).endswith(("sublayers", "linears"))
 
 
 def best(runs: dict[str, dict[str, Floats]], names: list[str]) -> str | None:
-    return min(names, key=lambda name: loss(runs[name]), default=None)
+    """The budget that loses least beside the uniform one, in the runs that both have."""
+
+    def beside_uniform(name: str) -> float:
+        shared = runs[name].keys() & runs[UNIFORM].keys()
+        return float(np.mean([runs[name][run].mean() - runs[UNIFORM][run].mean() for run in shared])) if shared else math.inf
+
+    return min(names, key=beside_uniform, default=None)
 
 
 def questions(board: Board) -> dict[str, list[Change]]:
     """What is asked of every cell that has the budgets for it."""
-    asked: dict[str, list[Change]] = {}
+    asked: dict[str, list[Change]] = {title: [] for title in (BLOCK, FINER, ALL)}
     for cell, runs in board.items():
-        coarse = [name for name in runs if not is_finer(name)]
-        for title, ours, others in (
-            ("The best Shapley budget per block against the best other per block", filter(is_ours, coarse), coarse),
-            ("The best Shapley budget of all against the best other of all", filter(is_ours, runs), list(runs)),
-        ):
-            mine, rival = best(runs, list(ours)), best(runs, [name for name in others if not is_ours(name)])
-            if mine is not None and rival is not None:
-                asked.setdefault(title, []).append(change(cell, mine, rival, runs))
+        if UNIFORM not in runs:
+            continue
+        rival = best(runs, [name for name in runs if not is_ours(name)])
+        assert rival is not None
         for name in runs:
-            if name != UNIFORM and UNIFORM in runs:
-                asked.setdefault("Every budget against uniform", []).append(change(cell, name, UNIFORM, runs))
-    return asked
+            if is_ours(name) and "values on" not in name:  # a text that is near the test text is no fair means
+                asked[FINER if is_finer(name) else BLOCK].append(change(cell, name, rival, runs))
+            if name != UNIFORM:
+                asked[ALL].append(change(cell, name, UNIFORM, runs))
+    return {title: [one for one in found if one.n_runs] for title, found in asked.items() if found}
+
+
+def moved_by_rounding(board: Board) -> list[tuple[Cell, str, float, float]]:
+    """The perplexities of the runs of seed 0 on both machines: cell, budget, CPU, GPU."""
+    return [
+        (cell, name, math.exp(of_budget[BOTH[0]].mean()), math.exp(of_budget[BOTH[1]].mean()))
+        for cell, runs in board.items()
+        for name, of_budget in runs.items()
+        if set(BOTH) <= of_budget.keys()
+    ]
 
 
 def report(board: Board) -> str:
     text = [
         "# Which differences in the table of a real model are more than chance",
         "",
-        "Made by `python -m experiments.smollm2.intervals` from `smollm2_windows.csv`: change of WikiText-2 perplexity, 95 % "
-        f"interval by {N_DRAWS:,} bootstrap draws of {N_SEGMENTS} contiguous segments of the text (and of seeds, "
-        "where there are several), p-value corrected for all lines of a question by Holm's method. Minus: the first is lower.",
+        "Made by `python -m experiments.smollm2.intervals` from `smollm2_windows.csv` (CPU) and `smollm2_h100_windows.csv`: "
+        f"change of WikiText-2 perplexity, 95 % interval by {N_DRAWS:,} bootstrap draws of {N_SEGMENTS} contiguous segments of "
+        "the text and of the runs that both budgets have, where these are several: calibration seeds, and machines, which "
+        "round otherwise. P-value corrected for all lines of a question by Holm's method. Minus: the first is lower.",
         "",
-        "The rival of a cell is the one that came out lowest on the same text, which is hard on ours. With one seed it "
-        "says nothing about another calibration text.",
+        "The rival of a cell is the budget of no Shapley values that came out lowest beside uniform on the same text, which is "
+        "hard on ours. An interval of one run says nothing about another calibration text, nor about rounding.",
     ]
     for question, found in questions(board).items():
         lines = []
@@ -133,9 +160,28 @@ def report(board: Board) -> str:
             cell = f"{one.cell[0]}, {100 * float(one.cell[1]):.0f} %"
             shown = "under 0.001" if p < 0.001 else f"{p:.3f}"
             interval = f"[{one.low:+.1f}, {one.high:+.1f}]"
-            lines.append([cell, one.name, one.other, str(one.n_seeds), f"{one.mean:+.1f} %", interval, shown])
-        head = ["cell", "budget", "against", "seeds", "change", "95 % interval", "p, corrected"]
+            lines.append([cell, one.name, one.other, str(one.n_runs), f"{one.mean:+.1f} %", interval, shown])
+        head = ["cell", "budget", "against", "runs", "change", "95 % interval", "p, corrected"]
         text += ["", f"## {question}", "", *table(head, lines, "lllrrrr")]
+    if moved := moved_by_rounding(board):
+        lines = [
+            [f"{cell[0]}, {100 * float(cell[1]):.0f} %", name, f"{cpu:.2f}", f"{gpu:.2f}", f"{100 * (gpu / cpu - 1):+.1f} %"]
+            for cell, name, cpu, gpu in moved
+        ]
+        spread = {
+            cell: 100 * math.sqrt(np.mean([math.log(gpu / cpu) ** 2 for of, _, cpu, gpu in moved if of == cell]))
+            for cell in dict.fromkeys(cell for cell, *_ in moved)
+        }
+        words = "; ".join(f"{of[0]}, {100 * float(of[1]):.0f} %: {size:.1f} %" for of, size in spread.items())
+        text += [
+            "",
+            "## What rounding alone moves",
+            "",
+            "The same job, with the same texts and seed, on a CPU and on an H100: float32 both, in another order of sums. With "
+            f"SparseGPT the Hessian is summed otherwise, too: CHANGELOG, Numbers, version 4. Root mean square: {words}.",
+            "",
+            *table(["cell", "budget", "CPU", "H100", "change"], lines, "llrrr"),
+        ]
     return "\n".join(text) + "\n"
 
 
@@ -143,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", type=Path, default=TABLES, metavar="DIR", help="where smollm2_windows.csv is")
     tables = parser.parse_args(argv).tables
-    (tables / "smollm2_intervals.md").write_text(report(read(tables / "smollm2_windows.csv")), encoding="utf-8")
+    (tables / "smollm2_intervals.md").write_text(report(read(tables)), encoding="utf-8")
 
 
 if __name__ == "__main__":

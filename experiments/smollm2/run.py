@@ -10,7 +10,7 @@ import argparse
 import csv
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from svnup.cli import results as results_cli
@@ -47,11 +47,11 @@ def sweeps(stage: int, best: list[str], results: Path) -> Iterator[Sweep]:
     if stage == 1:  # every budget with the options that were published for it
         yield []
         yield from BUDGETS.values()
-    if stage == 2:  # knobs, chosen at 60 % with Wanda on selection text and used everywhere
+    if stage == 2:  # knobs, chosen at 60 % with Wanda on selection text and used everywhere; ++: of no other allocator
         for allocator, knob in KNOBS.items():
-            yield [f"{SPARSITY}=0.6", f"{PRUNER}=wanda", *budget(allocator), f"allocator.{knob}=auto"]
+            yield [f"{SPARSITY}=0.6", f"{PRUNER}=wanda", *budget(allocator), f"++allocator.{knob}=auto"]
             if (value := chosen(results, allocator, knob)) is not None:
-                yield [*budget(allocator), f"allocator.{knob}={value}"]
+                yield [*budget(allocator), f"++allocator.{knob}={value}"]
     if stage == 3:
         for name in ("uniform", *best):
             yield [*budget(name), "+hydra.sweeper.params.seed='1,2'"]
@@ -101,13 +101,15 @@ def main(argv: list[str] | None = None) -> int:
             if code not in (0, 1):  # 1: a job failed, which its line of the table says
                 return code
             failed = failed or code == 1
-            write_table(options.results, options.output)
+            write_table(options.results, options.output, options.overrides)
     return int(failed)
 
 
-def write_table(results: Path, output: Path) -> None:
+def write_table(results: Path, output: Path, overrides: Sequence[str] = ()) -> None:
     """Write the table of all runs so far, and the losses of their windows beside it (`intervals.py` compares them)."""
     title, command = "SmolLM2-135M-Instruct, 4 bits", "make table NAME=smollm2"
+    if output.name != "smollm2.md":
+        command = " ".join(["python experiments/smollm2/run.py --output", f"results/tables/{output.name}", *overrides])
     options = ["--format", "markdown", "--output", str(output), "--title", title, "--command", command]
     results_cli.main(["table", str(results), *options])
     write_windows(results, output.with_name(f"{output.stem}_windows.csv"))

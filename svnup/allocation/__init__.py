@@ -35,7 +35,7 @@ class Trial(Protocol):
         return [self.loss(profile, label, n_seq, in_advance) for label, profile in tried]
 
     def calibrate_behind(self, profile: SparsityProfile) -> None:
-        """From now on prune in advance by statistics taken behind blocks that are pruned by a profile, not in the dense model."""
+        """From now on prune in advance by statistics taken behind blocks that a profile prunes, not in the dense model."""
 
     def took(self, label: str) -> None:
         """Put on record which of the labelled profiles was taken."""

@@ -215,10 +215,15 @@ def about(rows: list[ResultRow], command: str | None = None) -> str:
     machines = [machine for row in rows if (machine := row.provenance.hardware) is not None]
     hardware = {f"{machine.cpu}, {machine.cores} cores" for machine in machines}
     hardware |= {gpu for machine in machines for gpu in machine.gpus}
-    versions = {f"svnup {v.get('svnup')}, torch {v.get('torch')}" for v in (row.provenance.versions for row in rows)}
+    told = [{name: row.provenance.versions.get(name) for name in ("svnup", "torch")} for row in rows]
+    versions = {", ".join(f"{name} {version}" for name, version in one.items() if version is not None) for one in told}
     protocols = {_in_words(name, m.protocol) for row in rows for name, m in row.metrics.items() if not m.secondary}
     made = f"Made by `{command}`. " if command else ""
-    return f"{made}Machine: {'; '.join(sorted(hardware))}. {'; '.join(sorted(versions))}. {'; '.join(sorted(protocols))}."
+    parts = [
+        f"{made}Machine: {'; '.join(sorted(hardware))}",
+        *("; ".join(sorted(filter(None, p))) for p in (versions, protocols)),
+    ]
+    return ". ".join(filter(None, parts)) + "."
 
 
 def _in_words(name: str, protocol: Protocol) -> str:
