@@ -504,6 +504,11 @@ def of_the_intervals() -> dict[str, str]:
     moved = re.findall(r"(\w+), (\d+) %: ([\d.]+) %", text.partition("Root mean square: ")[2].partition("\n")[0])
     out |= {f"rounding-{pruner}-{level}": f"{size} %" for pruner, level, size in moved}
     against = lines_of("smollm2_intervals.md", "## Every budget against uniform")
+    out |= {
+        f"influence-{cell_key(line['cell'])}": f"{line['change']} {line['95 % interval']}"
+        for line in against
+        if line["budget"] == "blockinfluence"
+    }
     reached = [line for line in against if not number(line["95 % interval"].strip("[]").split(", ")[1]) < 0]
     named = [f"{line['budget'].partition(' (')[0]} with {line['cell']}" for line in reached]
     return out | {"not-below-uniform": "; ".join(named) or "none", "n-beside-uniform": str(len(against))}
