@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "results" / "tables"
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("getting_started", "budgets", "choosing", "finetuning", "leaderboard", "real_model")),
+    *(f"docs/{name}.md" for name in ("getting_started", "budgets", "choosing", "finetuning", "leaderboard", "planning", "real_model")),
 )
 MARK = re.compile(r"<!--n:([a-z0-9-]+)-->(.*?)<!--/n-->", re.DOTALL)
 
@@ -575,7 +575,17 @@ def of_the_benchmarks() -> dict[str, str]:
         "speed-sparsegpt": span([number(line["of the job 2"]) for line in released], 2, ""),
         "speed-real-game": stages["scores"],
         "speed-real-wanda": stages["pruning"],
-    }
+    } | of_the_gpu()
+
+
+def of_the_gpu() -> dict[str, str]:
+    """What a 7B shape takes on an H100, and the plan beside it."""
+    seconds = {line["of 7B"].partition(" ")[0].rstrip(","): number(line["seconds"]) for line in lines_of("../benchmarks/gpu.md")}
+    plans = lines_of("../benchmarks/gpu_plan.md")
+    out = {f"gpu-{what.lower()}": f"{value:.0f} s" for what, value in seconds.items()}
+    for name, column in (("times", "planned / taken"), ("peaks", "planned / peak")):
+        out[f"gpu-plan-{name}"] = span([number(line[column]) for line in plans if line[column] != "-"], 2, "") + " times"
+    return out
 
 
 def of_the_paper() -> dict[str, str]:
