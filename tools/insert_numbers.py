@@ -17,10 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "results" / "tables"
-PAGES = (
-    "README.md",
-    *(f"docs/{name}.md" for name in ("getting_started", "budgets", "choosing", "finetuning", "leaderboard", "planning", "real_model")),
-)
+DOCS = ("getting_started", "budgets", "choosing", "finetuning", "leaderboard", "planning", "real_model")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 MARK = re.compile(r"<!--n:([a-z0-9-]+)-->(.*?)<!--/n-->", re.DOTALL)
 
 MODELS, PRUNERS = ("tiny", "tiny_opt"), ("magnitude", "wanda", "sparsegpt")
@@ -580,8 +578,8 @@ def of_the_benchmarks() -> dict[str, str]:
 
 def of_the_gpu() -> dict[str, str]:
     """What a 7B shape takes on an H100, and the plan beside it."""
-    seconds = {line["of 7B"].partition(" ")[0].rstrip(","): number(line["seconds"]) for line in lines_of("../benchmarks/gpu.md")}
-    plans = lines_of("../benchmarks/gpu_plan.md")
+    reached, plans = (lines_of(f"../benchmarks/{name}.md") for name in ("gpu", "gpu_plan"))
+    seconds = {line["of 7B"].partition(" ")[0].rstrip(","): number(line["seconds"]) for line in reached}
     out = {f"gpu-{what.lower()}": f"{value:.0f} s" for what, value in seconds.items()}
     for name, column in (("times", "planned / taken"), ("peaks", "planned / peak")):
         out[f"gpu-plan-{name}"] = span([number(line[column]) for line in plans if line[column] != "-"], 2, "") + " times"

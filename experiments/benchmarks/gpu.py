@@ -379,11 +379,13 @@ def rates(results: Results, options: argparse.Namespace) -> None:
             found["microseconds each"] = meter.call() * 1e6
         with results.stage("hashing by one thread") as found:
             found["GB/s"] = meter.hashing() / 1e9
-        if device.type == "cuda":
-            with results.stage("copies from the device, to memory that is not pinned") as found:
-                found["GB/s"] = meter.transfer() / 1e9
-            with results.stage("weights by way of pinned memory") as found:
-                found["GB/s"] = meter.bring() / 1e9
+        ways = {
+            "copies from the device": meter.transfer,
+            "weights by way of pinned memory": meter.bring,
+        }
+        for name, measure in ways.items() if device.type == "cuda" else ():
+            with results.stage(name) as found:
+                found["GB/s"] = (measure() or 0.0) / 1e9
         with results.stage("copies on the device") as found:
             here = torch.empty(side**2 * 4, device=device)
             seconds, _ = timed(torch.Tensor.clone, (here,), REPEATS[options.shape])
@@ -464,7 +466,8 @@ def model(results: Results, options: argparse.Namespace) -> None:
         nonlocal lm
 
         def expected(n_seq: int) -> float:
-            return 1.3 * unit * n_seq * forwards[window] + 10 * (options.shape == "real")  # and the hash of the weights
+            hashed = 10.0 if options.shape == "real" else 0.0
+            return 1.3 * unit * n_seq * float(forwards[window]) + hashed
 
         n_seq = in_time(counts, expected, most)
         name = f"Shapley values, windows of {window}, {n_seq} sequences"
