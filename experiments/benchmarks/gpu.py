@@ -102,8 +102,8 @@ SHAPES = {
             n_test=8,
             n_calibration=(32, 16, 8),
             n_payoff=2,
-            seconds=(30.0, 70.0, 40.0),
-            of_block=(0.2, 1.0),
+            seconds=(30.0, 70.0, 50.0),
+            of_block=(0.2, 0.8),
         ),
         "70B": Shape(
             llama(8192, 28672, 8, 64, num_key_value_heads=8),
@@ -111,7 +111,7 @@ SHAPES = {
             n_calibration=(16, 8),
             n_payoff=2,
             offload=True,
-            seconds=(30.0, 60.0, 30.0),
+            seconds=(30.0, 90.0, 30.0),
             of_block=(0.5, 3.5),
         ),
     },
@@ -122,7 +122,7 @@ REPEATS = {"real": 20, "tiny": 2}
 PASSES = (2.0, 6.0)  # time of reading the calibration text for Wanda and SparseGPT, in forward passes, as measured of 7B
 LAST = "values"  # of the 7B shape by the usual windows, in what time is left
 # A process each, and its seconds.
-PARTS = {"machine": 60, "tests": 70, "kernel": 45, "rates": 30, "7B": 200, "13B": 130, "70B": 140, LAST: LIMIT}
+PARTS = {"machine": 60, "tests": 70, "kernel": 45, "rates": 30, "7B": 200, "13B": 130, "70B": 170, LAST: LIMIT}
 # Of the 7B shape on one H100: what, the stage, the name of its seconds there, and the aim in seconds.
 AIMS = (
     ("values by windows of 5, 16 sequences", "7B Shapley values, windows of 5, 16 sequences", "values, s", 360),
