@@ -32,8 +32,9 @@ def synchronize() -> None:
 
 def reset_peak() -> None:
     """Reset the peak memory of CUDA devices and, on Linux, of this process."""
-    for index in range(torch.cuda.device_count()):
-        torch.cuda.reset_peak_memory_stats(index)
+    if torch.cuda.is_initialized():  # before, nothing is allocated, and there are no statistics to reset
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
     with contextlib.suppress(OSError):
         RESET.write_text("5")
 

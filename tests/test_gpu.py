@@ -6,6 +6,7 @@ and pytest are installed.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import yaml
 from svnup.allocation import Budget
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
+from svnup.model.digest import PART, tensor_sha256
 from svnup.model.source import Random
 from svnup.pruning.sparsegpt import SparseGPT
 from svnup.pruning.walk import prune_model, pruned_weights
@@ -80,6 +82,19 @@ def test_an_offloaded_model_is_the_same(offload: str, dtype: str, tmp_path: Path
     for form in ("dense", "bitmask"):
         lm.save(tmp_path / form, form)  # type: ignore[arg-type]
         assert LanguageModel.load(str(tmp_path / form), dtype=dtype, device="cuda").fingerprint() == plain.fingerprint()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_hashed_as_on_the_cpu(dtype: torch.dtype) -> None:
+    """Several at a time, in more than one part, and where they do not lie in one piece."""
+    of_parts = [torch.randn(rows, 4000, generator=torch.Generator().manual_seed(rows)).to(dtype) for rows in range(4300, 4306)]
+    assert all(tensor.nbytes > PART for tensor in of_parts)
+    given = {
+        str(i): tensor for i, tensor in enumerate([*of_parts, *(tensor.T for tensor in of_parts), torch.ones((), dtype=dtype)])
+    }
+    with ThreadPoolExecutor(8) as pool:
+        found = [*pool.map(lambda name: tensor_sha256(name, given[name].cuda()), given)]
+    assert found == [tensor_sha256(name, tensor) for name, tensor in given.items()]
 
 
 def test_the_pruned_game_and_bounded_memory() -> None:

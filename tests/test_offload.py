@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from dataclasses import dataclass, field
@@ -26,8 +28,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from svnup.game import LayerGame, layer_game
 from svnup.game.walk_plan import WalkPlan
 from svnup.memory import STATUS, resident
-from svnup.model import offload
+from svnup.model import language_model, offload
 from svnup.model.checkpoint import Checkpoint
+from svnup.model.digest import tensor_sha256, through
 from svnup.model.language_model import LanguageModel, OffloadedBatch, make_config
 from svnup.model.offload import DiskBlockStore, HostBlockStore
 from svnup.model.source import Random
@@ -104,6 +107,34 @@ def test_a_model_is_the_same_from_disk_and_from_bits(family, saved):
         assert lm.fingerprint() == expected[2]
         assert lm.block_params.tolist() == plain.block_params.tolist()
         assert not any(b.is_meta for b in lm.model.buffers())
+
+
+def test_several_tensors_of_a_block_are_hashed_at_once_and_one_block_is_in_memory(saved, monkeypatch):
+    lm, together = load(saved("llama"), "disk"), threading.Barrier(2, timeout=20)
+    meeting = [name for name in lm.model.state_dict() if name.startswith(f"{lm.blocks_path}.2.")][:2]
+
+    def spied(name, tensor):
+        if name in meeting:
+            together.wait()  # until another thread hashes the other one
+        assert len(full_blocks(lm)) <= 1
+        return tensor_sha256(name, tensor)
+
+    expected = load(saved("llama")).fingerprint()
+    monkeypatch.setattr(language_model, "tensor_sha256", spied)
+    assert lm.fingerprint() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64])
+@pytest.mark.parametrize("part", [8, 24, 4096])
+def test_the_hash_of_a_tensor_is_that_of_its_bytes_in_parts_too(dtype, part):
+    tensor = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)).mul(3).to(dtype)
+    whole = bytes(tensor.view(torch.uint8).flatten().tolist())
+    in_parts = b"".join(bytes(p.tolist()) for p in through(torch.empty(part, dtype=torch.uint8), tensor))
+    assert in_parts == whole
+    for given in (tensor, tensor.T.contiguous().T):
+        assert tensor_sha256("w", given) == hashlib.sha256(f"w {dtype} (7, 5)".encode() + whole).digest()
+    assert tensor_sha256("w", tensor[:0]) == hashlib.sha256(f"w {dtype} (0, 5)".encode()).digest()
+    assert tensor_sha256("w", tensor[0, 0]) == hashlib.sha256(f"w {dtype} ()".encode() + whole[: tensor.itemsize]).digest()
 
 
 QUICK = ["llama", "gpt2", "gemma3_text_mixed", "opt_post_norm_projected"]

@@ -11,6 +11,7 @@ from cli import HERE, SMALL, command
 from models import FAMILIES, family_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.benchmarks import gpu, gpu_plan
 from experiments.benchmarks.scale import compared, outline_of
 from svnup import config
 from svnup.language_model import LanguageModel
@@ -126,6 +127,15 @@ def test_time_is_what_the_rates_make_of_work():
     gpu = Machine("cuda", float32=1e9, call=1e-3, least=1.0, most=1.0)
     assert gpu.seconds(Work({"float32": 2e9}, calls=1000)) == (2, 2), "launches go on while it computes"
     assert gpu.seconds(Work({"float32": 2e9}, calls=5000)) == (5, 5)
+    assert gpu.seconds(Work({"float32": 2e9}, calls=1000, stalls=3000)) == (5, 5), "but not where it waits for them"
+
+
+@pytest.mark.parametrize(("bring", "seconds"), [(0.5e9, 6), (None, 2 + 1)])
+def test_the_next_weights_come_while_a_gpu_computes(bring, seconds):
+    machine = Machine("cuda", float32=1e9, transfer=2e9, bring=bring, least=1.0, most=1.0)
+    work = Work({"float32": 2e9}, brought=3e9, copied=2e9)
+    assert machine.seconds(work) == (seconds, seconds)
+    assert work.n_bytes == 5e9
 
 
 def test_this_machine_is_measured_within_a_second_and_what_is_given_stays():
@@ -133,7 +143,7 @@ def test_this_machine_is_measured_within_a_second_and_what_is_given_stays():
     assert machine.bandwidth == 5.0
     assert machine.float32 > 1e8
     assert machine.process > 1e7
-    assert (machine.transfer, machine.memory) == (None, None)
+    assert (machine.transfer, machine.bring, machine.memory) == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +169,7 @@ def test_every_machine_of_the_table_has_what_a_plan_needs():
         machine = named(name, {name: dict(node)})
         assert machine.source, name
         if name != "here":
-            assert not machine.verified, "nothing was measured on it"
+            assert machine.verified == (name == "h100"), "nothing was measured on the others"
             assert all((machine.float32, machine.tf32, machine.bfloat16, machine.bandwidth, machine.transfer, machine.memory))
 
 
@@ -169,7 +179,7 @@ def test_every_machine_of_the_table_has_what_a_plan_needs():
 def test_a_plan_for_a_gpu_that_is_not_here():
     done = command(*UNIFORM, "dry_run=true", "hardware=h100", "model.device=cuda")
     assert done.code == 0, done.err
-    assert "on h100 (not verified by a measurement)" in done.out
+    assert "on h100 (verified)" in done.out
     assert "peak, host" in done.out
     stages = [line.split()[0] for line in done.out.splitlines() if line.startswith("  ") and not line.startswith("    ")]
     assert [name for name in stages if name in ("load", "dense", "pruning", "evaluation")] == [
@@ -261,6 +271,27 @@ def test_the_plan_against_measured_jobs(line, texts, tmp_path):
     for one in stages:
         if one.seconds > whole / 10:
             assert 1 / 1.5 < one.planned / one.seconds < 1.5, one
+
+
+ON_GPU = gpu.lines_of(gpu_plan.MEASURED)
+
+
+def test_the_rates_of_the_h100_are_those_that_were_measured():
+    node = config.composed().machines.h100
+    assert ON_GPU["machine"]["device"] == "NVIDIA H100 80GB HBM3"
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert node[dtype] == pytest.approx(1e12 * ON_GPU[f"products of {dtype}"]["TFLOP/s"], rel=1e-3)
+    assert node.bandwidth == pytest.approx(1e9 * ON_GPU["copies on the device"]["GB/s"], rel=1e-3)
+    assert node.transfer == pytest.approx(1e9 * ON_GPU["copies to the device"]["GB/s"], rel=1e-3)
+    assert node.memory == pytest.approx(ON_GPU["machine"]["memory_bytes"], rel=1e-3)
+
+
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("measured", gpu_plan.jobs(ON_GPU), ids=lambda measured: measured.name)
+def test_the_plan_against_jobs_measured_on_a_gpu(measured, texts):
+    one = gpu_plan.compared(measured, ON_GPU[measured.name], texts)
+    assert 1 / 1.5 < one.planned / one.seconds < 1.5
+    assert one.peak is None or one.planned_peak == pytest.approx(one.peak, rel=0.15)
 
 
 @pytest.mark.slow

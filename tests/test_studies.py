@@ -53,6 +53,7 @@ BENCHMARKS = {
     ],
     "benchmarks.offload": ["--blocks", "3", "--width", "64"],
     "benchmarks.scale": ["--only", "tiny"],
+    "benchmarks.gpu_plan": [],
     "benchmarks.precision": [
         *("--model", str(ROOT / "svnup" / "assets" / "tiny"), "--dtypes", "float32", "--window", "1"),
         *("--n-payoff", "1", "--n-calibration", "1", "--n-test", "1", "--seq-len", "32"),
@@ -172,8 +173,11 @@ def test_each_stage_on_a_model_says_its_seconds_and_its_peak(gpu, tmp_path):
     lines = {stage.removeprefix("7B "): line for stage, line in whole.items()}
     common = "Shapley values, windows of 3, 4 sequences"
     usual = "Shapley values, windows of 5, 16 sequences"
-    assert [*lines] == ["model", "perplexity", common, "Wanda", "SparseGPT", usual]
-    for line in lines.values():
+    assert [*lines] == ["model", "perplexity", common, "Wanda", "SparseGPT"]
+    gpu.model(gpu.Results(tmp_path, "now", "cpu"), gpu_options(tmp_path, part="values"))
+    added = {stage.removeprefix("7B "): line for stage, line in lines_of(tmp_path).items() if stage not in whole}
+    assert [*added] == ["model, drawn anew", usual]
+    for line in (lines | added).values():
         assert line["status"] == "done", line
         assert 0 < line["seconds"] < 60
         assert line["peak_memory_bytes"] > 1e6
@@ -203,9 +207,28 @@ def test_offloaded_blocks_are_timed_beside_blocks_on_the_device(gpu, tmp_path, m
 def test_the_rates_of_a_device(gpu, tmp_path):
     gpu.rates(gpu.Results(tmp_path, "now", "cpu"), gpu_options(tmp_path))
     lines = lines_of(tmp_path)
-    assert len(lines) == 5
+    assert len(lines) == 7
     assert all(line["status"] == "done" for line in lines.values()), lines
-    assert all(line.get("TFLOP/s", line.get("GB/s")) > 0 for line in lines.values())
+    units = ("TFLOP/s", "GB/s", "microseconds each")
+    assert all(line[unit] > 0 for line in lines.values() for unit in units if unit in line)
+
+
+def test_the_page_says_the_aims_and_from_how_much_text_they_are_calculated(gpu):
+    committed = gpu.lines_of(ROOT / "results" / "benchmarks" / "gpu.jsonl")
+    assert (ROOT / "results" / "benchmarks" / "gpu.md").read_text("utf-8") == gpu.rendered(committed)
+    how = {what.split(",")[0]: how for what, _, _, how in gpu.aims(committed)}
+    assert how == {
+        "values by windows of 5": "calculated from windows of 3, 4 sequences",
+        "Wanda": "measured",
+        "SparseGPT": "calculated from 64 sequences",
+        "perplexity": "calculated from 16 windows",
+    }
+    usual = {"status": "done", "values, s": 200.0, "sequences": 16}
+    whole = committed | {"7B Shapley values, windows of 5, 16 sequences": usual, "13B model": {"status": "done"}}
+    assert gpu.aims(whole)[0][1:] == (200.0, 360, "measured")
+    assert "Not tried in this run: 13B." in gpu.summary(committed)
+    assert not any("Not tried" in line for line in gpu.summary(whole))
+    assert gpu.summary({"machine": {"shape": "tiny"}}) == []
 
 
 @pytest.mark.slow

@@ -17,10 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "results" / "tables"
-PAGES = (
-    "README.md",
-    *(f"docs/{name}.md" for name in ("getting_started", "budgets", "choosing", "finetuning", "leaderboard", "real_model")),
-)
+DOCS = ("getting_started", "budgets", "choosing", "finetuning", "leaderboard", "planning", "real_model")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 MARK = re.compile(r"<!--n:([a-z0-9-]+)-->(.*?)<!--/n-->", re.DOTALL)
 
 MODELS, PRUNERS = ("tiny", "tiny_opt"), ("magnitude", "wanda", "sparsegpt")
@@ -605,7 +603,17 @@ def of_the_benchmarks() -> dict[str, str]:
         "speed-sparsegpt": span([number(line["of the job 2"]) for line in released], 2, ""),
         "speed-real-game": stages["scores"],
         "speed-real-wanda": stages["pruning"],
-    }
+    } | of_the_gpu()
+
+
+def of_the_gpu() -> dict[str, str]:
+    """What a 7B shape takes on an H100, and the plan beside it."""
+    reached, plans = (lines_of(f"../benchmarks/{name}.md") for name in ("gpu", "gpu_plan"))
+    seconds = {line["of 7B"].partition(" ")[0].rstrip(","): number(line["seconds"]) for line in reached}
+    out = {f"gpu-{what.lower()}": f"{value:.0f} s" for what, value in seconds.items()}
+    for name, column in (("times", "planned / taken"), ("peaks", "planned / peak")):
+        out[f"gpu-plan-{name}"] = span([number(line[column]) for line in plans if line[column] != "-"], 2, "") + " times"
+    return out
 
 
 def of_the_paper() -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 In this order: the tests marked gpu; the Triton kernel of SparseGPT's column blocks against the torch one; the rates of the
 device, by which a plan's seconds can be judged; then Llamas with random weights in bfloat16, drawn on the device. Of LLaMA-7B's
-and 13B's shapes: perplexity, Wanda, SparseGPT, and Shapley values by windows. Of 8 blocks of a 70B shape, which are kept in the
-CPU's memory and brought one by one: the same, and passes beside those of blocks that stay on the device.
+and 13B's shapes: perplexity, Shapley values by windows of 3, Wanda and SparseGPT. Of 8 blocks of a 70B shape, which are kept
+in the CPU's memory and brought one by one: the same, and passes beside those of blocks that stay on the device. What time is
+left goes to values of the 7B shape by windows of 5.
 
 Each stage says its seconds and the peak of the device's memory. It takes as much text as the time allows; what the usual amount
 costs is calculated from that, and marked so. A stage that no longer fits the time is skipped, one that fails says why, and the
@@ -50,6 +51,7 @@ CLOSING = 5  # seconds before the limit at which nothing may run any more
 SPARSITY = 0.5
 GROUPS = {"unstructured": None, "2:4": (2, 4)}
 WINDOW, COMMON_WINDOW = 3, 5
+N_VALUES = (16, 8, 4)  # sequences of the values by the usual windows: the most for which there is time
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 N_CALIBRATION, N_TEST, N_PAYOFF = 128, 166, 16  # the usual: sequences of C4; windows of WikiText2 with LLaMA's tokenizer
 
@@ -66,7 +68,8 @@ class Shape:
         n_payoff: sequences of the payoff text.
         offload: keep the blocks in the CPU's memory.
         seconds: that Wanda, SparseGPT and the values may take.
-        of_block: seconds that Wanda and SparseGPT take for a block beside its passes, a guess.
+        of_block: seconds that Wanda and SparseGPT take to select and update the weights of a block: measured of 7B on an H100
+            (results/benchmarks/gpu.md), and guessed from that by the operations of the others.
     """
 
     model: dict[str, int]
@@ -75,8 +78,8 @@ class Shape:
     n_calibration: tuple[int, ...] = (128, 64, 32, 16)
     n_payoff: int = 4
     offload: bool = False
-    seconds: tuple[float, float, float] = (70.0, 150.0, 60.0)
-    of_block: tuple[float, float] = (1.0, 4.0)
+    seconds: tuple[float, float, float] = (60.0, 120.0, 60.0)
+    of_block: tuple[float, float] = (0.1, 0.5)
 
 
 def llama(width: int, inner: int, n_blocks: int, heads: int, **more: int) -> dict[str, int]:
@@ -94,22 +97,39 @@ def tiny(offload: bool = False) -> Shape:
 SHAPES = {
     "real": {
         "7B": Shape(llama(4096, 11008, 32, 32)),
-        "13B": Shape(llama(5120, 13824, 40, 40), n_test=8, n_calibration=(32, 16, 8), seconds=(30.0, 60.0, 20.0)),
+        "13B": Shape(
+            llama(5120, 13824, 40, 40),
+            n_test=8,
+            n_calibration=(32, 16, 8),
+            n_payoff=2,
+            seconds=(30.0, 70.0, 50.0),
+            of_block=(0.2, 0.8),
+        ),
         "70B": Shape(
             llama(8192, 28672, 8, 64, num_key_value_heads=8),
             n_test=8,
             n_calibration=(16, 8),
             n_payoff=2,
             offload=True,
-            seconds=(30.0, 60.0, 30.0),
-            of_block=(2.0, 8.0),
+            seconds=(30.0, 90.0, 30.0),
+            of_block=(0.5, 3.5),
         ),
     },
     "tiny": {"7B": tiny(), "13B": tiny(), "70B": tiny(offload=True)},
 }
 ROWS = {"real": (4096, 11008), "tiny": (64,)}  # of the blocks of columns that the kernels settle
 REPEATS = {"real": 20, "tiny": 2}
-PARTS = {"machine": 60, "tests": 70, "kernel": 45, "rates": 30, "7B": 330, "13B": 130, "70B": LIMIT}  # a process each: seconds
+PASSES = (2.0, 6.0)  # time of reading the calibration text for Wanda and SparseGPT, in forward passes, as measured of 7B
+LAST = "values"  # of the 7B shape by the usual windows, in what time is left
+# A process each, and its seconds.
+PARTS = {"machine": 60, "tests": 70, "kernel": 45, "rates": 30, "7B": 200, "13B": 130, "70B": 170, LAST: LIMIT}
+# Of the 7B shape on one H100: what, the stage, the name of its seconds there, and the aim in seconds.
+AIMS = (
+    ("values by windows of 5, 16 sequences", "7B Shapley values, windows of 5, 16 sequences", "values, s", 360),
+    (f"Wanda, {N_CALIBRATION} sequences", "7B Wanda", f"{N_CALIBRATION} sequences (calculated), s", 60),
+    (f"SparseGPT, {N_CALIBRATION} sequences", "7B SparseGPT", f"{N_CALIBRATION} sequences (calculated), s", 150),
+    (f"perplexity, {N_TEST} windows", "7B perplexity", f"{N_TEST} windows (calculated), s", 20),
+)
 
 
 # -- results: one line each, written at once
@@ -139,9 +159,7 @@ class Results:
 
     def lines(self) -> dict[str, dict[str, Any]]:
         """The last line of each stage of this run, in the order in which they began."""
-        file = self.folder / "gpu.jsonl"
-        found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-        return {line["stage"]: line for line in found if line["run"] == self.run}
+        return lines_of(self.folder / "gpu.jsonl", self.run)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
@@ -172,6 +190,41 @@ class Results:
         self.add(name, "done", peak_memory_bytes=peak_memory(torch.device(self.device)), **found)
 
 
+def lines_of(file: Path, run: str | None = None) -> dict[str, dict[str, Any]]:
+    """The last line of each stage of a run, in the order in which they began; without a name of the run whose line is last."""
+    found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    return {line["stage"]: line for line in found if line["run"] == (run or found[-1]["run"])}
+
+
+def aims(lines: dict[str, dict[str, Any]]) -> list[tuple[str, float, int, str]]:
+    """What is aimed at with the 7B shape on an H100: what, its seconds, the aim in seconds, and from which text they are."""
+    out = []
+    for what, stage, key, aim in AIMS:
+        line, how = lines.get(stage, {}), "measured"
+        if stage.endswith(f"windows of {COMMON_WINDOW}, {N_PAYOFF} sequences") and line.get("status") != "done":
+            key = f"windows of {COMMON_WINDOW}, {N_PAYOFF} sequences (calculated), s"
+            found = [name for name in lines if name.startswith("7B Shapley values") and key in lines[name]]
+            line, how = (lines[found[-1]], f"calculated from {found[-1].partition(', ')[2]}") if found else ({}, "")
+        for text, usual in (("windows", N_TEST), ("sequences", N_CALIBRATION)):
+            if key.startswith(f"{usual} {text}") and line.get(text) != usual:
+                how = f"calculated from {line.get(text)} {text}"
+        if line.get("status") == "done":
+            out.append((what, float(line[key]), aim, how))
+    return out
+
+
+def summary(lines: dict[str, dict[str, Any]]) -> list[str]:
+    """The aims and what was reached, and which models were not tried; nothing for shapes that are not real."""
+    if lines.get("machine", {}).get("shape") != "real":
+        return []
+    text = ["", "| of 7B | seconds | aim on an H100, s | |", "| --- | ---: | ---: | --- |"]
+    text += [f"| {what} | {seconds:.1f} | {aim} | {how} |" for what, seconds, aim, how in aims(lines)]
+    done = {name.partition(" ")[0] for name, line in lines.items() if line["status"] == "done"}
+    if left := [size for size in SHAPES["real"] if size not in done]:
+        text += ["", f"Not tried in this run: {', '.join(left)}."]
+    return text if aims(lines) else text[3:]
+
+
 def rendered(lines: dict[str, dict[str, Any]]) -> str:
     """The page about one run."""
     machine = lines.get("machine", {})
@@ -181,6 +234,7 @@ def rendered(lines: dict[str, dict[str, Any]]) -> str:
         f"Made by `make bench-gpu` (shape {machine.get('shape')}). {machine.get('device')}, torch {machine.get('torch')}, "
         f"transformers {machine.get('transformers')}, triton {machine.get('triton')}. {machine.get('model')} Peak: bytes that "
         "tensors take on the device at most; on a CPU, memory of the process.",
+        *summary(lines),
         "",
         "| stage | | seconds | peak, GB | what it says |",
         "| --- | --- | ---: | ---: | --- |",
@@ -320,11 +374,23 @@ def rates(results: Results, options: argparse.Namespace) -> None:
         for dtype in ("bfloat16", "float16", "float32"):
             with results.stage(f"products of {dtype}") as found:  # as a plan measures them
                 found["TFLOP/s"] = Meter(options.device).products(dtype) / 1e12
+        meter = Meter(options.device)
+        with results.stage("launches") as found:
+            found["microseconds each"] = meter.call() * 1e6
+        with results.stage("hashing by one thread") as found:
+            found["GB/s"] = meter.hashing() / 1e9
+        ways = {
+            "copies from the device": meter.transfer,
+            "weights by way of pinned memory": meter.bring,
+        }
+        for name, measure in ways.items() if device.type == "cuda" else ():
+            with results.stage(name) as found:
+                found["GB/s"] = (measure() or 0.0) / 1e9
         with results.stage("copies on the device") as found:
             here = torch.empty(side**2 * 4, device=device)
             seconds, _ = timed(torch.Tensor.clone, (here,), REPEATS[options.shape])
             found |= {"seconds": seconds, "GB/s": 2 * here.nbytes / seconds / 1e9}  # read and written
-        with results.stage("copies to the device") as found:
+        with results.stage("copies to the device") as found:  # from pinned memory
             there = torch.empty(side**2 * 4, pin_memory=device.type == "cuda")
             seconds, _ = timed(lambda: here.copy_(there, non_blocking=True), (), REPEATS[options.shape])
             found |= {"seconds": seconds, "GB/s": here.nbytes / seconds / 1e9}
@@ -343,6 +409,7 @@ def model(results: Results, options: argparse.Namespace) -> None:
 
     from svnup.allocation import Budget
     from svnup.game import LayerGame
+    from svnup.memory import reset_peak
     from svnup.model.language_model import LanguageModel, make_config
     from svnup.pruning import prune_model
     from svnup.pruning.sparsegpt import SparseGPT
@@ -350,7 +417,8 @@ def model(results: Results, options: argparse.Namespace) -> None:
     from svnup.shapley import block_forwards
     from svnup.shapley.sliding_window import SlidingWindow
 
-    size, shape = options.part, SHAPES[options.shape][options.part]
+    size = "7B" if options.part == LAST else options.part
+    shape = SHAPES[options.shape][size]
     rng = np.random.default_rng(0)
 
     def text(n_seq: int) -> Any:
@@ -364,6 +432,8 @@ def model(results: Results, options: argparse.Namespace) -> None:
         if offload:
             lm.blocks.to("cpu")
             lm._move(torch.device(options.device), "cpu")
+        torch.cuda.empty_cache()
+        reset_peak()  # which drawing them on the device is no part of
         return lm
 
     def fits(stage: str, seconds: float, most: float) -> bool:
@@ -380,18 +450,56 @@ def model(results: Results, options: argparse.Namespace) -> None:
 
     torch.zeros(1, device=options.device)  # starts the device, so that the first stage need not
     lm: LanguageModel | None = None
-    with results.stage(f"{size} model") as found:
+    with results.stage(f"{size} model" + ", drawn anew" * (options.part == LAST)) as found:
         lm = build()
         found |= {"parameters": sum(p.numel() for p in lm.model.parameters()), "blocks": lm.n_blocks, **_described(shape)}
     if lm is None:
         return
     n_blocks, params = lm.n_blocks, lm.block_params
 
+    plans = {w: SlidingWindow(w).plan(n_blocks) for w in (WINDOW, COMMON_WINDOW) if w <= n_blocks}
+    forwards = {w: block_forwards(plan) for w, plan in plans.items()}
     unit = 0.0  # where it stays unknown, nothing is skipped for it
+
+    def played(window: int, counts: tuple[int, ...], most: float) -> None:
+        """Play a game, on the most sequences for which there is time, if there is any."""
+        nonlocal lm
+
+        def expected(n_seq: int) -> float:
+            hashed = 10.0 if options.shape == "real" else 0.0
+            return 1.3 * unit * n_seq * float(forwards[window]) + hashed
+
+        n_seq = in_time(counts, expected, most)
+        name = f"Shapley values, windows of {window}, {n_seq} sequences"
+        if not fits(name, expected(n_seq), most):
+            return
+        with results.stage(f"{size} {name}") as found:
+            lm = lm or build()
+            start = time.perf_counter()
+            game = LayerGame(lm, text(n_seq))
+            found["hash of the weights, s"] = time.perf_counter() - start
+            values = SlidingWindow(window).estimate(game)
+            found["seconds"] = time.perf_counter() - start
+            found |= {"sequences": n_seq, "evaluations": game.n_evaluations, "block-forwards": game.n_block_forwards}
+            found |= {"values, s": values.cost.seconds, "largest": float(values.values.max())}
+            found["least"] = float(values.values.min())
+            for w in plans.keys() - ({window} if n_seq == N_PAYOFF else set()):
+                ratio = forwards[w] * N_PAYOFF / forwards[window] / n_seq
+                found[f"windows of {w}, {N_PAYOFF} sequences (calculated), s"] = values.cost.seconds * ratio
+
+    if options.part == LAST:
+        if COMMON_WINDOW in forwards:
+            line = results.lines().get(f"{size} perplexity", {})
+            unit = line.get("seconds", 0.0) / shape.n_test / n_blocks
+            played(COMMON_WINDOW, N_VALUES, LIMIT)
+        return
+
     ways = {"perplexity": shape.offload} | ({"perplexity, blocks on the device": False} if shape.offload else {})
     for name, offload in ways.items():
         with results.stage(f"{size} {name}") as found:
-            lm = lm if offload == shape.offload else build(offload)
+            if offload != shape.offload:
+                lm = None  # before the other is drawn
+            lm = lm or build(offload)
             tokens = text(shape.n_test)
             lm.nll(tokens)  # libraries start, kernels are chosen
             start = time.perf_counter()
@@ -404,38 +512,14 @@ def model(results: Results, options: argparse.Namespace) -> None:
     if shape.offload:
         lm = None
 
-    plans = {w: SlidingWindow(w).plan(n_blocks) for w in (WINDOW, COMMON_WINDOW) if w <= n_blocks}
-    forwards = {w: block_forwards(plan) for w, plan in plans.items()}
-
-    def played(window: int, n_seq: int) -> bool:
-        """Play a game, if there is time for it."""
-        nonlocal lm
-        name = f"Shapley values, windows of {window}, {n_seq} sequences"
-        expected = 1.5 * unit * n_seq * forwards[window] + 5 * (options.shape == "real")
-        if not fits(name, expected, shape.seconds[2] * (1 if window == WINDOW else 4)):
-            return False
-        with results.stage(f"{size} {name}") as found:
-            lm = lm or build()
-            start = time.perf_counter()
-            game = LayerGame(lm, text(n_seq))
-            found["hash of the weights, s"] = time.perf_counter() - start
-            values = SlidingWindow(window).estimate(game)
-            found["seconds"] = time.perf_counter() - start
-            found |= {"sequences": n_seq, "evaluations": game.n_evaluations, "block-forwards": game.n_block_forwards}
-            found |= {"values, s": values.cost.seconds, "largest": float(values.values.max())}
-            found["least"] = float(values.values.min())
-            for w in plans.keys() - {window}:
-                ratio = forwards[w] * N_PAYOFF / forwards[window] / n_seq
-                found[f"windows of {w}, {N_PAYOFF} sequences (calculated), s"] = values.cost.seconds * ratio
-        return True
-
-    played(WINDOW, shape.n_payoff)
+    played(WINDOW, (shape.n_payoff,), shape.seconds[2])
 
     pruners: dict[str, Pruner] = {"Wanda": Wanda(), "SparseGPT": SparseGPT()}
-    for name, pruner, most, of_block in zip(pruners, pruners.values(), shape.seconds, shape.of_block, strict=False):
+    guesses = zip(shape.seconds, PASSES, shape.of_block, strict=False)
+    for (name, pruner), (most, passes, of_block) in zip(pruners.items(), guesses, strict=True):
 
-        def expected(n_seq: int, of_block: float = of_block) -> float:
-            return 3 * unit * n_blocks * n_seq + of_block * n_blocks
+        def expected(n_seq: int, passes: float = passes, of_block: float = of_block) -> float:
+            return 1.3 * (passes * unit * n_blocks * n_seq + of_block * n_blocks)
 
         n_seq = in_time(shape.n_calibration, expected, most)
         if not fits(name, expected(n_seq), most):
@@ -451,9 +535,6 @@ def model(results: Results, options: argparse.Namespace) -> None:
             more = (N_CALIBRATION - n_seq) * shape.seq_len * shape.model["hidden_size"]  # of hidden states
             found[f"{N_CALIBRATION} sequences (calculated), GB more"] = more * torch.bfloat16.itemsize / 1e9
         lm = None  # its weights are gone: the next stage draws them anew
-
-    if size == "7B" and COMMON_WINDOW in forwards:
-        played(COMMON_WINDOW, N_PAYOFF)
 
 
 def _described(shape: Shape) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from svnup.model.blocks import (
     with_hidden,
 )
 from svnup.model.checkpoint import Tensors, in_place, is_bitmask, write_bitmask, write_dense
+from svnup.model.digest import tensor_sha256
 from svnup.model.linears import LINEAR_MODULES, Linear, expert_of, linears_of, parameter_of
 from svnup.model.loading import Loader, auto_class, outline, quiet_unless_terminal
 from svnup.model.offload import BlockStore, DiskBlockStore, HostBlockStore
@@ -482,29 +483,24 @@ class LanguageModel:
             config.pop(key, None)
         config["attn_implementation"] = getattr(self.model.config, "_attn_implementation", None)
 
-        def digest(item: tuple[str, Tensor]) -> bytes:
-            name, tensor = item
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(data.data)
-            return digest.digest()
-
         total = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        if self._store is not None:  # one block at a time
-            for item in self._state():
-                total.update(digest(item))
-            return total.hexdigest()
-        with ThreadPoolExecutor(8) as pool:  # hashlib releases the interpreter lock
-            for digested in pool.map(digest, self.model.state_dict().items()):
-                total.update(digested)
+        with ThreadPoolExecutor(8) as pool:  # hashlib and copies release the interpreter lock
+            for tensors in self._in_memory():
+                for digested in pool.map(tensor_sha256, tensors, tensors.values()):
+                    total.update(digested)
         return total.hexdigest()
 
-    def _state(self) -> Iterator[tuple[str, Tensor]]:
-        """The state dict; each block is loaded before its tensors are given."""
-        for name in self.model.state_dict():
-            if (index := self._block_of(name)) is not None:
+    def _in_memory(self) -> Iterator[Tensors]:
+        """The state dict in its order: all of it where that is in memory, else in groups, of which one has one block."""
+        if not any(p.is_meta for p in self.blocks.parameters()):
+            yield self.model.state_dict()
+            return
+        for index, names in groupby(self.model.state_dict(), key=self._block_of):
+            if index is not None:
                 self.load_block(index)
-            yield name, attrgetter(name)(self.model)
+            group = {name: attrgetter(name)(self.model) for name in names}
+            yield group
+            group.clear()  # there is memory for one block, even if the caller still holds this one
 
     def _block_of(self, name: str) -> int | None:
         inside = name.startswith(self.blocks_path + ".")

@@ -32,6 +32,10 @@ SELECTION = 220  # scores, the k-th of each row, and a mask
 COLUMNS = 60  # the columns of a block one after the other, in caches for the most part
 CHECKS = 60  # zeros before and after, finite, copied into the model
 CALLS_OF_COLUMN = 1.5
+CALLS_OF_BLOCK = 30  # of columns on a GPU, whose host waits for the mask of each
+# A column of the kernel that prunes a block of them on a GPU, in launches: it waits for the columns before. As measured
+# (results/benchmarks/gpu.md): 1.5 microseconds of 4,096 rows, 2.5 of 11,008.
+COLUMN_OF_KERNEL = 0.2
 
 
 @dataclass(frozen=True)
@@ -244,7 +248,7 @@ class JobCounts:
         if not self._waits:
             return Work()
         n_bytes = times * self._in_blocks
-        return Work(copied=n_bytes * self._gpu, read=n_bytes * (self.offload == "disk"))
+        return Work(brought=n_bytes * self._gpu, read=n_bytes * (self.offload == "disk"))
 
     def _hidden(self, n_tokens: int) -> int:
         """Bytes of the hidden states of a text at one depth."""
@@ -263,8 +267,10 @@ class JobCounts:
         return self.offload == "disk" or (self.offload == "cpu" and self._gpu)
 
     def fingerprint(self) -> Work:
-        """Every weight hashed once, which names what is cached."""
-        return Work(read=self.weights, copied=self.weights * self._gpu) + self.loaded(1)
+        """Every weight hashed once, which names what is cached: from the device, or in the host's memory if it waits there."""
+        on_disk = self.offload == "disk"
+        here = self.weights - self._in_blocks * (self._waits and not on_disk)
+        return Work(read=self.weights, copied=here * self._gpu) + (self.loaded(1) if on_disk else Work())
 
     def pruning(self, pruner: Pruner, errors: bool = True) -> dict[str, Work]:
         """One pruning of the whole model, by its steps."""
@@ -346,8 +352,10 @@ class JobCounts:
             return out if base is None else out + self._work_of_prune(base, linear)
         if not self._has_hessian(pruner, linear):
             return Work(moved=SELECTION * d_out * d_in, calls=30)
-        calls = d_in * (30 / 128 if self._gpu else CALLS_OF_COLUMN)
-        return Work({"float32": 1.0 * d_out * d_in**2}, moved=(SELECTION + COLUMNS) * d_out * d_in, calls=calls)
+        calls = 0.0 if self._gpu else CALLS_OF_COLUMN * d_in
+        stalls = (CALLS_OF_BLOCK / 128 + COLUMN_OF_KERNEL) * d_in if self._gpu else 0.0
+        moved = (SELECTION + COLUMNS) * d_out * d_in
+        return Work({"float32": 1.0 * d_out * d_in**2}, moved=moved, calls=calls, stalls=stalls)
 
     def game(self, coalitions: Bools) -> tuple[WalkPlan, str, Work]:
         """The walk of the job's game over coalitions, its order and the reason in words, and what it does.
@@ -445,7 +453,8 @@ class JobCounts:
         walk, _, steps["coalitions"] = self._game
         data = job.shapley.game.data
         whole = self.whole(data.n_seq or 0, data.seq_len)
-        steps["coalitions"] += whole * (job.shapley.game.payoff in ("kl", "recip_ppl")) + self.fingerprint()
+        steps["coalitions"] += whole * (job.shapley.game.payoff in ("kl", "recip_ppl"))
+        steps["weights hashed"] = self.fingerprint()
         if backward := job.shapley.n_backward:  # with the forward, which is repeated block by block
             steps["backward passes"] = whole * (4 * backward)
         replacements = int(self.lm.block_params.sum()) * self._size * (2 if job.allocator.needs.n_games else job.game_prunes)
