@@ -81,7 +81,8 @@ def chosen(results: Path, allocator: str, knob: str) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default="1", help="such as 1 or 1,2: the order in which they are run")
-    parser.add_argument("--best", default="block_influence,recommended", help="budgets that stages 3 to 5 go on with")
+    best = "shapley_margins_linears,shapley_margins,block_influence"
+    parser.add_argument("--best", default=best, help=f"budgets that stages 3 to 5 go on with ({best})")
     parser.add_argument("--datasets", type=Path, help="a folder with local copies of data sets, organisation/name")
     parser.add_argument("--results", type=Path, default=Path("results/smollm2"))
     parser.add_argument("--cache", type=Path, default=Path("results/cache"))
