@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TABLES = ROOT / "results" / "tables"
-DOCS = ("getting_started", "budgets", "choosing", "finetuning", "leaderboard", "planning", "real_model")
+DOCS = ("getting_started", "budgets", "choosing", "finetuning", "leaderboard", "real_model")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 MARK = re.compile(r"<!--n:([a-z0-9-]+)-->(.*?)<!--/n-->", re.DOTALL)
 
@@ -589,31 +589,22 @@ def of_other_texts() -> dict[str, str]:
 
 
 def of_the_benchmarks() -> dict[str, str]:
-    """How fast games and prunings are, beside straightforward and released code and beside matrix products alone."""
+    """How fast games and prunings are, beside straightforward and released code."""
     games = lines_of("../benchmarks/shapley_cost.md")
     cost = (TABLES / "../benchmarks/pruning_cost.md").read_text(encoding="utf-8")
     models = [heading for heading in re.findall(r"^## (.*)$", cost, re.MULTILINE) if "blocks" in heading]
     released = [row(lines_of("../benchmarks/pruning_cost.md", name), stage="released code, whole job") for name in models]
-    jobs = lines_of("../benchmarks/scale.md")
-    first = next(i for i, line in enumerate(jobs) if line["job"] == "SmolLM2-135M, Wanda")
-    stages = {line["stage"]: line["over floor"] for line in jobs[first:][::-1]}  # of the first job after it, which wins
     return {
         "speed-window": row(games, values="sliding window w=5", way="straightforward")["times svnup"],
         "speed-wanda": span([number(line["of the job"]) for line in released], 2, ""),
         "speed-sparsegpt": span([number(line["of the job 2"]) for line in released], 2, ""),
-        "speed-real-game": stages["scores"],
-        "speed-real-wanda": stages["pruning"],
     } | of_the_gpu()
 
 
 def of_the_gpu() -> dict[str, str]:
-    """What a 7B shape takes on an H100, and the plan beside it."""
-    reached, plans = (lines_of(f"../benchmarks/{name}.md") for name in ("gpu", "gpu_plan"))
-    seconds = {line["of 7B"].partition(" ")[0].rstrip(","): number(line["seconds"]) for line in reached}
-    out = {f"gpu-{what.lower()}": f"{value:.0f} s" for what, value in seconds.items()}
-    for name, column in (("times", "planned / taken"), ("peaks", "planned / peak")):
-        out[f"gpu-plan-{name}"] = span([number(line[column]) for line in plans if line[column] != "-"], 2, "") + " times"
-    return out
+    """What a 7B shape takes on an H100."""
+    reached = {line["of 7B"].partition(" ")[0].rstrip(","): line["seconds"] for line in lines_of("../benchmarks/gpu.md")}
+    return {f"gpu-{what.lower()}": f"{number(seconds):.0f} s" for what, seconds in reached.items()}
 
 
 def of_the_paper() -> dict[str, str]:
