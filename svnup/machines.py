@@ -29,7 +29,7 @@ class Work:
         copied: bytes that pass between the memories of host and device.
         read: bytes of weights and states that are read from disk, written there, or hashed.
         calls: operations that are launched one after the other.
-        brought: bytes of weights that come from the host's memory to a GPU while it computes.
+        uploaded: bytes of weights that come from the host's memory to a GPU while it computes.
         stalls: operations that a GPU launches while it has nothing else to do: the host has waited for what was before.
     """
 
@@ -39,7 +39,7 @@ class Work:
     copied: float = 0.0
     read: float = 0.0
     calls: float = 0.0
-    brought: float = 0.0
+    uploaded: float = 0.0
     stalls: float = 0.0
 
     @property
@@ -50,7 +50,7 @@ class Work:
     @property
     def n_bytes(self) -> float:
         """Bytes that are moved, wherever."""
-        return self.moved + self.copied + self.read + self.brought
+        return self.moved + self.copied + self.read + self.uploaded
 
     def __add__(self, other: Work) -> Work:
         products = Counter(self.products)
@@ -77,7 +77,7 @@ class Machine:
         float16: the same in float16.
         bandwidth: bytes/s of the device's memory.
         transfer: bytes/s between the memories of host and device, one way.
-        bring: bytes/s at which weights in the host's memory come to the device by way of pinned memory; null: as `transfer`.
+        upload: bytes/s at which weights in the host's memory come to the device by way of pinned memory; null: as `transfer`.
         read: bytes/s at which weights are read from disk, or hashed.
         call: seconds to launch an operation.
         memory: bytes that the device holds.
@@ -95,7 +95,7 @@ class Machine:
     float16: float | None = None
     bandwidth: float | None = None
     transfer: float | None = None
-    bring: float | None = None
+    upload: float | None = None
     read: float | None = None
     call: float | None = None
     memory: float | None = None
@@ -115,11 +115,11 @@ class Machine:
         computed += work.solved / (self.rate("float32") * SOLVING) if work.solved else 0.0
         computed += sum(n / rate for n, rate in ((work.moved, self.bandwidth), (work.copied, self.transfer)) if n and rate)
         called, stalled = work.calls * (self.call or 0.0), work.stalls * (self.call or 0.0)
-        read, bring = work.read / self.read if self.read else 0.0, self.bring or self.transfer
-        brought = work.brought / bring if bring else 0.0
+        read, upload = work.read / self.read if self.read else 0.0, self.upload or self.transfer
+        uploaded = work.uploaded / upload if upload else 0.0
 
         def at(share: float) -> float:
-            waited = max(computed, brought) / share
+            waited = max(computed, uploaded) / share
             return (max(waited, called) if self.device == "cuda" else waited + called) + stalled + read / share
 
         return at(self.most), at(self.least)
@@ -145,7 +145,7 @@ class Machine:
             dtype: lambda: meter.products(dtype),
             "bandwidth": meter.bandwidth,
             "transfer": meter.transfer,
-            "bring": meter.bring,
+            "upload": meter.upload,
             "read": meter.hashing,
             "call": meter.call,
             "memory": meter.memory,
@@ -155,7 +155,7 @@ class Machine:
         return replace(self, device=device, **found)  # type: ignore[arg-type]
 
 
-RATES = ("float32", "tf32", "bfloat16", "float16", "bandwidth", "transfer", "bring", "read", "call", "memory", "process")
+RATES = ("float32", "tf32", "bfloat16", "float16", "bandwidth", "transfer", "upload", "read", "call", "memory", "process")
 
 
 def named(hardware: str, machines: Mapping[str, Any]) -> Machine:
@@ -220,7 +220,7 @@ class Meter:
         there = torch.ones(2**26, device=self.device)
         return 4 * there.numel() / self._seconds(there.cpu)
 
-    def bring(self) -> float | None:
+    def upload(self) -> float | None:
         """Bytes/s of weights that are copied into pinned memory and sent from there; None where the device is the host."""
         import torch
 

@@ -19,7 +19,7 @@ import yaml
 from svnup.allocation import Budget
 from svnup.game import LayerGame
 from svnup.language_model import LanguageModel
-from svnup.model.digest import PART, tensor_sha256
+from svnup.model.digest import CHUNK, tensor_sha256
 from svnup.model.source import Random
 from svnup.pruning.sparsegpt import SparseGPT
 from svnup.pruning.walk import prune_model, pruned_weights
@@ -88,7 +88,7 @@ def test_an_offloaded_model_is_the_same(offload: str, dtype: str, tmp_path: Path
 def test_weights_are_hashed_as_on_the_cpu(dtype: torch.dtype) -> None:
     """Several at a time, in more than one part, and where they do not lie in one piece."""
     of_parts = [torch.randn(rows, 4000, generator=torch.Generator().manual_seed(rows)).to(dtype) for rows in range(4300, 4306)]
-    assert all(tensor.nbytes > PART for tensor in of_parts)
+    assert all(tensor.nbytes > CHUNK for tensor in of_parts)
     given = {
         str(i): tensor for i, tensor in enumerate([*of_parts, *(tensor.T for tensor in of_parts), torch.ones((), dtype=dtype)])
     }

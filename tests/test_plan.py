@@ -130,10 +130,10 @@ def test_time_is_what_the_rates_make_of_work():
     assert gpu.seconds(Work({"float32": 2e9}, calls=1000, stalls=3000)) == (5, 5), "but not where it waits for them"
 
 
-@pytest.mark.parametrize(("bring", "seconds"), [(0.5e9, 6), (None, 2 + 1)])
-def test_the_next_weights_come_while_a_gpu_computes(bring, seconds):
-    machine = Machine("cuda", float32=1e9, transfer=2e9, bring=bring, least=1.0, most=1.0)
-    work = Work({"float32": 2e9}, brought=3e9, copied=2e9)
+@pytest.mark.parametrize(("upload", "seconds"), [(0.5e9, 6), (None, 2 + 1)])
+def test_the_next_weights_come_while_a_gpu_computes(upload, seconds):
+    machine = Machine("cuda", float32=1e9, transfer=2e9, upload=upload, least=1.0, most=1.0)
+    work = Work({"float32": 2e9}, uploaded=3e9, copied=2e9)
     assert machine.seconds(work) == (seconds, seconds)
     assert work.n_bytes == 5e9
 
@@ -143,7 +143,7 @@ def test_this_machine_is_measured_within_a_second_and_what_is_given_stays():
     assert machine.bandwidth == 5.0
     assert machine.float32 > 1e8
     assert machine.process > 1e7
-    assert (machine.transfer, machine.bring, machine.memory) == (None, None, None)
+    assert (machine.transfer, machine.upload, machine.memory) == (None, None, None)
 
 
 @pytest.mark.parametrize(

@@ -496,8 +496,9 @@ def of_the_intervals() -> dict[str, str]:
         for line in lines_of("smollm2_intervals.md", f"{heading}: each of ours against the best other"):
             names = [name for name, method in ours.items() if line["budget"].partition(" (")[0] == method]
             if names:
-                runs = f"{line['runs']} run" + ("s" if line["runs"] != "1" else "")
-                out[f"beside-{names[0]}-{cell_key(line['cell'])}"] = f"{line['change']} {line['95 % interval']}, {runs}"
+                name, runs = names[0] + "-refresh" * ("refresh" in line["budget"]), line["runs"]
+                told = f"{line['change']} {line['95 % interval']}, {runs} run{'s' * (runs != '1')}"
+                out[f"beside-{name}-{cell_key(line['cell'])}"] = told
     text = (TABLES / "smollm2_intervals.md").read_text(encoding="utf-8")
     moved = re.findall(r"(\w+), (\d+) %: ([\d.]+) %", text.partition("Root mean square: ")[2].partition("\n")[0])
     out |= {f"rounding-{pruner}-{level}": f"{size} %" for pruner, level, size in moved}
@@ -521,7 +522,7 @@ def of_the_real_budgets() -> dict[str, str]:
     """The budgets on the real model: perplexities of all runs by cell, on the CPU first, then those on the H100 by seed."""
     cells = [(pruner, sparsity) for sparsity in ("0.6", "0.7") for pruner in ("wanda", "sparsegpt")]
     found: dict[str, dict[tuple[str, str], list[str]]] = {}
-    for file, machine in (("smollm2.md", "CPU"), ("smollm2_h100.md", "H100")):
+    for file, machine in (("smollm2.md", " CPU"), ("smollm2_v4.md", " CPU"), ("smollm2_h100.md", "")):
         for line in lines_of(file):
             method, _, options = line["allocator"].partition(" (")
             usual = ("lam=", "epsilon=", "m=", "rounds=", "step=", "delta=", "nodes=", "n_seq=", "trial_n_seq=", "influence=")
@@ -529,11 +530,15 @@ def of_the_real_budgets() -> dict[str, str]:
             told = [word for word in told if not word.startswith(usual)]
             name = method + (f" ({', '.join(told)})" if told else "")
             of_cell = found.setdefault(name, {}).setdefault((line["pruner"], line["sparsity"]), [])
-            of_cell.append(f"{line['wikitext2/ppl']}{' CPU' if machine == 'CPU' else ''}")
+            of_cell.append(line["wikitext2/ppl"] + machine)
+    influence = [number(ppl.removesuffix(" CPU")) for ppl in found["blockinfluence"]["sparsegpt", "0.7"]]
     order = sorted(found, key=lambda name: (name != "uniform", name))
     heads = [f"{pruner}, {sparsity[2:]}0 %" for pruner, sparsity in cells]
     body = [[name, *(", ".join(found[name].get(cell, ["-"])) for cell in cells)] for name in order]
-    return {"real-budgets": table(["budget", *heads], ["---"] * (1 + len(cells)), body)}
+    return {
+        "real-budgets": table(["budget", *heads], ["---"] * (1 + len(cells)), body),
+        "influence-span": f"{min(influence):.2f} to {max(influence):.2f} in {len(influence)} runs",
+    }
 
 
 def of_the_real_model() -> dict[str, str]:
@@ -582,9 +587,23 @@ def of_other_texts() -> dict[str, str]:
         if line["budget"] == "margins" and line["cell"].startswith("sparsegpt"):
             level = f"{line['cell'][-1]}0"
             out[f"transfer-wiki-{level}"] = line["change 2"]
+            out[f"transfer-margins-{level}"] = line["WikiText-2"]
+        if line["budget"] == "block influence" and line["cell"].startswith("sparsegpt"):
+            out[f"transfer-influence-{line['cell'][-1]}0"] = line["WikiText-2"]
         if line["budget"] == "half margins, half influence":
             pruner, _, sparsity = line["cell"].partition(", ")
             out[f"transfer-half-{pruner}-{sparsity[2:]}0"] = line["change 2"]
+    return out
+
+
+def of_the_choices() -> dict[str, str]:
+    """On windows 1 to 32 of WikiText-2: budgets whose statistics are taken anew, and two ways of attention."""
+    out = {}
+    for line in lines_of("smollm2_choice.md"):
+        if line["allocator.refresh"] == "true":
+            out[f"choice-{line['allocator']}"] = line["wikitext2/ppl"].strip("*")
+        elif line["allocator"] == "uniform":
+            out[f"choice-{line['model.attn_implementation']}"] = line["wikitext2/ppl"]
     return out
 
 
@@ -624,6 +643,7 @@ def numbers() -> dict[str, str]:
     """Every number by its name."""
     parts = [of_the_leaderboard(), of_the_comparisons(), of_the_games(), of_budgets_and_windows(), of_the_estimators()]
     parts += [of_the_pruners(), of_the_demo(), of_the_paper(), of_the_margins(), of_the_real_model(), of_other_texts()]
+    parts += [of_the_choices()]
     parts += [of_recovery(), of_finetuning(), of_the_benchmarks(), of_the_families()]
     out: dict[str, str] = {}
     for part in parts:

@@ -381,7 +381,7 @@ def rates(results: Results, options: argparse.Namespace) -> None:
             found["GB/s"] = meter.hashing() / 1e9
         ways = {
             "copies from the device": meter.transfer,
-            "weights by way of pinned memory": meter.bring,
+            "weights by way of pinned memory": meter.upload,
         }
         for name, measure in ways.items() if device.type == "cuda" else ():
             with results.stage(name) as found:

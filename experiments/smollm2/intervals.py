@@ -1,7 +1,7 @@
 """Which differences in the table of a real model are more than chance: paired intervals over segments of its test text.
 
-Reads results/tables/smollm2_windows.csv and smollm2_h100_windows.csv alone, and writes results/tables/smollm2_intervals.md, in
-seconds:
+Reads results/tables/smollm2_windows.csv, smollm2_v4_windows.csv and smollm2_h100_windows.csv alone, and writes
+results/tables/smollm2_intervals.md, in seconds:
 
     python -m experiments.smollm2.intervals
 
@@ -35,7 +35,11 @@ BLOCK, FINER, ALL = (
     "Finer budgets: each of ours against the best other",
     "Every budget against uniform",
 )
-FILES = {"CPU": "smollm2_windows.csv", "H100": "smollm2_h100_windows.csv"}  # a run is called by its machine and its seed
+FILES = {  # a run is called by its machine and its seed; those on the CPU are of versions 3 and 4 of the numbers
+    "CPU": "smollm2_windows.csv",
+    "CPU, version 4,": "smollm2_v4_windows.csv",
+    "H100": "smollm2_h100_windows.csv",
+}
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,8 @@ def report(board: Board) -> str:
     text = [
         "# Which differences in the table of a real model are more than chance",
         "",
-        "Made by `python -m experiments.smollm2.intervals` from `smollm2_windows.csv` (CPU) and `smollm2_h100_windows.csv`: "
+        "Made by `python -m experiments.smollm2.intervals` from `smollm2_windows.csv` and `smollm2_v4_windows.csv` (CPU, "
+        "versions 3 and 4 of the numbers) and `smollm2_h100_windows.csv`: "
         f"change of WikiText-2 perplexity, 95 % interval by {N_DRAWS:,} bootstrap draws of {N_SEGMENTS} contiguous segments of "
         "the text and of the runs that both budgets have, where these are several: calibration seeds, and machines, which "
         "round otherwise. P-value corrected for all lines of a question by Holm's method. Minus: the first is lower.",

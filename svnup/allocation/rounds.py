@@ -183,9 +183,9 @@ class MarginsAndInfluence(ShapleyMargins):
             raise ValueError(f"influence={self.influence}: a share of the budget; choose 0 to 1, such as 0.5")
 
     def allocate(self, budget: Budget, scores: BlockScores | None = None, trial: Trial | None = None) -> SparsityProfile:
+        influence = ScoreBudget(lower=self.lower, upper=self.upper).allocate(budget, scores)
         assert trial is not None
         tried = [("uniform", budget.uniform())]
-        influence = ScoreBudget(lower=self.lower, upper=self.upper).allocate(budget, scores)
         if (best := self._best_round(budget, trial)) is not None:
             label, margins = best
             mixed = (1 - self.influence) * margins.sparsity + self.influence * influence.sparsity

@@ -248,7 +248,7 @@ class JobCounts:
         if not self._waits:
             return Work()
         n_bytes = times * self._in_blocks
-        return Work(brought=n_bytes * self._gpu, read=n_bytes * (self.offload == "disk"))
+        return Work(uploaded=n_bytes * self._gpu, read=n_bytes * (self.offload == "disk"))
 
     def _hidden(self, n_tokens: int) -> int:
         """Bytes of the hidden states of a text at one depth."""
