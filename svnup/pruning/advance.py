@@ -100,6 +100,7 @@ def _inputs(
                     out = lm.run_block(visit.index, batch, weights=weights)
                     batch.hidden, batch.state = out.hidden, out.state
                 visit.advanced = True
+                lm.n_block_runs += bool(visit.batches)
             yield visit.index, inputs
             advance(1)
 
