@@ -531,13 +531,20 @@ def of_the_real_budgets() -> dict[str, str]:
             name = method + (f" ({', '.join(told)})" if told else "")
             of_cell = found.setdefault(name, {}).setdefault((line["pruner"], line["sparsity"]), [])
             of_cell.append(line["wikitext2/ppl"] + machine)
-    influence = [number(ppl.removesuffix(" CPU")) for ppl in found["blockinfluence"]["sparsegpt", "0.7"]]
+    influence = {
+        sparsity: [number(ppl.removesuffix(" CPU")) for ppl in found["blockinfluence"]["sparsegpt", sparsity]]
+        for sparsity in ("0.6", "0.7")
+    }
     order = sorted(found, key=lambda name: (name != "uniform", name))
     heads = [f"{pruner}, {sparsity[2:]}0 %" for pruner, sparsity in cells]
     body = [[name, *(", ".join(found[name].get(cell, ["-"])) for cell in cells)] for name in order]
     return {
         "real-budgets": table(["budget", *heads], ["---"] * (1 + len(cells)), body),
-        "influence-span": f"{min(influence):.2f} to {max(influence):.2f} in {len(influence)} runs",
+        "refreshed-60": found["marginsandinfluence (refresh)"]["sparsegpt", "0.6"][0].removesuffix(" CPU"),
+        **{
+            f"influence-span-{sparsity[2:]}0": f"{min(ppl):.2f} to {max(ppl):.2f} in {len(ppl)} runs"
+            for sparsity, ppl in influence.items()
+        },
     }
 
 
