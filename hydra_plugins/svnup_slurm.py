@@ -99,7 +99,7 @@ class SlurmLauncher(Launcher):
         import submitit
 
         from svnup import config
-        from svnup.cli.run import Stopped
+        from svnup.interruption import Stopped
 
         config.register()
         Singleton.set_state(state)

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from svnup import config, distributed
 from svnup.claims import claimed
 from svnup.files import fault, naming
+from svnup.interruption import unhidden
 from svnup.naming import moving_numbers
 from svnup.progress import listening, say
 from svnup.results.provenance import Asked, provenance
@@ -177,6 +178,7 @@ def _run_into(folder: RunFolder, job: config.Job, blank: ResultRow, there: _Befo
     with (
         _logging_to(folder.path / "svnup.log"),
         job.tracker.run(folder.path, blank, fresh=anew) as log,
+        unhidden(),
         folder.telling() as tell,
         listening(tell),
     ):

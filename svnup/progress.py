@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from svnup.interruption import raise_interruption
+
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
@@ -49,6 +51,7 @@ def stage(description: str, total: int, unit: str) -> Iterator[Advance]:
 
     def advance(steps: int, /, **numbers: float) -> None:
         nonlocal done
+        raise_interruption()
         done += steps
         progress.advance(task, steps)
         for listener in _listeners.get():

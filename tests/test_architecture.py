@@ -54,7 +54,8 @@ LIGHT = [
 ]
 # Who may know whom, from the bottom up: a room knows those before it, never one after it.
 ORDER = (
-    {"distributed", "files", "claims", "memory", "progress", "outside", "pattern", "secrets", "memo", "keys", "units"},
+    {"distributed", "files", "claims", "interruption", "memory", "outside", "pattern", "secrets", "memo", "keys", "units"},
+    {"progress"},
     {"machines"},
     {"naming", "types", "shapley"},
     {"data", "results", "model"},

@@ -552,6 +552,46 @@ def test_names_tell_options_and_seeds_apart_and_runs_of_one_job_share_a_group():
     assert long[0] != long[1]
 
 
+def interrupted_in(hides: bool, patch: pytest.MonkeyPatch) -> list[int]:
+    """SIGTERM comes while code runs that turns what interrupts it into an error of its own, or goes on as if nothing were.
+
+    Returns the steps that are done after it.
+    """
+    from svnup import pipeline
+    from svnup.progress import stage
+
+    steps: list[int] = []
+
+    def run(*args: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except BaseException:
+            if not hides:
+                raise RuntimeError("half imported") from None
+        with stage("prune", 2, "blocks") as advance:
+            for step in range(2):
+                steps.append(step)
+                advance(1)
+
+    patch.setattr(pipeline, "run", run)
+    return steps
+
+
+@pytest.mark.parametrize("hides", [False, True], ids=["another error", "no error"])
+def test_no_library_hides_from_wandb_and_the_result_that_a_job_was_interrupted(tmp_path, hides):
+    with a_place(tmp_path) as patch:
+        steps = interrupted_in(hides, patch)
+        done = command(*JOB, "tracker=wandb")
+        assert not steps, "the stage does not begin"
+        assert (done.code, "interrupted (SIGTERM)" in done.err) == (143, True), done.err
+        (run,) = all_logged(Path("results"))
+        assert (run.exit_code, run.summary["status"]) == (143, "interrupted")
+        (path,) = Path("results/runs").glob("*/result.json")
+        assert json.loads(path.read_text())["status"] == "interrupted"
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_after_a_signal_what_was_logged_can_be_read(tmp_path, number):

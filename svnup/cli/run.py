@@ -8,12 +8,9 @@ import hashlib
 import os
 import re
 import shlex
-import signal
 import sys
-import threading
 import traceback
 import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,6 +29,7 @@ from svnup.cli import sweep as sweeps
 from svnup.cli.outcome import end, outcome, tell
 from svnup.cli.sweep import JobFailed
 from svnup.execute import execute, print_plan
+from svnup.interruption import Stopped, stoppable
 from svnup.outside import is_ours, targets
 from svnup.progress import close_output, open_streams, say, to_nobody
 from svnup.results.provenance import Asked, python_path
@@ -166,47 +164,6 @@ def _job(cfg: Any, texts: config.Texts, program: list[str], given: list[str]) ->
     if not alone:
         raise JobFailed(message)
     return code
-
-
-class Stopped(BaseException):
-    """SIGTERM, as of a batch system that takes its machine back."""
-
-    code = 128 + signal.SIGTERM
-
-
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Let SIGTERM end the work as Ctrl-C does, so that what is done is saved and the run is told to be interrupted.
-
-    Code that is interrupted halfway may end in another error, or as if nothing had been: then, too, the interruption is what is
-    raised in the end.
-    """
-    came: list[BaseException] = []
-
-    def stop(number: int, frame: Any) -> None:
-        # One SIGTERM is enough, since what follows saves; a second Ctrl-C does not wait for that.
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGTERM else signal.default_int_handler)
-        came.append(Stopped(signal.Signals(number).name) if number == signal.SIGTERM else KeyboardInterrupt())
-        raise came[0]
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
-    if (usual := signal.getsignal(signal.SIGINT)) not in (signal.SIG_IGN, None):  # ignored in the background
-        before[signal.SIGINT] = usual
-        signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    except Exception:
-        if came:
-            raise came[0] from None
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if came:
-        raise came[0]
 
 
 def _command(cfg: Any, program: list[str], hydra_cfg: Any) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from svnup.config.construction import construct
 from svnup.files import fault, write_text
+from svnup.interruption import unhidden
 from svnup.naming import NOT_IN_KEY, allocator_name, pruner_name
 from svnup.pattern import UNSTRUCTURED
 from svnup.progress import listening
@@ -184,7 +185,8 @@ class WandbTracker:
         try:
             if job_type == self.job_type and (diff := row.provenance.diff):
                 _keep(run, "diff.patch", diff)
-            yield run
+            with unhidden():
+                yield run
             code = int(row.status in ENDED)
         except BaseException as error:
             code = _exit_code(error)
