@@ -342,7 +342,7 @@ def prepared(reading: Reading) -> Iterator[list[Path]]:
     if not reading.files.startswith("results"):
         anew("results")
     files = sorted(Path().glob(reading.files))
-    assert files, f"{reading.kind}: no file {reading.files}"
+    assert files, f"{reading.kind}: no file {reading.files}; how the command ended: {outcome(Path('ended'))}"
     yield files
 
 

@@ -601,7 +601,10 @@ def test_after_a_signal_what_was_logged_can_be_read(tmp_path, number):
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     home = {f"WANDB_{k}_DIR": str(tmp_path / "home") for k in ("CONFIG", "CACHE", "DATA", "ARTIFACT")}
     env = kept | home | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    code = "import svnup.reports.wandb as w; w.SECONDS = 0.0; from svnup.cli.run import main; import sys; sys.exit(main())"
+    code = (  # a shell lets what it runs in the background ignore SIGINT
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+        "; import svnup.reports.wandb as w; w.SECONDS = 0.0; from svnup.cli.run import main; sys.exit(main())"
+    )
     command = [sys.executable, "-c", code, *options]
     job = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
