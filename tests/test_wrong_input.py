@@ -54,7 +54,13 @@ CONFIG_ALONE = {
     "unknown key, nothing near": (["xyzzy=1"], ["xyzzy=1", "svnup --cfg job shows all"]),
     "key of other options": (
         ["pruner=magnitude", "pruner.damp=0.1"],
-        ["pruner.damp=0.1", "pruner=alps,", ",sparsegpt,", "alone have that key", "in a sweep over them write ++pruner.damp=0.1"],
+        [
+            "pruner.damp=0.1",
+            "pruner=alps,",
+            ",sparsegpt,",
+            "alone have that key",
+            "in a sweep over them write ++pruner.damp=0.1",
+        ],
     ),
     "key of other options, added with plus": (["+pruner.dampp=0.1"], ["pruner.dampp=0.1", "no such option"]),
     "unknown group": (["modl=tiny"], ["modl=tiny", "did you mean model?"]),
