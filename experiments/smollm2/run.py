@@ -1,7 +1,7 @@
 """The table of a real model, stage by stage: `make table NAME=smollm2`.
 
-Every stage is a list of sweeps of `experiment=smollm2`; the sixth, of `experiment=smollm2_zero_shot`, has its own table. A job that
-is finished is not run again, so that a killed table goes on where it was. The table is written anew after every sweep.
+Every stage is a list of sweeps of `experiment=smollm2`; the sixth has an experiment and a table of its own. A finished job is
+not run again, so that a killed table goes on where it was. The table is written anew after every sweep.
 """
 
 from __future__ import annotations
