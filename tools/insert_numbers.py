@@ -550,6 +550,32 @@ def of_the_real_budgets() -> dict[str, str]:
     }
 
 
+def of_zero_shot() -> dict[str, str]:
+    """Zero-shot accuracy on the real model, dense and pruned with SparseGPT."""
+    tasks = {"BoolQ": "boolq/acc", "RTE": "rte/acc", "WinoGrande": "winogrande/acc", "PIQA": "piqa/acc"}
+    tasks |= {"ARC-Easy": "arc_easy/acc", "mean": "zero_shot/mean"}
+    names = {"uniform": "uniform", "blockinfluence": "block_influence", "fromfile": "shapley_margins, one a linear layer"}
+    lines = lines_of("smollm2_zero_shot.md")
+    dense = ["-", "dense", *(lines[0][f"{task} (limit 400) dense"] for task in tasks.values())]
+    body = [
+        [f"{line['sparsity'][2:]}0 %", name, *(line[f"{task} (limit 400)"] for task in tasks.values())]
+        for method, name in names.items()
+        for line in lines
+        if line["allocator"].partition(" (")[0] == method
+    ]
+    text = (TABLES / "smollm2_zero_shot.md").read_text(encoding="utf-8")
+    errors = re.findall(r"Standard error of (\S+) over its items, of each run: (\d+\.\d+)(?: to (\d+\.\d+))?", text)
+    of_tasks = [float(high or low) for name, low, high in errors if name != "zero_shot/mean"]
+    of_mean = next(high or low for name, low, high in errors if name == "zero_shot/mean")
+    return {
+        "zero-shot": table(
+            ["sparsity", "budget", *tasks], ["---"] * (2 + len(tasks)), [dense, *sorted(body, key=lambda b: b[0])]
+        ),
+        "zero-shot-error": f"{max(of_tasks):.1f}",
+        "zero-shot-mean-error": f"{float(of_mean):.1f}",
+    }
+
+
 def of_the_real_model() -> dict[str, str]:
     """Games on a real model beside what sparsity costs its blocks."""
     games = lines_of("real_model.md")
@@ -569,6 +595,7 @@ def of_the_real_model() -> dict[str, str]:
     return {
         **of_the_intervals(),
         **of_the_real_budgets(),
+        **of_zero_shot(),
         "real-dense": row(budgets, allocator="uniform")["wikitext2/ppl dense"],
         "real-uniform": row(budgets, allocator="uniform")["wikitext2/ppl"],
         "real-margins": row(budgets, allocator="shapleymargins")["wikitext2/ppl"],
