@@ -12,7 +12,8 @@ import torch
 
 from svnup import distributed
 from svnup.allocation import Chooser
-from svnup.game.layer_game import planned_walk, state_bytes
+from svnup.game.coalition_game import state_bytes
+from svnup.game.layer_game import planned_walk
 from svnup.game.walk_plan import WalkPlan
 from svnup.machines import HERE, Machine, Work
 from svnup.memory import resident
