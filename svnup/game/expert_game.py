@@ -22,8 +22,8 @@ Absence = Literal["spread", "drop"]
 class ExpertGame(CoalitionGame):
     """A cooperative game on the experts of one block; all other blocks are whole.
 
-    Payoffs are those of `svnup.game.layer_game.LayerGame`. The hidden states that enter the block are computed once; a coalition
-    costs the block and those behind it, and coalitions share nothing of that.
+    Payoffs are those of `svnup.game.layer_game.LayerGame`. The hidden states that enter the block are computed once. A
+    coalition costs the block and those behind it, of which coalitions share nothing.
 
     Args:
         lm: the model.
@@ -31,8 +31,8 @@ class ExpertGame(CoalitionGame):
         block: index of the block.
         entering: the text as it enters the block; None computes it.
         payoff: what a coalition is paid.
-        absence: the weight by which a token is routed to an absent expert is spread over the present ones among those that it is
-            routed to, in proportion to their weights (`spread`; where there are none, its experts give nothing), or dropped.
+        absence: `spread`: the weight of a token's routes to absent experts goes to the present ones among those that it is
+            routed to, in proportion to their weights; where there are none, its experts give nothing. `drop`: it is lost.
         cache_dir: the folder of the memo; None keeps it in memory.
         weights: fingerprint of the model, where it is known.
 

@@ -449,7 +449,8 @@ class LanguageModel:
         if granularity == "expert":
             units = [(index, unit) for index in range(self.n_blocks) for unit in self._expert_linears(index)]
             if len(units) == self.n_blocks:
-                raise ValueError(f"granularity=expert: {type(self.model).__name__} has no experts; use granularity=sublayer")
+                name = type(self.model).__name__
+                raise ValueError(f"granularity=expert: {name} has no experts; use granularity=sublayer, or another allocator")
             return units
         return [(index, {name: m}) for index in range(self.n_blocks) for name, m in self.linears(index).items()]
 

@@ -379,8 +379,8 @@ class NoRoutesError(ValueError):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(
-            f"{type(module).__name__}: experts are not called with the expert of each route and its weight, so that none can be "
-            "left out or counted; use allocator=shapley_margins allocator.granularity=expert"
+            f"{type(module).__name__}: its experts are not called with the expert of each route and its weight, so that none "
+            "can be left out or counted; use allocator=shapley_margins allocator.granularity=expert"
         )
 
 
