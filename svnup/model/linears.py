@@ -352,6 +352,10 @@ def rerouted(block: nn.Module, experts: list[str], change: Reroute) -> Iterator[
     numbers: dict[nn.Module, list[int]] = {}
     for number, expert in enumerate(experts):
         numbers.setdefault(block.get_submodule(expert.rpartition(".")[0]), []).append(number)
+    for module in numbers:
+        parameters = inspect.signature(module.forward).parameters.values()
+        if len(parameters) < 3 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):  # hidden states, routes, weights
+            raise NoRoutesError(module)
     called = set()
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
