@@ -39,9 +39,10 @@ def axes(sweep: list[str]) -> tuple[dict[str, list[str]], list[str]]:
 
 
 @pytest.mark.thinned(3)
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3, 4, 5])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3, 4, 5, 6])
 def test_every_job_of_a_stage_is_accepted(script, tmp_path, stage):
     config.register()
+    experiment = "experiment=smollm2_zero_shot" if stage == script.ZERO_SHOT else "experiment=smollm2"
     with initialize_config_dir(str(config.CONF), version_base="1.3"):
         seen = set()
         for sweep in script.sweeps(stage, ["owl", "shapley_sublayers"], tmp_path):
@@ -51,8 +52,8 @@ def test_every_job_of_a_stage_is_accepted(script, tmp_path, stage):
                 for pruner in varied.get("pruner", ["sparsegpt"]):
                     options = [f"{k}={v[-1]}" for k, v in varied.items() if k in ("sparsity", "seed")]
                     given = [f"allocator={allocator}", f"pruner={pruner}", *options, *fixed]
-                    seen.add(config.build(compose("config", overrides=["experiment=smollm2", *ON_TINY, *given])).key)
-        assert len(seen) == {1: 12, 2: 6, 3: 3, 4: 3, 5: 3}[stage]
+                    seen.add(config.build(compose("config", overrides=[experiment, *ON_TINY, *given])).key)
+        assert len(seen) == {1: 12, 2: 6, 3: 3, 4: 3, 5: 3, 6: 3}[stage]
 
 
 def test_a_knob_is_chosen_where_it_was_tried_and_used_everywhere(script, tmp_path):
@@ -86,7 +87,26 @@ def test_the_table_is_written_after_every_sweep_and_stops_at_a_mistake(script, t
         assert f"datasets_dir={tmp_path}" in command
         assert command[-1] == "dataset.n_seq=2"
     with pytest.raises(SystemExit):
-        script.main(["--stages", "6"])
+        script.main(["--stages", "7"])
+
+
+def test_zero_shot_accuracy_has_a_table_and_results_of_its_own(script, tmp_path, monkeypatch):
+    commands, tables = [], []
+
+    class Done:
+        returncode = 0
+
+        def __init__(self, command, check):
+            commands.append(command)
+
+    monkeypatch.setattr(script.subprocess, "run", Done)
+    monkeypatch.setattr(script, "write_table", lambda results, output, overrides: tables.append((results, output)))
+    given = ["--stages", "6", "--best", "owl", "--results", str(tmp_path / "runs"), "--output", str(tmp_path / "smollm2.md")]
+    assert script.main(given) == 0
+    assert tables == [(tmp_path / "runs_zero_shot", tmp_path / "smollm2_zero_shot.md")] * 2
+    assert [command[4:6] for command in commands] == [
+        ["experiment=smollm2_zero_shot", f"results_dir={tmp_path / 'runs_zero_shot'}"]
+    ] * 2
 
 
 def board(shift, seeds=("0",), spread=0.1, n=128):

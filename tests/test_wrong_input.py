@@ -52,6 +52,17 @@ CONFIG_ALONE = {
     "size below zero": (["model.intermediate_size=-3"], ["model.intermediate_size=-3", "at least 1"]),
     "entry of a list": (["tracker=wandb", "tracker.tags=[a,7]"], ["tracker.tags=['a', 7]", "entry 7 must be text"]),
     "unknown key, nothing near": (["xyzzy=1"], ["xyzzy=1", "svnup --cfg job shows all"]),
+    "key of other options": (
+        ["pruner=magnitude", "pruner.damp=0.1"],
+        [
+            "pruner.damp=0.1",
+            "pruner=alps,",
+            ",sparsegpt,",
+            "alone have that key",
+            "in a sweep over them write ++pruner.damp=0.1",
+        ],
+    ),
+    "key of other options, added with plus": (["+pruner.dampp=0.1"], ["pruner.dampp=0.1", "no such option"]),
     "unknown group": (["modl=tiny"], ["modl=tiny", "did you mean model?"]),
     "unknown model": (["model=tinny"], ["model=tinny", "choose among", "llama_7b", "did you mean tiny?"]),
     "unknown pruner": (

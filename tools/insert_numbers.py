@@ -541,6 +541,8 @@ def of_the_real_budgets() -> dict[str, str]:
     return {
         "real-budgets": table(["budget", *heads], ["---"] * (1 + len(cells)), body),
         "refreshed-60": found["marginsandinfluence (refresh)"]["sparsegpt", "0.6"][0].removesuffix(" CPU"),
+        "refreshed-wanda-70": found["marginsandinfluence (refresh)"]["wanda", "0.7"][0].removesuffix(" CPU"),
+        "mixed-wanda-70": found["marginsandinfluence"]["wanda", "0.7"][0],
         **{
             f"influence-span-{sparsity[2:]}0": f"{min(ppl):.2f} to {max(ppl):.2f} in {len(ppl)} runs"
             for sparsity, ppl in influence.items()

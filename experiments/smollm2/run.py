@@ -1,7 +1,7 @@
 """The table of a real model, stage by stage: `make table NAME=smollm2`.
 
-Every stage is a list of sweeps of `experiment=smollm2`; a finished job is not run again, so that a killed table goes on where
-it was. The table is written anew after every sweep.
+Every stage is a list of sweeps of `experiment=smollm2`; the sixth has an experiment and a table of its own. A finished job is
+not run again, so that a killed table goes on where it was. The table is written anew after every sweep.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from svnup.results.select import newest, runs_of
 from svnup.results.store import load
 
 Sweep = list[str]  # overrides of experiment=smollm2
+ZERO_SHOT = 6  # the stage with a table of its own
 
 SPARSITY, PRUNER, ALLOCATOR = (f"hydra.sweeper.params.{axis}" for axis in ("sparsity", "pruner", "allocator"))
 SUBLAYERS = ["allocator.granularity=sublayer", "shapley.game.players=sublayer"]
@@ -61,6 +62,9 @@ def sweeps(stage: int, best: list[str], results: Path) -> Iterator[Sweep]:
     if stage == 5:
         for name in ("uniform", *best):
             yield [f"{SPARSITY}=0.5", *budget(name)]
+    if stage == ZERO_SHOT:
+        for name in ("uniform", *best):
+            yield budget(name)
 
 
 def chosen(results: Path, allocator: str, knob: str) -> str | None:
@@ -82,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default="1", help="such as 1 or 1,2: the order in which they are run")
     best = "shapley_margins_linears,shapley_margins,block_influence"
-    parser.add_argument("--best", default=best, help=f"budgets that stages 3 to 5 go on with ({best})")
+    parser.add_argument("--best", default=best, help=f"budgets that stages 3 to 6 go on with ({best})")
     parser.add_argument("--datasets", type=Path, help="a folder with local copies of data sets, organisation/name")
     parser.add_argument("--results", type=Path, default=Path("results/smollm2"))
     parser.add_argument("--cache", type=Path, default=Path("results/cache"))
@@ -90,26 +94,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="for every job, such as dataset.n_seq=2")
     options = parser.parse_args(argv)
     stages, best = [int(stage) for stage in options.stages.split(",")], options.best.split(",")
-    if wrong := [stage for stage in stages if stage not in range(1, 6)]:
-        parser.error(f"--stages {wrong[0]}: choose among 1 to 5")
-    where = [f"results_dir={options.results}", f"cache_dir={options.cache}"]
+    if wrong := [stage for stage in stages if stage not in range(1, ZERO_SHOT + 1)]:
+        parser.error(f"--stages {wrong[0]}: choose among 1 to {ZERO_SHOT}")
+    where = [f"cache_dir={options.cache}"]
     where += [f"datasets_dir={options.datasets.absolute()}"] if options.datasets is not None else []
     failed = False
     for stage in stages:
-        for sweep in sweeps(stage, best, options.results):
-            command = [sys.executable, "-m", "svnup", "-m", "experiment=smollm2", *sweep, *where, *options.overrides]
+        own = "_zero_shot" if stage == ZERO_SHOT else ""
+        results, output = (path.with_name(f"{path.stem}{own}{path.suffix}") for path in (options.results, options.output))
+        for sweep in sweeps(stage, best, results):
+            experiment = [f"experiment=smollm2{own}", f"results_dir={results}"]
+            command = [sys.executable, "-m", "svnup", "-m", *experiment, *sweep, *where, *options.overrides]
             code = subprocess.run(command, check=False).returncode
             if code not in (0, 1):  # 1: a job failed, which its line of the table says
                 return code
             failed = failed or code == 1
-            write_table(options.results, options.output, options.overrides)
+            write_table(results, output, options.overrides)
     return int(failed)
 
 
 def write_table(results: Path, output: Path, overrides: Sequence[str] = ()) -> None:
     """Write the table of all runs so far, and the losses of their windows beside it (`intervals.py` compares them)."""
     title, command = "SmolLM2-135M-Instruct, 4 bits", "make table NAME=smollm2"
-    if output.name != "smollm2.md":
+    if output.name == "smollm2_zero_shot.md":
+        title, command = f"{title}, zero-shot accuracy", f"{command} STAGES={ZERO_SHOT}"
+    elif output.name != "smollm2.md":
         command = " ".join(["python experiments/smollm2/run.py --output", f"results/tables/{output.name}", *overrides])
     options = ["--format", "markdown", "--output", str(output), "--title", title, "--command", command]
     results_cli.main(["table", str(results), *options])

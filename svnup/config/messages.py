@@ -84,6 +84,9 @@ def explain(error: Exception, overrides: list[str], folder: str | None = None) -
         if named := re.match(r"evaluation\.datasets\.(\w+)\.", key):
             plus = "" if named[1] == "test" else "+"
             return f"{given}: no data set is called {named[1]}; add {plus}dataset@evaluation.datasets.{named[1]}=text_file"
+        if having := _options_with(key, own):
+            group, swept = key.partition(".")[0], "" if given.startswith("+") else f", or in a sweep over them write ++{given}"
+            return f"{given}: {group}={','.join(having)} alone have that key; choose one of them{swept}"
         return f"{given}: there is no such key{_nearest_key(key, _known_keys(overrides, own)) or '; svnup --cfg job shows all'}"
     value = re.search(r"Value '([^']*)' (.*?) full_key: (\S+)", text)
     if value:
@@ -129,6 +132,18 @@ def _known_keys(overrides: list[str], own: list[str]) -> list[str]:
             plain = typing.cast(dict[str, Any], OmegaConf.to_container(composed(*given), resolve=False))
             return [*groups, *(key for key, _ in walk(plain))]
     return [*groups]
+
+
+def _options_with(key: str, own: list[str]) -> list[str]:
+    """The options of the key's group that have it."""
+    group, _, inner = key.partition(".")
+    found = []
+    for option in choices(*own).get(group, []):
+        with contextlib.suppress(Exception):  # an option that does not compose on its own
+            node = OmegaConf.to_container(composed(*own, f"{group}={option}")[group], resolve=False)
+            if inner in (name for name, _ in walk(typing.cast(dict[str, Any], node))):
+                found.append(option)
+    return found
 
 
 # -- copies that a configuration makes of its own nodes

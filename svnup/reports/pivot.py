@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -445,13 +445,18 @@ def _notes(runs: Sequence[Run], metrics: Sequence[str]) -> Iterable[str]:
                     errors.setdefault(metric, []).append(stderr)
                 if run.row.sparsity is not None:
                     actual.setdefault(run.row.sparsity.target, []).append(run.row.sparsity.actual)
-    for metric, found in errors.items():
-        low, high = number(min(found)), number(max(found))
-        span = low if low == high else f"{low} to {high}"
-        yield f"Standard error of {metric} over its items, of each run: {span}; it stands behind the ± of a single run."
+    for note in notes_on_errors(errors):
+        yield f"{note}; it stands behind the ± of a single run."
     met = [f"{target:g}: {min(a):.4f} to {max(a):.4f}" for target, a in sorted(actual.items())]
     if met:
         yield f"Actual sparsity, by target: {', '.join(met)}."
+
+
+def notes_on_errors(errors: Mapping[str, Sequence[float]]) -> Iterator[str]:
+    """For each metric that has a standard error, what it is in these runs, without a full stop."""
+    for metric, found in errors.items():
+        low, high = number(min(found)), number(max(found))
+        yield f"Standard error of {metric} over its items, of each run: {low if low == high else f'{low} to {high}'}"
 
 
 def number(value: float) -> str:

@@ -14,7 +14,7 @@ from svnup.keys import flatten
 from svnup.naming import allocator_name, current, method_name, moving_numbers, pruner_name, recovery_name
 from svnup.pattern import UNSTRUCTURED
 from svnup.reports.grid import Cell, Grid, csv_text
-from svnup.reports.pivot import notes_on_inputs
+from svnup.reports.pivot import notes_on_errors, notes_on_inputs
 from svnup.results.row import Protocol, ResultRow
 from svnup.results.select import fallback_of, model_of, short_names, uniform_taken, word
 
@@ -152,7 +152,18 @@ def render(rows: list[ResultRow], form: str, title: str | None = None, command: 
         return csv_text(shown.where(shown.notna(), None).to_dict("records"))  # type: ignore[arg-type]
     drop = [c for c, same in (("seed", 0), ("pattern", UNSTRUCTURED), ("status", "finished")) if (data[c] == same).all()]
     shown = _with_change(data).drop(columns=[*drop, "setting", "seconds", "key"])
-    return flat(shown, title, about(rows, command), notes_on_inputs(rows)).render(form, ansi)
+    notes = [*(f"{note}." for note in notes_on_errors(_errors(rows))), *notes_on_inputs(rows)]
+    return flat(shown, title, about(rows, command), notes).render(form, ansi)
+
+
+def _errors(rows: list[ResultRow]) -> dict[str, list[float]]:
+    """Standard errors of the metrics that the table shows and that have one."""
+    found: dict[str, list[float]] = {}
+    for row in (row for row in rows if not fallback_of(row)):
+        for name, metric in row.metrics.items():
+            if metric.stderr is not None and not metric.secondary:
+                found.setdefault(name, []).append(metric.stderr)
+    return found
 
 
 def listing(rows: list[ResultRow], sort: str | None = None) -> Grid:
