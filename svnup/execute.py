@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import OmegaConf
 
 from svnup import config, distributed
@@ -297,10 +296,11 @@ def _print_result(row: ResultRow) -> None:
     scores = row.shapley or row.scores
     if scores is not None and row.profile is not None:
         sparsity = row.profile.sparsity
-        values = np.reshape(scores.values, (len(sparsity), -1)).sum(axis=1)  # attention and MLP may be apart
+        sums = scores.of_blocks(len(sparsity))  # attention and MLP, or experts, may be apart
+        values = ["-"] * len(sparsity) if sums is None else [f"{value:.4f}" for value in sums]
         _say(f"  {'layer':>5}  {'Shapley value' if row.shapley else 'score':>13}  {'sparsity':>8}  kept")
         for index, (value, share) in enumerate(zip(values, sparsity, strict=True)):
-            _say(f"  {index:>5}  {value:>13.4f}  {share:>8.3f}  {'█' * round(40 * (1 - share))}")
+            _say(f"  {index:>5}  {value:>13}  {share:>8.3f}  {'█' * round(40 * (1 - share))}")
     for name, metric in row.metrics.items():
         before = row.dense[name].value if name in row.dense else None
         dense = f"  (dense {before:.2f})" if before is not None else ""

@@ -130,6 +130,34 @@ class ShapleyValues(BlockScores):
 
 
 @dataclass(frozen=True)
+class ExpertScores(BlockScores):
+    """Scores of the experts of each block that has some: `values` (n,), of all of them; they compare within a block.
+
+    `blocks` (n,) has the block of each, `experts` its name there, `stderr` (n,) is given where the method has one for all.
+    `units` (n,), once it is known, is the index of its budget among those of a job.
+    """
+
+    blocks: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    experts: tuple[str, ...] = ()
+    stderr: Floats | None = None
+    units: Ints | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not len(self.blocks) == len(self.experts) == len(self.values):
+            raise ValueError(f"{len(self.values)} scores of {len(self.experts)} experts in {len(self.blocks)} blocks")
+
+    def per_unit(self, n_units: int, blocks: Sequence[int] | None = None) -> ExpertScores:
+        """The same scores with their `units`: of each block the experts come last, whose index `blocks` (n_units,) has."""
+        at = np.asarray(blocks)
+        units = [np.flatnonzero(at == block)[-np.sum(self.blocks == block) :] for block in np.unique(self.blocks)]
+        return replace(self, units=np.concatenate(units))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in super().to_dict().items() if k != "units"}
+
+
+@dataclass(frozen=True)
 class Share:
     """A linear's part of its block's budget: its sparsity and its number of weights."""
 

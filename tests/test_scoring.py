@@ -311,11 +311,12 @@ def rows():
 
 WITHOUT_SCORES = {"uniform", "atp", "search", "curves", "shapley_margins", "neuronal"}
 READ_INPUTS = {"owl", "owl_nm", "dlp", "lsa", "block_influence", "margins_and_influence"}
+NOT_OF_DENSE_MODELS = {"from_file", "shapley_experts", "frequency_experts"}  # or of no profile
 SHAPLEY = {"shapley", "shapley_rounds", "shapley_sublayers", "leave_one_out", "random", "reversed"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({p.stem for p in (CONF / "allocator").glob("[!_]*.yaml")} - {"from_file"}))
+@pytest.mark.parametrize("name", sorted({p.stem for p in (CONF / "allocator").glob("[!_]*.yaml")} - NOT_OF_DENSE_MODELS))
 def test_every_allocator_as_a_job(svnup, name):
     """The pruner needs no inputs: what is read of the calibration text is for the scores."""
     code, out, err = svnup(f"allocator={name}", "pruner=magnitude")

@@ -25,7 +25,8 @@ from svnup.allocation import Budget
 from svnup.allocation.maps import ScoreBudget
 from svnup.data import Role
 from svnup.evaluation import perplexity
-from svnup.game.layer_game import LayerGame, Payoff
+from svnup.game.coalition_game import Payoff
+from svnup.game.layer_game import LayerGame
 from svnup.pruning.walk import pruned_weights, temporarily_pruned
 from svnup.shapley import Estimator
 from svnup.shapley.exact import Exact

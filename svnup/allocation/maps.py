@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from svnup.allocation import Allocator, Budget, Needs, Trial
-from svnup.allocation.budget import Scale, project, rescale
+from svnup.allocation.budget import Scale, project, rescale, split_block
 from svnup.files import at_home, unsealed
 from svnup.pattern import UNSTRUCTURED
-from svnup.types import BlockScores, Granularity, Players, SparsityProfile
+from svnup.types import BlockScores, ExpertScores, Granularity, Players, SparsityProfile
 
 logger = logging.getLogger(__name__)
 Compare = Literal["trial", "off"]  # with the uniform budget
@@ -97,6 +97,45 @@ class ScoreBudget:
             return profile
         assert trial is not None
         return _no_worse_than_uniform(profile, budget, trial)
+
+
+@dataclass(frozen=True)
+class ExpertBudget:
+    """Inside each block of a mixture densities by the scores of its experts; what is of no expert, and each block, gets S.
+
+    Inside a block it is the map of `ScoreBudget`, with its usual bounds. Scores that name no blocks are those of one.
+
+    Source: our choice. Scores of experts are not compared between blocks, which have games of their own.
+    """
+
+    scale: Scale = "raw"
+    lam: float = 0.15
+    granularity: Literal["expert"] = "expert"
+    needs: ClassVar[Needs] = Needs(scores=True)
+    tuned_option: ClassVar[str] = "lam"
+
+    def __post_init__(self) -> None:
+        _check_amplitude(self.lam)
+
+    def grid(self, budget: Budget) -> tuple[float, ...]:
+        return GRID
+
+    def check(self, budget: Budget) -> None:
+        budget.check_pattern(uniform=False, granularity=self.granularity)
+
+    def allocate(self, budget: Budget, scores: BlockScores | None = None, trial: Trial | None = None) -> SparsityProfile:
+        values = _needed(scores).values
+        if _needed(scores).higher_is == "sparser":
+            values = -values
+        blocks, units = np.zeros(len(values), dtype=np.int64), np.arange(len(values))
+        if isinstance(scores, ExpertScores) and scores.units is not None:
+            blocks, units = scores.blocks, scores.units
+        sparsity = np.full(budget.n_units, budget.sparsity)
+        for block in np.unique(blocks):
+            own, at = values[blocks == block], units[blocks == block]
+            scale: Scale = "raw" if self.scale == "log" and not own.max() > 0 else self.scale
+            sparsity[at] = split_block(own, budget.params[at], budget.sparsity, self.lam, scale)
+        return budget.in_steps(sparsity)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from svnup import NUMBERS_VERSION, distributed
 from svnup.allocation.margins import marginal_values
 from svnup.allocation.splits import Split
 from svnup.data import TokenSource, tokens_sha256
-from svnup.game.layer_game import max_states
+from svnup.game.coalition_game import max_states
 from svnup.game.walk_plan import WalkPlan
 from svnup.memo import Memo
 from svnup.model.language_model import LanguageModel, MicroBatch, Visit

@@ -47,6 +47,7 @@ def check_roles(texts: dict[str, TokenSource]) -> None:
         ("dataset", "calibration", "calibrates pruners"),
         ("shapley.game.data", "payoff", "pays coalitions"),
         ("allocator.data", "payoff", "pays coalitions"),
+        ("allocator.scorer.data", "payoff", "pays coalitions"),
         ("selection", "selection", "chooses"),
     ):
         if name in texts and texts[name].role != role:

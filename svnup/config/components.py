@@ -73,14 +73,18 @@ def _scorer(node: Any, known: Texts) -> Scorer | None:
     if not isinstance(node, dict):
         raise ValueError(f"{key}={node}: must be a node with a _target_, or null; leave it as the allocator's yaml has it")
     if "game" not in node:
-        return typing.cast(Scorer, construct(node, key, "scorer"))
+        scorer = construct(node, key, "scorer")
+        if (data := getattr(scorer, "data", None)) is not None:
+            scorer = replace(scorer, data=_shared(data, known, f"{key}.data"))
+        return typing.cast(Scorer, scorer)
     of_game = {k: v for k, v in node.items() if k in OF_GAMES}
     if isinstance(game := node["game"], dict) and game.get("absence") != "prune":  # its pruner need not be imported
         of_game["game"] = {k: v for k, v in game.items() if k != "pruner"}
     estimator = construct({k: v for k, v in node.items() if k not in of_game}, key, "estimator")
     target = f"{ShapleyScorer.__module__}.{ShapleyScorer.__qualname__}"
-    scorer: ShapleyScorer = construct({"_target_": target, "estimator": estimator} | of_game, key, "scorer")
-    return replace(scorer, game=replace(scorer.game, data=_shared(scorer.game.data, known, f"{key}.game.data")))
+    of_blocks: ShapleyScorer = construct({"_target_": target, "estimator": estimator} | of_game, key, "scorer")
+    data = _shared(of_blocks.game.data, known, f"{key}.game.data")
+    return replace(of_blocks, game=replace(of_blocks.game, data=data))
 
 
 def _evaluation(node: dict[str, Any], known: Texts) -> Any:

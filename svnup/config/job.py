@@ -62,8 +62,9 @@ class Components:
         texts = {"dataset": self.dataset}
         if self.shapley is not None:
             texts["shapley.game.data"] = self.shapley.game.data
-        if (payoff := getattr(self.allocator, "data", None)) is not None:
-            texts["allocator.data"] = payoff
+        for key, reader in (("allocator", self.allocator), ("allocator.scorer", self.scorer)):
+            if (payoff := getattr(reader, "data", None)) is not None:
+                texts[f"{key}.data"] = payoff
         texts |= {"selection": self.selection} if self.selection is not None else {}
         return texts | {f"evaluation.{option}": source for option, source in self.evaluation.sources().items()}
 
@@ -217,6 +218,9 @@ class Job(Components):
         if self.granularity != "block":
             with _errors_named("allocator.granularity"):
                 self.budget(lm)
+        if (check := getattr(self.scorer, "check_model", None)) is not None:
+            with error_context("allocator.scorer", ("allocator",)):
+                check(lm)
         return lm
 
     def _check_lengths(self, lm: LanguageModel) -> None:

@@ -1,5 +1,6 @@
-"""The cooperative game between the blocks of a language model."""
+"""The cooperative games between the blocks of a language model, and between the experts of a block."""
 
+from svnup.game.expert_game import ExpertGame
 from svnup.game.layer_game import LayerGame
 
-__all__ = ["LayerGame"]
+__all__ = ["ExpertGame", "LayerGame"]

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from svnup import NUMBERS_VERSION, distributed
-from svnup.data import tokens_sha256
+from svnup.game.coalition_game import TOGETHER, Cap, CoalitionGame, Payoff, max_states
 from svnup.game.walk_plan import WalkPlan
-from svnup.memo import Memo
-from svnup.memory import free_memory
 from svnup.model.language_model import LanguageModel, MicroBatch, Unit
 from svnup.progress import stage
 from svnup.types import CHOICES, Bools, Floats, Players
 
-Payoff = Literal["neg_nll", "neg_ppl", "recip_ppl", "kl", "accuracy"]
-Cap = Literal["none", "chance"]
 Weights = dict[str, Tensor]
-TOGETHER = 32  # coalitions of an offloaded model that are walked breadth first; what a kill loses, and what hides the loads
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class Replacements:
     name: str
 
 
-class LayerGame:
+class LayerGame(CoalitionGame):
     """A cooperative game on the blocks of a model; calling it maps coalitions, bool (m, n_players), to payoffs, float64 (m,).
 
     With NLL the mean over sequences of their mean NLL per token, in nats, the payoffs are
@@ -109,67 +101,19 @@ class LayerGame:
         cache_dir: str | Path | None = None,
         state_bytes: int | None = None,
     ) -> None:
-        self.lm, self.tokens = lm, torch.as_tensor(tokens)
-        self.payoff, self.cap = payoff, cap
+        tokens = torch.as_tensor(tokens)
         if pruned is not None and lm.offloaded:
             raise ValueError("offload: pruned blocks beside the dense ones need both in memory; use offload=none")
         if pruned is not None and not isinstance(pruned, Replacements):
             pruned = Replacements(pruned, _digest(pruned))
         self.absent_costs = pruned is not None
         self._players = _make_players(lm, players, pruned.weights if pruned is not None else None)
-        self.n_players = len(self._players)
-        self.n_evaluations = self.n_block_forwards = 0
         self._state_bytes = state_bytes
-        if payoff == "accuracy" and len(self.tokens) < CHOICES:
-            raise ValueError(
-                f"payoff=accuracy: needs at least {CHOICES} sequences, not {len(self.tokens)}; add more payoff text"
-            )
-        identity = {
-            "weights": lm.fingerprint(),
-            "pruned": pruned.name if pruned is not None else None,
-            "tokens": tokens_sha256(self.tokens.numpy().astype(np.int64)),
-            "shape": list(self.tokens.shape),
-            "payoff": payoff,
-            "cap": cap,
-            "players": players,
-            "numbers": NUMBERS_VERSION,
-        }
-        self.key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+        if payoff == "accuracy" and len(tokens) < CHOICES:
+            raise ValueError(f"payoff=accuracy: needs at least {CHOICES} sequences, not {len(tokens)}; add more payoff text")
+        name = pruned.name if pruned is not None else None
+        super().__init__(lm, tokens, len(self._players), payoff, cap, cache_dir, pruned=name, players=players)
         self.walk: str | None = None
-        self._kinds: set[str] = set()
-        folder = Path(cache_dir) / "games" / self.key if cache_dir is not None else None
-        self._memo = Memo(folder, f"{lm.device.type}/{lm.dtype}")
-
-    def __call__(self, coalitions: Bools) -> Floats:
-        rows = np.asarray(coalitions)
-        if rows.dtype != np.bool_ or rows.ndim != 2 or rows.shape[1] != self.n_players:
-            raise ValueError(f"coalitions must be bool (m, {self.n_players}), not {rows.dtype} {rows.shape}")
-        distinct = {_name(row): row for row in np.unique(rows, axis=0)}
-
-        counts = np.zeros(2)
-
-        def evaluate(missing: list[str]) -> None:
-            counts[:] += len(missing), self._walk(np.array([distinct[name] for name in missing]))
-
-        self._memo.share(distinct, evaluate, "coalitions of this game")
-        n_new, n_forwards = distributed.total(counts).astype(int).tolist()
-        self.n_evaluations += n_new
-        self.n_block_forwards += n_forwards
-        names = [_name(row) for row in rows]
-        self._kinds |= {self._memo.kinds[name] for name in names}
-        return np.array([self._memo.values[name] for name in names])
-
-    @property
-    def v_empty(self) -> float:
-        """The payoff of the empty coalition."""
-        empty = np.zeros((1, self.n_players), dtype=bool)
-        self._memo.share([_name(empty[0])], lambda _: self._walk(empty), "coalitions of this game")
-        return self._memo.values[_name(empty[0])]
-
-    @property
-    def kinds(self) -> list[str]:
-        """Devices and dtypes of the payoffs given so far, such as cpu/float32."""
-        return sorted(self._kinds)
 
     @torch.inference_mode()
     def _walk(self, coalitions: Bools) -> int:
@@ -198,7 +142,7 @@ class LayerGame:
                     if kept >> (index + 1) & 1:
                         stack[index + 1] = states[rows[-1, : index + 1].tobytes()]
                 for row in rows:
-                    self._memo.add(_name(row), self._payoff_of(states.pop(row.tobytes()), _name(row)))
+                    self._memo.add(self._name(row), self._payoff_of(states.pop(row.tobytes()), self._name(row)))
                     advance(1)
         return forwards
 
@@ -216,51 +160,6 @@ class LayerGame:
         return [replace(batch, state=o.state) for batch, o in zip(states, out, strict=True)]
 
     @cached_property
-    def _batches(self) -> list[MicroBatch]:
-        with torch.inference_mode():
-            tokens = _with_choices(self.tokens) if self.payoff == "accuracy" else self.tokens
-            return list(self.lm.micro_batches(tokens))
-
-    # -- payoffs
-
-    def _payoff_of(self, states: list[MicroBatch], name: str) -> float:
-        if self.payoff == "kl":
-            kl = self._mean(list(map(self.lm.token_kl, states, self._states_of_all)), name)
-            return -min(kl, self._chance_nll) if self.cap == "chance" else -kl
-        if self.payoff == "accuracy":
-            accuracy = self._accuracy(states, name)
-            return max(accuracy, 1 / CHOICES) if self.cap == "chance" else accuracy
-        return self._of_nll(self._mean(list(map(self.lm.token_nll, states)), name))
-
-    def _of_nll(self, nll: float) -> float:
-        if self.cap == "chance":
-            nll = min(nll, self._chance_nll)
-        if self.payoff == "neg_nll":
-            return -nll
-        return -math.exp(nll) if self.payoff == "neg_ppl" else math.exp(self._nll_of_all - nll)
-
-    def _mean(self, losses: list[Tensor], name: str) -> float:
-        mean = float(torch.cat([loss.double().mean(1) for loss in losses]).mean())
-        if not math.isfinite(mean) or (self.payoff == "neg_ppl" and mean > 700):  # exp would overflow
-            raise ValueError(
-                f"stage coalitions: the loss of coalition {name} is {mean}; a wider dtype (model.dtype=float32 or bfloat16) "
-                "may help, or the model is broken"
-            )
-        return mean
-
-    def _accuracy(self, states: list[MicroBatch], name: str) -> float:
-        """Accuracy on batches with CHOICES endings of each sequence, the true one first."""
-        losses = list(map(self.lm.token_nll, states))
-        self._mean(losses, name)
-        ending = self.tokens.shape[1] // 4
-        scores = torch.cat(losses)[:, -ending:].double().sum(1).view(-1, CHOICES)
-        return float((scores[:, 0] < scores[:, 1:].min(1).values).double().mean())
-
-    @cached_property
-    def _chance_nll(self) -> float:
-        return math.log(self.lm.vocab_size)
-
-    @cached_property
     def _states_of_all(self) -> list[MicroBatch]:
         """Outputs of the full coalition, the reference of `kl` and `recip_ppl`; not counted."""
         with torch.inference_mode():
@@ -268,11 +167,6 @@ class LayerGame:
             for player in self._players:
                 states = self._step(player, states, present=True)
             return states
-
-    @cached_property
-    def _nll_of_all(self) -> float:
-        with torch.inference_mode():
-            return self._mean(list(map(self.lm.token_nll, self._states_of_all)), "of all players")
 
     # -- gates
 
@@ -384,13 +278,6 @@ def _check_sequential(lm: LanguageModel) -> None:
         batch = whole
 
 
-def _with_choices(tokens: Tensor) -> Tensor:
-    """Each sequence with its own ending (its last quarter) and those of the next ones, (n, s) to (CHOICES n, s)."""
-    ending = tokens.shape[1] // 4
-    variants = [torch.cat([tokens[:, :-ending], tokens.roll(-shift, 0)[:, -ending:]], 1) for shift in range(CHOICES)]
-    return torch.stack(variants, 1).reshape(-1, tokens.shape[1])
-
-
 def _digest(pruned: list[Weights]) -> str:
     total = hashlib.sha256()
     for weights in pruned:
@@ -398,24 +285,6 @@ def _digest(pruned: list[Weights]) -> str:
             total.update(name.encode())
             total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
-
-
-def max_states(lm: LanguageModel, batches: list[MicroBatch], budget: int | None = None) -> int:
-    """How many copies of the hidden states of all batches a walk may hold; at least 2, the first and the last.
-
-    What is dropped is computed again by the same operations, so this moves no number.
-
-    Args:
-        batches: the micro-batches of a text.
-        budget: bytes for all copies; None takes `state_bytes`.
-    """
-    per_state = sum(b.hidden.numel() * b.hidden.element_size() for b in batches)
-    return max(2, (state_bytes(free_memory(lm.device)) if budget is None else budget) // per_state)
-
-
-def state_bytes(free: float | None) -> int:
-    """Bytes of hidden states that a walk may hold: half of what is free on a GPU that has the model; None (a CPU): 8 GiB."""
-    return int(free // 2) if free is not None else 2**33
 
 
 def planned_walk(coalitions: Bools, runs_absent: bool | Bools, held: int, offloaded: bool) -> tuple[WalkPlan, str]:
@@ -433,7 +302,3 @@ def planned_walk(coalitions: Bools, runs_absent: bool | Bools, held: int, offloa
     if offloaded:
         why = "a block is loaded once for a group" if together > 1 else "no memory for the hidden states of a group"
     return plan, f"{plan.order}: {why}"
-
-
-def _name(coalition: Bools) -> str:
-    return "".join("1" if present else "0" for present in coalition)

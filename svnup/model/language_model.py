@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -43,7 +44,7 @@ from svnup.model.blocks import (
 )
 from svnup.model.checkpoint import Tensors, in_place, is_bitmask, write_bitmask, write_dense
 from svnup.model.digest import tensor_sha256
-from svnup.model.linears import LINEAR_MODULES, Linear, expert_of, linears_of, parameter_of
+from svnup.model.linears import LINEAR_MODULES, Linear, NoRoutesError, expert_of, linears_of, parameter_of, rerouted
 from svnup.model.loading import Loader, auto_class, outline, quiet_unless_terminal
 from svnup.model.offload import BlockStore, DiskBlockStore, HostBlockStore
 from svnup.progress import stage
@@ -448,7 +449,8 @@ class LanguageModel:
         if granularity == "expert":
             units = [(index, unit) for index in range(self.n_blocks) for unit in self._expert_linears(index)]
             if len(units) == self.n_blocks:
-                raise ValueError(f"granularity=expert: {type(self.model).__name__} has no experts; use granularity=sublayer")
+                name = type(self.model).__name__
+                raise ValueError(f"granularity=expert: {name} has no experts; use granularity=sublayer, or another allocator")
             return units
         return [(index, {name: m}) for index in range(self.n_blocks) for name, m in self.linears(index).items()]
 
@@ -470,6 +472,40 @@ class LanguageModel:
             units.setdefault(expert_of(name, linear), {})[name] = linear
         others = units.pop(None, None)
         return [*([others] if others else []), *units.values()]
+
+    def experts(self, index: int) -> list[str]:
+        """The names of the experts of a block, such as mlp.experts.3, in the order of `budget_units`."""
+        names = {expert_of(name, linear): None for name, linear in self.linears(index).items()}
+        return [name for name in names if name is not None]
+
+    def check_routes(self) -> None:
+        """Check that experts are called with the routes of tokens and their weights, as games of experts need.
+
+        A skeleton can be asked, too. It has no numbers: where the model's code needs some, nothing is found.
+
+        Raises:
+            NoRoutesError: they are not.
+        """
+
+        def passes(module: nn.Module) -> Callable[..., Any]:
+            @functools.wraps(module.forward)
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                return torch.zeros_like(next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
+
+            return forward
+
+        try:
+            with contextlib.ExitStack() as contexts, torch.no_grad():
+                for index, block in enumerate(self.blocks):
+                    experts = self.experts(index)
+                    holders = {block.get_submodule(expert.rpartition(".")[0]) for expert in experts}
+                    contexts.enter_context(replaced({module: passes(module) for module in holders}))
+                    contexts.enter_context(rerouted(block, experts, lambda numbers, index, weights: weights))
+                self.decoder(input_ids=self._probe, use_cache=False)
+        except NoRoutesError:
+            raise
+        except Exception:  # of any family's code
+            return
 
     def sublayer_linears(self, index: int) -> list[dict[str, Linear]]:
         """The prunable linear layers of a block's attention, and those of its MLP; raises ValueError as `sublayers`."""

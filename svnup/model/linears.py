@@ -287,6 +287,15 @@ def watched(linears: Mapping[str, Linear], see: See) -> Iterator[None]:
         yield
 
 
+def _routes_in(arguments: Mapping[str, Any]) -> tuple[str | None, list[str]]:
+    """Among the arguments of a call of experts the name of the expert of each route, and the names of the routes' weights."""
+    routes = [k for k, v in arguments.items() if isinstance(v, Tensor) and v.dtype in (torch.int32, torch.int64)]
+    if len(routes) != 1:
+        return None, []
+    shape = arguments[routes[0]].shape
+    return routes[0], [k for k, v in arguments.items() if isinstance(v, Tensor) and v.shape == shape and k != routes[0]]
+
+
 @contextmanager
 def routed_to_all(linears: Mapping[str, Linear], see: See) -> Iterator[None]:
     """Context in which each run of their block shows what these linear layers would read if every token were routed to them.
@@ -302,14 +311,12 @@ def routed_to_all(linears: Mapping[str, Linear], see: See) -> Iterator[None]:
 
     def route(module: nn.Module, args: Any, kwargs: Any) -> None:
         call = inspect.signature(module.forward).bind(*args, **kwargs)
-        routes = [k for k, v in call.arguments.items() if isinstance(v, Tensor) and v.dtype in (torch.int32, torch.int64)]
-        if len(routes) != 1:
+        route, weights = _routes_in(call.arguments)
+        if route is None:
             return
-        (route,) = routes
         index = call.arguments[route]
-        for key, value in call.arguments.items():
-            if isinstance(value, Tensor) and value.shape == index.shape and key != route:  # the weights of the routes
-                call.arguments[key] = torch.ones_like(value[..., :1])
+        for key in weights:
+            call.arguments[key] = torch.ones_like(call.arguments[key][..., :1])
         for place, of_expert in asked[module].items():
             call.arguments[route] = torch.full_like(index[..., :1], place)
             with watched(of_expert, see):
@@ -321,3 +328,84 @@ def routed_to_all(linears: Mapping[str, Linear], see: See) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+Reroute = Callable[[list[int], Tensor, Tensor], Tensor]
+
+
+@contextmanager
+def rerouted(block: nn.Module, experts: list[str], change: Reroute) -> Iterator[None]:
+    """Context in which a run of a block weighs the routes of its tokens otherwise.
+
+    `change(numbers, index, weights)` returns the new weights of the routes that enter a module of experts; `numbers` are those
+    in `experts` of its experts, `index` (n_tokens, k) says which of its experts a route leads to (its number of experts: to
+    none) and `weights` (n_tokens, k) with what weight.
+
+    Args:
+        block: the block.
+        experts: the names of all of its experts, as `expert_of` gives them.
+        change: makes the new weights of each route.
+
+    Raises:
+        NoRoutesError: experts are not called with the routes of each token and their weights.
+    """
+    numbers: dict[nn.Module, list[int]] = {}
+    for number, expert in enumerate(experts):
+        numbers.setdefault(block.get_submodule(expert.rpartition(".")[0]), []).append(number)
+    for module in numbers:
+        parameters = inspect.signature(module.forward).parameters.values()
+        if len(parameters) < 3 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):  # hidden states, routes, weights
+            raise NoRoutesError(module)
+    called = set()
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        call = inspect.signature(module.forward).bind(*args, **kwargs)
+        route, weights = _routes_in(call.arguments)
+        if route is None or len(weights) != 1:
+            raise NoRoutesError(module)
+        called.add(module)
+        index = call.arguments[route]
+        call.arguments[weights[0]] = change(numbers[module], index, call.arguments[weights[0]])
+        return call.args, call.kwargs
+
+    hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in numbers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if silent := [module for module in numbers if module not in called]:
+        raise NoRoutesError(silent[0])
+
+
+class NoRoutesError(ValueError):
+    """Experts of a class take no routes with their weights, so that none can be left out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(
+            f"{type(module).__name__}: its experts are not called with the expert of each route and its weight, so that none "
+            "can be left out or counted; use allocator=shapley_margins allocator.granularity=expert"
+        )
+
+
+def without_experts(present: Tensor, spread: bool) -> Reroute:
+    """For `rerouted`: how routes to absent experts are weighed, whose weight becomes zero.
+
+    Args:
+        present: which experts of the block are, bool (n_experts,).
+        spread: a token's weight of absent experts goes to the present ones among those it is routed to, in proportion to their
+            weights, so that the sum stays; where there are none, nothing comes out of its experts.
+    """
+
+    def change(numbers: list[int], index: Tensor, weights: Tensor) -> Tensor:
+        own = present[numbers].to(index.device)
+        real = index < len(own)  # others lead to no expert
+        kept = own[index.clamp(max=len(own) - 1)] & real
+        left = torch.where(kept, weights, 0)
+        if spread:
+            before = torch.where(real, weights, 0).sum(-1, keepdim=True, dtype=torch.float32)
+            after = left.sum(-1, keepdim=True, dtype=torch.float32)
+            left = torch.where(after != 0, left * (before / after), 0).to(weights.dtype)
+        return torch.where(real, left, weights)
+
+    return change

@@ -12,7 +12,8 @@ import torch
 
 from svnup import distributed
 from svnup.allocation import Chooser
-from svnup.game.layer_game import planned_walk, state_bytes
+from svnup.game.coalition_game import TOGETHER, state_bytes
+from svnup.game.layer_game import planned_walk
 from svnup.game.walk_plan import WalkPlan
 from svnup.machines import HERE, Machine, Work
 from svnup.memory import resident
@@ -25,6 +26,7 @@ from svnup.types import CHOICES, Bools, Offload
 
 if TYPE_CHECKING:
     from svnup.config import Job
+    from svnup.data import TokenSource
 
 FLOAT = 4
 # Bytes that pruning moves for each weight of a matrix, as measured (experiments/benchmarks/pruning_cost.py).
@@ -439,6 +441,8 @@ class JobCounts:
         job, steps = self.job, dict[str, Work]()
         if job.scorer is None:
             return None
+        if (data := getattr(job.scorer, "data", None)) is not None:
+            return self._coalitions_of_experts(data)
         if job.shapley is None:  # a walk over the dense model, with a score of every weight
             n_seq, seq_len = job.dataset.n_seq or 0, job.dataset.seq_len
             read = job.calibrates and job.scorer.needs_inputs
@@ -460,6 +464,26 @@ class JobCounts:
         replacements = int(self.lm.block_params.sum()) * self._size * (2 if job.allocator.needs.n_games else job.game_prunes)
         states = walk.peak_states * self._hidden((data.n_seq or 0) * data.seq_len)
         return self._stage("scores", steps, states + replacements + self._judging)
+
+    def _scores_cost(self) -> dict[str, int]:
+        """What scores cost that are no values of a layer game: by the model where the number of its blocks is not enough."""
+        scorer = self.job.scorer
+        assert scorer is not None
+        plan_of = getattr(scorer, "plan_of", None)
+        return scorer.plan(self.lm.n_blocks) if plan_of is None else plan_of(self.lm)
+
+    def _coalitions_of_experts(self, data: TokenSource) -> Stage:
+        """Games of experts: a coalition is run on the payoff text from its block on, and shares nothing with others."""
+        cost, n_seq = self._scores_cost(), data.n_seq or 0
+        part = self._most(cost["evaluations"]) / cost["evaluations"]
+        through = self.through(n_seq, data.seq_len) * (cost["block_forwards"] / self.lm.n_blocks)
+        work = through + self.head(n_seq * data.seq_len) * cost["evaluations"]
+        together = TOGETHER if self._waits else 1
+        steps = {
+            "coalitions": work * part + self.loaded(cost["block_forwards"] / self.lm.n_blocks / together),
+            "weights hashed": self.fingerprint(),
+        }
+        return self._stage("scores", steps, (together + 3) * self._hidden(n_seq * data.seq_len) + self._judging)
 
     def _spectra(self) -> Work:
         """Singular values of every matrix, by which a scorer that reads no text judges: some 4 n^2 m operations each."""
@@ -517,7 +541,7 @@ class JobCounts:
         if job.shapley is not None:
             out |= {f"shapley {k.replace('_', ' ')}": v for k, v in job.shapley.counts(self._game[0]).items()}
         elif job.scorer is not None:
-            out |= {f"scores' {k.replace('_', ' ')}": v for k, v in job.scorer.plan(self.lm.n_blocks).items()}
+            out |= {f"scores' {k.replace('_', ' ')}": v for k, v in self._scores_cost().items()}
         if job.shapley is not None and needs.n_games:
             again = job.shapley.estimator.plan(job.shapley.game.n_players(self.lm.n_blocks))
             out["evaluations of later rounds"] = needs.n_games * len(again)

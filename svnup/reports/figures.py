@@ -26,7 +26,8 @@ def names(row: ResultRow) -> list[str]:
 def _scored(row: ResultRow) -> list[str]:
     """Which of its scores a run has drawn: those of blocks, or of attention and MLP."""
     n = len(row.profile.sparsity) if row.profile else 0
-    return [name for name in ("shapley", "scores") if n and (s := getattr(row, name)) and len(s.values) in (n, 2 * n)]
+    given = {name: s for name in ("shapley", "scores") if n and (s := getattr(row, name))}
+    return [name for name, scores in given.items() if len(scores.values) in (n, 2 * n) and not scores.blocks]
 
 
 def figures(row: ResultRow, folder: Path) -> dict[str, Path]:

@@ -355,7 +355,7 @@ def _scores(row: ResultRow, n_blocks: int) -> list[Scores]:
     for kind, told in (("Shapley value", row.shapley), ("score", row.scores)):
         if not told:
             continue
-        values = np.array(told.values, dtype=float)
+        values = np.array((told.of_blocks(n_blocks) if told.blocks else told.values) or (), dtype=float)
         if not len(values) or len(values) % n_blocks:
             continue  # a file from elsewhere: which blocks they are of is not known
         stderr = np.array(told.stderr or [], dtype=float)

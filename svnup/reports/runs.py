@@ -13,6 +13,8 @@ from svnup.results.row import ResultRow
 from svnup.results.select import MISSING, fallback_of, settings, uniform_taken, word
 from svnup.types import player_names
 
+MOST_EXPERTS = 8  # of a block that are named in a table
+
 
 def find(rows: Iterable[ResultRow], prefix: str) -> ResultRow:
     """The run whose key has this prefix; raises ValueError if none or several have it."""
@@ -84,14 +86,19 @@ def _metrics(row: ResultRow) -> Grid | None:
 
 
 def _layers(row: ResultRow) -> Grid | None:
-    """Score, standard error and sparsity of each block; scores of attention and MLP have a line each."""
+    """Score, standard error and sparsity of each block; scores of attention and MLP have a line each, those of experts are
+    summed, and the experts with the highest ones named by their numbers."""
     if row.profile is None:
         return None
     sparsity, scores = row.profile.sparsity, row.shapley or row.scores
     n = len(sparsity)
     actual = row.profile.actual or [None] * n
     columns: dict[str, Sequence[Any]] = {"layer": range(n), "sparsity": sparsity, "actual": actual}
-    if scores is not None and len(scores.values) in (n, 2 * n):  # those of experts and linear layers would fill pages
+    if scores is not None and scores.blocks and (sums := scores.of_blocks(n)) is not None:
+        named = sorted(zip(scores.blocks, scores.values, scores.experts, strict=True), key=lambda one: -one[1])
+        best = [[expert.rpartition(".")[2] for block, _, expert in named if block == index] for index in range(n)]
+        columns |= {"score of its experts": sums, "experts by score": [" ".join(of[:MOST_EXPERTS]) for of in best]}
+    elif scores is not None and len(scores.values) in (n, 2 * n):  # those of linear layers would fill pages
         values = scores.values
         errors = scores.stderr or [None] * len(values)
         per_block = len(values) // n

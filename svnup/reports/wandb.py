@@ -423,7 +423,8 @@ def _layers_of_scores(row: ResultRow) -> dict[str, Any]:
         scalars = ("v_empty", "v_full", "efficiency_gap", "n_evaluations", "n_block_forwards", "seconds")
         record |= {f"shapley/{key}": getattr(row.shapley, key) for key in scalars}
     if row.scores:
-        lines = [[i, s] for i, s in enumerate(row.scores.values)]
+        of_experts = [f"{block} {expert}" for block, expert in zip(row.scores.blocks, row.scores.experts, strict=False)]
+        lines = [[name, s] for name, s in zip(of_experts or range(len(row.scores.values)), row.scores.values, strict=False)]
         record |= _bars("scores", ["layer", "score"], lines, f"Score per layer: {row.scores.method}")
         record |= {f"scores/{key}": getattr(row.scores, key) for key in ("n_block_forwards", "seconds")}
     return record

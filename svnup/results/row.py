@@ -235,7 +235,8 @@ class Profile(Stored):
 
 @dataclass(frozen=True)
 class Scores(Stored):
-    """Scores of the blocks (`svnup.types.BlockScores`, `ShapleyValues`) with their cost (`svnup.types.Cost`)."""
+    """Scores of the blocks (`svnup.types.BlockScores`, `ShapleyValues`), or of experts, which are then named with the `blocks`
+    that have them (`ExpertScores`), with their cost (`svnup.types.Cost`)."""
 
     values: tuple[float, ...]
     method: str
@@ -253,6 +254,22 @@ class Scores(Stored):
     seconds: float = 0.0
     n_backward_passes: int = 0
     efficiency_gap: float | None = None
+    blocks: tuple[int, ...] = ()
+    experts: tuple[str, ...] = ()
+
+    def of_blocks(self, n_blocks: int) -> list[float] | None:
+        """A score for each of the model's blocks, of several parts of a block their sum; None where that is not known."""
+        if self.blocks:
+            if len(self.blocks) != len(self.values) or not all(0 <= block < n_blocks for block in self.blocks):
+                return None
+            sums = [0.0] * n_blocks
+            for block, value in zip(self.blocks, self.values, strict=True):
+                sums[block] += value
+            return sums
+        if not self.values or len(self.values) % n_blocks:
+            return None
+        each = len(self.values) // n_blocks
+        return [sum(self.values[each * i : each * (i + 1)]) for i in range(n_blocks)]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ class Game(Protocol):
     """A cooperative game: maps coalitions, bool (m, n_players), to payoffs, float64 (m,).
 
     Estimators use these attributes if a game has them: `v_empty`, the payoff of the empty coalition; `n_evaluations` and
-    `n_block_forwards`, the work done so far; `absent_costs`, whether an absent player costs a block-forward too.
+    `n_block_forwards`, the work done so far; `absent_costs`, whether an absent player costs a block-forward too;
+    `forwards_each`, the block-forwards of each coalition where coalitions share none.
     """
 
     n_players: int
@@ -89,9 +90,15 @@ class Ledger:
         known = len(self._asked)
         union, first = np.unique(np.concatenate([self._asked, coalitions]), axis=0, return_index=True)
         if (first >= known).any():
-            self._forwards += block_forwards(union[first >= known], getattr(self.game, "absent_costs", False))
+            self._forwards += self._cost(union[first >= known])
         self._asked = union
         return payoffs
+
+    def _cost(self, coalitions: Bools) -> int:
+        each = getattr(self.game, "forwards_each", None)
+        if each is not None:
+            return len(coalitions) * int(each)
+        return block_forwards(coalitions, getattr(self.game, "absent_costs", False))
 
     def report(
         self,
