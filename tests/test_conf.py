@@ -1,10 +1,12 @@
 """The files under conf/ compose, say what they promise, and the key of a configuration changes with what changes a number."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import rows as rows_of
 from cli import RANDOM
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -13,7 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from svnup import config
 from svnup.config import CONF
 from svnup.config import job as config_job
+from svnup.reports.published import FOLDER, Published
 
+PUBLISHED = json.loads((FOLDER / "tables.json").read_text())["tables"]
 EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
 HUB = {
     "opt_125m": "facebook/opt-125m",
@@ -86,6 +90,22 @@ def test_the_default_job():
         "selection": "selection",  # on which the budget is compared with the uniform one
     }
     assert {s.seq_len for s in job.sources().values()} == {256}
+
+
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("table", [name for name in PUBLISHED if name in EXPERIMENTS])
+def test_a_published_table_tells_the_jobs_of_its_sweep_apart(table):
+    jobs = {tuple("model=tiny" if o.startswith("model=") else o for o in job) for job in sweep_of(table)}
+    pruners = {o for job in jobs for o in job if o.startswith("pruner=")}
+    alike = [job for job in sorted(jobs) if not pruners or min(pruners) in job]
+    assert len(alike) > 1
+    rows = {}
+    for number, job in enumerate(alike, start=1):
+        made = composed(f"experiment={table}", *job)
+        row = rows_of.run(float(number), key=config.build(made).key)  # that of a uniform budget is the same for every game
+        rows[row.config_key] = rows_of.changed(row, config=OmegaConf.to_container(made, resolve=True))
+    ours = Published.load(table, ["tiny"], ["docs/ppl"]).ours(rows.values(), {})
+    assert sum(cell.n for cell in ours.table.cells.values()) == len(rows)
 
 
 @pytest.mark.parametrize(
