@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -297,6 +297,17 @@ def _routes_in(arguments: Mapping[str, Any]) -> tuple[str | None, list[str]]:
 
 
 @contextmanager
+def _called_through(hook: Callable[[nn.Module, Any, Any], Any], modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Context in which each call of these modules passes through a hook, which may return other arguments."""
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def routed_to_all(linears: Mapping[str, Linear], see: See) -> Iterator[None]:
     """Context in which each run of their block shows what these linear layers would read if every token were routed to them.
 
@@ -322,12 +333,8 @@ def routed_to_all(linears: Mapping[str, Linear], see: See) -> Iterator[None]:
             with watched(of_expert, see):
                 module.forward(*call.args, **call.kwargs)
 
-    hooks = [module.register_forward_pre_hook(route, with_kwargs=True) for module in asked]
-    try:
+    with _called_through(route, asked):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 Reroute = Callable[[list[int], Tensor, Tensor], Tensor]
@@ -368,12 +375,8 @@ def rerouted(block: nn.Module, experts: list[str], change: Reroute) -> Iterator[
         call.arguments[weights[0]] = change(numbers[module], index, call.arguments[weights[0]])
         return call.args, call.kwargs
 
-    hooks = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in numbers]
-    try:
+    with _called_through(enter, numbers):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
     if silent := [module for module in numbers if module not in called]:
         raise NoRoutesError(silent[0])
 
