@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cli import HERE, RANDOM, SMALL_W2, Done, command, tokenized_once
+from cli import FORK, HERE, RANDOM, SMALL_W2, Done, command, tokenized_once
 from fuzz import nothing_written_outside
 from test_damage import ANY
 from transformers.utils.logging import disable_progress_bar
@@ -44,7 +43,6 @@ from svnup.results.store import MASKS, RunFolder
 SWEEP = ["-m", *SMALL_W2, "selection.n_seq=3", "allocator=uniform,shapley,curves", "pruner=wanda", *HERE]
 SWEEP += ["save_model=true", "save_masks=true", "save_format=bitmask"]
 ONE = [*SMALL_W2, "selection.n_seq=3", "pruner=wanda", *HERE]
-FORK = multiprocessing.get_context("fork")
 
 
 class Report:

@@ -41,6 +41,11 @@ SMALL = [
 SMALL_W2 = [*SMALL, "shapley.window=2"]
 HERE = ["results_dir=results", "cache_dir=cache"]
 
+# Copies of this process, which have everything imported. A copy makes torch's pool of threads anew where it first needs it,
+# and two of its threads that do so at once may find none ("Invalid thread pool!"); so it is done before there are two.
+FORK: Any = multiprocessing.get_context("fork")
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
+
 # -- commands
 
 
@@ -140,10 +145,9 @@ def forked(run: Callable[[], object]) -> int:
 
     def alone() -> None:
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # what catches them is in the other process
-        torch.set_num_threads(1)  # makes the pool anew: threads that did so at the same time would find none
         run()
 
-    copy = multiprocessing.get_context("fork").Process(target=alone)  # type: ignore[attr-defined]
+    copy = FORK.Process(target=alone)
     copy.start()
     copy.join()
     return int(copy.exitcode)

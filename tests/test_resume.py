@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from cli import FORK
 
 from svnup.game import LayerGame
 from svnup.model.source import Random
@@ -21,7 +20,6 @@ TOKENS = np.random.default_rng(0).integers(0, 2048, (1, 16))
 
 
 def values(cache: Path | None) -> tuple[np.ndarray, int]:
-    torch.set_num_threads(1)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 12}
     game = LayerGame(Random(device="cpu", **shape).load(), TOKENS, cache_dir=cache)  # type: ignore[arg-type]
     return Exact().estimate(game).values, game.n_evaluations
@@ -39,10 +37,10 @@ def memo_lines(cache: Path) -> int:
 def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
     expected, everything = values(None)
     assert everything == 2**12
-    context, draw, kills = multiprocessing.get_context("fork"), random.Random(0), 0
+    draw, kills = random.Random(0), 0
     while kills < 20:
         before = memo_lines(tmp_path)
-        process = context.Process(target=work, args=(tmp_path,))
+        process = FORK.Process(target=work, args=(tmp_path,))
         process.start()
         while process.is_alive() and memo_lines(tmp_path) == before:
             time.sleep(0.002)  # so that each life adds something, and the kill falls somewhere in the work

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import signal
 import time
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cli import FORK
 
 from svnup.claims import claimed_of, holder, holders
 from svnup.evaluation.protocol import measured_once, unchecked
@@ -22,14 +22,13 @@ from svnup.shapley.exact import Exact
 from svnup.shapley.gates import Gates
 from svnup.types import Metric, Metrics
 
-CONTEXT = multiprocessing.get_context("fork")
 NAMES = [f"value {i}" for i in range(12)]
 
 
 def in_two(work, *args):
     """Run a function in two processes at once; what each has put into the queue."""
-    queue = CONTEXT.Queue()
-    both = [CONTEXT.Process(target=work, args=(queue, *args)) for _ in range(2)]
+    queue = FORK.Queue()
+    both = [FORK.Process(target=work, args=(queue, *args)) for _ in range(2)]
     for process in both:
         process.start()
     found = [queue.get(timeout=60) for _ in both]
@@ -52,7 +51,6 @@ def measuring(memo, done, pause=0.01):
 
 
 def play(queue, lm, cache):
-    torch.set_num_threads(1)
     game = LayerGame(lm, np.arange(40).reshape(2, 20), cache_dir=cache)
     add = game._memo.add
 
@@ -77,7 +75,6 @@ def test_two_jobs_with_one_game_walk_it_once(tmp_path, random_model):
 
 
 def differentiate(queue, lm, cache):
-    torch.set_num_threads(1)
     game = LayerGame(lm, np.arange(40).reshape(2, 20), cache_dir=cache)
     measure, passes = game._measure_gates, []
     game._measure_gates = lambda gate: (passes.append(gate), time.sleep(0.02), measure(gate))[-1]
@@ -103,9 +100,9 @@ def share(queue, folder, names):
 
 
 def test_values_that_overlap_are_divided(tmp_path):
-    queue = CONTEXT.Queue()
+    queue = FORK.Queue()
     parts = [NAMES[:8], NAMES[4:]]
-    both = [CONTEXT.Process(target=share, args=(queue, tmp_path, part)) for part in parts]
+    both = [FORK.Process(target=share, args=(queue, tmp_path, part)) for part in parts]
     for process in both:
         process.start()
     found = [queue.get(timeout=60) for _ in both]
@@ -121,7 +118,7 @@ def test_what_a_killed_process_was_measuring_is_measured(tmp_path, caplog):
         memo = Memo(folder, "cpu")
         memo.share(NAMES, measuring(memo, [], pause=0.3), "numbers")
 
-    holding = CONTEXT.Process(target=forever, args=(tmp_path,))
+    holding = FORK.Process(target=forever, args=(tmp_path,))
     holding.start()
     memo, done = Memo(tmp_path, "cpu"), []
     while not list(tmp_path.glob("*.jsonl")):

@@ -298,6 +298,7 @@ def examine(family: str) -> dict[str, str]:
 
 
 def _examine_into(family: str, pipe: Any) -> None:
+    torch.set_num_threads(1)  # makes torch's pool of threads anew: threads that do so at the same time may find none
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
