@@ -64,9 +64,9 @@ def real_model(options: argparse.Namespace) -> LanguageModel:
     return Pretrained(pretrained_model_name_or_path=options.model, dtype="float32", device=options.device).load()
 
 
-def built_in(n_blocks: int | None = None) -> LanguageModel:
-    """The built-in model on the CPU, or its first blocks alone."""
-    lm = LanguageModel.load(str(BUILT_IN_FOLDER), dtype="float32", device="cpu")
+def built_in(n_blocks: int | None = None, folder: Path = BUILT_IN_FOLDER) -> LanguageModel:
+    """The built-in model on the CPU, or the one in another folder, or its first blocks alone."""
+    lm = LanguageModel.load(str(folder), dtype="float32", device="cpu")
     if n_blocks is None:
         return lm
     lm.model.set_submodule(lm.blocks_path, lm.blocks[:n_blocks])

@@ -30,7 +30,12 @@ class Context:
 
 
 class Scorer(Protocol):
-    """Scores the blocks of a dense model; a frozen dataclass of its options."""
+    """Scores the blocks of a dense model; a frozen dataclass of its options.
+
+    A scorer may have more: `data`, a text of its own; `granularity`, where it scores other parts than blocks;
+    `check_model(lm)`, which raises ValueError where it cannot score a model or its skeleton; and `plan_of(lm)`, the cost where
+    the number of blocks does not say it.
+    """
 
     @property
     def needs_inputs(self) -> bool:

@@ -29,12 +29,19 @@ from transformers import (
     OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     logging,
 )
 
 VOCABULARY, POSITIONS, LENGTH, BATCH = 2048, 512, 256, 16
 PEAK, WARMUP, FLOOR = 2e-3, 100, 0.05
 VALIDATION_BATCHES = 40
+EXPERTS, ROUTES, BALANCE = (
+    8,
+    2,
+    0.01,
+)  # of a mixture: experts of a block, those of a token, and the weight of the balancing loss
 END = "<|endoftext|>"
 
 
@@ -72,6 +79,11 @@ def build_model(args: argparse.Namespace) -> PreTrainedModel:
     if args.model_type == "llama":
         mlp = args.width * 8 // 3
         return LlamaForCausalLM(LlamaConfig(intermediate_size=mlp, num_key_value_heads=args.heads, **common))
+    if args.model_type == "qwen3_moe":  # an expert is as wide as the model
+        mixture = {"num_experts": EXPERTS, "num_experts_per_tok": ROUTES, "norm_topk_prob": True}
+        mixture |= {"router_aux_loss_coef": BALANCE, "moe_intermediate_size": args.width}
+        heads = {"num_key_value_heads": args.heads, "head_dim": args.width // args.heads}
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**mixture, **heads, **common))
     # Without dropout as in the Llama recipe; no padding token, since OPT's default, 1, is a character here.
     opt = OPTConfig(ffn_dim=4 * args.width, word_embed_proj_dim=args.width, dropout=0.0, pad_token_id=None, **common)
     return OPTForCausalLM(opt)
@@ -90,7 +102,8 @@ def batch_of(tokens: torch.Tensor, seed: int, step: int) -> torch.Tensor:
 
 def loss_of(model: torch.nn.Module, x: torch.Tensor, precision: str) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-        out: torch.Tensor = model(x, labels=x).loss
+        balanced = {"output_router_logits": True} if model.training and hasattr(model, "router_aux_loss_coef") else {}
+        out: torch.Tensor = model(x, labels=x, **balanced).loss
         return out
 
 
@@ -140,7 +153,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="model folder; the checkpoint lies there too")
     parser.add_argument("--steps", type=int, default=3493)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model-type", choices=["llama", "opt"], default="llama")
+    parser.add_argument("--model-type", choices=["llama", "opt", "qwen3_moe"], default="llama")
     parser.add_argument(  # bfloat16 is many times slower than float32 on a CPU without instructions for it
         "--precision", choices=["bfloat16", "float32"], default="bfloat16"
     )
