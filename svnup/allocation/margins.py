@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from svnup.game.coalition_game import max_states
 from svnup.model.language_model import LanguageModel, MicroBatch
 from svnup.model.linears import by_linear
 from svnup.progress import stage
@@ -52,49 +53,65 @@ def marginal_values(
     values = {(index, name): 0.0 for index in range(lm.n_blocks) for name in lm.linears(index)}
     with torch.no_grad():
         batches = list(lm.micro_batches(tokens))
-    n_targets = tokens[:, 1:].size
-    with stage("marginal values", nodes * len(tokens), "sequences") as advance:
+    n_targets, together = tokens[:, 1:].size, _together(lm, batches)
+    with stage("marginal values", nodes * lm.n_blocks * -(-len(batches) // together), "blocks") as advance:
         for degree, share in zip((points + 1) / 2, shares / 2, strict=True):
             between = _Between(lm, denser, sparser, float(degree))
-            for batch in batches:
-                for index, slopes in between.slopes(batch, kind):
-                    for name, slope in slopes.items():
-                        values[index, name] -= float(share) * slope / n_targets
-                advance(len(batch.tokens))
+            for first in range(0, len(batches), together):
+                for index, of_batches in between.slopes(batches[first : first + together], kind):
+                    for slopes in of_batches:
+                        for name, slope in slopes.items():
+                            values[index, name] -= float(share) * slope / n_targets
+                    advance(1)
     if not np.isfinite(list(values.values())).all():
         raise ValueError("stage margins: a marginal value is not finite; try model.dtype=float32")
     return values
 
 
+def _together(lm: LanguageModel, batches: list[MicroBatch]) -> int:
+    """How many micro-batches go through the model together: as many as fit with their hidden states at every depth."""
+    groups = -(-(lm.n_blocks + 1) // max_states(lm, batches))
+    return max(1, len(batches) // groups)
+
+
 class _Between:
-    """The model with all linear layers at one degree between two versions of their weights."""
+    """The model with all linear layers at one degree between two versions of their weights.
+
+    Micro-batches go through it block by block, so that both versions of a block are asked for twice, on the way there and on
+    the way back, and held for one block at a time.
+    """
 
     def __init__(self, lm: LanguageModel, denser: Versions, sparser: Versions, degree: float) -> None:
-        self._lm, self._denser, self._sparser = lm, denser, sparser
-        with torch.no_grad():
-            self._weights = [_between(sparser(index), denser(index), degree) for index in range(lm.n_blocks)]
+        self._lm, self._denser, self._sparser, self._degree = lm, denser, sparser, degree
 
-    def slopes(self, batch: MicroBatch, kind: SelectionLoss) -> Iterator[tuple[int, dict[str, float]]]:
-        """By block, last first, the derivative of the summed loss of a micro-batch by the degree of each linear layer."""
-        lm = self._lm
-        states = [batch]
+    def slopes(self, batches: list[MicroBatch], kind: SelectionLoss) -> Iterator[tuple[int, list[dict[str, float]]]]:
+        """By block, last first, for each micro-batch the derivative of its summed loss by the degree of each linear layer."""
+        lm, states = self._lm, [batches]
         with torch.no_grad():
             for index in range(lm.n_blocks):
-                states.append(lm.run_block(index, states[-1], weights=self._weights[index]))
-        slope = self._slope_of_head(states.pop(), batch, kind)
+                weights, _ = self._block(index)
+                states.append([lm.run_block(index, batch, weights=weights) for batch in states[-1]])
+        slopes = [self._slope_of_head(*both, kind) for both in zip(states.pop(), batches, strict=True)]
         for index in reversed(range(lm.n_blocks)):
-            with torch.enable_grad():
-                entering = states.pop()
-                hidden = entering.hidden.detach().requires_grad_()
-                leaves = {name: w.detach().requires_grad_() for name, w in self._weights[index].items()}
-                out = lm.run_block(index, replace(entering, hidden=hidden), weights=leaves).hidden
-                slope, *gradients = torch.autograd.grad(out, [hidden, *leaves.values()], slope)
-            with torch.no_grad():
-                present, absent = self._denser(index), self._sparser(index)
-                products = {
-                    n: g.float() * (present[n].float() - absent[n].float()) for n, g in zip(leaves, gradients, strict=True)
-                }
-            yield index, {n: float(p.double().sum()) for n, p in by_linear(lm.linears(index), products).items()}
+            weights, differences = self._block(index)
+            found = []
+            for i, entering in enumerate(states.pop()):
+                with torch.enable_grad():
+                    hidden = entering.hidden.detach().requires_grad_()
+                    leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+                    out = lm.run_block(index, replace(entering, hidden=hidden), weights=leaves).hidden
+                    slopes[i], *gradients = torch.autograd.grad(out, [hidden, *leaves.values()], slopes[i])
+                with torch.no_grad():
+                    products = {n: g.float() * differences[n] for n, g in zip(leaves, gradients, strict=True)}
+                found.append({n: float(p.double().sum()) for n, p in by_linear(lm.linears(index), products).items()})
+            yield index, found
+
+    @torch.no_grad()
+    def _block(self, index: int) -> tuple[Weights, Weights]:
+        """The weights of a block at the degree, and by how much the denser version differs from the other, float32."""
+        present, absent = self._denser(index), self._sparser(index)
+        between = {n: torch.lerp(absent[n].float(), w.float(), self._degree).to(w.dtype) for n, w in present.items()}
+        return between, {n: w.float() - absent[n].float() for n, w in present.items()}
 
     def _slope_of_head(self, last: MicroBatch, batch: MicroBatch, kind: SelectionLoss) -> Tensor:
         """Derivative of the summed loss by the hidden states after the last block; a sequence at a time through the head."""
@@ -112,7 +129,3 @@ class _Between:
     @torch.no_grad()
     def _dense(self, batch: MicroBatch) -> MicroBatch:
         return self._lm.run_blocks(batch)
-
-
-def _between(absent: Weights, present: Weights, degree: float) -> Weights:
-    return {name: torch.lerp(absent[name].float(), w.float(), degree).to(w.dtype) for name, w in present.items()}

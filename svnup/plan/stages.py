@@ -12,6 +12,7 @@ import torch
 
 from svnup import distributed
 from svnup.allocation import Chooser
+from svnup.allocation.rounds import ShapleyMargins
 from svnup.game.coalition_game import TOGETHER, state_bytes
 from svnup.game.layer_game import planned_walk
 from svnup.game.walk_plan import WalkPlan
@@ -20,6 +21,7 @@ from svnup.memory import resident
 from svnup.model.language_model import BATCH_TOKENS, HEAD_TOKENS, LanguageModel, pick_device
 from svnup.model.linears import Linear, expert_of, matrix
 from svnup.plan.counting import Pass, count_pass, count_statistics, routed
+from svnup.pruning.advance import MAX_BYTES
 from svnup.pruning.walk import ERROR_TOKENS, Pruner, adds_up, workspace
 from svnup.shapley import block_forwards
 from svnup.types import CHOICES, Bools, Offload
@@ -401,6 +403,33 @@ class JobCounts:
         pruned = sum(self.pruning(self.job.pruner, errors=False).values(), Work())
         return {"games of later rounds": game * needs.n_games, "pruning for them": pruned * (2 * needs.n_games)}
 
+    def margins(self) -> tuple[dict[str, Work], float]:
+        """The rounds of an allocator by values at the margin: their work by step, and the bytes that they hold at most."""
+        job, rounds = self.job, self.job.allocator
+        if not isinstance(rounds, ShapleyMargins):
+            return {}, 0.0
+        assert job.selection is not None
+        payoff = (min(rounds.n_seq, rounds.data.n_seq or rounds.n_seq), rounds.data.seq_len)
+        n_seq, seq_len = job.selection.tokens(job.model.tokenizer).shape
+        pruned, again = self.pruning(job.pruner, errors=False), rounds.rounds if rounds.refresh else 1
+        selection = pruned.pop("selection and update", Work())
+        statistics = sum(pruned.values(), Work()) * (1 if rounds.refresh else 0.5)  # of the dense model: one pass, not two
+        n_bytes = int(self.lm.block_params.sum()) * self._size
+        times = 2 if 2 * n_bytes <= MAX_BYTES else 4  # both versions of a block are needed on the way there and back
+        value = self.through(*payoff) * 4 + self.head(math.prod(payoff)) * 3  # forward, once more, and backward
+        trial = self.whole(min(rounds.trial_n_seq or n_seq, n_seq), seq_len)
+        steps = {
+            "statistics in advance": statistics * again,
+            "weights in advance": selection * (rounds.rounds * (times + 1) + again - 1),
+            "values at the margin": value * (rounds.rounds * rounds.nodes),
+            "trials of rounds": trial * rounds.rounds,
+        }
+        state, largest = self._hidden(math.prod(payoff)), int(self.lm.block_params.max())
+        held: float = min(3 * rounds.rounds * n_bytes, MAX_BYTES)
+        held += self._statistics_bytes(of_all=True) if job.pruner.needs_inputs else 0
+        held += state * min(self.lm.n_blocks + 1, self._held(state)) + largest * (2 * self._size + 3 * FLOAT) + self._judging
+        return {name: work for name, work in steps.items() if work.flop or work.n_bytes}, held
+
     def losses(self) -> Work:
         """The losses on selection text that an allocator asks for, at most."""
         job, needs = self.job, self.job.allocator.needs
@@ -495,6 +524,8 @@ class JobCounts:
         if needs.selection:
             steps["losses on selection text"] = self.losses()
         steps |= self.later_rounds()
+        margins, held_by_margins = self.margins()
+        steps |= margins
         if job.split.trial:
             steps["trial pruning"] = sum(self.pruning(job.pruner).values(), Work())
         elif job.split.needs_inputs:
@@ -507,6 +538,7 @@ class JobCounts:
         if needs.selection:
             tuning = self._tuning_states()
             held = max(held, tuning + max(self._pruning_bytes - self._states + self._largest_block, self._judging))
+        held = max(held, held_by_margins)
         return self._stage("allocation", steps, held)
 
     def _trials_of_calibration(self) -> Work:
@@ -531,8 +563,7 @@ class JobCounts:
         return self._stage("pruning", steps, held)
 
     def _not_counted(self) -> tuple[str, ...]:
-        tasks = ["lm-eval's tasks"] if self.job.evaluation.needs_whole_model else []
-        return (*tasks, *(["values at the margin"] if hasattr(self.job.allocator, "data") else []))
+        return ("lm-eval's tasks",) if self.job.evaluation.needs_whole_model else ()
 
     def _counts(self) -> dict[str, int]:
         job, needs, out = self.job, self.job.allocator.needs, dict[str, int]()
@@ -594,8 +625,8 @@ class JobCounts:
         solving = max(workspace(self.job.pruner, *shape) for shape in shapes)
         return self._states * self._states_stay + self._activations + statistics + solving
 
-    def _statistics_bytes(self) -> int:
-        """What a pruner gathers for a block, with the first tokens of each distinct input."""
+    def _statistics_bytes(self, of_all: bool = False) -> int:
+        """What a pruner gathers for a block, with the first tokens of each distinct input; or for all, without these."""
         n_tokens = (self.job.dataset.n_seq or 0) * self.job.dataset.seq_len
         totals, largest = [0] * self.lm.n_blocks, [0] * self.lm.n_blocks
         n_experts = [len({expert_of(n, m) for n, m in self.lm.linears(i).items()} - {None}) for i in range(self.lm.n_blocks)]
@@ -603,10 +634,12 @@ class JobCounts:
             gathered, d_in = self._observed(self.job.pruner, linear, 1)[1], matrix(linear).shape[1]
             share = n_experts[index] if expert_of(name, linear) is not None else 1
             hessian = gathered >= FLOAT * d_in**2
-            totals[index] += gathered * (3 if hessian else 1)  # a Hessian is kept with its factor
+            totals[index] += gathered * (2 if hessian else 1)  # a Hessian is kept with its factor
             largest[index] = max(largest[index], gathered * hessian)
-            totals[index] += min(ERROR_TOKENS, n_tokens) // share * d_in * self._size
-        return max(total - 2 * own for total, own in zip(totals, largest, strict=True))  # which are in `workspace`
+            totals[index] += 0 if of_all else min(ERROR_TOKENS, n_tokens) // share * d_in * self._size
+        return (
+            sum(totals) if of_all else max(total - own for total, own in zip(totals, largest, strict=True))
+        )  # which are in `workspace`
 
     def _tuning_states(self) -> float:
         job, needs = self.job, self.job.allocator.needs

@@ -15,6 +15,8 @@ from svnup.progress import stage
 from svnup.pruning.walk import Inputs, Pruner
 from svnup.types import Ints, SparsityProfile
 
+MAX_BYTES = 2**32  # of matrices that are kept
+
 
 class PrunedInAdvance:
     """Pruned weights of every linear layer at any sparsity, by statistics that are taken once.
@@ -38,7 +40,7 @@ class PrunedInAdvance:
         lm: LanguageModel,
         pruner: Pruner,
         tokens: Ints,
-        max_bytes: int = 2**32,
+        max_bytes: int = MAX_BYTES,
         behind: SparsityProfile | None = None,
     ) -> None:
         _refuse_offload(lm)

@@ -70,7 +70,7 @@ class ALPS:
     def prune(self, weight: Tensor, stats: Hessian, sparsity: float) -> Tensor:
         if sparsity == 0:
             return weight
-        _, spectrum, dead = stats.damped(self.damp, scaled_spectrum)
+        spectrum, dead = stats.factored(self.damp, scaled_spectrum)
         w = weight.float() * spectrum.norms
         gone, d = self._admm(w, spectrum, dead, sparsity)
         if not gone.any():

@@ -86,7 +86,7 @@ class Refit(OnMask):
         gone = zeroed(self.base.prune(weight, stats.base, sparsity), sparsity, self.pattern)
         if not gone.any():
             return weight
-        h, _, _ = stats.hessian.damped(self.damp, cholesky)
+        h, _ = stats.hessian.damped(self.damp, cholesky)
         return least_squares(weight, gone, h)
 
 

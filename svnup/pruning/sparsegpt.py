@@ -35,7 +35,7 @@ class Hessian:
     xtx: Tensor
     n_tokens: int = 0
     fallback: str | None = None
-    _known: tuple[Any, Any] | None = None  # the arguments of the last call of `damped` and its result
+    _known: tuple[Any, Any] | None = None  # the last arguments of `factored`; what it returned, and the damping
 
     @classmethod
     def empty(cls, weight: Tensor) -> Self:
@@ -63,27 +63,38 @@ class Hessian:
             mean[beyond, own] = mean[own, beyond].T
         return mean
 
-    def damped(self, damp: float, factor: Callable[[Tensor], Factor | None]) -> tuple[Tensor, Factor, Tensor]:
-        """The damped Hessian H = X^T X / n_tokens + damp * mean(diag) I and its factor.
+    def factored(self, damp: float, factor: Callable[[Tensor], Factor | None]) -> tuple[Factor, Tensor]:
+        """A factor of the damped Hessian H = X^T X / n_tokens + damp * mean(diag) I, kept for all layers that read this input.
 
         The diagonal of a dead input, which is zero in every token, is 1. If the factorisation fails, damping grows tenfold, at
-        most 4 times, and `fallback` says so. Linear layers that read the same input share the factor.
+        most 4 times, and `fallback` says so.
 
         Args:
             damp: fraction of the mean diagonal.
             factor: factorises H; None means that it failed.
 
         Returns:
-            H (d_in, d_in), its factor, and which inputs are dead, bool (d_in,).
+            The factor, and which inputs are dead, bool (d_in,).
 
         Raises:
             ValueError: it fails with the most damping; the message has the range of the diagonal.
         """
         if self._known is None or self._known[0] != (damp, factor):
             self._known = (damp, factor), self._factored(damp, factor)
-        return self._known[1]
+        factored, dead, _ = self._known[1]
+        return factored, dead
 
-    def _factored(self, damp: float, factor: Callable[[Tensor], Factor | None]) -> tuple[Tensor, Factor, Tensor]:
+    def damped(self, damp: float, factor: Callable[[Tensor], Factor | None]) -> tuple[Tensor, Factor]:
+        """H itself (d_in, d_in), made anew, and its factor. Args and Raises as `factored`."""
+        self.factored(damp, factor)
+        assert self._known is not None
+        factored, dead, damping = self._known[1]
+        h = self.mean()
+        h.diagonal()[dead] = 1
+        h.diagonal().add_(damping)
+        return h, factored
+
+    def _factored(self, damp: float, factor: Callable[[Tensor], Factor | None]) -> tuple[Factor, Tensor, Tensor | float]:
         h = self.mean()
         dead = h.diagonal() == 0
         damping = damp * (h.diagonal().mean() if not dead.all() else 1.0)
@@ -93,7 +104,7 @@ class Hessian:
             h.diagonal().copy_(diagonal + damping)
             if (factored := factor(h)) is not None:
                 self.fallback = f"damping {damp * 10**tries:g} instead of {damp:g}" if tries else None
-                return h, factored, dead
+                return factored, dead, damping
             damping = damping * 10
         raise ValueError(
             f"the Hessian cannot be factorised even with damping {damp * 1e4:g} of its mean diagonal; its diagonal goes "
@@ -200,7 +211,7 @@ class SparseGPT(ColumnBlocks):
         return 4 * (5 * d_out * d_in + 6 * d_in**2)
 
     def _pruned(self, weight: Tensor, stats: Hessian, sparsity: float) -> Tensor:
-        _, u, dead = stats.damped(self.damp, cholesky_of_inverse)
+        u, dead = stats.factored(self.damp, cholesky_of_inverse)
         return self.prune_with_factor(weight, u, dead, sparsity)
 
     def prune_with_factor(self, weight: Tensor, u: Tensor, dead: Tensor, sparsity: float) -> Tensor:

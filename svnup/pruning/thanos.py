@@ -48,7 +48,7 @@ class Thanos(ColumnBlocks):
 
     def _pruned(self, weight: Tensor, stats: Hessian, sparsity: float) -> Tensor:
         steps = Pattern.parse(self.pattern).steps(sparsity)
-        _, u, _ = stats.damped(self.damp, cholesky_of_inverse)
+        u, _ = stats.factored(self.damp, cholesky_of_inverse)
         w, norms = weight.float().clone(), stats.xtx.diagonal().sqrt()
         if not (all_finite(w) and all_finite(norms)):
             raise ValueError("nan or infinity in the weights, or in the statistics of their inputs")
