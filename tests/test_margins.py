@@ -129,6 +129,23 @@ def test_values_sum_to_the_difference_of_the_two_models_and_are_near_the_shapley
     assert np.abs(np.array(of_blocks) - shapley).max() < 0.25 * np.abs(shapley).max()
 
 
+def test_both_versions_of_a_block_are_asked_for_twice_whatever_the_text_is_long(random_model, tokens, monkeypatch):
+    lm = random_model()
+    versions = [PrunedInAdvance_of(lm, profile_of(lm, *[s] * 4), tokens) for s in (0.4, 0.6)]
+    asked = []
+
+    def counted(version, index):
+        asked.append(index)
+        return version(index)
+
+    monkeypatch.setattr(lm, "_rows", lambda *_: 1)
+    assert len(list(lm.micro_batches(tokens))) > 2
+    values = marginal_values(lm, *(partial(counted, version) for version in versions), tokens)
+    assert sorted(asked) == sorted(2 * 2 * [*range(lm.n_blocks)])
+    monkeypatch.setattr("svnup.allocation.margins.max_states", lambda *_: 2)  # states of one micro-batch at a time
+    assert marginal_values(lm, *versions, tokens) == values
+
+
 @pytest.mark.parametrize("kind", ["nll", "kl"])
 def test_a_value_is_the_derivative_by_the_degree_of_presence(random_model, tokens, kind):
     lm = random_model(louder=3.0)
