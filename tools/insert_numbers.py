@@ -458,8 +458,13 @@ def of_finetuning() -> dict[str, str]:
     """Perplexities before and after training, and what a merge of adapters loses."""
     lines = lines_of("finetuning.md")
     plain = row(lines, budget="uniform")
+    real = lines_of("finetuning_real.md")
+    of_real = row(real, budget="uniform")
     kept = ["budget", "zeros", "before", "trained"]
     return {
+        "finetuning_real": table(kept, ["---", *["---:"] * 3], [[line[key] for key in kept] for line in real]),
+        "finetuning_real_lora": f"from {of_real['LoRA']} to {of_real['LoRA, merged']}",
+        "finetuning_real_masked": of_real["masked LoRA, merged"],
         "finetuning": table(kept, ["---", *["---:"] * 3], [[line[key] for key in kept] for line in lines]),
         "finetuning_lora": f"from {plain['LoRA']} to {plain['LoRA, merged']}",
         "finetuning_masked": plain["masked LoRA, merged"],

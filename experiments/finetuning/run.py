@@ -3,8 +3,8 @@
 A model pruned with Wanda by the uniform budget and by a Shapley budget, and the dense model: perplexity on test text before
 and after each was trained alike, on as many tokens of training text. Beside it, with the uniform budget, LoRA adapters, as
 peft trains them and as they will be merged, before and after a merge that stays sparse. Of several learning rates the study
-takes the one with the lowest perplexity on selection text, uniformly pruned. Writes results/tables/finetuning.md; what was
-measured is kept in the cache, so that a killed run goes on at the training where it was.
+takes the one with the lowest perplexity on selection text, uniformly pruned. Writes results/tables/finetuning.md, of a real
+model finetuning_real.md; what was measured is kept in the cache, so that a killed run goes on at the training where it was.
 
     python -m experiments.finetuning.run [--cache results/cache] [--quick]
     python -m experiments.finetuning.run --model PATH [--datasets FOLDER] [--profile profile.json]     # of a real model
@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     head = ["budget", "zeros", "before", "trained", "LoRA", "LoRA, merged", "masked LoRA", "masked LoRA, merged"]
     publish(
         options,
-        "finetuning",
+        "finetuning_real" if options.model else "finetuning",
         ["# Perplexity before and after training", "", about(options, sizes, rate), "", *table(head, lines, "lr" + "r" * 6)],
     )
 
@@ -263,11 +263,13 @@ def about(options: argparse.Namespace, sizes: Sizes, rate: float) -> str:
         if options.model
         else f"Built-in model; perplexity on {sizes.n_test} sequences of the test text"
     )
+    command = "make study NAME=finetuning" if not options.model else "python -m experiments.finetuning.run --model FOLDER"
+    command += " --profile FILE" if options.profile else ""
     rates = ", ".join(f"{r:g}" for r in sizes.rates)
     chosen = f"the best of {rates} on selection text" if len(sizes.rates) > 1 else "not searched for"
     values = f"Shapley values by windows of {sizes.window} on {sizes.n_payoff} sequences, lam 0.15"
     return (
-        f"{made_by('make study NAME=finetuning', threads)}. {where}; Wanda with {sizes.n_calibration} calibration sequences; "
+        f"{made_by(command, threads)}. {where}; Wanda with {sizes.n_calibration} calibration sequences; "
         f"{'a stored profile' if options.profile else values}; all sequences have {sizes.seq_len} tokens. Trained for one pass "
         f"over {sizes.n_training} sequences ({sizes.n_training * sizes.seq_len:,} tokens) of training text, {sizes.n_batch} a "
         f"step, by AdamW with weight decay {DECAY:g}, rate {rate:g} ({chosen}). LoRA of rank {sizes.rank} on all linear layers "

@@ -108,7 +108,7 @@ class _Between:
 
     @torch.no_grad()
     def _block(self, index: int) -> tuple[Weights, Weights]:
-        """The weights of a block at the degree, and by how much the denser version differs from the other, float32."""
+        """The weights of a block at the degree, and the difference of its two versions, float32."""
         present, absent = self._denser(index), self._sparser(index)
         between = {n: torch.lerp(absent[n].float(), w.float(), self._degree).to(w.dtype) for n, w in present.items()}
         return between, {n: w.float() - absent[n].float() for n, w in present.items()}
