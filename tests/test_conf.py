@@ -138,7 +138,7 @@ def test_the_smoke_experiment_is_the_demo_s_grid():
 
 def test_every_model_yaml_is_tested_here():
     files = {p.stem for p in (CONF / "model").glob("*.yaml") if not p.stem.startswith("_")}
-    assert files == {*HUB, *SMOLLM2, "tiny", "tiny_opt", "random", "pretrained"}
+    assert files == {*HUB, *SMOLLM2, "tiny", "tiny_opt", "tiny_moe", "random", "pretrained"}
 
 
 @pytest.mark.parametrize("model", SMOLLM2)

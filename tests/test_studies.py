@@ -18,6 +18,7 @@ from experiments import study
 ROOT = Path(__file__).parent.parent
 STUDIES = {  # module: arguments, and the files that it writes
     "estimators.run": ([], ["results/tables/estimators.md", "docs/figures/estimators.png"]),
+    "experts.run": ([], ["results/tables/experts.md"]),
     "finetuning.run": ([], ["results/tables/finetuning.md"]),
     "games.run": ([], ["results/tables/games.md", "docs/figures/games.png"]),
     "pruners.run": ([], ["results/tables/pruners.md"]),

@@ -37,7 +37,7 @@ def test_a_wheel_runs_where_there_is_no_checkout(tmp_path):
         return done.stdout + done.stderr
 
     assert run("-c", "import svnup; print(svnup.__file__)").startswith(str(site))
-    for model in ("tiny", "tiny_opt"):
+    for model in ("tiny", "tiny_opt", "tiny_moe"):
         assert "plan of" in run("-m", "svnup", f"model={model}", "evaluation=full", "dry_run=true")
     assert "llama_7b" in run("-c", "from svnup.cli.results import main; main(['published', '.'])")
     row = "from rows import run, write; from pathlib import Path; write(Path('results'), run(30.0))"

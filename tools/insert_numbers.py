@@ -471,6 +471,23 @@ def of_finetuning() -> dict[str, str]:
     }
 
 
+def of_the_experts() -> dict[str, str]:
+    """How scores of experts agree with measured sensitivity, and budgets by them."""
+    agreement, budgets = (lines_of("experts.md", heading) for heading in ("Agreement with measured sensitivity", "## Budgets"))
+    levels = [key for key in agreement[0] if key.endswith(" %")]
+    kept = ["pruner", "zeros", "score", "perplexity", "change"]
+    return {
+        "experts_agreement": table(
+            ["score", *levels],
+            ["---", *["---:"] * len(levels)],
+            [[line[key] for key in ("score", *levels)] for line in agreement],
+        ),
+        "experts_budgets": table(
+            kept, ["---", "---:", "---", "---:", "---:"], [[line[key] for key in kept] for line in budgets]
+        ),
+    }
+
+
 def of_the_margins() -> dict[str, str]:
     """What is measured of values at the margin; cells and settings of which nothing is are left out."""
     lines = lines_of("margins.md")
@@ -685,7 +702,7 @@ def numbers() -> dict[str, str]:
     parts = [of_the_leaderboard(), of_the_comparisons(), of_the_games(), of_budgets_and_windows(), of_the_estimators()]
     parts += [of_the_pruners(), of_the_demo(), of_the_paper(), of_the_margins(), of_the_real_model(), of_other_texts()]
     parts += [of_the_choices()]
-    parts += [of_recovery(), of_finetuning(), of_the_benchmarks(), of_the_families()]
+    parts += [of_recovery(), of_finetuning(), of_the_experts(), of_the_benchmarks(), of_the_families()]
     out: dict[str, str] = {}
     for part in parts:
         assert not out.keys() & part.keys()

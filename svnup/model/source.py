@@ -20,11 +20,9 @@ if TYPE_CHECKING:
     from svnup.model.loading import Loader
     from svnup.types import Offload
 
-BUILT_IN, BUILT_IN_OPT = "svnup/tiny", "svnup/tiny_opt"
-
-
+BUILT_IN = "svnup/tiny"
 BUILT_IN_FOLDER = Path(__file__).parents[1] / "assets" / "tiny"
-SHIPPED = {BUILT_IN: BUILT_IN_FOLDER, BUILT_IN_OPT: BUILT_IN_FOLDER.with_name("tiny_opt")}
+SHIPPED = {f"svnup/{name}": BUILT_IN_FOLDER.with_name(name) for name in ("tiny", "tiny_opt", "tiny_moe")}
 FETCHED = {smollm2.NAME: smollm2.COMMAND}  # the command that installs a model in the user's cache
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 NO_FOLDER = "there is no such folder; give a checkpoint folder or a hub name (organisation/name)"

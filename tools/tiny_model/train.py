@@ -80,8 +80,8 @@ def build_model(args: argparse.Namespace) -> PreTrainedModel:
         mlp = args.width * 8 // 3
         return LlamaForCausalLM(LlamaConfig(intermediate_size=mlp, num_key_value_heads=args.heads, **common))
     if args.model_type == "qwen3_moe":  # an expert is as wide as the model
-        mixture = {"num_experts": EXPERTS, "num_experts_per_tok": ROUTES, "norm_topk_prob": True}
-        mixture |= {"router_aux_loss_coef": BALANCE, "moe_intermediate_size": args.width}
+        mixture: dict[str, Any] = {"num_experts": EXPERTS, "num_experts_per_tok": ROUTES, "norm_topk_prob": True}
+        mixture["router_aux_loss_coef"], mixture["moe_intermediate_size"] = BALANCE, args.width
         heads = {"num_key_value_heads": args.heads, "head_dim": args.width // args.heads}
         return Qwen3MoeForCausalLM(Qwen3MoeConfig(**mixture, **heads, **common))
     # Without dropout as in the Llama recipe; no padding token, since OPT's default, 1, is a character here.
