@@ -456,19 +456,16 @@ def of_recovery() -> dict[str, str]:
 
 def of_finetuning() -> dict[str, str]:
     """Perplexities before and after training, and what a merge of adapters loses."""
-    lines = lines_of("finetuning.md")
-    plain = row(lines, budget="uniform")
-    real = lines_of("finetuning_real.md")
-    of_real = row(real, budget="uniform")
-    kept = ["budget", "zeros", "before", "trained"]
-    return {
-        "finetuning_real": table(kept, ["---", *["---:"] * 3], [[line[key] for key in kept] for line in real]),
-        "finetuning_real_lora": f"from {of_real['LoRA']} to {of_real['LoRA, merged']}",
-        "finetuning_real_masked": of_real["masked LoRA, merged"],
-        "finetuning": table(kept, ["---", *["---:"] * 3], [[line[key] for key in kept] for line in lines]),
-        "finetuning_lora": f"from {plain['LoRA']} to {plain['LoRA, merged']}",
-        "finetuning_masked": plain["masked LoRA, merged"],
-    }
+    out, kept = dict[str, str](), ["budget", "zeros", "before", "trained"]
+    for name in ("finetuning", "finetuning_real"):
+        lines = lines_of(f"{name}.md")
+        plain = row(lines, budget="uniform")
+        out |= {
+            name: table(kept, ["---", *["---:"] * 3], [[line[key] for key in kept] for line in lines]),
+            f"{name}_lora": f"from {plain['LoRA']} to {plain['LoRA, merged']}",
+            f"{name}_masked": plain["masked LoRA, merged"],
+        }
+    return out
 
 
 def of_the_experts() -> dict[str, str]:

@@ -28,9 +28,8 @@ from svnup.allocation.trial import Trial
 from svnup.data import Docs, Role
 from svnup.evaluation import perplexity
 from svnup.game import ExpertGame
-from svnup.language_model import LanguageModel
 from svnup.model.source import SHIPPED
-from svnup.pruning import prune_model
+from svnup.pruning.walk import temporarily_pruned
 from svnup.scoring import Context
 from svnup.scoring.experts import Frequency, Shapley
 from svnup.types import ExpertScores, Floats, Ints, SparsityProfile
@@ -64,31 +63,34 @@ class Bench:
     def __init__(self, cache: Path, sizes: Sizes) -> None:
         self.sizes, self.cache, self.known = sizes, cache, Known(cache, "experts")
         self.source = partial(Docs, seq_len=sizes.seq_len)
-        self.lm = self.model()
-        self.shapley = {
-            f"Shapley, {absence}": Shapley(self.source(role="payoff", n_seq=sizes.n_payoff), absence=absence).score(
-                self.lm, self.context(0)
-            )
-            for absence in ("spread", "drop")
-        }
+        self.payoff = self.source(role="payoff", n_seq=sizes.n_payoff)
+        self.lm = built_in(sizes.n_blocks, SHIPPED["svnup/tiny_moe"])
+        self.dense = perplexity(self.lm, self.test)
+        self.scores = self._scores()
 
-    def model(self) -> LanguageModel:
-        return built_in(self.sizes.n_blocks, SHIPPED["svnup/tiny_moe"])
+    @property
+    def test(self) -> Ints:
+        return text("test", self.sizes.n_test, self.sizes.seq_len)
 
     def calibration(self, seed: int) -> Ints:
         return text("calibration", self.sizes.n_calibration, self.sizes.seq_len, seed)
 
-    def context(self, seed: int) -> Context:
-        return Context(self.calibration(seed), str(self.cache), None)  # type: ignore[arg-type]
+    def _scores(self) -> dict[int, dict[str, ExpertScores]]:
+        """By seed and name scores of all experts; how often they are chosen is of the calibration text of a seed."""
+        out: dict[int, dict[str, ExpertScores]] = {}
+        blocks = [index for index, _ in self.lm.budget_units("expert")]
+        for seed in self.sizes.seeds:
+            context = Context(self.calibration(seed), str(self.cache), None)  # type: ignore[arg-type]
+            if not out:  # the others are the same for every seed
+                found = {f"Shapley, {a}": Shapley(self.payoff, absence=a).score(self.lm, context) for a in ("spread", "drop")}
+                found["without one"] = self._without_one(found["Shapley, spread"])
+            scores = found | {f"share of {of}": Frequency(of).score(self.lm, context) for of in ("weight", "tokens")}
+            out[seed] = {name: one.per_unit(len(blocks), blocks) for name, one in scores.items()}
+        return out
 
-    def scores(self, seed: int) -> dict[str, ExpertScores]:
-        """Scores of all experts by name; how often they are chosen is of the calibration text of a seed."""
-        shares = {f"share of {of}": Frequency(of).score(self.lm, self.context(seed)) for of in ("weight", "tokens")}
-        return self.shapley | {"without one": self.without_one()} | shares
-
-    def without_one(self) -> ExpertScores:
+    def _without_one(self, like: ExpertScores) -> ExpertScores:
         """What the model loses without one expert, in the game of `spread`, whose payoffs are known already."""
-        like, tokens, values = self.shapley["Shapley, spread"], text("payoff", self.sizes.n_payoff, self.sizes.seq_len), []
+        tokens, values = self.payoff.tokens(self.lm.tokenizer), []
         for index in np.unique(like.blocks).tolist():
             game = ExpertGame(self.lm, tokens, index, payoff="recip_ppl", cache_dir=self.cache)
             everyone = np.ones((1, game.n_players), dtype=bool)
@@ -100,58 +102,45 @@ class Bench:
 
     def trial(self, pruner: str, seed: int, role: Role) -> Trial:
         """Losses of profiles that are pruned with the calibration text of a seed, on the text of a role."""
-        n_seq = self.sizes.n_selection if role == "selection" else self.sizes.n_payoff
-        source = self.source(role=role, n_seq=n_seq)
-        payoff = self.source(role="payoff", n_seq=self.sizes.n_payoff)
-        return Trial(self.lm, PRUNERS[pruner], UniformSplit(), self.calibration(seed), source, self.cache, payoff=payoff)
+        source = self.payoff if role == "payoff" else self.source(role=role, n_seq=self.sizes.n_selection)
+        return Trial(self.lm, PRUNERS[pruner], UniformSplit(), self.calibration(seed), source, self.cache, payoff=self.payoff)
 
     def sensitivity(self, sparsity: float) -> Floats:
         """The NLL that each expert adds on payoff text when it alone is sparser, by weights pruned in advance."""
-        budget, like = self.budget(sparsity), self.per_unit(self.shapley["Shapley, spread"])
+        budget, like = self.budget(sparsity), self.scores[self.sizes.seeds[0]]["Shapley, spread"]
         levels = sparsity + SENSITIVITY * np.vstack([np.zeros(budget.n_units), np.eye(budget.n_units)[like.units]])
         profiles = [SparsityProfile(row, budget.params, float(np.average(row, weights=budget.params))) for row in levels]
         losses = self.trial("wanda", 0, "payoff").losses([("", profile) for profile in profiles], in_advance=True)
         return np.array(losses[1:]) - losses[0]
 
-    def per_unit(self, scores: ExpertScores) -> ExpertScores:
-        blocks = [index for index, _ in self.lm.budget_units("expert")]
-        return scores.per_unit(len(blocks), blocks)
-
     def chosen(self, scores: ExpertScores, pruner: str, sparsity: float, seed: int) -> tuple[float, SparsityProfile]:
         """The amplitude with the least loss on selection text, and its profile."""
-        budget, scored = self.budget(sparsity), self.per_unit(scores)
-        tried = [(f"lam={lam:g}", ExpertBudget(lam=lam).allocate(budget, scored)) for lam in self.sizes.grid]
+        budget = self.budget(sparsity)
+        tried = [(f"lam={lam:g}", ExpertBudget(lam=lam).allocate(budget, scores)) for lam in self.sizes.grid]
         best = int(np.argmin(self.trial(pruner, seed, "selection").losses(tried)))
         return self.sizes.grid[best], tried[best][1]
 
     def margins(self, pruner: str, sparsity: float, seed: int) -> SparsityProfile:
         """A budget for each expert of all blocks together, by values at the margin of the pruned model."""
-        source = self.source(role="payoff", n_seq=self.sizes.n_payoff)
-        made = ShapleyMargins(source, granularity="expert")
+        made = ShapleyMargins(self.payoff, granularity="expert")
         return made.allocate(self.budget(sparsity), None, self.trial(pruner, seed, "selection"))
 
-    def test(self, profile: SparsityProfile, pruner: str, seed: int) -> float:
+    def tested(self, profile: SparsityProfile, pruner: str, seed: int) -> float:
         """Perplexity of the pruned model on the test text."""
-        tokens = text("test", self.sizes.n_test, self.sizes.seq_len)
         what = [self.lm.fingerprint(), np.round(profile.sparsity, 9).tolist(), pruner, seed, self.sizes.n_calibration]
 
         def measure() -> float:
-            lm = self.model()
-            prune_model(
-                lm,
-                UniformSplit().divide(lm, profile, PRUNERS[pruner], self.calibration(seed)),
-                PRUNERS[pruner],
-                self.calibration(seed),
-            )
-            return perplexity(lm, tokens)
+            how, calibration = PRUNERS[pruner], self.calibration(seed)
+            with temporarily_pruned(self.lm, UniformSplit().divide(self.lm, profile, how, calibration), how, calibration):
+                return perplexity(self.lm, self.test)
 
-        return float(self.known.measured([*what, list(tokens.shape)], measure))
+        return float(self.known.measured([*what, list(self.test.shape)], measure))
 
 
 def agreement(bench: Bench) -> Iterator[list[str]]:
     """Rank correlations of scores with measured sensitivity, means over the blocks."""
     measured = {sparsity: bench.sensitivity(sparsity) for sparsity in bench.sizes.sparsities}
-    for name, scores in bench.scores(0).items():
+    for name, scores in bench.scores[bench.sizes.seeds[0]].items():
         rows = [scores.blocks == block for block in np.unique(scores.blocks)]
         found = [[spearman(scores.values[row], losses[row]) for row in rows] for losses in measured.values()]
         yield [name, *(f"{np.mean(one):.2f}" for one in found), *(f"{min(one):.2f} to {max(one):.2f}" for one in found)]
@@ -160,15 +149,14 @@ def agreement(bench: Bench) -> Iterator[list[str]]:
 def budgets(bench: Bench, pruner: str, sparsity: float) -> Iterator[list[str]]:
     """Perplexity of each kind of budget over the calibration seeds, and its change against the uniform one."""
     seeds = bench.sizes.seeds
-    uniform = [bench.test(bench.budget(sparsity).uniform(), pruner, seed) for seed in seeds]
+    uniform = [bench.tested(bench.budget(sparsity).uniform(), pruner, seed) for seed in seeds]
     yield [pruner, f"{100 * sparsity:g} %", "uniform", mean_and_spread(uniform), "-", "-"]
     found: dict[str, list[tuple[float | None, float]]] = {}
     for seed in seeds:
-        scores = bench.scores(seed)
         for name in BUDGETS:
-            lam, profile = bench.chosen(scores[name], pruner, sparsity, seed)
-            found.setdefault(name, []).append((lam, bench.test(profile, pruner, seed)))
-        found.setdefault(MARGINS, []).append((None, bench.test(bench.margins(pruner, sparsity, seed), pruner, seed)))
+            lam, profile = bench.chosen(bench.scores[seed][name], pruner, sparsity, seed)
+            found.setdefault(name, []).append((lam, bench.tested(profile, pruner, seed)))
+        found.setdefault(MARGINS, []).append((None, bench.tested(bench.margins(pruner, sparsity, seed), pruner, seed)))
     for name, runs in found.items():
         ppl = np.array([one for _, one in runs])
         change = 100 * (ppl / uniform - 1)
@@ -191,13 +179,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(options: argparse.Namespace, bench: Bench, agree: list[list[str]], lines: list[list[str]]) -> list[str]:
     sizes, levels = bench.sizes, [f"{100 * sparsity:g} %" for sparsity in bench.sizes.sparsities]
-    n_experts = len(next(iter(bench.shapley.values())).values)
-    dense = perplexity(bench.lm, text("test", sizes.n_test, sizes.seq_len))
+    n_experts = len(bench.scores[sizes.seeds[0]]["Shapley, spread"].values)
     return [
         "# Experts of a mixture: what they are worth, and budgets by it",
         "",
         f"{made_by('make study NAME=experts', 'one thread')}. The built-in mixture, {bench.lm.n_blocks} blocks with "
-        f"{n_experts} experts; dense perplexity {dense:.2f}. Payoff recip_ppl on {sizes.n_payoff} sequences, calibration "
+        f"{n_experts} experts; dense perplexity {bench.dense:.2f}. Payoff recip_ppl on {sizes.n_payoff} sequences, calibration "
         f"{sizes.n_calibration}, selection {sizes.n_selection}, test {sizes.n_test}; all have {sizes.seq_len} tokens.",
         "",
         "## Agreement with measured sensitivity",

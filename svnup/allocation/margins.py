@@ -89,12 +89,14 @@ class _Between:
         lm, states = self._lm, [batches]
         with torch.no_grad():
             for index in range(lm.n_blocks):
-                weights, _ = self._block(index)
+                weights = self._between(self._denser(index), self._sparser(index))
                 states.append([lm.run_block(index, batch, weights=weights) for batch in states[-1]])
         slopes = [self._slope_of_head(*both, kind) for both in zip(states.pop(), batches, strict=True)]
         for index in reversed(range(lm.n_blocks)):
-            weights, differences = self._block(index)
-            found = []
+            present, absent, found = self._denser(index), self._sparser(index), []
+            with torch.no_grad():
+                weights = self._between(present, absent)
+                differences = {n: w.float() - absent[n].float() for n, w in present.items()}
             for i, entering in enumerate(states.pop()):
                 with torch.enable_grad():
                     hidden = entering.hidden.detach().requires_grad_()
@@ -106,12 +108,8 @@ class _Between:
                 found.append({n: float(p.double().sum()) for n, p in by_linear(lm.linears(index), products).items()})
             yield index, found
 
-    @torch.no_grad()
-    def _block(self, index: int) -> tuple[Weights, Weights]:
-        """The weights of a block at the degree, and the difference of its two versions, float32."""
-        present, absent = self._denser(index), self._sparser(index)
-        between = {n: torch.lerp(absent[n].float(), w.float(), self._degree).to(w.dtype) for n, w in present.items()}
-        return between, {n: w.float() - absent[n].float() for n, w in present.items()}
+    def _between(self, present: Weights, absent: Weights) -> Weights:
+        return {n: torch.lerp(absent[n].float(), w.float(), self._degree).to(w.dtype) for n, w in present.items()}
 
     def _slope_of_head(self, last: MicroBatch, batch: MicroBatch, kind: SelectionLoss) -> Tensor:
         """Derivative of the summed loss by the hidden states after the last block; a sequence at a time through the head."""

@@ -37,11 +37,7 @@ from transformers import (
 VOCABULARY, POSITIONS, LENGTH, BATCH = 2048, 512, 256, 16
 PEAK, WARMUP, FLOOR = 2e-3, 100, 0.05
 VALIDATION_BATCHES = 40
-EXPERTS, ROUTES, BALANCE = (
-    8,
-    2,
-    0.01,
-)  # of a mixture: experts of a block, those of a token, and the weight of the balancing loss
+EXPERTS, ROUTES, BALANCE = 8, 2, 0.01  # of a mixture: in a block, of a token, and the weight of the balancing loss
 END = "<|endoftext|>"
 
 
