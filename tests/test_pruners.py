@@ -18,7 +18,7 @@ from svnup.config.construction import construct
 from svnup.memory import STATUS
 from svnup.naming import method_name
 from svnup.pattern import Pattern
-from svnup.pruning import prune_model
+from svnup.pruning import prune_model, sparseswaps
 from svnup.pruning.alps import ALPS
 from svnup.pruning.dsnot import DSnoT
 from svnup.pruning.magnitude import Magnitude
@@ -26,7 +26,7 @@ from svnup.pruning.nothing import Nothing
 from svnup.pruning.refit import CHUNK, Refit
 from svnup.pruning.ria import RIA
 from svnup.pruning.sparsegpt import Hessian, SparseGPT
-from svnup.pruning.sparseswaps import LEAST_GAIN, SparseSwaps
+from svnup.pruning.sparseswaps import LEAST_GAIN, SparseSwaps, promising
 from svnup.pruning.thanos import Thanos
 from svnup.pruning.wanda import Wanda
 from svnup.types import SparsityProfile
@@ -335,6 +335,35 @@ def test_rows_are_swapped_alike_in_chunks_of_any_size(monkeypatch):
     whole = prune(SparseSwaps(Wanda()), weight, inputs, 0.6)
     monkeypatch.setattr("svnup.pruning.sparseswaps.CHUNK", 1)
     torch.testing.assert_close(prune(SparseSwaps(Wanda()), weight, inputs, 0.6), whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("base", [Wanda, Magnitude])
+def test_the_promising_weights_hold_the_best_of_all_swaps(base, kind, monkeypatch):
+    weight, inputs = a_case(kind, 48, 160)
+    shares = []
+
+    def recorded(back, away, *args):
+        found = promising(back, away, *args)
+        n_pairs = [(maybe_p.sum(1) * maybe_q.sum(1)).sum() for maybe_p, maybe_q in (found, (back.isfinite(), away.isfinite()))]
+        shares.append(float(n_pairs[0] / n_pairs[1]))
+        return found
+
+    monkeypatch.setattr(sparseswaps, "promising", recorded)
+    swapped = prune(SparseSwaps(base(), max_swaps=30), weight, inputs, 0.6)
+    assert shares[0] < 0.1
+    assert np.mean(shares) < 0.4  # the nearer a mask is to its optimum, the less bounds tell
+    monkeypatch.setattr(sparseswaps, "promising", lambda back, away, *args: (back.isfinite(), away.isfinite()))
+    torch.testing.assert_close(prune(SparseSwaps(base(), max_swaps=30), weight, inputs, 0.6), swapped, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sparsity", [0.001, 0.999, 1.0])
+def test_rows_with_nothing_to_swap_stay(sparsity):
+    weight, inputs = a_case("random", 6, 16)
+    assert torch.equal(
+        (prune(SparseSwaps(Wanda()), weight, inputs, sparsity) == 0).sum(1),
+        (prune(Wanda(), weight, inputs, sparsity) == 0).sum(1),
+    )
 
 
 # -- Thanos

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +15,9 @@ from svnup.pruning.masks import all_finite, without, zeroed
 from svnup.pruning.refit import OnMask, RefitStats, check_base
 from svnup.pruning.walk import Pruner, workspace
 
-CHUNK = 2**24  # pairs of weights that are compared at once: 64 MiB
+CHUNK = 2**22  # weights of rows, or pairs of weights, that are looked at at once: 16 MiB
+FEW = 8  # pruned and kept weights of a row whose pairs are tried first
+KNOTS = 8  # points between which a bound is interpolated
 LEAST_GAIN = 1e-6  # of the error of the row; less is rounding
 
 
@@ -29,8 +32,8 @@ class SparseSwaps(OnMask):
 
     Of all such pairs the one with the lowest change is swapped, until no swap lowers the error by more than rounding, or
     `max_swaps` were made: the mask that is left is optimal among those one swap away. In N:M both weights are of one group. All
-    rows are refined at once, in float32. Each swap of a row compares d_in^2 pairs, which is work for a GPU; on a CPU a wide
-    matrix takes minutes.
+    rows are refined at once, in float32. A row has some d_in^2 / 4 pairs, of which bounds on what a weight can gain
+    leave a few hundred: the swap is the best of all pairs, and finding it takes time in d_in and not in d_in^2.
 
     Args:
         base: the pruner that makes the mask.
@@ -52,14 +55,16 @@ class SparseSwaps(OnMask):
             raise ValueError(f"max_swaps={self.max_swaps}: of an output row; choose at least 1")
 
     def workspace(self, d_out: int, d_in: int) -> int:
-        """Bytes that `prune` takes for one matrix: thrice the pairs that are compared at once, and copies of both matrices."""
-        own = 4 * (3 * max(CHUNK, d_in**2) + 8 * d_out * d_in + 3 * d_in**2)
+        """Bytes that `prune` takes for one matrix: what is made of the rows or pairs that are looked at at once, and copies."""
+        own = 4 * (24 * max(CHUNK, d_in) + 4 * d_out * d_in + 3 * d_in**2)
         return max(own, workspace(self.base, d_out, d_in))
 
     def work(self, d_out: int, d_in: int, sparsity: float) -> Work:
-        """All swaps of all rows, each of which compares the pairs of a group, or of the whole row."""
-        pairs = d_out * d_in * (Pattern.parse(self.pattern).group or d_in)
-        return Work({"float32": 2.0 * d_out * d_in**2}, moved=4.0 * 10 * pairs * self.max_swaps, calls=40 * self.max_swaps)
+        """All swaps of all rows: a row is read often for the bounds, or in N:M for the pairs of its groups."""
+        reads = 10 * (Pattern.parse(self.pattern).group or 2 * KNOTS)
+        calls = (8 * KNOTS + 80) * -(-d_out * d_in // CHUNK)
+        moved = 4.0 * reads * d_out * d_in
+        return Work({"float32": 2.0 * d_out * d_in**2}, moved=moved * self.max_swaps, calls=calls * self.max_swaps)
 
     def prune(self, weight: Tensor, stats: RefitStats, sparsity: float) -> Tensor:
         if sparsity == 0:
@@ -69,7 +74,7 @@ class SparseSwaps(OnMask):
         if not all_finite(gram):
             raise ValueError("nan or infinity in the statistics of the inputs")
         size = Pattern.parse(self.pattern).group or weight.shape[1]
-        rows = max(1, CHUNK // (weight.shape[1] * size))
+        rows = max(1, CHUNK // (weight.shape[1] * (size if size < weight.shape[1] else 1)))
         for start in range(0, len(weight), rows):
             swap(gone[start : start + rows], weight[start : start + rows].float(), gram, size, self.max_swaps)
         return without(weight, gone)
@@ -85,27 +90,115 @@ def swap(gone: Tensor, w: Tensor, gram: Tensor, size: int, most: int) -> None:
         size: of a group; d_in for the whole row.
         most: swaps of a row.
     """
-    n_groups = w.shape[1] // size
-    own = gram.unflatten(0, (n_groups, size)).unflatten(2, (n_groups, size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     alone = w.square() * gram.diagonal()
     pull = w.masked_fill(~gone, 0) @ gram  # r G
     error = (pull * w).masked_fill(~gone, 0).sum(1)
+    root = alone.sqrt()
+    reach = root * closest(gram)
     rows = torch.arange(len(w), device=w.device)
     for _ in range(most):
-        w_r, gone_r, twice = w[rows], gone[rows], 2 * w[rows] * pull[rows]
-        back = (alone[rows] - twice).masked_fill(~gone_r, torch.inf).unflatten(1, (n_groups, size))
-        away = (alone[rows] + twice).masked_fill(gone_r, torch.inf).unflatten(1, (n_groups, size))
-        grouped = w_r.unflatten(1, (n_groups, size))
-        change = torch.einsum("ngp,ngq,gpq->ngpq", grouped, grouped, own).mul_(-2)
-        change += back[..., :, None]
-        change += away[..., None, :]
-        least, at = change.flatten(1).min(1)
-        better = least < -LEAST_GAIN * error[rows]
+        w_r, twice = w[rows], 2 * w[rows] * pull[rows]
+        back = torch.where(gone[rows], alone[rows] - twice, torch.inf)
+        away = torch.where(gone[rows], torch.inf, alone[rows] + twice)
+        rounding = -LEAST_GAIN * error[rows]
+        if size < w.shape[1]:
+            change, p, q = best_in_groups(back, away, w_r, gram, size)
+        else:
+            maybe_p, maybe_q = promising(back, away, w_r, gram, root[rows], reach[rows], rounding)
+            change, p, q = best_in_rows(maybe_p, maybe_q, back, away, w_r, gram)
+        better = change < rounding
         if not better.any():
             return
-        rows, least, at = rows[better], least[better], at[better]
-        group, pair = at // size**2, at % size**2
-        p, q = group * size + pair // size, group * size + pair % size
+        rows, p, q = rows[better], p[better], q[better]
         gone[rows, p], gone[rows, q] = False, True
-        error[rows] += least
+        error[rows] += change[better]
         pull[rows] += w[rows, q, None] * gram[q] - w[rows, p, None] * gram[p]
+
+
+def best_in_groups(back: Tensor, away: Tensor, w: Tensor, gram: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The swap of each row that changes its error least, of all within groups: change, p and q, (n,) each."""
+    n_groups = w.shape[1] // size
+    own = gram.unflatten(0, (n_groups, size)).unflatten(2, (n_groups, size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    grouped = w.unflatten(1, (n_groups, size))
+    change = torch.einsum("ngp,ngq,gpq->ngpq", grouped, grouped, own).mul_(-2)
+    change += back.unflatten(1, (n_groups, size))[..., :, None]
+    change += away.unflatten(1, (n_groups, size))[..., None, :]
+    least, at = change.flatten(1).min(1)
+    group, pair = at // size**2, at % size**2
+    return least, group * size + pair // size, group * size + pair % size
+
+
+def best_in_rows(
+    maybe_p: Tensor, maybe_q: Tensor, back: Tensor, away: Tensor, w: Tensor, gram: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The swap of each row that changes its error least, of all of maybe_p and maybe_q, bool (n, d_in): change, p and q."""
+    least = back.new_full((len(w),), torch.inf)
+    best = torch.zeros(2, len(w), dtype=torch.int64, device=w.device)
+    for row, p, q in pairs(maybe_p, maybe_q):
+        change = back[row, p] + away[row, q] - 2 * w[row, p] * w[row, q] * gram[p, q]
+        before, least = least, least.scatter_reduce(0, row, change, "amin")
+        at = ((change == least[row]) & (change < before[row])).nonzero()[:, 0]
+        first = torch.full_like(best[0], len(row)).scatter_reduce(0, row[at], at, "amin")  # of equal ones
+        found = first < len(row)
+        best[:, found] = torch.stack([p, q])[:, first[found]]
+    return least, *best
+
+
+def pairs(maybe_p: Tensor, maybe_q: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """All pairs of a p and a q of one row, bool (n, d_in) both: their rows, p and q, some CHUNK at a time."""
+    row, p = maybe_p.nonzero(as_tuple=True)
+    q = maybe_q.nonzero()[:, 1]
+    n_of_rows = maybe_q.sum(1)
+    n, start = n_of_rows[row], (n_of_rows.cumsum(0) - n_of_rows)[row]
+    end = n.cumsum(0)
+    for part in torch.arange(len(p), device=p.device).split((end // CHUNK).bincount().tolist()):
+        of = part.repeat_interleave(n[part])
+        nth = torch.arange(len(of), device=p.device) + (end[part[:1]] - n[part[:1]]) - (end - n)[of]
+        yield row[of], p[of], q[start[of] + nth]
+
+
+def closest(gram: Tensor) -> Tensor:
+    """The largest absolute cosine of each input with another one, (d_in,)."""
+    scale = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).rsqrt()
+    return (gram * scale * scale[:, None]).fill_diagonal_(0).abs_().amax(0)
+
+
+def promising(
+    back: Tensor, away: Tensor, w: Tensor, gram: Tensor, root: Tensor, reach: Tensor, rounding: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The few weights of whole rows among which the best swap is: no swap with another one can change the error as much.
+
+    A swap of p and q changes the error by at least back_p + away_q - 2 c_p s_p s_q, where s_p^2 = w_p^2 G_pp and c_p is the
+    largest absolute cosine of input p with another. The best swap of the FEW lowest p and q tells what has to be undercut.
+
+    Args:
+        back: what bringing back the pruned weight p changes, infinity for kept ones, (n, d_in).
+        away: what pruning the kept weight q changes, infinity for pruned ones.
+        w: weights.
+        gram: (d_in, d_in).
+        root: s.
+        reach: c s.
+        rounding: changes above are no more than that, (n,).
+
+    Returns:
+        the pruned and the kept ones, bool (n, d_in) both.
+    """
+    few = min(FEW, w.shape[1])
+    p, q = back.topk(few, largest=False).indices, away.topk(few, largest=False).indices
+    w_p, w_q = w.gather(1, p)[:, :, None], w.gather(1, q)[:, None, :]
+    tried = back.gather(1, p)[:, :, None] + away.gather(1, q)[:, None, :] - 2 * w_p * w_q * gram[p[:, :, None], q[:, None, :]]
+    limit = (torch.minimum(tried.flatten(1).amin(1), rounding) - rounding)[:, None]  # with a margin for rounding
+    return lower_bound(back, away, root, reach) <= limit, lower_bound(away, back, root, reach) <= limit
+
+
+def lower_bound(own: Tensor, other: Tensor, root: Tensor, reach: Tensor) -> Tensor:
+    """own_i + h(reach_i) with h(t) = min_j other_j - 2 t root_j, from below, (n, d_in).
+
+    h is concave, so that it lies above its chords between KNOTS points.
+    """
+    t = torch.where(own.isinf(), 0, reach)
+    step = t.amax(1, keepdim=True).div_(KNOTS - 1).clamp_(min=torch.finfo(t.dtype).tiny)
+    h = torch.stack([torch.addcmul(other, root, step * i, value=-2).amin(1) for i in range(KNOTS)], 1)
+    t = t.div_(step)
+    i = t.long().clamp_(max=KNOTS - 2)
+    return torch.lerp(h.gather(1, i), h.gather(1, i + 1), t.sub_(i)).add_(own)
