@@ -30,6 +30,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from svnup.config import choices
+
 SECONDS = 20
 SENSIBLE = 0.4  # of the configurations: most of these are jobs
 SMALL = [
@@ -37,18 +39,11 @@ SMALL = [
     *("model.num_attention_heads=2", "model.seq_len=16", "dataset.n_seq=2", "evaluation.n_seq=2", "shapley.game.data.n_seq=4"),
     *("selection.n_seq=2", "dry_run=true"),
 ]
+ALL = ("allocator", "pruner", "shapley", "recovery", "split", "evaluation")  # groups of which each option is drawn
 CHOICES = {
-    "allocator": [
-        *("uniform", "shapley", "owl", "dlp", "atp", "block_influence", "search", "curves", "from_file", "shapley_rounds"),
-        *("shapley_sublayers", "shapley_margins", "random", "alpha_pruning", "lsa", "neuronal"),
-    ],
-    "shapley": ["sliding_window", "exact", "permutation", "kernel", "leave_one_out", "gates", "shapiq"],
-    "pruner": ["none", "magnitude", "wanda", "ria", "sparsegpt", "dsnot", "sparseswaps", "thanos", "alps", "wanda_refit"],
-    "recovery": ["none", "reconstruct"],
-    "split": ["uniform", "error", "outliers", "shapley"],
-    "evaluation": ["ppl", "none", "zero_shot", "full"],
+    **{group: options for group, options in choices().items() if group in ALL},
     "dataset": ["docs", "text_file", "wikitext2", "c4"],
-    "model": ["random", "tiny", "pretrained"],
+    "model": ["random", "tiny", "tiny_moe", "pretrained"],
     "tracker": ["none", "wandb"],
 }
 NUMBERS = [0, 1, -1, 2, 5, 2**31 - 1, 2**31, -(2**63), 10**30, 0.5, -0.5, 1.5, 1e308, 1e-320, float("nan"), float("inf")]
