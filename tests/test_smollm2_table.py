@@ -132,6 +132,19 @@ def test_a_difference_is_found_where_there_is_one_and_not_where_there_is_none(se
     assert none.p > 0.05
 
 
+def test_a_rival_whose_option_was_chosen_is_asked_about_apart():
+    from experiments.smollm2.intervals import questions
+
+    (cell, runs), tuned = next(iter(board(-0.05, ("0", "1")).items())), "owl (raw, lam=auto)"
+    runs[tuned] = {"1": runs["owl"]["1"] - 0.2}  # the lowest of all
+    asked = questions({cell: runs})
+    (beside_owl,) = asked["One budget a block: each of ours against the best other"]
+    assert (beside_owl.other, beside_owl.n_runs) == ("owl", 2)
+    (beside_tuned,) = asked["Each of ours against others whose option was chosen on selection text"]
+    assert (beside_tuned.name, beside_tuned.other, beside_tuned.n_runs) == ("shapley", tuned, 1)
+    assert beside_tuned.low > 0
+
+
 def test_windows_are_written_and_read_back_with_budgets_told_apart(script, tmp_path):
     from experiments.smollm2.intervals import read, report
 

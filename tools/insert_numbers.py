@@ -541,12 +541,12 @@ def of_the_real_budgets() -> dict[str, str]:
     """The budgets on the real model: perplexities of all runs by cell, on the CPU first, then those on the H100 by seed."""
     cells = [(pruner, sparsity) for sparsity in ("0.6", "0.7") for pruner in ("wanda", "sparsegpt")]
     found: dict[str, dict[tuple[str, str], list[str]]] = {}
-    for file, machine in (("smollm2.md", " CPU"), ("smollm2_v4.md", " CPU"), ("smollm2_h100.md", "")):
+    for file, machine in (("smollm2.md", " CPU"), ("smollm2_v4.md", " CPU"), ("smollm2_epyc.md", " CPU"), ("smollm2_h100.md", "")):
         for line in lines_of(file):
             method, _, options = line["allocator"].partition(" (")
             usual = ("lam=", "epsilon=", "m=", "rounds=", "step=", "delta=", "nodes=", "n_seq=", "trial_n_seq=", "influence=")
             told = [word for word in options.rstrip(")").split(", ") if word not in ("log", "raw", "mean", "")]
-            told = [word for word in told if not word.startswith(usual)]
+            told = [word for word in told if not word.startswith(usual) or word.endswith("=auto")]
             name = method + (f" ({', '.join(told)})" if told else "")
             of_cell = found.setdefault(name, {}).setdefault((line["pruner"], line["sparsity"]), [])
             of_cell.append(line["wikitext2/ppl"] + machine)

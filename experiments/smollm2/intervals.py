@@ -1,7 +1,7 @@
 """Which differences in the table of a real model are more than chance: paired intervals over segments of its test text.
 
-Reads results/tables/smollm2_windows.csv, smollm2_v4_windows.csv and smollm2_h100_windows.csv alone, and writes
-results/tables/smollm2_intervals.md, in seconds:
+Reads results/tables/smollm2_windows.csv, smollm2_v4_windows.csv, smollm2_epyc_windows.csv and smollm2_h100_windows.csv alone, and
+writes results/tables/smollm2_intervals.md, in seconds:
 
     python -m experiments.smollm2.intervals
 
@@ -30,14 +30,16 @@ UNIFORM = "uniform"
 Cell = tuple[str, str]  # pruner, sparsity
 Board = dict[Cell, dict[str, dict[str, Floats]]]  # losses of the windows in nats per token, by allocator and run
 BOTH = ("CPU 0", "H100 0")
-BLOCK, FINER, ALL = (
+BLOCK, FINER, TUNED, ALL = (
     "One budget a block: each of ours against the best other",
     "Finer budgets: each of ours against the best other",
+    "Each of ours against others whose option was chosen on selection text",
     "Every budget against uniform",
 )
-FILES = {  # a run is called by its machine and its seed; those on the CPU are of versions 3 and 4 of the numbers
+FILES = {  # a run is called by its machine and its seed; those on an Intel CPU are of versions 3 and 4 of the numbers
     "CPU": "smollm2_windows.csv",
     "CPU, version 4,": "smollm2_v4_windows.csv",
+    "CPU, EPYC,": "smollm2_epyc_windows.csv",
     "H100": "smollm2_h100_windows.csv",
 }
 
@@ -59,7 +61,7 @@ class Change:
 def read(tables: Path) -> Board:
     """The board of the files that `run.py` writes: a line a run, of which the columns w0, w1, ... are windows.
 
-    A budget is called by its method alone where its options are those of all runs of the method.
+    A budget is called by its method alone where its options are those of all runs of the method, tuned ones apart.
     """
     board: Board = {}
     lines: list[dict[str, str]] = []
@@ -67,7 +69,7 @@ def read(tables: Path) -> Board:
         if (tables / name).is_file():
             with (tables / name).open(encoding="utf-8", newline="") as file:
                 lines += [line | {"seed": f"{machine} {line['seed']}"} for line in csv.DictReader(file)]
-    labels = {line["allocator"] for line in lines}
+    labels = {line["allocator"] for line in lines if not is_tuned(line["allocator"])}
     methods = [label.partition(" ")[0] for label in labels]
     usual = {label for label in labels if methods.count(label.partition(" ")[0]) == 1}
     for line in lines:
@@ -113,6 +115,11 @@ def is_finer(name: str) -> bool:
     return method(name).endswith(("sublayers", "linears"))
 
 
+def is_tuned(name: str) -> bool:
+    """Whether the amplitude of its budget was chosen by trials."""
+    return "=auto" in name
+
+
 def best(runs: dict[str, dict[str, Floats]], names: list[str]) -> str | None:
     """The budget that loses least beside the uniform one, in the runs that both have."""
 
@@ -125,16 +132,19 @@ def best(runs: dict[str, dict[str, Floats]], names: list[str]) -> str | None:
 
 def questions(board: Board) -> dict[str, list[Change]]:
     """What is asked of every cell that has the budgets for it."""
-    asked: dict[str, list[Change]] = {title: [] for title in (BLOCK, FINER, ALL)}
+    asked: dict[str, list[Change]] = {title: [] for title in (BLOCK, FINER, TUNED, ALL)}
     for cell, runs in board.items():
         if UNIFORM not in runs:
             continue
-        rival = best(runs, [name for name in runs if not is_ours(name)])
+        rival = best(runs, [name for name in runs if not is_ours(name) and not is_tuned(name)])
         assert rival is not None
         for name in runs:
             ours = is_ours(name) and "values on" not in name  # a text that is near the test text is no fair means
             if ours and runs[name].keys() & runs[rival].keys():
                 asked[FINER if is_finer(name) else BLOCK].append(change(cell, name, rival, runs))
+            for tuned in filter(is_tuned, runs if ours else ()):
+                if runs[name].keys() & runs[tuned].keys():
+                    asked[TUNED].append(change(cell, name, tuned, runs))
             if name != UNIFORM and runs[name].keys() & runs[UNIFORM].keys():
                 asked[ALL].append(change(cell, name, UNIFORM, runs))
     return {title: found for title, found in asked.items() if found}
@@ -154,8 +164,8 @@ def report(board: Board) -> str:
     text = [
         "# Which differences in the table of a real model are more than chance",
         "",
-        "Made by `python -m experiments.smollm2.intervals` from `smollm2_windows.csv` and `smollm2_v4_windows.csv` (CPU, "
-        "versions 3 and 4 of the numbers) and `smollm2_h100_windows.csv`: "
+        "Made by `python -m experiments.smollm2.intervals` from `smollm2_windows.csv` and `smollm2_v4_windows.csv` (Intel CPU, "
+        "versions 3 and 4 of the numbers), `smollm2_epyc_windows.csv` (AMD CPU) and `smollm2_h100_windows.csv`: "
         f"change of WikiText-2 perplexity, 95 % interval by {N_DRAWS:,} bootstrap draws of {N_SEGMENTS} contiguous segments of "
         "the text and of the runs that both budgets have, where these are several: calibration seeds, and machines, which "
         "round otherwise. P-value corrected for all lines of a question by Holm's method. Minus: the first is lower.",
