@@ -541,8 +541,8 @@ def of_the_real_budgets() -> dict[str, str]:
     """The budgets on the real model: perplexities of all runs by cell, on the CPU first, then those on the H100 by seed."""
     cells = [(pruner, sparsity) for sparsity in ("0.6", "0.7") for pruner in ("wanda", "sparsegpt")]
     found: dict[str, dict[tuple[str, str], list[str]]] = {}
-    for file, machine in (("smollm2.md", " CPU"), ("smollm2_v4.md", " CPU"), ("smollm2_epyc.md", " CPU"), ("smollm2_h100.md", "")):
-        for line in lines_of(file):
+    for file, machine in {"smollm2": " CPU", "smollm2_v4": " CPU", "smollm2_epyc": " CPU", "smollm2_h100": ""}.items():
+        for line in lines_of(f"{file}.md"):
             method, _, options = line["allocator"].partition(" (")
             usual = ("lam=", "epsilon=", "m=", "rounds=", "step=", "delta=", "nodes=", "n_seq=", "trial_n_seq=", "influence=")
             told = [word for word in options.rstrip(")").split(", ") if word not in ("log", "raw", "mean", "")]

@@ -1,7 +1,7 @@
 """Which differences in the table of a real model are more than chance: paired intervals over segments of its test text.
 
-Reads results/tables/smollm2_windows.csv, smollm2_v4_windows.csv, smollm2_epyc_windows.csv and smollm2_h100_windows.csv alone, and
-writes results/tables/smollm2_intervals.md, in seconds:
+Reads smollm2_windows.csv, smollm2_v4_windows.csv, smollm2_epyc_windows.csv and smollm2_h100_windows.csv of results/tables
+alone, and writes smollm2_intervals.md there, in seconds:
 
     python -m experiments.smollm2.intervals
 
