@@ -17,7 +17,7 @@ from svnup.pruning.walk import Pruner, workspace
 
 CHUNK = 2**22  # weights of rows, or pairs of weights, that are looked at at once: 16 MiB
 FEW = 8  # pruned and kept weights of a row whose pairs are tried first
-KNOTS = 8  # points between which a bound is interpolated
+KNOTS = 16  # points between which a bound is interpolated
 LEAST_GAIN = 1e-6  # of the error of the row; less is rounding
 
 
