@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +16,7 @@ from svnup.pruning.walk import Pruner, workspace
 
 CHUNK = 2**22  # weights of rows, or pairs of weights, that are looked at at once: 16 MiB
 FEW = 8  # pruned and kept weights of a row whose pairs are tried first
+PARTS = 8  # of the rows: those with about as many weights to try are looked at together
 KNOTS = 16  # points between which a bound is interpolated
 LEAST_GAIN = 1e-6  # of the error of the row; less is rounding
 
@@ -97,9 +97,10 @@ def swap(gone: Tensor, w: Tensor, gram: Tensor, size: int, most: int) -> None:
     reach = root * closest(gram)
     rows = torch.arange(len(w), device=w.device)
     for _ in range(most):
-        w_r, twice = w[rows], 2 * w[rows] * pull[rows]
-        back = torch.where(gone[rows], alone[rows] - twice, torch.inf)
-        away = torch.where(gone[rows], torch.inf, alone[rows] + twice)
+        w_r, gone_r, alone_r, pull_r = (each.index_select(0, rows) for each in (w, gone, alone, pull))
+        twice = pull_r.mul_(w_r).mul_(2)
+        back = torch.where(gone_r, alone_r - twice, torch.inf)
+        away = torch.where(gone_r, torch.inf, alone_r + twice)
         rounding = -LEAST_GAIN * error[rows]
         if size < w.shape[1]:
             change, p, q = best_in_groups(back, away, w_r, gram, size)
@@ -134,27 +135,25 @@ def best_in_rows(
     """The swap of each row that changes its error least, of all of maybe_p and maybe_q, bool (n, d_in): change, p and q."""
     least = back.new_full((len(w),), torch.inf)
     best = torch.zeros(2, len(w), dtype=torch.int64, device=w.device)
-    for row, p, q in pairs(maybe_p, maybe_q):
-        change = back[row, p] + away[row, q] - 2 * w[row, p] * w[row, q] * gram[p, q]
-        before, least = least, least.scatter_reduce(0, row, change, "amin")
-        at = ((change == least[row]) & (change < before[row])).nonzero()[:, 0]
-        first = torch.full_like(best[0], len(row)).scatter_reduce(0, row[at], at, "amin")  # of equal ones
+    n_q = maybe_q.sum(1)
+    for rows in n_q.argsort().chunk(PARTS):  # of about as many q
+        k = max(1, int(n_q[rows[-1]]))
+        q = maybe_q[rows].byte().topk(k).indices
+        away_q, w_q = away[rows].gather(1, q), w[rows].gather(1, q)
+        row, p = maybe_p[rows].nonzero(as_tuple=True)
+        back_p, w_p = back[rows[row], p, None], w[rows[row], p, None]
+        change, to = torch.empty_like(p, dtype=w.dtype), torch.empty_like(p)
+        for part in torch.arange(len(p), device=w.device).split(max(1, CHUNK // w.shape[1])):
+            away_of, w_of, q_of = (each.index_select(0, row[part]) for each in (away_q, w_q, q))
+            product = w_of.mul_(w_p[part]).mul_(gram.index_select(0, p[part]).gather(1, q_of))
+            change[part], at = away_of.add_(back_p[part]).sub_(product, alpha=2).min(1)
+            to[part] = q_of.gather(1, at[:, None])[:, 0]
+        least[rows] = lowest = least[rows].scatter_reduce(0, row, change, "amin")
+        at = (change == lowest[row]).nonzero()[:, 0]
+        first = torch.full_like(rows, len(row)).scatter_reduce(0, row[at], at, "amin")  # of equal ones
         found = first < len(row)
-        best[:, found] = torch.stack([p, q])[:, first[found]]
+        best[:, rows[found]] = torch.stack([p, to])[:, first[found]]
     return least, *best
-
-
-def pairs(maybe_p: Tensor, maybe_q: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """All pairs of a p and a q of one row, bool (n, d_in) both: their rows, p and q, some CHUNK at a time."""
-    row, p = maybe_p.nonzero(as_tuple=True)
-    q = maybe_q.nonzero()[:, 1]
-    n_of_rows = maybe_q.sum(1)
-    n, start = n_of_rows[row], (n_of_rows.cumsum(0) - n_of_rows)[row]
-    end = n.cumsum(0)
-    for part in torch.arange(len(p), device=p.device).split((end // CHUNK).bincount().tolist()):
-        of = part.repeat_interleave(n[part])
-        nth = torch.arange(len(of), device=p.device) + (end[part[:1]] - n[part[:1]]) - (end - n)[of]
-        yield row[of], p[of], q[start[of] + nth]
 
 
 def closest(gram: Tensor) -> Tensor:
