@@ -622,6 +622,7 @@ def of_the_real_model() -> dict[str, str]:
         "real-linears": row(budgets, allocator="shapleymarginslinears")["wikitext2/ppl"],
         "real-block-influence": row(budgets, allocator="blockinfluence")["wikitext2/ppl"],
         "real-thanos": row(newest, pruner="thanos", allocator="uniform", sparsity="0.6")["wikitext2/ppl"],
+        "real-sparseswaps": row(lines_of("smollm2_epyc.md"), pruner="sparseswaps (wanda)")["wikitext2/ppl"],
         "real-n-seq": re.findall(r"on the same (\d+) x", text)[0],
         "real-games": table(shown, ["---"] * len(shown), [[line[key] for key in shown] for line in games]),
         "real-skip": agreement("skip, dense context, w=1"),
