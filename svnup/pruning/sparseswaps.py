@@ -16,7 +16,7 @@ from svnup.pruning.walk import Pruner, workspace
 
 CHUNK = 2**22  # weights of rows, or pairs of weights, that are looked at at once: 16 MiB
 FEW = 8  # pruned and kept weights of a row whose pairs are tried first
-PARTS = 8  # of the rows: those with about as many weights to try are looked at together
+N_CHUNKS = 8  # of the rows: those with about as many weights to try are looked at together
 KNOTS = 16  # points between which a bound is interpolated
 LEAST_GAIN = 1e-6  # of the error of the row; less is rounding
 
@@ -136,7 +136,7 @@ def best_in_rows(
     least = back.new_full((len(w),), torch.inf)
     best = torch.zeros(2, len(w), dtype=torch.int64, device=w.device)
     n_q = maybe_q.sum(1)
-    for rows in n_q.argsort().chunk(PARTS):  # of about as many q
+    for rows in n_q.argsort().chunk(N_CHUNKS):  # of about as many q
         k = max(1, int(n_q[rows[-1]]))
         q = maybe_q[rows].byte().topk(k).indices
         away_q, w_q = away[rows].gather(1, q), w[rows].gather(1, q)
