@@ -518,6 +518,9 @@ def of_the_intervals() -> dict[str, str]:
                 name, runs = names[0] + "-refresh" * ("refresh" in line["budget"]), line["runs"]
                 told = f"{line['change']} {line['95 % interval']}, {runs} run{'s' * (runs != '1')}"
                 out[f"beside-{name}-{cell_key(line['cell'])}"] = told
+    for line in lines_of("smollm2_intervals.md", "whose option was chosen on selection text"):
+        if (line["budget"], line["against"].partition(" ")[0]) == ("shapleymarginslinears", "blockinfluence"):
+            out[f"beside-tuned-{cell_key(line['cell'])}"] = f"{line['change']} {line['95 % interval']}"
     text = (TABLES / "smollm2_intervals.md").read_text(encoding="utf-8")
     moved = re.findall(r"(\w+), (\d+) %: ([\d.]+) %", text.partition("Root mean square: ")[2].partition("\n")[0])
     out |= {f"rounding-{pruner}-{level}": f"{size} %" for pruner, level, size in moved}
