@@ -33,7 +33,7 @@ class SparseSwaps(OnMask):
     Of all such pairs the one with the lowest change is swapped, until no swap lowers the error by more than rounding, or
     `max_swaps` were made: the mask that is left is optimal among those one swap away. In N:M both weights are of one group. All
     rows are refined at once, in float32. A row has some d_in^2 / 4 pairs, of which bounds on what a weight can gain
-    leave a few hundred: the swap is the best of all pairs, and finding it takes time in d_in and not in d_in^2.
+    leave about one in a hundred: the swap is the best of all pairs, and finding it takes time in d_in and not in d_in^2.
 
     Args:
         base: the pruner that makes the mask.
