@@ -612,7 +612,7 @@ def of_the_real_model() -> dict[str, str]:
         for line in lines_of("smollm2.md")
         if (line["pruner"], line["sparsity"], line.get("seed", "0")) == ("wanda", "0.6", "0")
     ]
-    newest = lines_of("smollm2_v4.md")
+    newest, third = lines_of("smollm2_v4.md"), lines_of("smollm2_epyc.md")
     shown = ("game", "payoff", "Spearman", "Pearson of logs", "standard error / spread")
     noise = [number(line["standard error / spread"]) for line in games if line["standard error / spread"] != "-"]
     return {
@@ -625,7 +625,9 @@ def of_the_real_model() -> dict[str, str]:
         "real-linears": row(budgets, allocator="shapleymarginslinears")["wikitext2/ppl"],
         "real-block-influence": row(budgets, allocator="blockinfluence")["wikitext2/ppl"],
         "real-thanos": row(newest, pruner="thanos", allocator="uniform", sparsity="0.6")["wikitext2/ppl"],
-        "real-sparseswaps": row(lines_of("smollm2_epyc.md"), pruner="sparseswaps (wanda)")["wikitext2/ppl"],
+        "real-sparseswaps": row(third, pruner="sparseswaps (wanda)")["wikitext2/ppl"],
+        "real-refitted": row(third, pruner="wanda + reconstruct")["wikitext2/ppl"],
+        "real-not-refitted": row(third, pruner="wanda", allocator="uniform", sparsity="0.6")["wikitext2/ppl"],
         "real-n-seq": re.findall(r"on the same (\d+) x", text)[0],
         "real-games": table(shown, ["---"] * len(shown), [[line[key] for key in shown] for line in games]),
         "real-skip": agreement("skip, dense context, w=1"),
