@@ -132,8 +132,7 @@ def write_windows(results: Path, output: Path) -> None:
         metric = run.metrics.get("wikitext2/ppl")
         if run.row.status == "finished" and metric is not None and metric.window_nll is not None:
             told = describe(run.row)  # the pruner with its recovery
-            what = {"pruner": told["pruner"], "sparsity": run.settings["sparsity"], "seed": run.settings["seed"]}
-            what |= {"allocator": told["allocator"]}
+            what = {name: told[name] for name in ("pruner", "sparsity", "seed", "allocator")}
             lines.append(what | {f"w{i}": f"{loss:.6f}" for i, loss in enumerate(metric.window_nll)})
     lines.sort(key=lambda line: [line[name] for name in ("sparsity", "pruner", "allocator", "seed")])
     if lines:

@@ -75,18 +75,20 @@ class SparseSwaps(OnMask):
             raise ValueError("nan or infinity in the statistics of the inputs")
         size = Pattern.parse(self.pattern).group or weight.shape[1]
         rows = max(1, CHUNK // (weight.shape[1] * (size if size < weight.shape[1] else 1)))
+        cosines = closest(gram)
         for start in range(0, len(weight), rows):
-            swap(gone[start : start + rows], weight[start : start + rows].float(), gram, size, self.max_swaps)
+            swap(gone[start : start + rows], weight[start : start + rows].float(), gram, cosines, size, self.max_swaps)
         return without(weight, gone)
 
 
-def swap(gone: Tensor, w: Tensor, gram: Tensor, size: int, most: int) -> None:
+def swap(gone: Tensor, w: Tensor, gram: Tensor, cosines: Tensor, size: int, most: int) -> None:
     """Refine masks in place by the best swaps within every `size` consecutive inputs of a row.
 
     Args:
         gone: the pruned weights, bool (n, d_in).
         w: dense weights, float32 (n, d_in).
         gram: float32 (d_in, d_in).
+        cosines: the largest of each input with another, (d_in,).
         size: of a group; d_in for the whole row.
         most: swaps of a row.
     """
@@ -94,7 +96,7 @@ def swap(gone: Tensor, w: Tensor, gram: Tensor, size: int, most: int) -> None:
     pull = w.masked_fill(~gone, 0) @ gram  # r G
     error = (pull * w).masked_fill(~gone, 0).sum(1)
     root = alone.sqrt()
-    reach = root * closest(gram)
+    reach = root * cosines
     rows = torch.arange(len(w), device=w.device)
     for _ in range(most):
         w_r, gone_r, alone_r, pull_r = (each.index_select(0, rows) for each in (w, gone, alone, pull))
