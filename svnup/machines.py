@@ -29,7 +29,8 @@ class Work:
         copied: bytes that pass between the memories of host and device.
         read: bytes of weights and states that are read from disk, written there, or hashed.
         calls: operations that are launched one after the other.
-        uploaded: bytes of weights that come from the host's memory to a GPU while it computes.
+        uploaded: bytes of weights that come to a GPU while it computes, and are copied into pinned memory first.
+        sent: bytes of weights that come to a GPU while it computes, from pinned memory.
         stalls: operations that a GPU launches while it has nothing else to do: the host has waited for what was before.
     """
 
@@ -40,6 +41,7 @@ class Work:
     read: float = 0.0
     calls: float = 0.0
     uploaded: float = 0.0
+    sent: float = 0.0
     stalls: float = 0.0
 
     @property
@@ -50,7 +52,7 @@ class Work:
     @property
     def n_bytes(self) -> float:
         """Bytes that are moved, wherever."""
-        return self.moved + self.copied + self.read + self.uploaded
+        return self.moved + self.copied + self.read + self.uploaded + self.sent
 
     def __add__(self, other: Work) -> Work:
         products = Counter(self.products)
@@ -116,10 +118,10 @@ class Machine:
         computed += sum(n / rate for n, rate in ((work.moved, self.bandwidth), (work.copied, self.transfer)) if n and rate)
         called, stalled = work.calls * (self.call or 0.0), work.stalls * (self.call or 0.0)
         read, upload = work.read / self.read if self.read else 0.0, self.upload or self.transfer
-        uploaded = work.uploaded / upload if upload else 0.0
+        coming = sum(n / rate for n, rate in ((work.uploaded, upload), (work.sent, self.transfer)) if n and rate)
 
         def at(share: float) -> float:
-            waited = max(computed, uploaded) / share
+            waited = max(computed, coming) / share
             return (max(waited, called) if self.device == "cuda" else waited + called) + stalled + read / share
 
         return at(self.most), at(self.least)

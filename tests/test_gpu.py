@@ -79,6 +79,7 @@ def test_an_offloaded_model_is_the_same(offload: str, dtype: str, tmp_path: Path
     assert lm.fingerprint() == plain.fingerprint()
     on_device = {p.device.type for block in lm.blocks for p in block.parameters()}
     assert on_device == {"cuda", "cpu" if offload == "cpu" else "meta"}
+    assert all(p.is_pinned() for block in lm.blocks for p in block.parameters() if p.device.type == "cpu")
     for form in ("dense", "bitmask"):
         lm.save(tmp_path / form, form)  # type: ignore[arg-type]
         assert LanguageModel.load(str(tmp_path / form), dtype=dtype, device="cuda").fingerprint() == plain.fingerprint()

@@ -275,7 +275,7 @@ def test_hidden_states_wait_in_files_that_go_with_them(saved, tmp_path):
         assert len(visit.batches) > 1
         for batch in visit.batches:
             assert isinstance(batch._file, np.memmap)
-            assert "_on_host" not in vars(batch)
+            assert batch._on_host is None
         mapped = Path("/proc/self/maps")
         if mapped.is_file():
             assert mapped.read_text().count(str(tmp_path / "scratch" / "states")) >= len(visit.batches)
@@ -333,6 +333,39 @@ def test_blocks_come_from_the_host_and_go_home(family, saved, tmp_path):
     assert all(inside == {index} for index, inside in here)
     with pytest.raises(ValueError, match=r"offload: .*offload=none"), temporarily_pruned(host, profile(host), Wanda(), TEXT):
         pass
+
+
+@pytest.mark.parametrize(("n_pinned", "error"), [(4, 0), (2, 2)])
+def test_blocks_are_pinned_for_a_gpu_as_far_as_the_system_locks_memory(saved, caplog, monkeypatch, n_pinned, error):
+    class Runtime:
+        """Counts what a CUDA runtime would register."""
+
+        registered: list[int] = []  # noqa: RUF012
+
+        def cudaHostRegister(self, address, n_bytes, flags):
+            if error and len(self.registered) == n_pinned:
+                return error
+            self.registered.append(address)
+            return 0
+
+        def cudaHostUnregister(self, address):
+            self.registered.remove(address)
+
+    runtime, lm, plain = Runtime(), load(saved("llama")), load(saved("llama"))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    owner = type("Owner", (), {})()
+    offload._pin(lm.blocks, torch.device("cpu"), owner)
+    assert len(runtime.registered) == n_pinned
+    for index, block in enumerate(lm.blocks):
+        ours = {p.untyped_storage().data_ptr() for p in block.parameters()}
+        assert (ours == {runtime.registered[index]}) if index < n_pinned else ours.isdisjoint(runtime.registered)
+    assert lm.fingerprint() == plain.fingerprint()
+    assert np.array_equal(lm.nll(TEXT), plain.nll(TEXT))
+    assert [r.getMessage().partition(" are")[0] for r in caplog.records] == ["offload=cpu: blocks from 2 on"] * (error > 0)
+    del owner
+    gc.collect()
+    assert not runtime.registered, "registered no longer than the store lives"
 
 
 @pytest.mark.parametrize("recovery", [NoRecovery(), Reconstruct(lr=3e-3, epochs=2, batch_tokens=16)], ids=["", "refitted"])

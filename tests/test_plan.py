@@ -136,6 +136,8 @@ def test_the_next_weights_come_while_a_gpu_computes(upload, seconds):
     work = Work({"float32": 2e9}, uploaded=3e9, copied=2e9)
     assert machine.seconds(work) == (seconds, seconds)
     assert work.n_bytes == 5e9
+    assert machine.seconds(Work({"float32": 2e9}, sent=3e9)) == (2, 2), "from memory that is pinned, at the rate of the bus"
+    assert machine.seconds(Work({"float32": 1e9}, sent=3e9)) == (1.5, 1.5)
 
 
 def test_this_machine_is_measured_within_a_second_and_what_is_given_stays():
@@ -169,7 +171,7 @@ def test_every_machine_of_the_table_has_what_a_plan_needs():
         machine = named(name, {name: dict(node)})
         assert machine.source, name
         if name != "here":
-            assert machine.verified == (name == "h100"), "nothing was measured on the others"
+            assert machine.verified == (name in ("h100", "h200")), "nothing was measured on the others"
             assert all((machine.float32, machine.tf32, machine.bfloat16, machine.bandwidth, machine.transfer, machine.memory))
 
 
@@ -273,23 +275,25 @@ def test_the_plan_against_measured_jobs(line, texts, tmp_path):
             assert 1 / 1.5 < one.planned / one.seconds < 1.5, one
 
 
-ON_GPU = gpu.lines_of(gpu_plan.MEASURED)
+ON_GPU = {gpu_plan.HARDWARE[lines["machine"]["device"]]: lines for lines in gpu.runs_of(gpu_plan.MEASURED).values()}
+MEASURED = [(hardware, measured) for hardware, lines in ON_GPU.items() for measured in gpu_plan.jobs(lines)]
 
 
-def test_the_rates_of_the_h100_are_those_that_were_measured():
-    node = config.composed().machines.h100
-    assert ON_GPU["machine"]["device"] == "NVIDIA H100 80GB HBM3"
+@pytest.mark.parametrize("hardware", ON_GPU)
+def test_the_rates_of_a_gpu_are_those_that_were_measured(hardware):
+    node, lines = config.composed().machines[hardware], ON_GPU[hardware]
+    assert node.verified
     for dtype in ("float32", "bfloat16", "float16"):
-        assert node[dtype] == pytest.approx(1e12 * ON_GPU[f"products of {dtype}"]["TFLOP/s"], rel=1e-3)
-    assert node.bandwidth == pytest.approx(1e9 * ON_GPU["copies on the device"]["GB/s"], rel=1e-3)
-    assert node.transfer == pytest.approx(1e9 * ON_GPU["copies to the device"]["GB/s"], rel=1e-3)
-    assert node.memory == pytest.approx(ON_GPU["machine"]["memory_bytes"], rel=1e-3)
+        assert node[dtype] == pytest.approx(1e12 * lines[f"products of {dtype}"]["TFLOP/s"], rel=1e-3)
+    assert node.bandwidth == pytest.approx(1e9 * lines["copies on the device"]["GB/s"], rel=1e-3)
+    assert node.transfer == pytest.approx(1e9 * lines["copies to the device"]["GB/s"], rel=1e-3)
+    assert node.memory == pytest.approx(lines["machine"]["memory_bytes"], rel=1e-3)
 
 
 @pytest.mark.thinned(3)
-@pytest.mark.parametrize("measured", gpu_plan.jobs(ON_GPU), ids=lambda measured: measured.name)
-def test_the_plan_against_jobs_measured_on_a_gpu(measured, texts):
-    one = gpu_plan.compared(measured, ON_GPU[measured.name], texts)
+@pytest.mark.parametrize(("hardware", "measured"), MEASURED, ids=lambda one: one if isinstance(one, str) else one.name)
+def test_the_plan_against_jobs_measured_on_a_gpu(hardware, measured, texts):
+    one = gpu_plan.compared(measured, ON_GPU[hardware][measured.name], texts, hardware)
     assert 1 / 1.5 < one.planned / one.seconds < 1.5
     assert one.peak is None or one.planned_peak == pytest.approx(one.peak, rel=0.15)
 

@@ -2,9 +2,9 @@
 
 In this order: the tests marked gpu; the Triton kernel of SparseGPT's column blocks against the torch one; the rates of the
 device, by which a plan's seconds can be judged; then Llamas with random weights in bfloat16, drawn on the device. Of LLaMA-7B's
-and 13B's shapes: perplexity, Shapley values by windows of 3, Wanda and SparseGPT. Of 8 blocks of a 70B shape, which are kept
-in the CPU's memory and brought one by one: the same, and passes beside those of blocks that stay on the device. What time is
-left goes to values of the 7B shape by windows of 5.
+and 13B's shapes: perplexity, Shapley values by windows of 3, values at the margin, Wanda and SparseGPT. Of 8 blocks of a 70B
+shape, which are kept in the CPU's memory and brought one by one: the same but for values at the margin, and passes beside those
+of blocks that stay on the device. What time is left goes to values of the 7B shape by windows of 5.
 
 Each stage says its seconds and the peak of the device's memory. It takes as much text as the time allows; what the usual amount
 costs is calculated from that, and marked so. A stage that no longer fits the time is skipped, one that fails says why, and the
@@ -34,6 +34,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,6 +119,7 @@ SHAPES = {
     "tiny": {"7B": tiny(), "13B": tiny(), "70B": tiny(offload=True)},
 }
 ROWS = {"real": (4096, 11008), "tiny": (64,)}  # of the blocks of columns that the kernels settle
+N_MARGINS, BY = 8, 0.05  # sequences of calibration and of payoff for values at the margin; how far its profiles are off
 REPEATS = {"real": 20, "tiny": 2}
 PASSES = (2.0, 6.0)  # time of reading the calibration text for Wanda and SparseGPT, in forward passes, as measured of 7B
 LAST = "values"  # of the 7B shape by the usual windows, in what time is left
@@ -154,7 +156,7 @@ class Results:
         if status != "started":
             print(f"{stage}: {status} {found}", flush=True)
         partial = self.folder / "gpu.md.partial"
-        partial.write_text(rendered(self.lines()), encoding="utf-8")
+        partial.write_text(rendered(self.folder / "gpu.jsonl"), encoding="utf-8")
         partial.replace(self.folder / "gpu.md")
 
     def lines(self) -> dict[str, dict[str, Any]]:
@@ -190,10 +192,20 @@ class Results:
         self.add(name, "done", peak_memory_bytes=peak_memory(torch.device(self.device)), **found)
 
 
-def lines_of(file: Path, run: str | None = None) -> dict[str, dict[str, Any]]:
-    """The last line of each stage of a run, in the order in which they began; without a name of the run whose line is last."""
-    found = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-    return {line["stage"]: line for line in found if line["run"] == (run or found[-1]["run"])}
+def runs_of(file: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """The runs of a file by their names, the one whose line is last first: of each stage its last line, in the order in which
+    they began."""
+    runs: dict[str, dict[str, dict[str, Any]]] = {}
+    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        line = json.loads(text)
+        runs = {line["run"]: runs.pop(line["run"], {})} | runs
+        runs[line["run"]][line["stage"]] = line
+    return runs
+
+
+def lines_of(file: Path, run: str) -> dict[str, dict[str, Any]]:
+    """The last line of each stage of a run, in the order in which they began."""
+    return runs_of(file).get(run, {})
 
 
 def aims(lines: dict[str, dict[str, Any]]) -> list[tuple[str, float, int, str]]:
@@ -225,14 +237,18 @@ def summary(lines: dict[str, dict[str, Any]]) -> list[str]:
     return text if aims(lines) else text[3:]
 
 
-def rendered(lines: dict[str, dict[str, Any]]) -> str:
-    """The page about one run."""
+def rendered(file: Path) -> str:
+    """The page about the runs of a file, the newest first."""
+    return "\n\n".join(["# svnup on a GPU", *("\n".join(_of_run(lines)) for lines in runs_of(file).values())]) + "\n"
+
+
+def _of_run(lines: dict[str, dict[str, Any]]) -> list[str]:
     machine = lines.get("machine", {})
     text = [
-        "# svnup on a GPU",
+        f"## {machine.get('device')}",
         "",
-        f"Made by `make bench-gpu` (shape {machine.get('shape')}). {machine.get('device')}, torch {machine.get('torch')}, "
-        f"transformers {machine.get('transformers')}, triton {machine.get('triton')}. {machine.get('model')} Peak: bytes that "
+        f"Made by `make bench-gpu` (shape {machine.get('shape')}). torch {machine.get('torch')}, transformers "
+        f"{machine.get('transformers')}, triton {machine.get('triton')}. {machine.get('model')} Peak: bytes that "
         "tensors take on the device at most; on a CPU, memory of the process.",
         *summary(lines),
         "",
@@ -251,7 +267,7 @@ def rendered(lines: dict[str, dict[str, Any]]) -> str:
                 "; ".join(f"{k} {_short(v)}" for k, v in found.items()).replace("|", "/").replace("\n", " "),
             ]
             text.append("| " + " | ".join(cells) + " |")
-    return "\n".join(text) + "\n"
+    return text
 
 
 def _short(value: Any) -> str:
@@ -408,10 +424,12 @@ def model(results: Results, options: argparse.Namespace) -> None:
     import torch
 
     from svnup.allocation import Budget
+    from svnup.allocation.margins import marginal_values
     from svnup.game import LayerGame
-    from svnup.memory import reset_peak
+    from svnup.memory import reset_peak, synchronize
     from svnup.model.language_model import LanguageModel, make_config
     from svnup.pruning import prune_model
+    from svnup.pruning.advance import PrunedInAdvance
     from svnup.pruning.sparsegpt import SparseGPT
     from svnup.pruning.wanda import Wanda
     from svnup.shapley import block_forwards
@@ -436,8 +454,13 @@ def model(results: Results, options: argparse.Namespace) -> None:
         reset_peak()  # which drawing them on the device is no part of
         return lm
 
+    def wanted(stage: str) -> bool:
+        return re.search(options.stages, stage) is not None
+
     def fits(stage: str, seconds: float, most: float) -> bool:
-        """Whether a stage takes no more than `most` seconds, nor what is left."""
+        """Whether a stage is asked for, and takes no more than `most` seconds, nor what is left."""
+        if not wanted(stage):
+            return False
         left = min(options.until - time.time(), most)
         if seconds > left:
             results.add(f"{size} {stage}", "skipped", why=f"takes about {seconds:.0f} s, and {left:.0f} s are left")
@@ -494,8 +517,28 @@ def model(results: Results, options: argparse.Namespace) -> None:
             played(COMMON_WINDOW, N_VALUES, LIMIT)
         return
 
+    def margins() -> None:
+        """One round of values at the margin, between two profiles by Wanda."""
+        nonlocal lm
+        name = f"values at the margin, {N_MARGINS} sequences"
+        if not fits(name, 1.3 * n_blocks * (6 * N_MARGINS * unit + 3 * shape.of_block[0]), shape.seconds[2]):
+            return
+        with results.stage(f"{size} {name}") as found:
+            lm = lm or build()
+            start = time.perf_counter()
+            advance = PrunedInAdvance(lm, Wanda(), text(N_MARGINS))
+            synchronize()
+            found["statistics, s"] = time.perf_counter() - start
+            present, absent = (partial(advance.block, profile=Budget(params, SPARSITY + by).uniform()) for by in (-BY, BY))
+            values = marginal_values(lm, present, absent, text(N_MARGINS))
+            found["values, s"] = time.perf_counter() - start - found["statistics, s"]
+            found |= {"sequences": N_MARGINS, "of linear layers": len(values)}
+            found |= {"largest": max(values.values()), "least": min(values.values())}
+
     ways = {"perplexity": shape.offload} | ({"perplexity, blocks on the device": False} if shape.offload else {})
     for name, offload in ways.items():
+        if not wanted(name):
+            continue
         with results.stage(f"{size} {name}") as found:
             if offload != shape.offload:
                 lm = None  # before the other is drawn
@@ -513,6 +556,8 @@ def model(results: Results, options: argparse.Namespace) -> None:
         lm = None
 
     played(WINDOW, (shape.n_payoff,), shape.seconds[2])
+    if not shape.offload:  # weights in advance are of models on the device
+        margins()
 
     pruners: dict[str, Pruner] = {"Wanda": Wanda(), "SparseGPT": SparseGPT()}
     guesses = zip(shape.seconds, PASSES, shape.of_block, strict=False)
@@ -584,6 +629,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmarks", metavar="DIR")
     parser.add_argument("--seconds", type=float, default=LIMIT, help="of the whole script")
     parser.add_argument("--parts", type=lambda names: names.split(","), default=list(PARTS), help=f"of {','.join(PARTS)}")
+    parser.add_argument("--stages", default="", metavar="REGEX", help="of a model: only those whose names it is found in")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # of a process that main started
     parser.add_argument("--run", help="a name; what another call of that name has measured stands on the same page")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
@@ -604,6 +650,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         command = [sys.executable, "-m", "experiments.benchmarks.gpu", "--part", part, "--run", run, "--until", str(until)]
         command += ["--output", str(results.folder), "--device", options.device, "--shape", options.shape]
+        command += ["--stages", options.stages]
         try:  # the tests end by themselves, since they have a process of their own
             timeout = until - time.time() + CLOSING / 2 * (part == "tests")
             code = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, timeout=timeout, check=False).returncode

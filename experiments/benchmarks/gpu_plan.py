@@ -2,7 +2,8 @@
 
     python -m experiments.benchmarks.gpu_plan    # writes results/benchmarks/gpu_plan.md, in a minute, without a GPU
 
-The plan is that of `hardware=h100`, whose rates come from the same run (conf/machines.yaml). Planned: the middle of its range.
+The plan of a GPU is that of its `hardware=...`, whose rates come from the same run (conf/machines.yaml). Planned: the middle of
+its range. Jobs with offloaded blocks are left out: both runs were made before their hidden states waited in pinned memory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.benchmarks.gpu import SHAPES, SPARSITY, Shape, lines_of
+from experiments.benchmarks.gpu import SHAPES, SPARSITY, Shape, runs_of
 from experiments.study import table
 from svnup.machines import Work
 
@@ -24,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ROOT / "results" / "benchmarks" / "gpu.jsonl"
 TEXTS = ["dataset=docs", "dataset@selection=docs", "dataset@shapley.game.data=docs", "evaluation.datasets=[docs]"]
 PRUNERS = {"Wanda": "wanda", "SparseGPT": "sparsegpt"}
+HARDWARE = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200"}  # of conf/machines.yaml, by the device's name
+MARGINS = ("statistics in advance", "weights in advance", "values at the margin")  # steps of the plan
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Measured:
         stage: of the plan.
         seconds: the key of its seconds; the plan's weights are not hashed in them.
         overrides: of the job that does the same.
-        offload: whether the blocks are in the CPU's memory.
-        peak: whether its peak is that of the job; not where the model was drawn on the device meanwhile.
+        steps: of the plan's stage; none: all but the hash of the weights, which has a line of its own.
+        peak: whether its peak is that of the plan's stage.
     """
 
     name: str
@@ -45,7 +48,7 @@ class Measured:
     stage: str
     seconds: str
     overrides: tuple[str, ...]
-    offload: bool = False
+    steps: tuple[str, ...] = ()
     peak: bool = True
 
 
@@ -71,31 +74,33 @@ def jobs(lines: dict[str, dict[str, Any]]) -> list[Measured]:
     out = []
     for name, line in lines.items():
         size, _, what = name.partition(" ")
-        if line["status"] != "done" or size not in SHAPES["real"] or what == "model":
+        if line["status"] != "done" or size not in SHAPES["real"] or what == "model" or SHAPES["real"][size].offload:
             continue
-        offload = SHAPES["real"][size].offload and "on the device" not in what
-        if what.startswith("perplexity"):
+        if what == "perplexity":
             own: tuple[str, ...] = ("allocator=uniform", f"evaluation.n_seq={line['windows']}")
-            # Blocks on the device are drawn while those of the model before are still there.
-            out.append(Measured(name, size, "evaluation", "seconds", own, offload, "on the device" not in what))
+            out.append(Measured(name, size, "evaluation", "seconds", own))
         elif what.startswith("Shapley values, windows of "):
             window = int(what.removeprefix("Shapley values, windows of ").partition(",")[0])
             own = ("allocator=shapley", f"shapley.window={window}", f"shapley.game.data.n_seq={line['sequences']}")
-            out.append(Measured(name, size, "scores", "values, s", own, offload, not offload))
+            out.append(Measured(name, size, "scores", "values, s", own))
+        elif what.startswith("values at the margin"):
+            of = ("allocator=shapley_margins", "allocator.granularity=linear", "allocator.rounds=1", "pruner=wanda")
+            own = (*of, *(f"{text}.n_seq={line['sequences']}" for text in ("allocator", "dataset", "shapley.game.data")))
+            out.append(Measured(name, size, "allocation", "seconds", own, MARGINS, peak=False))  # without trials
         elif what in PRUNERS:
             own = ("allocator=uniform", f"pruner={PRUNERS[what]}", f"dataset.n_seq={line['sequences']}")
-            out.append(Measured(name, size, "pruning", "seconds", own, offload, not offload))
+            out.append(Measured(name, size, "pruning", "seconds", own))
     return out
 
 
-def overrides_of(shape: Shape, offload: bool) -> list[str]:
+def overrides_of(shape: Shape) -> list[str]:
     """The model of a shape, as a job names it."""
     model = [f"model.{key}={value}" for key, value in shape.model.items()]
     usual = ["model=random", "model.dtype=bfloat16", "model.device=cuda", f"model.seq_len={shape.seq_len}"]
-    return [*usual, *model, f"model.max_position_embeddings={shape.seq_len}", f"offload={'cpu' if offload else 'none'}"]
+    return [*usual, *model, f"model.max_position_embeddings={shape.seq_len}"]
 
 
-def compared(measured: Measured, line: dict[str, Any], texts: Texts, hardware: str = "h100") -> Compared:
+def compared(measured: Measured, line: dict[str, Any], texts: Texts, hardware: str) -> Compared:
     """A measured stage beside the plan of a job that does the same.
 
     Args:
@@ -108,12 +113,12 @@ def compared(measured: Measured, line: dict[str, Any], texts: Texts, hardware: s
     from svnup.plan import plan
 
     small = ["dataset.n_seq=1", "evaluation.n_seq=1", "selection.n_seq=1", "shapley.game.data.n_seq=1"]
-    model = overrides_of(SHAPES["real"][measured.size], measured.offload)
+    model = overrides_of(SHAPES["real"][measured.size])
     text = [*TEXTS, *small, *measured.overrides, f"sparsity={SPARSITY}", "compare_uniform=off"]
     made = plan(config.build(config.composed(*model, *text, f"hardware={hardware}", "dry_run=true"), texts))
     (stage,) = (one for one in made.stages if one.name == measured.stage)
-    # A game hashes the weights once, which has a line of its own.
-    steps = [step for name, step in stage.steps.items() if name != "weights hashed"]
+    wanted = measured.steps or stage.steps.keys() - {"weights hashed"}
+    steps = [step for name, step in stage.steps.items() if name in wanted]
     seconds = made.machine.seconds(sum(steps, Work()))
     return Compared(
         measured.name,
@@ -125,27 +130,28 @@ def compared(measured: Measured, line: dict[str, Any], texts: Texts, hardware: s
 
 
 def write(output: Path) -> None:
-    """The table of what was measured beside its plan."""
-    lines, texts = lines_of(MEASURED), dict[Any, Any]()
-    rows = []
-    for measured in jobs(lines):
-        one = compared(measured, lines[measured.name], texts)
-        cells = [one.name, f"{one.seconds:.2f}", f"{one.low:.1f} to {one.high:.1f}", f"{one.planned / one.seconds:.2f}"]
-        peak = ["-", f"{one.planned_peak / 1e9:.2f}", "-"]
-        if one.peak is not None:
-            peak = [f"{one.peak / 1e9:.2f}", f"{one.planned_peak / 1e9:.2f}", f"{one.planned_peak / one.peak:.2f}"]
-        rows.append([*cells, *peak])
-    machine = lines["machine"]
-    head = ["stage", "seconds", "planned", "planned / taken", "peak, GB", "planned, GB", "planned / peak"]
+    """The tables of what was measured beside its plan, one a GPU."""
+    texts: dict[Any, Any] = {}
     text = [
         "# The plan beside what was measured on a GPU",
         "",
-        f"Made by `python -m experiments.benchmarks.gpu_plan` of [gpu.jsonl](gpu.jsonl). {machine['device']}, torch "
-        f"{machine['torch']}. The plan is that of `hardware=h100`; planned / taken: the middle of its range. No peak where the "
-        "weights were drawn on the device during the stage, which no job does.",
-        "",
-        *table(head, rows, "l" + "r" * (len(head) - 1)),
+        "Made by `python -m experiments.benchmarks.gpu_plan` of [gpu.jsonl](gpu.jsonl). Planned / taken: the middle of the "
+        "planned range. No peak of values at the margin, whose stage of the plan has trials as well. Left out: offloaded "
+        "blocks, which were measured before their hidden states waited in pinned memory.",
     ]
+    for lines in runs_of(MEASURED).values():
+        machine, rows = lines["machine"], []
+        hardware = HARDWARE[machine["device"]]
+        for measured in jobs(lines):
+            one = compared(measured, lines[measured.name], texts, hardware)
+            cells = [one.name, f"{one.seconds:.2f}", f"{one.low:.1f} to {one.high:.1f}", f"{one.planned / one.seconds:.2f}"]
+            peak = ["-", "-", "-"]
+            if one.peak is not None:
+                peak = [f"{one.peak / 1e9:.2f}", f"{one.planned_peak / 1e9:.2f}", f"{one.planned_peak / one.peak:.2f}"]
+            rows.append([*cells, *peak])
+        head = ["stage", "seconds", "planned", "planned / taken", "peak, GB", "planned, GB", "planned / peak"]
+        title = f"## {machine['device']}, `hardware={hardware}`"
+        text += ["", title, "", f"torch {machine['torch']}.", "", *table(head, rows, "l" + "r" * (len(head) - 1))]
     output.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 

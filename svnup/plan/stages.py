@@ -252,7 +252,9 @@ class JobCounts:
         if not self._waits:
             return Work()
         n_bytes = times * self._in_blocks
-        return Work(uploaded=n_bytes * self._gpu, read=n_bytes * (self.offload == "disk"))
+        if self.offload == "disk":
+            return Work(uploaded=n_bytes * self._gpu, read=n_bytes)
+        return Work(sent=n_bytes * self._gpu)
 
     def _hidden(self, n_tokens: int) -> int:
         """Bytes of the hidden states of a text at one depth."""
@@ -450,7 +452,8 @@ class JobCounts:
     def _loading(self) -> Stage:
         kept = self.weights - (self._in_blocks if self.offload == "disk" else 0)
         moved = self.weights - (self._in_blocks if self._waits else 0)
-        work = Work(read=kept, copied=moved * self._gpu)
+        pinned = self._in_blocks * (self._waits and self.offload == "cpu")
+        work = Work(read=kept, copied=moved * self._gpu, uploaded=pinned)
         return self._stage("load", {"weights": work}, 0.0, host=kept)
 
     def _dense(self) -> Stage | None:
