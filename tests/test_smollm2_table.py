@@ -3,6 +3,7 @@ others."""
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import sys
 from dataclasses import replace
@@ -133,16 +134,63 @@ def test_a_difference_is_found_where_there_is_one_and_not_where_there_is_none(se
 
 
 def test_a_rival_whose_option_was_chosen_is_asked_about_apart():
-    from experiments.smollm2.intervals import questions
+    from experiments.smollm2.intervals import OTHERS, questions
 
     (cell, runs), tuned = next(iter(board(-0.05, ("0", "1")).items())), "owl (raw, lam=auto)"
     runs[tuned] = {"1": runs["owl"]["1"] - 0.2}  # the lowest of all
+    runs["shapleymarginslinears"] = {seed: losses - 0.1 for seed, losses in runs["owl"].items()}
     asked = questions({cell: runs})
     (beside_owl,) = asked["One budget a block: each of ours against the best other"]
     assert (beside_owl.other, beside_owl.n_runs) == ("owl", 2)
-    (beside_tuned,) = asked["Each of ours against others whose option was chosen on selection text"]
-    assert (beside_tuned.name, beside_tuned.other, beside_tuned.n_runs) == ("shapley", tuned, 1)
-    assert beside_tuned.low > 0
+    beside = {one.other: one for one in asked[OTHERS]}
+    assert beside.keys() == {"owl", tuned}
+    assert (beside[tuned].n_runs, beside["owl"].n_runs) == (1, 2)
+    assert beside[tuned].low > 0 > beside["owl"].high
+
+
+def test_the_best_other_has_as_many_runs_as_most_and_did_not_search():
+    from experiments.smollm2.intervals import questions
+
+    (cell, runs) = next(iter(board(-0.05, ("0", "1", "2")).items()))
+    runs["curves"] = {"0": runs["owl"]["0"] - 0.3}  # lower, in one run of three
+    runs["searchlinears (generations=50)"] = {seed: losses - 0.4 for seed, losses in runs["owl"].items()}
+    (one,) = questions({cell: runs})["One budget a block: each of ours against the best other"]
+    assert one.other == "owl"
+    runs["curves"]["1"] = runs["owl"]["1"] - 0.3
+    (one,) = questions({cell: runs})["One budget a block: each of ours against the best other"]
+    assert (one.other, one.n_runs) == ("curves", 2)
+
+
+def test_what_was_tried_is_listed(script, tmp_path):
+    tried = [{"label": "lam=0", "loss": 5.0}, {"label": "lam=0.1", "loss": 4.5}, {"label": "lam=0.2", "loss": None}]
+    searched = [{"label": "uniform", "loss": 2.0, "trial": True}]
+    searched += [{"label": f"generation {n}", "loss": loss} for n, loss in ((4, 1.6), (5, 1.8), (6, 1.5), (10, 1.7))]
+    searched += [{"label": "generation 5", "loss": 0.1, "n_seq": 4}]
+    knob = row(allocator="owl", allocator__lam="auto", metrics={"wikitext2/ppl": 30.0})
+    search = row(allocator="uniform", allocator__generations=10, allocator__trial=True, metrics={"wikitext2/ppl": 31.0})
+    rows = [
+        replace(one, tuning={"curve": curve, "kind": kind, "n_full_evaluations": 7.2})
+        for one, curve, kind in ((knob, tried, "nll"), (search, searched, "kl"))
+    ]
+    write(tmp_path, *rows, row(32.0, allocator="shapley"))
+    script.write_trials(tmp_path, tmp_path / "trials.md", "make it")
+    lines = [line for line in (tmp_path / "trials.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")][2:]
+    of_knob, of_search = (line.strip("| ").split(" | ")[-4:] for line in lines)
+    assert of_knob == ["nll", "lam=0: 5.0000, lam=0.1: 4.5000", "7", "30.00"]
+    assert of_search == ["kl, weights in advance", "generation 5: 1.6000, generation 10: 1.5000", "7", "31.00"]
+
+
+def test_an_h100_and_an_h200_round_alike():
+    """What both ran counts once in the intervals, which is right only as long as every window is equal."""
+    tables = SCRIPT.parents[2] / "results" / "tables"
+    runs = {}
+    for gpu in ("h100", "h200"):
+        with (tables / f"smollm2_{gpu}_windows.csv").open(encoding="utf-8", newline="") as file:
+            lines = list(csv.DictReader(file))
+        runs[gpu] = {tuple(line[k] for k in ("pruner", "sparsity", "seed", "allocator")): line for line in lines}
+    both = runs["h100"].keys() & runs["h200"].keys()
+    assert len(both) > 50
+    assert all(runs["h100"][run] == runs["h200"][run] for run in both)
 
 
 def test_windows_are_written_and_read_back_with_budgets_told_apart(script, tmp_path):

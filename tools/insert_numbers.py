@@ -518,9 +518,17 @@ def of_the_intervals() -> dict[str, str]:
                 name, runs = names[0] + "-refresh" * ("refresh" in line["budget"]), line["runs"]
                 told = f"{line['change']} {line['95 % interval']}, {runs} run{'s' * (runs != '1')}"
                 out[f"beside-{name}-{cell_key(line['cell'])}"] = told
-    for line in lines_of("smollm2_intervals.md", "whose option was chosen on selection text"):
-        if (line["budget"], line["against"].partition(" ")[0]) == ("shapleymarginslinears", "blockinfluence"):
+    others = lines_of("smollm2_intervals.md", "## Values at the margin per linear layer against every other budget")
+    for line in others:
+        if (line["budget"], line["against"]) == ("shapleymarginslinears", "blockinfluence (log, lam=auto)"):
             out[f"beside-tuned-{cell_key(line['cell'])}"] = f"{line['change']} {line['95 % interval']}"
+        if line["against"] == "shapleymarginslinears":
+            out[f"mixed-beside-linears-{cell_key(line['cell'])}"] = f"{line['change']} {line['95 % interval']}"
+    for name in ("linears", "mixed-linears"):
+        mine = [line for line in others if line["budget"] == ours[name] and line["against"] not in ours.values()]
+        out[f"n-{name}-beside-others"] = str(len(mine))
+        out[f"n-{name}-cells"] = str(len({line["cell"] for line in mine}))
+        out[f"not-below-others-{name}"] = listed(mine, "against")
     text = (TABLES / "smollm2_intervals.md").read_text(encoding="utf-8")
     moved = re.findall(r"(\w+), (\d+) %: ([\d.]+) %", text.partition("Root mean square: ")[2].partition("\n")[0])
     out |= {f"rounding-{pruner}-{level}": f"{size} %" for pruner, level, size in moved}
@@ -530,9 +538,18 @@ def of_the_intervals() -> dict[str, str]:
         for line in against
         if line["budget"] == "blockinfluence"
     }
-    reached = [line for line in against if not number(line["95 % interval"].strip("[]").split(", ")[1]) < 0]
-    named = [f"{line['budget'].partition(' (')[0]} with {line['cell']}" for line in reached]
-    return out | {"not-below-uniform": "; ".join(named) or "none", "n-beside-uniform": str(len(against))}
+    return out | {"not-below-uniform": listed(against, "budget"), "n-beside-uniform": str(len(against))}
+
+
+def listed(lines: list[Line], key: str) -> str:
+    """The lines whose interval, or whose p-value once corrected, does not tell them from no change or from more."""
+
+    def is_lower(line: Line) -> bool:
+        sure = line["p, corrected"] == "under 0.001" or number(line["p, corrected"]) < 0.05
+        return sure and number(line["95 % interval"].strip("[]").split(", ")[1]) < 0
+
+    named = [f"{short_name(line[key])} with {line['cell']}" for line in lines if not is_lower(line)]
+    return "; ".join(named) or "none"
 
 
 def cell_key(cell: str) -> str:
@@ -540,43 +557,89 @@ def cell_key(cell: str) -> str:
     return cell.removesuffix(" %").replace(", ", "-")
 
 
+# Options that a budget has everywhere in the table of the real model.
+USUAL = {"log", "raw", "mean", "lam=0.15", "lam=0.08", "m=5", "epsilon=0.2", "levels=5"}
+USUAL |= {"rounds=6", "step=0.05", "delta=0.05", "nodes=1", "n_seq=8", "trial_n_seq=16", "influence=0.5"}  # of margins
+USUAL |= {"offspring=16", "sequences=4/16", "survivors=4/1", "seed=0", "trial", "by kl"}  # of the search
+
+
+def short_name(allocator: str) -> str:
+    """A budget without the options that the table of the real model has everywhere."""
+    method, _, options = allocator.partition(" (")
+    told = [word for word in options.rstrip(")").split(", ") if word and word not in USUAL]
+    return method + (f" ({', '.join(told)})" if told else "")
+
+
 def of_the_real_budgets() -> dict[str, str]:
-    """The budgets on the real model: perplexities of all runs by cell, on the CPU first, then those on the H100 by seed."""
-    cells = [(pruner, sparsity) for sparsity in ("0.6", "0.7") for pruner in ("wanda", "sparsegpt")]
-    found: dict[str, dict[tuple[str, str], list[str]]] = {}
-    for file, machine in {"smollm2": " CPU", "smollm2_v4": " CPU", "smollm2_epyc": " CPU", "smollm2_h100": ""}.items():
-        for line in lines_of(f"{file}.md"):
-            method, _, options = line["allocator"].partition(" (")
-            usual = ("lam=", "epsilon=", "m=", "rounds=", "step=", "delta=", "nodes=", "n_seq=", "trial_n_seq=", "influence=")
-            told = [word for word in options.rstrip(")").split(", ") if word not in ("log", "raw", "mean", "")]
-            told = [word for word in told if not word.startswith(usual) or word.endswith("=auto")]
-            name = method + (f" ({', '.join(told)})" if told else "")
-            of_cell = found.setdefault(name, {}).setdefault((line["pruner"], line["sparsity"]), [])
-            of_cell.append(line["wikitext2/ppl"] + machine)
-    influence = {
-        sparsity: [number(ppl.removesuffix(" CPU")) for ppl in found["blockinfluence"]["sparsegpt", sparsity]]
-        for sparsity in ("0.6", "0.7")
-    }
-    order = sorted(found, key=lambda name: (name != "uniform", name))
-    heads = [f"{pruner}, {sparsity[2:]}0 %" for pruner, sparsity in cells]
-    body = [[name, *(", ".join(found[name].get(cell, ["-"])) for cell in cells)] for name in order]
-    return {
-        "real-budgets": table(["budget", *heads], ["---"] * (1 + len(cells)), body),
-        "refreshed-60": found["marginsandinfluence (refresh)"]["sparsegpt", "0.6"][0].removesuffix(" CPU"),
-        "refreshed-wanda-70": found["marginsandinfluence (refresh)"]["wanda", "0.7"][0].removesuffix(" CPU"),
-        "mixed-wanda-70": found["marginsandinfluence"]["wanda", "0.7"][0],
-        **{
-            f"influence-span-{sparsity[2:]}0": f"{min(ppl):.2f} to {max(ppl):.2f} in {len(ppl)} runs"
-            for sparsity, ppl in influence.items()
-        },
-    }
+    """The budgets on the real model: perplexities of all runs by cell, on GPUs by seed, and on CPUs by machine."""
+    cells = [(pruner, sparsity) for sparsity in ("0.5", "0.6", "0.7") for pruner in ("wanda", "sparsegpt", "alps")]
+
+    def read(*files: str) -> dict[str, dict[tuple[str, str], dict[str, str]]]:
+        """Perplexity by budget, cell, and run: the seed, or on CPUs its table as well."""
+        found: dict[str, dict[tuple[str, str], dict[str, str]]] = {}
+        for file in files:
+            for line in lines_of(f"{file}.md"):
+                cell = (line["pruner"], line["sparsity"])
+                if cell in cells and "=auto" not in line["allocator"]:
+                    of_cell = found.setdefault(short_name(line["allocator"]), {}).setdefault(cell, {})
+                    of_cell[line.get("seed", "0") + ("" if files == gpu else file)] = line["wikitext2/ppl"]
+        return found
+
+    def shown(found: dict[str, dict[tuple[str, str], dict[str, str]]]) -> str:
+        used = [cell for cell in cells if any(cell in of_budget for of_budget in found.values())]
+        heads = [f"{pruner}, {sparsity[2:]}0 %" for pruner, sparsity in used]
+        body = [
+            [name, *(", ".join(ppl for _, ppl in sorted(found[name].get(cell, {"": "-"}).items())) for cell in used)]
+            for name in sorted(found, key=lambda name: (name != "uniform", name))
+        ]
+        return table(["budget", *heads], ["---"] * (1 + len(used)), body)
+
+    gpu = ("smollm2_h100", "smollm2_h200")
+    here, there = read("smollm2", "smollm2_v4", "smollm2_epyc"), read(*gpu)
+    out = {"real-budgets": shown(there), "real-budgets-cpu": shown(here)}
+    for sparsity in ("0.6", "0.7"):
+        runs = [
+            *here["blockinfluence"]["sparsegpt", sparsity].values(),
+            *there["blockinfluence"]["sparsegpt", sparsity].values(),
+        ]
+        ppl = [number(text) for text in runs]
+        out[f"influence-span-{sparsity[2:]}0"] = f"{min(ppl):.2f} to {max(ppl):.2f} in {len(ppl)} runs"
+    (out["refreshed-60"],) = here["marginsandinfluence (refresh)"]["sparsegpt", "0.6"].values()
+    (out["refreshed-wanda-70"],) = here["marginsandinfluence (refresh)"]["wanda", "0.7"].values()
+    out["mixed-wanda-70"] = there["marginsandinfluence"]["wanda", "0.7"]["0"]
+    for name, budget in {"uniform": "uniform", "influence": "blockinfluence"}.items():
+        out[f"alps-{name}"] = there[budget]["alps", "0.6"]["0"]
+    return out | of_the_trials(there)
+
+
+def of_the_trials(budgets: dict[str, dict[tuple[str, str], dict[str, str]]]) -> dict[str, str]:
+    """What choosing knobs and searching came to on the real model, at 60 % with Wanda."""
+    lines, cell = lines_of("smollm2_h200_trials.md"), ("wanda", "0.6")
+    body: list[list[str]] = []
+    out: dict[str, str] = {}
+    for line in lines:
+        tried = [(float(loss), label) for label, _, loss in (one.partition(": ") for one in line["tried"].split(", "))]
+        method = line["allocator"].partition(" (")[0]
+        if method == "searchlinears":
+            n = re.findall(r"generations=(\d+)", line["allocator"])[0]
+            out |= {f"search-{n}": line["wikitext2/ppl"], f"search-{n}-evaluations": line["evaluations"]}
+            out |= {f"search-{n}-loss": f"{tried[-1][0]:.3f}", f"search-{n}-loss-before": f"{tried[-3][0]:.3f}"}
+            continue
+        loss, label = min(tried)
+        uniform = next(loss for loss, label in tried if label.endswith("=0"))
+        plain = "shapley (slidingwindow w=3)" if method == "shapley" else method
+        published = budgets[plain][cell]["0"]
+        body.append([plain, label, f"{uniform:.3f}", f"{loss:.3f}", published, line["wikitext2/ppl"]])
+    heads = ["budget", "chosen of seven", "loss of uniform", "its loss", "perplexity as published", "as chosen"]
+    return out | {"real-trials": table(heads, ["---"] * len(heads), body)}
 
 
 def of_zero_shot() -> dict[str, str]:
     """Zero-shot accuracy on the real model, dense and pruned with SparseGPT."""
     tasks = {"BoolQ": "boolq/acc", "RTE": "rte/acc", "WinoGrande": "winogrande/acc", "PIQA": "piqa/acc"}
     tasks |= {"ARC-Easy": "arc_easy/acc", "mean": "zero_shot/mean"}
-    names = {"uniform": "uniform", "blockinfluence": "block_influence", "fromfile": "shapley_margins, one a linear layer"}
+    names = {"uniform": "uniform", "blockinfluence": "block_influence"}
+    names |= dict.fromkeys(("fromfile", "shapleymarginslinears"), "shapley_margins, one a linear layer")
     lines = lines_of("smollm2_zero_shot.md")
     dense = ["-", "dense", *(lines[0][f"{task} (limit 400) dense"] for task in tasks.values())]
     body = [
@@ -609,8 +672,9 @@ def of_the_real_model() -> dict[str, str]:
 
     budgets = [
         line | {"allocator": line["allocator"].partition(" (")[0]}
-        for line in lines_of("smollm2.md")
-        if (line["pruner"], line["sparsity"], line.get("seed", "0")) == ("wanda", "0.6", "0")
+        for line in lines_of("smollm2_h200.md")
+        if (line["pruner"], line["sparsity"], line["seed"]) == ("wanda", "0.6", "0")
+        if short_name(line["allocator"]) == line["allocator"].partition(" (")[0]
     ]
     newest, third = lines_of("smollm2_v4.md"), lines_of("smollm2_epyc.md")
     shown = ("game", "payoff", "Spearman", "Pearson of logs", "standard error / spread")
@@ -623,9 +687,11 @@ def of_the_real_model() -> dict[str, str]:
         "real-uniform": row(budgets, allocator="uniform")["wikitext2/ppl"],
         "real-margins": row(budgets, allocator="shapleymargins")["wikitext2/ppl"],
         "real-linears": row(budgets, allocator="shapleymarginslinears")["wikitext2/ppl"],
+        "real-mixed-linears": row(budgets, allocator="marginsandinfluencelinears")["wikitext2/ppl"],
         "real-block-influence": row(budgets, allocator="blockinfluence")["wikitext2/ppl"],
         "real-thanos": row(newest, pruner="thanos", allocator="uniform", sparsity="0.6")["wikitext2/ppl"],
         "real-sparseswaps": row(third, pruner="sparseswaps (wanda)")["wikitext2/ppl"],
+        "alps-linears": row(third, pruner="alps", allocator="fromfile")["wikitext2/ppl"],
         "real-refitted": row(third, pruner="wanda + reconstruct")["wikitext2/ppl"],
         "real-not-refitted": row(third, pruner="wanda", allocator="uniform", sparsity="0.6")["wikitext2/ppl"],
         "real-n-seq": re.findall(r"on the same (\d+) x", text)[0],

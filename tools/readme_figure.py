@@ -2,34 +2,48 @@
 
     python -m tools.readme_figure            # or: make numbers
 
-Reads results/tables/smollm2.md and writes docs/figures/smollm2.svg. tests/test_site.py fails where the picture is another.
+Reads results/tables/smollm2_h200.md and writes docs/figures/smollm2.svg. tests/test_site.py fails where the picture is another.
 """
 
 from __future__ import annotations
 
 from html import escape
 
-from tools.insert_numbers import ROOT, lines_of, number
+from tools.insert_numbers import ROOT, lines_of, number, short_name
 
 FIGURE = ROOT / "docs" / "figures" / "smollm2.svg"
 PRUNER, SPARSITY = "wanda", "0.6"
 PPL = "wikitext2/ppl"
-WIDTH, ROW, LEFT, RIGHT, TOP = 640, 26, 190, 70, 34
+WIDTH, ROW, LEFT, RIGHT, TOP = 640, 26, 220, 70, 34
 INK, BAR, REFERENCE = "#24292f", "#2f6f9f", "#9aa4ad"  # on a white ground, so that it reads on dark pages too
+
+
+SHOWN = {  # of the table's budgets, by the names that its options leave
+    "uniform": "uniform",
+    "owl": "owl",
+    "atp": "atp",
+    "dlp": "dlp",
+    "shapley (slidingwindow w=3)": "shapley, windows of 3",
+    "alphapruning": "alpha_pruning",
+    "curves": "curves",
+    "shapley (slidingwindow w=1)": "leave_one_out",
+    "blockinfluence": "block_influence",
+    "searchlinears (generations=50)": "search, per linear layer",
+    "shapleymargins": "shapley_margins",
+    "marginsandinfluence": "margins_and_influence",
+    "shapleymarginslinears": "shapley_margins, per linear layer",
+    "marginsandinfluencelinears": "the same with influence",
+}
 
 
 def bars() -> list[tuple[str, float, str]]:
     """(name, perplexity, colour) of the dense model, of the uniform budget, and of the others from high to low."""
-    shown = (PRUNER, SPARSITY, "0")
-    lines = [line for line in lines_of("smollm2.md") if (line["pruner"], line["sparsity"], line.get("seed", "0")) == shown]
-    options = {path.stem.replace("_", ""): path.stem for path in (ROOT / "conf" / "allocator").glob("[!_]*.yaml")}
-    methods = [line["allocator"].partition(" (")[0] for line in lines]
-    found = []
-    for line, method in zip(lines, methods, strict=True):
-        name = options.get(method, method) if methods.count(method) == 1 else line["allocator"]
-        found.append((name, number(line[PPL]), REFERENCE if method == "uniform" else BAR))
-    found.sort(key=lambda bar: (bar[0] != "uniform", -bar[1]))
-    return [("dense", number(lines[0][f"{PPL} dense"]), REFERENCE), *found]
+    cell = (PRUNER, SPARSITY, "0")
+    lines = [line for line in lines_of("smollm2_h200.md") if (line["pruner"], line["sparsity"], line["seed"]) == cell]
+    found = {short_name(line["allocator"]): number(line[PPL]) for line in lines}
+    shown = [(name, found[budget], REFERENCE if budget == "uniform" else BAR) for budget, name in SHOWN.items()]
+    shown.sort(key=lambda bar: (bar[0] != "uniform", -bar[1]))
+    return [("dense", number(lines[0][f"{PPL} dense"]), REFERENCE), *shown]
 
 
 def drawn(found: list[tuple[str, float, str]]) -> str:

@@ -1,7 +1,6 @@
 """Which differences in the table of a real model are more than chance: paired intervals over segments of its test text.
 
-Reads smollm2_windows.csv, smollm2_v4_windows.csv, smollm2_epyc_windows.csv and smollm2_h100_windows.csv of results/tables
-alone, and writes smollm2_intervals.md there, in seconds:
+Reads the files of `FILES` in results/tables alone, and writes smollm2_intervals.md there, in seconds:
 
     python -m experiments.smollm2.intervals
 
@@ -29,19 +28,23 @@ N_SEGMENTS, N_DRAWS, SEED = 16, 20_000, 0
 UNIFORM = "uniform"
 Cell = tuple[str, str]  # pruner, sparsity
 Board = dict[Cell, dict[str, dict[str, Floats]]]  # losses of the windows in nats per token, by allocator and run
-BOTH = ("CPU 0", "H100 0")
-BLOCK, FINER, TUNED, ALL = (
+BOTH = ("CPU 0", "GPU 0")
+BLOCK, FINER, OTHERS, ALL = (
     "One budget a block: each of ours against the best other",
     "Finer budgets: each of ours against the best other",
-    "Each of ours against others whose option was chosen on selection text",
+    "Values at the margin per linear layer against every other budget",
     "Every budget against uniform",
 )
-FILES = {  # a run is called by its machine and its seed; those on an Intel CPU are of versions 3 and 4 of the numbers
-    "CPU": "smollm2_windows.csv",
-    "CPU, version 4,": "smollm2_v4_windows.csv",
-    "CPU, EPYC,": "smollm2_epyc_windows.csv",
-    "H100": "smollm2_h100_windows.csv",
-}
+LINEARS = ("shapleymarginslinears", "marginsandinfluencelinears")
+# A run is called by its machine and its seed; those on an Intel CPU are of versions 3 and 4 of the numbers. An H100 and an H200
+# round alike: what both ran is equal in every window, and one run.
+FILES = (
+    ("CPU", "smollm2_windows.csv"),
+    ("CPU, version 4,", "smollm2_v4_windows.csv"),
+    ("CPU, EPYC,", "smollm2_epyc_windows.csv"),
+    ("GPU", "smollm2_h100_windows.csv"),
+    ("GPU", "smollm2_h200_windows.csv"),
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def read(tables: Path) -> Board:
     """
     board: Board = {}
     lines: list[dict[str, str]] = []
-    for machine, name in FILES.items():
+    for machine, name in FILES:
         if (tables / name).is_file():
             with (tables / name).open(encoding="utf-8", newline="") as file:
                 lines += [line | {"seed": f"{machine} {line['seed']}"} for line in csv.DictReader(file)]
@@ -121,7 +124,12 @@ def is_tuned(name: str) -> bool:
 
 
 def best(runs: dict[str, dict[str, Floats]], names: list[str]) -> str | None:
-    """The budget that loses least beside the uniform one, in the runs that both have."""
+    """The budget that loses least beside the uniform one, in the runs that both have.
+
+    Of those with at least half as many such runs as the one with the most: a single run is no match for several.
+    """
+    counts = {name: len(runs[name].keys() & runs[UNIFORM].keys()) for name in names}
+    names = [name for name in names if 2 * counts[name] >= max(counts.values())]
 
     def beside_uniform(name: str) -> float:
         shared = runs[name].keys() & runs[UNIFORM].keys()
@@ -132,19 +140,23 @@ def best(runs: dict[str, dict[str, Floats]], names: list[str]) -> str | None:
 
 def questions(board: Board) -> dict[str, list[Change]]:
     """What is asked of every cell that has the budgets for it."""
-    asked: dict[str, list[Change]] = {title: [] for title in (BLOCK, FINER, TUNED, ALL)}
+    asked: dict[str, list[Change]] = {title: [] for title in (BLOCK, FINER, OTHERS, ALL)}
     for cell, runs in board.items():
         if UNIFORM not in runs:
             continue
-        rival = best(runs, [name for name in runs if not is_ours(name) and not is_tuned(name)])
+        others = [name for name in runs if not is_ours(name) and method(name) != "searchlinears"]
+        rival = best(runs, [name for name in others if not is_tuned(name)])
         assert rival is not None
         for name in runs:
-            ours = is_ours(name) and "values on" not in name  # a text that is near the test text is no fair means
+            ours = (
+                is_ours(name) and not is_tuned(name) and "values on" not in name
+            )  # a text near the test text is no fair means
             if ours and runs[name].keys() & runs[rival].keys():
                 asked[FINER if is_finer(name) else BLOCK].append(change(cell, name, rival, runs))
-            for tuned in filter(is_tuned, runs if ours else ()):
-                if runs[name].keys() & runs[tuned].keys():
-                    asked[TUNED].append(change(cell, name, tuned, runs))
+            if name in LINEARS:
+                before = LINEARS[: LINEARS.index(name)]
+                shared = [other for other in (*others, *before) if other in runs and runs[name].keys() & runs[other].keys()]
+                asked[OTHERS] += [change(cell, name, other, runs) for other in shared if other != UNIFORM]
             if name != UNIFORM and runs[name].keys() & runs[UNIFORM].keys():
                 asked[ALL].append(change(cell, name, UNIFORM, runs))
     return {title: found for title, found in asked.items() if found}
@@ -165,13 +177,15 @@ def report(board: Board) -> str:
         "# Which differences in the table of a real model are more than chance",
         "",
         "Made by `python -m experiments.smollm2.intervals` from `smollm2_windows.csv` and `smollm2_v4_windows.csv` (Intel CPU, "
-        "versions 3 and 4 of the numbers), `smollm2_epyc_windows.csv` (AMD CPU) and `smollm2_h100_windows.csv`: "
+        "versions 3 and 4 of the numbers), `smollm2_epyc_windows.csv` (AMD CPU), and `smollm2_h100_windows.csv` and "
+        "`smollm2_h200_windows.csv` (GPUs; what both ran is equal in every window, and counts once): "
         f"change of WikiText-2 perplexity, 95 % interval by {N_DRAWS:,} bootstrap draws of {N_SEGMENTS} contiguous segments of "
         "the text and of the runs that both budgets have, where these are several: calibration seeds, and machines, which "
         "round otherwise. P-value corrected for all lines of a question by Holm's method. Minus: the first is lower.",
         "",
-        "The rival of a cell is the budget of no Shapley values that came out lowest beside uniform on the same text, which is "
-        "hard on ours. An interval of one run says nothing about another calibration text, nor about rounding.",
+        "The best other of a cell is the budget of no Shapley values and no search that came out lowest beside uniform on the "
+        "same text, which is hard on ours, of those with at least half as many runs as the one with the most. An "
+        "interval of one run says nothing about another calibration text, nor about rounding.",
     ]
     for question, found in questions(board).items():
         lines = []
@@ -195,10 +209,10 @@ def report(board: Board) -> str:
             "",
             "## What rounding alone moves",
             "",
-            "The same job, with the same texts and seed, on a CPU and on an H100: float32 both, in another order of sums. With "
+            "The same job, with the same texts and seed, on a CPU and on a GPU: float32 both, in another order of sums. With "
             f"SparseGPT the Hessian is summed otherwise, too: CHANGELOG, Numbers, version 4. Root mean square: {words}.",
             "",
-            *table(["cell", "budget", "CPU", "H100", "change"], lines, "llrrr"),
+            *table(["cell", "budget", "CPU", "GPU", "change"], lines, "llrrr"),
         ]
     return "\n".join(text) + "\n"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from svnup.cli import results as results_cli
 from svnup.naming import allocator_name
+from svnup.reports.grid import Cell, Grid
 from svnup.reports.tables import describe
 from svnup.results.select import newest, runs_of
 from svnup.results.store import load
@@ -123,6 +124,7 @@ def write_table(results: Path, output: Path, overrides: Sequence[str] = ()) -> N
     options = ["--format", "markdown", "--output", str(output), "--title", title, "--command", command]
     results_cli.main(["table", str(results), *options])
     write_windows(results, output.with_name(f"{output.stem}_windows.csv"))
+    write_trials(results, output.with_name(f"{output.stem}_trials.md"), command)
 
 
 def write_windows(results: Path, output: Path) -> None:
@@ -140,6 +142,38 @@ def write_windows(results: Path, output: Path) -> None:
             writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(lines)
+
+
+def write_trials(results: Path, output: Path, command: str) -> None:
+    """What choosing a knob and searching tried: a line a finished run, with the loss of each trial on selection text."""
+    rows = []
+    for run in newest(runs_of(load(results))):
+        tuning, options = run.row.tuning, run.row.config["allocator"]
+        searched = "generations" in options
+        metric = run.metrics.get("wikitext2/ppl")
+        if run.row.status != "finished" or tuning is None or metric is None or not (searched or "auto" in options.values()):
+            continue
+        losses = [(one.label, one.loss) for one in tuning.curve if one.loss is not None and one.n_seq is None]
+        if searched:  # the least so far, every fifth generation
+            reached = [(int(label.split()[1]), loss) for label, loss in losses if label.startswith("generation")]
+            last = max(number for number, _ in reached)
+            steps = [n for n in range(5, last + 1) if n % 5 == 0]
+            losses = [(f"generation {n}", min(loss for number, loss in reached if number <= n)) for n in steps]
+        tried = ", ".join(f"{label}: {loss:.4f}" for label, loss in losses)
+        told = describe(run.row)
+        loss = f"{tuning.kind}{', weights in advance' * (searched and options['trial'])}"
+        cells = [str(told[name]) for name in ("allocator", "pruner", "sparsity", "seed")]
+        cells += [loss, tried, f"{tuning.n_full_evaluations:.0f}", f"{metric.value:.2f}"]
+        rows.append([Cell(text) for text in cells])
+    if rows:
+        head = ("allocator", "pruner", "sparsity", "seed", "loss", "tried", "evaluations", "wikitext2/ppl")
+        about = (
+            f"Made by `{command}`. Losses on the selection text, in nats per token; evaluations: of the whole selection "
+            "text, or of as many sequences; perplexity on the test text, which chose nothing."
+        )
+        title = "What choosing a knob and searching tried"
+        grid = Grid([(name,) for name in head], sorted(rows, key=lambda r: [c.text for c in r]), title, about, align="llrrllrr")
+        output.write_text(grid.render("markdown"), encoding="utf-8")
 
 
 if __name__ == "__main__":
