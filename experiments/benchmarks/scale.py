@@ -329,10 +329,10 @@ def _checkpoint(target: str, folder: Path) -> str:
 
 def write(output: Path, figure: Path) -> None:
     """The table of what was measured beside its plan."""
-    rows, hardware, texts = [], None, cast("Texts", {})
+    rows, machines, texts = [], dict[str, list[str]](), cast("Texts", {})
     with tempfile.TemporaryDirectory() as place:
         for number, (name, line) in enumerate(lines_of(output.with_suffix(".jsonl")).items()):
-            hardware = line["hardware"] | line["versions"]
+            machines.setdefault(f"{line['hardware']['cpu']}, one thread, torch {line['versions']['torch']}", []).append(name)
             folder = outline_of(line["config"], Path(place) / str(number)) if line["config"] else None
             stages, planned = compared(line, folder, texts)
             peak = max(took["peak_memory_bytes"] for took in line["stages"].values())
@@ -344,14 +344,16 @@ def write(output: Path, figure: Path) -> None:
                 cells += [f"{one.planned / one.seconds:.2f}", f"{one.seconds / one.floor:.2f}" if one.floor else "-"]
                 own = [*of_peak, f"{rate / 1e9:.0f}"] if last else [""] * 4
                 rows.append([name if one is stages[0] else "", one.stage, *cells, *own])
-    if hardware is None:
+    if not machines:
         return
+    usual_machine, *others = machines
+    on = ". ".join([usual_machine, *(f"{'; '.join(machines[other])}: {other}" for other in others)])
     head = ["job", "stage", "seconds", "of the processor", "planned", "planned / taken", "over floor"]
     head += ["peak, GB", "planned, GB", "planned / peak", "GFLOP/s"]
     text = [
         "# How the cost of whole jobs grows",
         "",
-        f"Made by `python -m experiments.benchmarks.scale`. {hardware['cpu']}, one thread, torch {hardware['torch']}. Seconds "
+        f"Made by `python -m experiments.benchmarks.scale`. {on}. Seconds "
         "by the clock, and those of the processor, with which the plan is compared: at the median of the rates measured in the "
         "same process before the first stage and after each (of float32 products: the last column). Planned / taken: the "
         "middle of the planned range. Over floor: seconds of the processor over those of matrix products alone at the measured "

@@ -207,8 +207,8 @@ class SparseGPT(ColumnBlocks):
     """
 
     def workspace(self, d_out: int, d_in: int) -> int:
-        """Bytes that `prune` takes for one matrix, as measured."""
-        return 4 * (5 * d_out * d_in + 6 * d_in**2)
+        """Bytes that `prune` takes for one matrix, as measured on CPU and GPU."""
+        return 4 * (4 * d_out * d_in + 3 * d_in**2)
 
     def _pruned(self, weight: Tensor, stats: Hessian, sparsity: float) -> Tensor:
         u, dead = stats.factored(self.damp, cholesky_of_inverse)
