@@ -433,6 +433,10 @@ def test_only_uniform_serves_a_fixed_pattern(allocator):
 def test_allocators_have_names_of_their_own(allocator, request):
     stem = request.node.callspec.params["allocator"]
     known = {"leave_one_out": "shapley", "owl_nm": "owl"}  # the same scores by other options
+    known |= {
+        "shapley_margins": "shapleymarginslinears",
+        "margins_and_influence": "marginsandinfluencelinears",
+    }  # what has a budget
     assert allocator_name(allocator[1]) == known.get(stem, stem.replace("_", ""))
 
 

@@ -63,7 +63,7 @@ SEVEN = (((), AMPLITUDES),)
 ROWS: dict[str, Row] = {
     "uniform": Row("uniform", bounded=False),
     "shapley": Row("shapley", tries=SEVEN),
-    "shapley_margins": Row("shapley_margins"),
+    "shapley_margins": Row("shapley_margins", ("allocator.granularity=block",)),
     "shapley_margins_sublayers": Row("shapley_margins", SUBLAYERS),
     "shapley_margins_linears": Row("shapley_margins", ("allocator.granularity=linear",)),
     "block_influence": Row("block_influence", tries=SEVEN),

@@ -34,7 +34,7 @@ LINEARS = ("allocator.granularity=linear",)
 Settings = dict[str, tuple[str, tuple[str, ...]]]  # by name: the allocator, and its options
 FIRST: Settings = {  # measured in this order, so that a part of it already answers the question
     BASELINE: ("shapley", (AUTO,)),
-    "shapley_margins": ("shapley_margins", ()),
+    "shapley_margins": ("shapley_margins", ("allocator.granularity=block",)),
     "shapley_margins, linear layers": ("shapley_margins", LINEARS),
 }
 SECOND: Settings = {

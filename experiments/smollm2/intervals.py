@@ -144,14 +144,12 @@ def questions(board: Board) -> dict[str, list[Change]]:
     for cell, runs in board.items():
         if UNIFORM not in runs:
             continue
-        others = [name for name in runs if not is_ours(name) and method(name) != "searchlinears"]
+        others = [name for name in runs if not is_ours(name) and not method(name).startswith("search")]
         rival = best(runs, [name for name in others if not is_tuned(name)])
         assert rival is not None
         for name in runs:
-            ours = (
-                is_ours(name) and not is_tuned(name) and "values on" not in name
-            )  # a text near the test text is no fair means
-            if ours and runs[name].keys() & runs[rival].keys():
+            fair = "values on" not in name  # not those on a text that is near the test text
+            if is_ours(name) and fair and not is_tuned(name) and runs[name].keys() & runs[rival].keys():
                 asked[FINER if is_finer(name) else BLOCK].append(change(cell, name, rival, runs))
             if name in LINEARS:
                 before = LINEARS[: LINEARS.index(name)]

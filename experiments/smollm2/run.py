@@ -31,10 +31,10 @@ BUDGETS: dict[str, Sweep] = {  # what `--best` may name, besides allocators
     "block_influence_sublayers": [f"{ALLOCATOR}=block_influence", "allocator.granularity=sublayer"],
     "leave_one_out_sublayers": [f"{ALLOCATOR}=leave_one_out", *SUBLAYERS],
     "shapley_sublayers": [*RECOMMENDED, *SUBLAYERS],
-    "shapley_margins": [f"{ALLOCATOR}=shapley_margins"],
+    "shapley_margins": [f"{ALLOCATOR}=shapley_margins", "allocator.granularity=block"],
     "shapley_margins_sublayers": [f"{ALLOCATOR}=shapley_margins", "allocator.granularity=sublayer"],
     "shapley_margins_linears": [f"{ALLOCATOR}=shapley_margins", "allocator.granularity=linear"],
-    "margins_and_influence": [f"{ALLOCATOR}=margins_and_influence"],
+    "margins_and_influence": [f"{ALLOCATOR}=margins_and_influence", "allocator.granularity=block"],
     "margins_and_influence_linears": [f"{ALLOCATOR}=margins_and_influence", "allocator.granularity=linear"],
 }
 KNOBS = {"owl": "lam", "alpha_pruning": "epsilon", "dlp": "lam", "atp": "beta", "block_influence": "lam", "shapley": "lam"}

@@ -112,7 +112,7 @@ class ShapleyMargins:
     refresh: bool = False
     lower: float | None = None
     upper: float | None = None
-    granularity: Granularity = "block"
+    granularity: Granularity = "linear"
     needs: ClassVar[Needs] = Needs(selection=True)
 
     def __post_init__(self) -> None:

@@ -159,7 +159,10 @@ def _check_finer(config: dict[str, Any], components: Components) -> None:
             f"allocator.granularity={granularity}: the scores are those of blocks; add {what}, or use granularity=block"
         )
     if not components.split.uniform:
-        raise ValueError(f"split={_option_of(config, 'split')}: divides budgets of blocks, not finer ones; use split=uniform")
+        raise ValueError(
+            f"split={_option_of(config, 'split')}: divides budgets of blocks, not finer ones; use split=uniform, or "
+            "allocator.granularity=block"
+        )
 
 
 def _check_rounds(shapley: ShapleyScorer | None) -> None:

@@ -133,10 +133,9 @@ class HostBlockStore:
 def _pin(blocks: nn.ModuleList, device: torch.device, owner: object) -> None:
     """Move the parameters of blocks to memory that a GPU reads by itself, as long as `owner` lives.
 
-    Copied by the host, weights come at some 5 GB/s; from pinned memory at what the bus carries, ten times as much. A block has
-    one piece of plain memory that is registered: torch's own pinned memory comes in powers of two, and registering the
-    tensors themselves fails for those that are parts of a mapped file. Where the system locks no more memory, the other
-    blocks stay as they are.
+    Copied into pinned memory by the host each time, weights come at less than half of what the bus carries. A block has one
+    piece of plain memory that is registered: torch's own pinned memory comes in powers of two, and tensors may be parts of a
+    mapped file, which is not there to be locked. Where the system locks no more memory, the other blocks stay as they are.
     """
     runtime, pinned = torch.cuda.cudart(), list[Tensor]()
     weakref.finalize(owner, _unpin, pinned)
@@ -144,7 +143,7 @@ def _pin(blocks: nn.ModuleList, device: torch.device, owner: object) -> None:
         for index, block in enumerate(blocks):
             sizes = [-(-p.nbytes // ALIGNMENT) * ALIGNMENT for p in block.parameters()]
             memory = torch.empty(sum(sizes), dtype=torch.uint8)
-            if error := int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) if sizes else 0:
+            if error := int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)):
                 with contextlib.suppress(RuntimeError):  # the next launch reports that error and forgets it
                     torch.zeros(1, device=device)
                 logger.warning(
