@@ -353,7 +353,7 @@ def test_blocks_are_pinned_for_a_gpu_as_far_as_the_system_locks_memory(saved, ca
 
     runtime, lm, plain = Runtime(), load(saved("llama")), load(saved("llama"))
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     owner = type("Owner", (), {})()
     offload._pin(lm.blocks, torch.device("cpu"), owner)
     assert len(runtime.registered) == n_pinned

@@ -133,19 +133,28 @@ def test_a_difference_is_found_where_there_is_one_and_not_where_there_is_none(se
     assert none.p > 0.05
 
 
-def test_a_rival_whose_option_was_chosen_is_asked_about_apart():
+def test_values_at_the_margin_per_linear_layer_are_asked_about_beside_every_budget():
     from experiments.smollm2.intervals import OTHERS, questions
 
-    (cell, runs), tuned = next(iter(board(-0.05, ("0", "1")).items())), "owl (raw, lam=auto)"
-    runs[tuned] = {"1": runs["owl"]["1"] - 0.2}  # the lowest of all
-    runs["shapleymarginslinears"] = {seed: losses - 0.1 for seed, losses in runs["owl"].items()}
-    asked = questions({cell: runs})
-    (beside_owl,) = asked["One budget a block: each of ours against the best other"]
-    assert (beside_owl.other, beside_owl.n_runs) == ("owl", 2)
-    beside = {one.other: one for one in asked[OTHERS]}
-    assert beside.keys() == {"owl", tuned}
-    assert (beside[tuned].n_runs, beside["owl"].n_runs) == (1, 2)
-    assert beside[tuned].low > 0 > beside["owl"].high
+    (cell, runs) = next(iter(board(-0.05, ("CPU 0", "CPU 1", "GPU 1")).items()))
+    runs["shapleymarginslinears"] = {run: losses - 0.1 for run, losses in runs["owl"].items()}
+    runs["owl (raw, lam=0.3)"] = {"CPU 1": runs["owl"]["CPU 1"] - 0.2}  # the lowest of all
+    runs["shapleymargins (values on textfile x)"] = runs["owl"]
+    runs["searchlinears (generations=50)"] = runs["owl"]
+    beside = {one.other: one for one in questions({cell: runs})[OTHERS]}
+    assert beside.keys() == {"owl", "owl (raw, lam=0.3)", "shapley"}
+    assert [(one.n_runs, one.n_seeds) for one in (beside["owl"], beside["owl (raw, lam=0.3)"])] == [(3, 2), (1, 1)]
+    assert beside["owl (raw, lam=0.3)"].low > 0 > beside["owl"].high
+
+
+def test_runs_of_one_seed_on_several_machines_are_no_further_samples():
+    from experiments.smollm2.intervals import change
+
+    (_, runs) = next(iter(board(-0.05, ("CPU 0", "CPU 1")).items()))
+    again = {name: of_runs | {f"GPU {n}": of_runs[f"CPU {n}"] for n in (0, 1)} for name, of_runs in runs.items()}
+    one, two = (change(("wanda", "0.6"), "shapley", "owl", some) for some in (runs, again))
+    assert (one.low, one.high, one.p) == (two.low, two.high, two.p)
+    assert (one.n_runs, two.n_runs, two.n_seeds) == (2, 4, 2)
 
 
 def test_the_best_other_has_as_many_runs_as_most_and_did_not_search():
@@ -198,6 +207,7 @@ def test_windows_are_written_and_read_back_with_budgets_told_apart(script, tmp_p
 
     rows = [row(30.0, allocator="owl", sparsity=0.6), row(31.0, allocator="owl", sparsity=0.6, allocator__lam=0.2)]
     rows += [row(33.0, allocator="uniform", sparsity=0.6), row(29.0, allocator="shapley", sparsity=0.6)]
+    rows += [row(28.0, allocator="owl", sparsity=0.6, allocator__lam="auto")]  # there is one with what it chose
     losses = np.linspace(3, 4, 32)
     for i, one in enumerate(rows):
         (metric,) = one.metrics.values()

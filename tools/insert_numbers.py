@@ -517,18 +517,19 @@ def of_the_intervals() -> dict[str, str]:
             if names:
                 name, runs = names[0] + "-refresh" * ("refresh" in line["budget"]), line["runs"]
                 told = f"{line['change']} {line['95 % interval']}, {runs} run{'s' * (runs != '1')}"
+                told += f" of {line['seeds']} seed{'s' * (line['seeds'] != '1')}" * (runs != line["seeds"])
                 out[f"beside-{name}-{cell_key(line['cell'])}"] = told
     others = lines_of("smollm2_intervals.md", "## Values at the margin per linear layer against every other budget")
     for line in others:
-        if (line["budget"], line["against"]) == ("shapleymarginslinears", "blockinfluence (log, lam=auto)"):
-            out[f"beside-tuned-{cell_key(line['cell'])}"] = f"{line['change']} {line['95 % interval']}"
         if line["against"] == "shapleymarginslinears":
             out[f"mixed-beside-linears-{cell_key(line['cell'])}"] = f"{line['change']} {line['95 % interval']}"
     for name in ("linears", "mixed-linears"):
         mine = [line for line in others if line["budget"] == ours[name] and line["against"] not in ours.values()]
-        out[f"n-{name}-beside-others"] = str(len(mine))
-        out[f"n-{name}-cells"] = str(len({line["cell"] for line in mine}))
-        out[f"not-below-others-{name}"] = listed(mine, "against")
+        by_values = [line for line in mine if line["against"].startswith(("shapley", "margins"))]
+        plain = [line for line in mine if line not in by_values]
+        out |= {f"n-{name}-beside-others": str(len(plain)), f"not-below-others-{name}": listed(plain, "against")}
+        out |= {f"n-{name}-beside-ours": str(len(by_values)), f"not-below-ours-{name}": listed(by_values, "against")}
+        out[f"n-{name}-cells"] = str(len({line["cell"] for line in plain}))
     text = (TABLES / "smollm2_intervals.md").read_text(encoding="utf-8")
     moved = re.findall(r"(\w+), (\d+) %: ([\d.]+) %", text.partition("Root mean square: ")[2].partition("\n")[0])
     out |= {f"rounding-{pruner}-{level}": f"{size} %" for pruner, level, size in moved}
@@ -582,7 +583,9 @@ def of_the_real_budgets() -> dict[str, str]:
                 cell = (line["pruner"], line["sparsity"])
                 if cell in cells and "=auto" not in line["allocator"]:
                     of_cell = found.setdefault(short_name(line["allocator"]), {}).setdefault(cell, {})
-                    of_cell[line.get("seed", "0") + ("" if files == gpu else file)] = line["wikitext2/ppl"]
+                    seed = line.get("seed", "0")
+                    told = line["wikitext2/ppl"] + f" ({seed})" * (files != gpu)
+                    of_cell[seed + file * (files != gpu)] = told
         return found
 
     def shown(found: dict[str, dict[tuple[str, str], dict[str, str]]]) -> str:
@@ -604,9 +607,12 @@ def of_the_real_budgets() -> dict[str, str]:
         ]
         ppl = [number(text) for text in runs]
         out[f"influence-span-{sparsity[2:]}0"] = f"{min(ppl):.2f} to {max(ppl):.2f} in {len(ppl)} runs"
-    (out["refreshed-60"],) = here["marginsandinfluence (refresh)"]["sparsegpt", "0.6"].values()
-    (out["refreshed-wanda-70"],) = here["marginsandinfluence (refresh)"]["wanda", "0.7"].values()
+    for name, cell in {"refreshed-60": ("sparsegpt", "0.6"), "refreshed-wanda-70": ("wanda", "0.7")}.items():
+        (text,) = here["marginsandinfluence (refresh)"][cell].values()
+        out[name] = text.removesuffix(" (0)")
     out["mixed-wanda-70"] = there["marginsandinfluence"]["wanda", "0.7"]["0"]
+    out["linears-50-cpu"] = here["shapleymarginslinears"]["sparsegpt", "0.5"]["0smollm2_epyc"].removesuffix(" (0)")
+    out["linears-50-gpu"] = there["shapleymarginslinears"]["sparsegpt", "0.5"]["0"]
     for name, budget in {"uniform": "uniform", "influence": "blockinfluence"}.items():
         out[f"alps-{name}"] = there[budget]["alps", "0.6"]["0"]
     return out | of_the_trials(there)
@@ -750,8 +756,11 @@ def of_the_benchmarks() -> dict[str, str]:
 
 
 def of_the_gpu() -> dict[str, str]:
-    """What a 7B shape takes on an H100."""
-    reached = {line["of 7B"].partition(" ")[0].rstrip(","): line["seconds"] for line in lines_of("../benchmarks/gpu.md")}
+    """What a 7B shape takes on an H200."""
+    reached = {
+        line["of 7B"].partition(" ")[0].rstrip(","): line["seconds"]
+        for line in lines_of("../benchmarks/gpu.md", "## NVIDIA H200")
+    }
     return {f"gpu-{what.lower()}": f"{number(seconds):.0f} s" for what, seconds in reached.items()}
 
 

@@ -29,10 +29,10 @@ SHOWN = {  # of the table's budgets, by the names that its options leave
     "shapley (slidingwindow w=1)": "leave_one_out",
     "blockinfluence": "block_influence",
     "searchlinears (generations=50)": "search, per linear layer",
-    "shapleymargins": "shapley_margins",
-    "marginsandinfluence": "margins_and_influence",
-    "shapleymarginslinears": "shapley_margins, per linear layer",
-    "marginsandinfluencelinears": "the same with influence",
+    "shapleymargins": "shapley_margins, per block",
+    "marginsandinfluence": "margins_and_influence, per block",
+    "shapleymarginslinears": "shapley_margins",
+    "marginsandinfluencelinears": "margins_and_influence",
 }
 
 

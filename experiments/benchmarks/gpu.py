@@ -482,7 +482,8 @@ def model(results: Results, options: argparse.Namespace) -> None:
 
     plans = {w: SlidingWindow(w).plan(n_blocks) for w in (WINDOW, COMMON_WINDOW) if w <= n_blocks}
     forwards = {w: block_forwards(plan) for w, plan in plans.items()}
-    unit = 0.0  # where it stays unknown, nothing is skipped for it
+    before = results.lines().get(f"{size} perplexity", {})  # of an earlier call of this run
+    unit = float(before.get("seconds", 0.0)) / shape.n_test / n_blocks  # where it stays unknown, nothing is skipped for it
 
     def played(window: int, counts: tuple[int, ...], most: float) -> None:
         """Play a game, on the most sequences for which there is time, if there is any."""
@@ -512,8 +513,6 @@ def model(results: Results, options: argparse.Namespace) -> None:
 
     if options.part == LAST:
         if COMMON_WINDOW in forwards:
-            line = results.lines().get(f"{size} perplexity", {})
-            unit = line.get("seconds", 0.0) / shape.n_test / n_blocks
             played(COMMON_WINDOW, N_VALUES, LIMIT)
         return
 

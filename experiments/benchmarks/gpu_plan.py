@@ -141,7 +141,9 @@ def write(output: Path) -> None:
     ]
     for lines in runs_of(MEASURED).values():
         machine, rows = lines["machine"], []
-        hardware = HARDWARE[machine["device"]]
+        hardware = HARDWARE.get(machine["device"])
+        if hardware is None:  # whose rates conf/machines.yaml does not have
+            continue
         for measured in jobs(lines):
             one = compared(measured, lines[measured.name], texts, hardware)
             cells = [one.name, f"{one.seconds:.2f}", f"{one.low:.1f} to {one.high:.1f}", f"{one.planned / one.seconds:.2f}"]

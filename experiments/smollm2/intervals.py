@@ -5,8 +5,9 @@ Reads the files of `FILES` in results/tables alone, and writes smollm2_intervals
     python -m experiments.smollm2.intervals
 
 The losses of two budgets are compared window by window, in runs of the same calibration seed on the same machine. Neighbouring
-windows are alike, so the test text is cut into 16 contiguous segments; segments and, where there are several, runs are drawn
-again 20,000 times (bootstrap). What is said of several cells is corrected for their number by Holm's method.
+windows are alike, so the test text is cut into 16 contiguous segments; segments and, where there are several, calibration seeds
+are drawn again 20,000 times (bootstrap): runs of one seed on several machines are no further samples, and are averaged. What is
+said of several cells is corrected for their number by Holm's method.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,20 +61,23 @@ class Change:
     high: float
     p: float
     n_runs: int
+    n_seeds: int
 
 
 def read(tables: Path) -> Board:
     """The board of the files that `run.py` writes: a line a run, of which the columns w0, w1, ... are windows.
 
-    A budget is called by its method alone where its options are those of all runs of the method, tuned ones apart.
+    Not the runs that chose an option: there are others with the value that they chose. A budget is called by its method alone
+    where its options are those of all runs of the method.
     """
     board: Board = {}
     lines: list[dict[str, str]] = []
     for machine, name in FILES:
         if (tables / name).is_file():
             with (tables / name).open(encoding="utf-8", newline="") as file:
-                lines += [line | {"seed": f"{machine} {line['seed']}"} for line in csv.DictReader(file)]
-    labels = {line["allocator"] for line in lines if not is_tuned(line["allocator"])}
+                found = [line for line in csv.DictReader(file) if "=auto" not in line["allocator"]]
+                lines += [line | {"seed": f"{machine} {line['seed']}"} for line in found]
+    labels = {line["allocator"] for line in lines}
     methods = [label.partition(" ")[0] for label in labels]
     usual = {label for label in labels if methods.count(label.partition(" ")[0]) == 1}
     for line in lines:
@@ -86,18 +91,21 @@ def read(tables: Path) -> Board:
 def change(cell: Cell, name: str, other: str, runs: dict[str, dict[str, Floats]]) -> Change:
     """The change of perplexity over the runs that both have."""
     shared = sorted(runs[name].keys() & runs[other].keys())
-    difference = np.array([runs[name][run] - runs[other][run] for run in shared])  # (runs, windows)
+    by_seed = defaultdict(list)
+    for run in shared:
+        by_seed[run.rpartition(" ")[2]].append(runs[name][run] - runs[other][run])
+    difference = np.array([np.mean(of_seed, axis=0) for of_seed in by_seed.values()])  # (seeds, windows)
     segments = segment_means(difference, N_SEGMENTS)
     sizes = np.array([len(part) for part in np.array_split(difference[0], N_SEGMENTS)])
     rng = np.random.default_rng(SEED)
     chosen = rng.integers(N_SEGMENTS, size=(N_DRAWS, N_SEGMENTS))
-    drawn = rng.integers(len(shared), size=(N_DRAWS, len(shared)))
+    drawn = rng.integers(len(by_seed), size=(N_DRAWS, len(by_seed)))
     weights = sizes[chosen] / sizes[chosen].sum(axis=1, keepdims=True)
     means = (segments[drawn[:, :, None], chosen[:, None, :]].mean(axis=1) * weights).sum(axis=1)
     low, high = interval(means)
     beyond = 2 * min(float((means >= 0).mean()), float((means <= 0).mean()))
     mean, low, high = (100 * math.expm1(float(value)) for value in (difference.mean(), low, high))
-    return Change(cell, name, other, mean, low, high, max(beyond, 1 / N_DRAWS), len(shared))
+    return Change(cell, name, other, mean, low, high, max(beyond, 1 / N_DRAWS), len(shared), len(by_seed))
 
 
 def called(cell: Cell) -> str:
@@ -118,18 +126,15 @@ def is_finer(name: str) -> bool:
     return method(name).endswith(("sublayers", "linears"))
 
 
-def is_tuned(name: str) -> bool:
-    """Whether the amplitude of its budget was chosen by trials."""
-    return "=auto" in name
-
-
 def best(runs: dict[str, dict[str, Floats]], names: list[str]) -> str | None:
     """The budget that loses least beside the uniform one, in the runs that both have.
 
-    Of those with at least half as many such runs as the one with the most: a single run is no match for several.
+    Of those with at least half as many such runs as the one with the most, which is not the uniform one: a single run is no
+    match for several.
     """
     counts = {name: len(runs[name].keys() & runs[UNIFORM].keys()) for name in names}
-    names = [name for name in names if 2 * counts[name] >= max(counts.values())]
+    most = max((n for name, n in counts.items() if name != UNIFORM), default=0)
+    names = [name for name in names if 2 * counts[name] >= most]
 
     def beside_uniform(name: str) -> float:
         shared = runs[name].keys() & runs[UNIFORM].keys()
@@ -144,17 +149,17 @@ def questions(board: Board) -> dict[str, list[Change]]:
     for cell, runs in board.items():
         if UNIFORM not in runs:
             continue
-        others = [name for name in runs if not is_ours(name) and not method(name).startswith("search")]
-        rival = best(runs, [name for name in others if not is_tuned(name)])
+        fair = [name for name in runs if not method(name).startswith("search")]
+        fair = [name for name in fair if "values on" not in name]  # not by a text that is near the test text
+        rival = best(runs, [name for name in fair if not is_ours(name)])
         assert rival is not None
         for name in runs:
-            fair = "values on" not in name  # not those on a text that is near the test text
-            if is_ours(name) and fair and not is_tuned(name) and runs[name].keys() & runs[rival].keys():
+            if is_ours(name) and name in fair and runs[name].keys() & runs[rival].keys():
                 asked[FINER if is_finer(name) else BLOCK].append(change(cell, name, rival, runs))
             if name in LINEARS:
-                before = LINEARS[: LINEARS.index(name)]
-                shared = [other for other in (*others, *before) if other in runs and runs[name].keys() & runs[other].keys()]
-                asked[OTHERS] += [change(cell, name, other, runs) for other in shared if other != UNIFORM]
+                known = (UNIFORM, *LINEARS[LINEARS.index(name) :])
+                shared = [other for other in fair if other not in known and runs[name].keys() & runs[other].keys()]
+                asked[OTHERS] += [change(cell, name, other, runs) for other in shared]
             if name != UNIFORM and runs[name].keys() & runs[UNIFORM].keys():
                 asked[ALL].append(change(cell, name, UNIFORM, runs))
     return {title: found for title, found in asked.items() if found}
@@ -178,21 +183,23 @@ def report(board: Board) -> str:
         "versions 3 and 4 of the numbers), `smollm2_epyc_windows.csv` (AMD CPU), and `smollm2_h100_windows.csv` and "
         "`smollm2_h200_windows.csv` (GPUs; what both ran is equal in every window, and counts once): "
         f"change of WikiText-2 perplexity, 95 % interval by {N_DRAWS:,} bootstrap draws of {N_SEGMENTS} contiguous segments of "
-        "the text and of the runs that both budgets have, where these are several: calibration seeds, and machines, which "
-        "round otherwise. P-value corrected for all lines of a question by Holm's method. Minus: the first is lower.",
+        "the text and of the calibration seeds, where both budgets have several; runs of one seed on several machines, which "
+        "round otherwise, are averaged. P-value corrected for all lines of a question by Holm's method. Minus: the first is "
+        "lower.",
         "",
         "The best other of a cell is the budget of no Shapley values and no search that came out lowest beside uniform on the "
-        "same text, which is hard on ours, of those with at least half as many runs as the one with the most. An "
-        "interval of one run says nothing about another calibration text, nor about rounding.",
+        "same text, which is hard on ours, of those with at least half as many runs as the one with the most: one that "
+        "has fewer may be lower. An interval of one run says nothing about another calibration text, nor about rounding.",
     ]
     for question, found in questions(board).items():
         lines = []
         for one, p in zip(found, holm([one.p for one in found]), strict=True):
             shown = "under 0.001" if p < 0.001 else f"{p:.3f}"
             interval = f"[{one.low:+.1f}, {one.high:+.1f}]"
-            lines.append([called(one.cell), one.name, one.other, str(one.n_runs), f"{one.mean:+.1f} %", interval, shown])
-        head = ["cell", "budget", "against", "runs", "change", "95 % interval", "p, corrected"]
-        text += ["", f"## {question}", "", *table(head, lines, "lllrrrr")]
+            counts = [str(one.n_runs), str(one.n_seeds)]
+            lines.append([called(one.cell), one.name, one.other, *counts, f"{one.mean:+.1f} %", interval, shown])
+        head = ["cell", "budget", "against", "runs", "seeds", "change", "95 % interval", "p, corrected"]
+        text += ["", f"## {question}", "", *table(head, lines, "lllrrrrr")]
     if moved := moved_by_rounding(board):
         lines = [
             [called(cell), name, f"{cpu:.2f}", f"{gpu:.2f}", f"{100 * (gpu / cpu - 1):+.1f} %"]

@@ -156,8 +156,8 @@ def write_trials(results: Path, output: Path, command: str) -> None:
         losses = [(one.label, one.loss) for one in tuning.curve if one.loss is not None and one.n_seq is None]
         if searched:  # the least so far, every fifth generation
             reached = [(int(label.split()[1]), loss) for label, loss in losses if label.startswith("generation")]
-            last = max(number for number, _ in reached)
-            steps = [n for n in range(5, last + 1) if n % 5 == 0]
+            last = max((number for number, _ in reached), default=0)
+            steps = [n for n in range(5, last + 1, 5) if any(number <= n for number, _ in reached)]
             losses = [(f"generation {n}", min(loss for number, loss in reached if number <= n)) for n in steps]
         tried = ", ".join(f"{label}: {loss:.4f}" for label, loss in losses)
         told = describe(run.row)
@@ -168,8 +168,8 @@ def write_trials(results: Path, output: Path, command: str) -> None:
     if rows:
         head = ("allocator", "pruner", "sparsity", "seed", "loss", "tried", "evaluations", "wikitext2/ppl")
         about = (
-            f"Made by `{command}`. Losses on the selection text, in nats per token; evaluations: of the whole selection "
-            "text, or of as many sequences; perplexity on the test text, which chose nothing."
+            f"Made by `{command}`. Losses on the selection text, in nats per token; evaluations: in units of one "
+            "pass over the whole selection text; perplexity on the test text, which chose nothing."
         )
         title = "What choosing a knob and searching tried"
         grid = Grid([(name,) for name in head], sorted(rows, key=lambda r: [c.text for c in r]), title, about, align="llrrllrr")

@@ -108,7 +108,10 @@ class OffloadedBatch(MicroBatch):
         if self._file is None and self._device.type == "cuda":
             # Pinned, and the same each time: what a GPU copies to new memory that is not came at 1 GB/s, a fortieth of its bus.
             if self._on_host is None or (self._on_host.shape, self._on_host.dtype) != (hidden.shape, hidden.dtype):
-                self._on_host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+                try:
+                    self._on_host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+                except RuntimeError:  # the system locks no more memory
+                    self._on_host = torch.empty(hidden.shape, dtype=hidden.dtype)
             self._on_host.copy_(hidden)
         elif self._file is None:
             self._on_host = hidden.cpu()

@@ -138,9 +138,12 @@ def _pin(blocks: nn.ModuleList, device: torch.device, owner: object) -> None:
     mapped file, which is not there to be locked. Where the system locks no more memory, the other blocks stay as they are.
     """
     runtime, pinned = torch.cuda.cudart(), list[Tensor]()
-    weakref.finalize(owner, _unpin, pinned)
+    weakref.finalize(owner, _unpin, pinned, device).atexit = False  # the process frees them by itself
     with stage("pinning blocks", len(blocks), "blocks") as advance:
         for index, block in enumerate(blocks):
+            if not any(True for _ in block.parameters()):
+                advance(1)
+                continue
             sizes = [-(-p.nbytes // ALIGNMENT) * ALIGNMENT for p in block.parameters()]
             memory = torch.empty(sum(sizes), dtype=torch.uint8)
             if error := int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)):
@@ -156,8 +159,8 @@ def _pin(blocks: nn.ModuleList, device: torch.device, owner: object) -> None:
             advance(1)
 
 
-def _unpin(pinned: list[Tensor]) -> None:
-    torch.cuda.synchronize()  # a block may be on its way
+def _unpin(pinned: list[Tensor], device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a block may be on its way
     for memory in pinned:
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
