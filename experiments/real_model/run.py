@@ -5,13 +5,15 @@ their standard errors over sequences, and how they agree with what was measured:
 sparser and all others are at the target. Weights are pruned in advance, by statistics of the dense model. Writes
 results/tables/real_model.md as it goes; every loss is kept in the cache as it comes, so that a killed run goes on.
 
-    python -m experiments.real_model.run [--datasets FOLDER] [--sparsity 0.6] [--n-seq 4] [--windows 1,3,5] [--quick]
+    python -m experiments.real_model.run [--datasets FOLDER] [--sparsity 0.6] [--n-seq 4] [--windows 1,3,5] [--games REGEX]
+        [--quick]
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -179,7 +181,7 @@ def study(lm: LanguageModel, calibration: Ints, tokens: Ints, options: argparse.
         Variant(f"margin {target:g}, w=1", denser, sparser, 1),
         Variant(f"margin {target:g}, w=3", denser, sparser, 3),
     ]
-    for variant in sorted(variants, key=lambda v: v.window):
+    for variant in sorted((v for v in variants if re.search(options.games, v.name)), key=lambda v: v.window):
         found = values_by_sequence(variant, losses)
         rows += [(variant.name, payoff, variant.window, values) for payoff, values in found.items()]
         publish(options, "real_model", report(options, measured, rows, reference))
@@ -230,6 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument("--sparsity", type=float, default=0.6)
     made.add_argument("--n-seq", type=int, default=4, help="sequences of the selection text")
     made.add_argument("--windows", type=lambda s: [int(w) for w in s.split(",")], default=[1, 3, 5])
+    made.add_argument("--games", default="", metavar="REGEX", help="only those in whose names it is found")
     options = parse(made, argv)
     options.command = "make study NAME=real_model"
     if options.quick:
