@@ -521,10 +521,12 @@ def of_the_intervals() -> dict[str, str]:
                 out[f"beside-{name}-{cell_key(line['cell'])}"] = told
     others = lines_of("smollm2_intervals.md", "## Values at the margin per linear layer against every other budget")
     for line in others:
-        if line["against"] == "shapleymarginslinears":
+        if line["against"].partition(" (")[0] == ours["linears"]:
             out[f"mixed-beside-linears-{cell_key(line['cell'])}"] = f"{line['change']} {line['95 % interval']}"
+    finer = (ours["linears"], ours["mixed-linears"])
     for name in ("linears", "mixed-linears"):
-        mine = [line for line in others if line["budget"] == ours[name] and line["against"] not in ours.values()]
+        mine = [line for line in others if line["budget"].partition(" (")[0] == ours[name]]
+        mine = [line for line in mine if line["against"].partition(" (")[0] not in finer]
         by_values = [line for line in mine if line["against"].startswith(("shapley", "margins"))]
         plain = [line for line in mine if line not in by_values]
         out |= {f"n-{name}-beside-others": str(len(plain)), f"not-below-others-{name}": listed(plain, "against")}
@@ -611,6 +613,11 @@ def of_the_real_budgets() -> dict[str, str]:
         (text,) = here["marginsandinfluence (refresh)"][cell].values()
         out[name] = text.removesuffix(" (0)")
     out["mixed-wanda-70"] = there["marginsandinfluence"]["wanda", "0.7"]["0"]
+    for key, budget in {
+        "linears-70-refreshed": "shapleymarginslinears (refresh)",
+        "linears-70-again": "shapleymarginslinears",
+    }.items():
+        out[key] = here[budget]["sparsegpt", "0.7"]["2smollm2_epyc"].removesuffix(" (2)")
     out["linears-50-cpu"] = here["shapleymarginslinears"]["sparsegpt", "0.5"]["0smollm2_epyc"].removesuffix(" (0)")
     out["linears-50-gpu"] = there["shapleymarginslinears"]["sparsegpt", "0.5"]["0"]
     for name, budget in {"uniform": "uniform", "influence": "blockinfluence"}.items():
@@ -703,6 +710,7 @@ def of_the_real_model() -> dict[str, str]:
         "real-n-seq": re.findall(r"on the same (\d+) x", text)[0],
         "real-games": table(shown, ["---"] * len(shown), [[line[key] for key in shown] for line in games]),
         "real-skip": agreement("skip, dense context, w=1"),
+        "real-skip-w3": agreement("skip, dense context, w=3"),
         "real-influence": agreement("block influence"),
         "real-prune-dense": agreement("prune 0.6, dense context, w=1"),
         "real-prune-pruned": agreement("prune 0.6, pruned context, w=1"),

@@ -156,9 +156,9 @@ def questions(board: Board) -> dict[str, list[Change]]:
         for name in runs:
             if is_ours(name) and name in fair and runs[name].keys() & runs[rival].keys():
                 asked[FINER if is_finer(name) else BLOCK].append(change(cell, name, rival, runs))
-            if name in LINEARS:
-                known = (UNIFORM, *LINEARS[LINEARS.index(name) :])
-                shared = [other for other in fair if other not in known and runs[name].keys() & runs[other].keys()]
+            if method(name) in LINEARS and "refresh" not in name:
+                known = (UNIFORM, *LINEARS[LINEARS.index(method(name)) :])
+                shared = [other for other in fair if method(other) not in known and runs[name].keys() & runs[other].keys()]
                 asked[OTHERS] += [change(cell, name, other, runs) for other in shared]
             if name != UNIFORM and runs[name].keys() & runs[UNIFORM].keys():
                 asked[ALL].append(change(cell, name, UNIFORM, runs))
