@@ -11,7 +11,7 @@ from cli import HERE, SMALL, command
 from models import FAMILIES, family_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.benchmarks import gpu, gpu_plan
+from experiments.benchmarks import gpu_plan
 from experiments.benchmarks.scale import compared, outline_of
 from svnup import config
 from svnup.language_model import LanguageModel
@@ -275,8 +275,7 @@ def test_the_plan_against_measured_jobs(line, texts, tmp_path):
             assert 1 / 1.5 < one.planned / one.seconds < 1.5, one
 
 
-ON_GPU = {gpu_plan.HARDWARE.get(run["machine"]["device"]): run for run in reversed(gpu.runs_of(gpu_plan.MEASURED).values())}
-ON_GPU.pop(None, None)  # a GPU whose rates conf/machines.yaml does not have
+ON_GPU = gpu_plan.measured_gpus()
 MEASURED = [(hardware, measured) for hardware, lines in ON_GPU.items() for measured in gpu_plan.jobs(lines)]
 
 

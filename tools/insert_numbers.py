@@ -585,16 +585,19 @@ def of_the_real_budgets() -> dict[str, str]:
                 cell = (line["pruner"], line["sparsity"])
                 if cell in cells and "=auto" not in line["allocator"]:
                     of_cell = found.setdefault(short_name(line["allocator"]), {}).setdefault(cell, {})
-                    seed = line.get("seed", "0")
-                    told = line["wikitext2/ppl"] + f" ({seed})" * (files != gpu)
-                    of_cell[seed + file * (files != gpu)] = told
+                    of_cell[line.get("seed", "0") + file * (files != gpu)] = line["wikitext2/ppl"]
         return found
+
+    def told(run: tuple[str, str]) -> str:
+        """The perplexity of a run, with its seed where it is one of several tables."""
+        key, ppl = run
+        return f"{ppl} ({key[0]})" if len(key) > 1 else ppl
 
     def shown(found: dict[str, dict[tuple[str, str], dict[str, str]]]) -> str:
         used = [cell for cell in cells if any(cell in of_budget for of_budget in found.values())]
         heads = [f"{pruner}, {sparsity[2:]}0 %" for pruner, sparsity in used]
         body = [
-            [name, *(", ".join(ppl for _, ppl in sorted(found[name].get(cell, {"": "-"}).items())) for cell in used)]
+            [name, *(", ".join(map(told, sorted(found[name].get(cell, {"": "-"}).items()))) for cell in used)]
             for name in sorted(found, key=lambda name: (name != "uniform", name))
         ]
         return table(["budget", *heads], ["---"] * (1 + len(used)), body)
@@ -610,15 +613,14 @@ def of_the_real_budgets() -> dict[str, str]:
         ppl = [number(text) for text in runs]
         out[f"influence-span-{sparsity[2:]}0"] = f"{min(ppl):.2f} to {max(ppl):.2f} in {len(ppl)} runs"
     for name, cell in {"refreshed-60": ("sparsegpt", "0.6"), "refreshed-wanda-70": ("wanda", "0.7")}.items():
-        (text,) = here["marginsandinfluence (refresh)"][cell].values()
-        out[name] = text.removesuffix(" (0)")
+        (out[name],) = here["marginsandinfluence (refresh)"][cell].values()
     out["mixed-wanda-70"] = there["marginsandinfluence"]["wanda", "0.7"]["0"]
     for key, budget in {
         "linears-70-refreshed": "shapleymarginslinears (refresh)",
         "linears-70-again": "shapleymarginslinears",
     }.items():
-        out[key] = here[budget]["sparsegpt", "0.7"]["2smollm2_epyc"].removesuffix(" (2)")
-    out["linears-50-cpu"] = here["shapleymarginslinears"]["sparsegpt", "0.5"]["0smollm2_epyc"].removesuffix(" (0)")
+        out[key] = here[budget]["sparsegpt", "0.7"]["2smollm2_epyc"]
+    out["linears-50-cpu"] = here["shapleymarginslinears"]["sparsegpt", "0.5"]["0smollm2_epyc"]
     out["linears-50-gpu"] = there["shapleymarginslinears"]["sparsegpt", "0.5"]["0"]
     for name, budget in {"uniform": "uniform", "influence": "blockinfluence"}.items():
         out[f"alps-{name}"] = there[budget]["alps", "0.6"]["0"]

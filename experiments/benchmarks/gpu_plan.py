@@ -69,6 +69,15 @@ class Compared:
         return math.sqrt(self.low * self.high)
 
 
+def measured_gpus() -> dict[str, dict[str, dict[str, Any]]]:
+    """The newest run of each GPU whose rates conf/machines.yaml has, by its name there."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for lines in runs_of(MEASURED).values():
+        if (hardware := HARDWARE.get(lines["machine"]["device"])) is not None:
+            found.setdefault(hardware, lines)
+    return found
+
+
 def jobs(lines: dict[str, dict[str, Any]]) -> list[Measured]:
     """The stages with a plan among the last lines of a run."""
     out = []
@@ -139,11 +148,8 @@ def write(output: Path) -> None:
         "planned range. No peak of values at the margin, whose stage of the plan has trials as well. Left out: offloaded "
         "blocks, which were measured before their hidden states waited in pinned memory.",
     ]
-    for lines in runs_of(MEASURED).values():
+    for hardware, lines in measured_gpus().items():
         machine, rows = lines["machine"], []
-        hardware = HARDWARE.get(machine["device"])
-        if hardware is None:  # whose rates conf/machines.yaml does not have
-            continue
         for measured in jobs(lines):
             one = compared(measured, lines[measured.name], texts, hardware)
             cells = [one.name, f"{one.seconds:.2f}", f"{one.low:.1f} to {one.high:.1f}", f"{one.planned / one.seconds:.2f}"]

@@ -105,7 +105,9 @@ class OffloadedBatch(MicroBatch):
 
     @hidden.setter
     def hidden(self, hidden: Tensor) -> None:
-        if self._file is None and self._device.type == "cuda":
+        if self._file is not None:
+            self._file[:] = hidden.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        elif self._device.type == "cuda":
             # Pinned, and the same each time: what a GPU copies to new memory that is not came at 1 GB/s, a fortieth of its bus.
             if self._on_host is None or (self._on_host.shape, self._on_host.dtype) != (hidden.shape, hidden.dtype):
                 try:
@@ -113,10 +115,8 @@ class OffloadedBatch(MicroBatch):
                 except RuntimeError:  # the system locks no more memory
                     self._on_host = torch.empty(hidden.shape, dtype=hidden.dtype)
             self._on_host.copy_(hidden)
-        elif self._file is None:
-            self._on_host = hidden.cpu()
         else:
-            self._file[:] = hidden.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            self._on_host = hidden.cpu()
 
 
 class Visit:

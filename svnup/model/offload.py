@@ -141,10 +141,11 @@ def _pin(blocks: nn.ModuleList, device: torch.device, owner: object) -> None:
     weakref.finalize(owner, _unpin, pinned, device).atexit = False  # the process frees them by itself
     with stage("pinning blocks", len(blocks), "blocks") as advance:
         for index, block in enumerate(blocks):
-            if not any(True for _ in block.parameters()):
+            parameters = list(block.parameters())
+            if not parameters:
                 advance(1)
                 continue
-            sizes = [-(-p.nbytes // ALIGNMENT) * ALIGNMENT for p in block.parameters()]
+            sizes = [-(-p.nbytes // ALIGNMENT) * ALIGNMENT for p in parameters]
             memory = torch.empty(sum(sizes), dtype=torch.uint8)
             if error := int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)):
                 with contextlib.suppress(RuntimeError):  # the next launch reports that error and forgets it
@@ -154,7 +155,7 @@ def _pin(blocks: nn.ModuleList, device: torch.device, owner: object) -> None:
                 )
                 return
             pinned.append(memory)
-            for p, piece in zip(block.parameters(), memory.split(sizes), strict=True):
+            for p, piece in zip(parameters, memory.split(sizes), strict=True):
                 p.data = piece[: p.nbytes].view(p.dtype).view(p.shape).copy_(p.data)
             advance(1)
 
