@@ -32,6 +32,7 @@ class Work:
         uploaded: bytes of weights that come to a GPU while it computes, and are copied into pinned memory first.
         sent: bytes of weights that come to a GPU while it computes, from pinned memory.
         stalls: operations that a GPU launches while it has nothing else to do: the host has waited for what was before.
+        chained: seconds of kernels whose steps wait for each other, whatever the device's rates.
     """
 
     products: Mapping[str, float] = field(default_factory=dict)
@@ -43,6 +44,7 @@ class Work:
     uploaded: float = 0.0
     sent: float = 0.0
     stalls: float = 0.0
+    chained: float = 0.0
 
     @property
     def flop(self) -> float:
@@ -122,7 +124,7 @@ class Machine:
 
         def at(share: float) -> float:
             waited = max(computed, coming) / share
-            return (max(waited, called) if self.device == "cuda" else waited + called) + stalled + read / share
+            return (max(waited, called) if self.device == "cuda" else waited + called) + stalled + work.chained + read / share
 
         return at(self.most), at(self.least)
 

@@ -2,8 +2,9 @@
 
     python -m experiments.benchmarks.gpu_plan    # writes results/benchmarks/gpu_plan.md, in a minute, without a GPU
 
-The plan of a GPU is that of its `hardware=...`, whose rates come from the same run (conf/machines.yaml). Planned: the middle of
-its range. Jobs with offloaded blocks are left out: both runs were made before their hidden states waited in pinned memory.
+The plan of a GPU is that of its `hardware=...`, whose rates come from the same run where conf/machines.yaml says no other
+source. Planned: the middle of its range. Jobs with offloaded blocks are left out: both runs were made before their hidden
+states waited in pinned memory.
 """
 
 from __future__ import annotations

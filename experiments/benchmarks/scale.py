@@ -1,9 +1,10 @@
 """How the cost of whole jobs grows with blocks, width, tokens and window, beside what the plan says of them.
 
-Each job runs in a process of its own, on one thread, and says seconds and peak of each stage. The rates of the machine are
-measured in the same process, before the first stage and after each one, by the processor's clock, as its seconds are: others
-may use the machine meanwhile. The plan is then made for these rates. A job that was measured is not run again: every one is a
-line of scale.jsonl when it is there; scale.md is written anew at the end.
+Each job runs in a process of its own and says seconds and peak of each stage. The rates of the machine are measured in the
+same process, before the first stage and after each one, by the same clock: the processor's where a job has one thread, since
+others may use the machine meanwhile. Jobs by two threads go by the clock on the wall and need an idle machine. The plan is made
+for these rates. A job that was measured is not run again: every one is a line of scale.jsonl when it is there; scale.md is
+written anew at the end.
 
     python -m experiments.benchmarks.scale                          # the small shapes: some eight minutes on one core
     python -m experiments.benchmarks.scale --only smollm2           # SmolLM2-135M of `make smollm2`, or of --smollm2 FOLDER
@@ -42,7 +43,7 @@ SMALL = {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1376, 
 WIDE = {"hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 16}
 NARROW = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4}
 LLAMA_1B = {"num_hidden_layers": 24, "hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 16}
-VARIABLES = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+VARIABLES = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Case:
     overrides: list[str]
     checkpoint: bool = False
     dtype: str = "float32"
+    threads: int = 1
 
     def model(self, folder: str | None = None) -> list[str]:
         """The overrides that choose the model, in a folder where it is read from one."""
@@ -103,7 +105,8 @@ TARGETS = {
     "shapes": CASES,
     "tiny": [Case("tiny", TINY, [*DOCS, *_OF_TINY, *PRUNERS["Wanda"], "compare_uniform=off"], checkpoint=True)],
     "smollm2": [
-        Case(f"SmolLM2-135M, {name}", {}, [*DOCS, *_BOTH, *_OF_SMOLLM2, *pruner], checkpoint=True)
+        Case(f"SmolLM2-135M, {name}{by}", {}, [*DOCS, *_BOTH, *_OF_SMOLLM2, *pruner], checkpoint=True, threads=threads)
+        for threads, by in {1: "", 2: ", two threads"}.items()
         for name, pruner in PRUNERS.items()
     ],
     "llama_1b": [
@@ -131,12 +134,12 @@ def run_one(case: Case, folder: str | None, place: Path) -> dict[str, Any]:
     from svnup.results.provenance import Asked, hardware, provenance
     from svnup.results.row import ResultRow
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(case.threads)
     places = [f"results_dir={place}", f"cache_dir={place}"]
     job = config.build(config.composed(*case.overrides, *case.model(folder), *places))
     job.check_shapes()
     job.check_texts()
-    rates = [_rates(case.dtype)]
+    rates = [_rates(case)]
     took: dict[str, dict[str, Any]] = {}
 
     class Sampled(Stages):
@@ -149,7 +152,7 @@ def run_one(case: Case, folder: str | None, place: Path) -> dict[str, Any]:
         def __call__(self, name: str, device: torch.device) -> None:
             cpu = time.process_time() - self._cpu
             super().__call__(name, device)
-            rates.append(_rates(case.dtype))
+            rates.append(_rates(case))
             took[name] = {**self.done[name], "cpu_seconds": cpu, "rates": _mean(rates[-2], rates[-1])}
             self._last, self._cpu = time.perf_counter(), time.process_time()
 
@@ -169,8 +172,9 @@ def run_one(case: Case, folder: str | None, place: Path) -> dict[str, Any]:
     }
 
 
-def _rates(dtype: str) -> dict[str, float]:
-    found = Machine().filled("cpu", dtype, clock=time.process_time)
+def _rates(case: Case) -> dict[str, float]:
+    clock = time.process_time if case.threads == 1 else time.perf_counter
+    found = Machine().filled("cpu", case.dtype, clock=clock)
     return {k: v for k, v in asdict(found).items() if k in ("float32", "bfloat16", "bandwidth", "read", "call") and v}
 
 
@@ -190,7 +194,8 @@ def rates_of(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Compared:
-    """A stage as measured and as planned; seconds are the processor's, of one thread, but for those of the `wall` clock.
+    """A stage as measured and as planned; seconds are the processor's where a job has one thread, but for those of the `wall`
+    clock.
 
     `floor`: of matrix products alone at the measured rate.
     """
@@ -235,7 +240,8 @@ def compared(line: dict[str, Any], folder: str | None, texts: Texts) -> tuple[li
     for stage in planned.stages:
         took = line["stages"][stage.name]
         floor = sum(flop / machine.rate(dtype) for dtype, flop in stage.work.products.items())
-        out.append(Compared(stage.name, took["cpu_seconds"], *machine.seconds(stage.work), floor, took["seconds"]))
+        seconds = took["cpu_seconds" if line["hardware"]["threads"] == 1 else "seconds"]
+        out.append(Compared(stage.name, seconds, *machine.seconds(stage.work), floor, took["seconds"]))
     return out, planned.peak
 
 
@@ -274,7 +280,7 @@ def measure(case: Case, folder: str | None, known: Path) -> None:
     """Run a job in a process of its own, and add its line to what is known."""
     with tempfile.TemporaryDirectory(dir=known.parent) as place:
         command = [sys.executable, "-m", "experiments.benchmarks.scale", "--child", case.name, "--place", place]
-        env = os.environ | VARIABLES
+        env = os.environ | VARIABLES | {"OMP_NUM_THREADS": str(case.threads)}
         subprocess.run([*command, *(["--folder", folder] if folder else [])], cwd=ROOT, env=env, check=True)
         line = {"case": case.name, "overrides": case.overrides, **json.loads((Path(place) / "took.json").read_text("utf-8"))}
     with known.open("a", encoding="utf-8") as file:
@@ -332,7 +338,8 @@ def write(output: Path, figure: Path) -> None:
     rows, machines, texts = [], dict[str, list[str]](), cast("Texts", {})
     with tempfile.TemporaryDirectory() as place:
         for number, (name, line) in enumerate(lines_of(output.with_suffix(".jsonl")).items()):
-            machines.setdefault(f"{line['hardware']['cpu']}, one thread, torch {line['versions']['torch']}", []).append(name)
+            threads = {1: "one thread", 2: "two threads"}[line["hardware"]["threads"]]
+            machines.setdefault(f"{line['hardware']['cpu']}, {threads}, torch {line['versions']['torch']}", []).append(name)
             folder = outline_of(line["config"], Path(place) / str(number)) if line["config"] else None
             stages, planned = compared(line, folder, texts)
             peak = max(took["peak_memory_bytes"] for took in line["stages"].values())
@@ -348,16 +355,16 @@ def write(output: Path, figure: Path) -> None:
         return
     usual_machine, *others = machines
     on = ". ".join([usual_machine, *(f"{'; '.join(machines[other])}: {other}" for other in others)])
-    head = ["job", "stage", "seconds", "of the processor", "planned", "planned / taken", "over floor"]
+    head = ["job", "stage", "seconds", "compared", "planned", "planned / taken", "over floor"]
     head += ["peak, GB", "planned, GB", "planned / peak", "GFLOP/s"]
     text = [
         "# How the cost of whole jobs grows",
         "",
         f"Made by `python -m experiments.benchmarks.scale`. {on}. Seconds "
-        "by the clock, and those of the processor, with which the plan is compared: at the median of the rates measured in the "
-        "same process before the first stage and after each (of float32 products: the last column). Planned / taken: the "
-        "middle of the planned range. Over floor: seconds of the processor over those of matrix products alone at the measured "
-        "rate. Peak: of the process, with Python and torch.",
+        "by the clock, and those with which the plan is compared: of the processor where a job has one thread, by the clock "
+        "where it has two. The plan is at the median of the rates measured in the same process before the first stage and "
+        "after each (of float32 products: the last column). Planned / taken: the middle of the planned range. Over floor: "
+        "these seconds over those of matrix products alone at the measured rate. Peak: of the process, with Python and torch.",
         "",
         *table(head, rows, "ll" + "r" * (len(head) - 2)),
     ]

@@ -32,14 +32,15 @@ if TYPE_CHECKING:
 
 FLOAT = 4
 # Bytes that pruning moves for each weight of a matrix, as measured (experiments/benchmarks/pruning_cost.py).
-SELECTION = 220  # scores, the k-th of each row, and a mask
+SELECTION = {"cpu": 220, "cuda": 600}  # scores, the k-th of each row (a GPU sorts the rows), and a mask
+SELECTION_OF_BLOCK = 220  # the same of a block of columns as one row
 COLUMNS = 60  # the columns of a block one after the other, in caches for the most part
 CHECKS = 60  # zeros before and after, finite, copied into the model
 CALLS_OF_COLUMN = 1.5
 CALLS_OF_BLOCK = 30  # of columns on a GPU, whose host waits for the mask of each
-# A column of the kernel that prunes a block of them on a GPU, in launches: it waits for the columns before. As measured
+# Seconds of a column of the kernel that prunes a block of them on a GPU: it waits for the columns before. As measured
 # (results/benchmarks/gpu.md): 1.5 microseconds of 4,096 rows, 2.5 of 11,008.
-COLUMN_OF_KERNEL = 0.2
+COLUMN_OF_KERNEL = 2e-6
 
 
 @dataclass(frozen=True)
@@ -344,6 +345,11 @@ class JobCounts:
             out += known[shape]
         return out
 
+    @property
+    def _selected(self) -> int:
+        """Bytes that selecting the smallest scores of each row moves for each weight."""
+        return SELECTION["cuda" if self._gpu else "cpu"]
+
     def _work_of_prune(self, pruner: Pruner, linear: Linear) -> Work:
         """What pruning one matrix does beyond a factorisation, which layers share: as the pruner says, if it does.
 
@@ -357,11 +363,11 @@ class JobCounts:
             base = getattr(pruner, "base", None)
             return out if base is None else out + self._work_of_prune(base, linear)
         if not self._has_hessian(pruner, linear):
-            return Work(moved=SELECTION * d_out * d_in, calls=30)
-        calls = 0.0 if self._gpu else CALLS_OF_COLUMN * d_in
-        stalls = (CALLS_OF_BLOCK / 128 + COLUMN_OF_KERNEL) * d_in if self._gpu else 0.0
-        moved = (SELECTION + COLUMNS) * d_out * d_in
-        return Work({"float32": 1.0 * d_out * d_in**2}, moved=moved, calls=calls, stalls=stalls)
+            return Work(moved=self._selected * d_out * d_in, calls=30)
+        columns = Work({"float32": 1.0 * d_out * d_in**2}, moved=(SELECTION_OF_BLOCK + COLUMNS) * d_out * d_in)
+        if self._gpu:
+            return columns + Work(stalls=CALLS_OF_BLOCK / 128 * d_in, chained=COLUMN_OF_KERNEL * d_in)
+        return columns + Work(calls=CALLS_OF_COLUMN * d_in)
 
     def game(self, coalitions: Bools) -> tuple[WalkPlan, str, Work]:
         """The walk of the job's game over coalitions, its order and the reason in words, and what it does.
@@ -481,7 +487,7 @@ class JobCounts:
             steps["passes"] = self.through(n_seq, seq_len) + self._parked(n_seq * seq_len, 3) if read else Work()
             steps["passes"] += self.loaded(1)
             n_weights = int(self.lm.block_params.sum())
-            steps["scores"] = Work(moved=SELECTION * n_weights) if read else self._spectra()
+            steps["scores"] = Work(moved=self._selected * n_weights) if read else self._spectra()
             held = self._states * self._states_stay + self._activations + 2 * int(self.lm.block_params.max()) * FLOAT
             return self._stage("scores", steps, held)
         if job.game_prunes:
