@@ -307,10 +307,12 @@ def tests(results: Results, options: argparse.Namespace) -> None:
 
 
 def kernel(results: Results, options: argparse.Namespace) -> None:
-    """Settle blocks of 128 columns by Triton and by torch: seconds of each, and where they differ."""
+    """Settle blocks of 128 columns by Triton and by torch, find the k-th score of rows by sorting and by selection: seconds of
+    each, and where they differ."""
     import torch
 
     from svnup.pruning.column_block import can_build_kernels, prune_columns_torch
+    from svnup.pruning.masks import _kth
 
     device, repeats = torch.device(options.device), REPEATS[options.shape]
     torch.zeros(1, device=device)
@@ -334,6 +336,12 @@ def kernel(results: Results, options: argparse.Namespace) -> None:
                     found |= {"seconds": seconds, "by": "triton", "torch, s": torch_seconds}
                     found["torch / triton"] = torch_seconds / seconds
                     found |= compared(by_triton, by_torch)
+            with results.stage(f"k-th score of {rows} rows of {rows}") as found:
+                scores, k = torch.rand(rows, rows, generator=torch.Generator(device).manual_seed(0), device=device), rows // 2
+                seconds, by_sort = timed(_kth, (scores, k), repeats)
+                selected, (by_selection, _) = timed(partial(scores.kthvalue, dim=1, keepdim=True), (k,), repeats)
+                found |= {"seconds": seconds, "by": "sort" if device.type != "cpu" else "numpy", "kthvalue, s": selected}
+                found |= {"seconds / kthvalue": seconds / selected, "equal": torch.equal(by_sort, by_selection)}
 
 
 def a_block(rows: int, columns: int, masked: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
