@@ -243,7 +243,8 @@ def test_the_column_kernels_are_timed_and_compared(gpu, tmp_path):
     assert [*lines] == ["columns 64 x 128, unstructured", "columns 64 x 128, 2:4", "k-th score of 64 rows of 64"]
     *columns, score = lines.values()
     assert all(line["by"] == "torch" and line["triton"] == "not here" for line in columns)
-    assert score["equal"] and score["by"] == "numpy"
+    assert score["equal"]
+    assert score["by"] == "numpy"
     ours = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     assert gpu.compared(ours, ours) == {"rows of other masks": 0, "largest difference": 0.0}
     with pytest.raises(ValueError, match="the kernels disagree"):
