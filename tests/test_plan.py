@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from experiments.benchmarks.scale import compared, outline_of
 from svnup import config
 from svnup.language_model import LanguageModel
 from svnup.machines import Machine, Work, named
-from svnup.model.language_model import make_config
+from svnup.model.language_model import BATCH_TOKENS, make_config
 from svnup.plan import counting, plan
 from svnup.plan.counting import Counting, count_pass, count_statistics
 from svnup.pruning.sparsegpt import SparseGPT
@@ -243,6 +244,20 @@ def test_the_plan_counts_the_walk_that_the_game_takes(offload, memory, order):
     tight = memory == "5e5"  # so that states are dropped, and computed again
     assert (made.counts["shapley block forwards"] > 31) if tight else (made.counts["shapley block forwards"] == 31)
     assert made.counts["shapley peak states"] == (33 if order.startswith("breadth") else 2 if tight else 4)
+
+
+def test_hidden_states_that_wait_take_powers_of_two_of_pinned_memory():
+    card = ["+machines.card={device: cuda, float32: 1e12, memory: 80e9, process: 1}", "hardware=card", "model.device=cuda"]
+    texts = ["dataset.n_seq=600", "model.seq_len=32", "evaluation.n_seq=900", "model.hidden_size=48"]
+    made = plan(
+        config.build(config.composed(*SMALL, "pruner=wanda", "allocator=uniform", *card, *texts, "offload=cpu", "dry_run=true"))
+    )
+    stages = {stage.name: stage for stage in made.stages}
+    rows = BATCH_TOKENS["cuda"] // 32
+    piece = 2 ** math.ceil(math.log2(rows * 32 * 48 * 4))
+    assert stages["pruning"].host == 1 + made.weights + math.ceil(600 / rows) * piece
+    assert stages["evaluation"].host == 1 + made.weights + math.ceil(900 / rows) * piece
+    assert stages["load"].host == 1 + made.weights
 
 
 def test_hardware_is_no_part_of_a_job():

@@ -460,16 +460,19 @@ class JobCounts:
         moved = self.weights - (self._in_blocks if self._waits else 0)
         pinned = self._in_blocks * (self._waits and self.offload == "cpu")
         work = Work(read=kept, copied=moved * self._gpu, uploaded=pinned)
-        return self._stage("load", {"weights": work}, 0.0, host=kept)
+        return self._stage("load", {"weights": work}, 0.0, waiting=0, host=kept)
 
     def _dense(self) -> Stage | None:
         if not self._is_judged:
             return None
         checks = self.loaded(2)  # a few tokens through all blocks, twice
-        return self._stage("dense", {"weights hashed": self.fingerprint() + checks, "text": self.judged()}, self._judging)
+        steps = {"weights hashed": self.fingerprint() + checks, "text": self.judged()}
+        return self._stage("dense", steps, self._judging, self._judged_states)
 
     def _evaluation(self) -> Stage | None:
-        return self._stage("evaluation", {"text": self.judged()}, self._judging) if self._is_judged else None
+        if not self._is_judged:
+            return None
+        return self._stage("evaluation", {"text": self.judged()}, self._judging, self._judged_states)
 
     @property
     def _is_judged(self) -> bool:
@@ -590,13 +593,22 @@ class JobCounts:
 
     # -- memory
 
-    def _stage(self, name: str, steps: Mapping[str, Work], held: float, host: float | None = None) -> Stage:
-        """A stage that holds so many bytes beside the model; `host`: of the model on the host of a GPU, if not as usual."""
+    def _stage(self, name: str, steps: Mapping[str, Work], held: float, waiting: int | None = None, host: float = 0.0) -> Stage:
+        """A stage that holds so many bytes beside the model.
+
+        Args:
+            name: of the stage.
+            steps: its work.
+            held: bytes on the device.
+            waiting: those of the hidden states that `offload=cpu` keeps on a GPU's host; None: those of the calibration text.
+            host: bytes of the model on that host, where they are more than usual.
+        """
         process, here = self.machine.process or 0.0, self._model_here
         if not self._gpu:
             return Stage(name, steps, process + here + held)
-        waiting = {"none": 0.0, "cpu": self.weights + self._states, "disk": 2.0 * self._largest_block}[self.offload]
-        return Stage(name, steps, here + held, process + (waiting if host is None else max(host, waiting)))
+        states = self._waiting_states if waiting is None else waiting
+        usual = {"none": 0.0, "cpu": self.weights + states, "disk": 2.0 * self._largest_block}[self.offload]
+        return Stage(name, steps, here + held, process + max(host, usual))
 
     @cached_property
     def _model_here(self) -> int:
@@ -610,6 +622,25 @@ class JobCounts:
         """Hidden states of the calibration text."""
         n_tokens = (self.job.dataset.n_seq or 0) * self.job.dataset.seq_len
         return int(self._hidden(n_tokens) * self._part(self.job.pruner)) if self.job.calibrates else 0
+
+    @cached_property
+    def _waiting_states(self) -> int:
+        """Those of the calibration text, in pinned memory."""
+        if not self.job.calibrates:
+            return 0
+        n_seq = math.ceil((self.job.dataset.n_seq or 0) * self._part(self.job.pruner))
+        return self._pinned(n_seq, self.job.dataset.seq_len)
+
+    def _pinned(self, n_seq: int, seq_len: int) -> int:
+        """Bytes of the hidden states of a text in torch's pinned memory, of which a micro-batch takes a power of two."""
+        rows, _ = self._batch(n_seq, seq_len)
+        return math.ceil(n_seq / rows) * (1 << (self._hidden(rows * seq_len) - 1).bit_length())
+
+    @cached_property
+    def _judged_states(self) -> int:
+        """Those of the longest text that a job is judged by, of which a process has its share."""
+        shapes = [source.tokens(self.job.model.tokenizer).shape for source in self.job.evaluation.sources().values()]
+        return max((self._pinned(self._most(n_seq), seq_len) for n_seq, seq_len in shapes), default=0)
 
     @property
     def _states_stay(self) -> bool:
