@@ -1,8 +1,8 @@
 """The processes of one job, as torchrun starts them: each computes a share, and the first one tells and writes.
 
 All of them run the same program on the same job. They meet where work is shared out: to add up statistics (`added`), to hear
-what each has found (`gathered`), or what the first one has decided or made (`from_first`). A job of one process meets no other,
-and imports nothing for it.
+what each has found (`gathered`), or what the first one has decided or made (`from_first`, `as_first`). A job of one process
+meets no other, and imports nothing for it.
 
 Torch's own package does it, and torchrun starts the processes: accelerate adds to that what training needs, and nothing here.
 """
@@ -177,6 +177,20 @@ def from_first(make: Callable[[], T]) -> T:
         dist.broadcast_object_list(box, src=0)
     made: T = box[0]
     return made
+
+
+def as_first(tensor: Tensor) -> Tensor:
+    """A tensor as the first process has it, in place."""
+    if n_processes() > 1:
+        import torch
+        import torch.distributed as dist
+
+        bits = tensor.contiguous().view(torch.uint8)
+        with _meeting():
+            dist.broadcast(bits, src=0)
+        if not tensor.is_contiguous():
+            tensor.copy_(bits.view(tensor.dtype))
+    return tensor
 
 
 @contextlib.contextmanager

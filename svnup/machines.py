@@ -7,6 +7,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -216,13 +217,13 @@ class Meter:
         return 5 * 4 * x.numel() / self._seconds(lambda: torch.nn.functional.silu(x) * x)
 
     def transfer(self) -> float | None:
-        """Bytes/s from the device's memory to the host's; None where they are one."""
+        """Bytes/s from the device's memory to pinned memory of the host; None where they are one."""
         import torch
 
         if self.device == "cpu":
             return None
-        there = torch.ones(2**26, device=self.device)
-        return 4 * there.numel() / self._seconds(there.cpu)
+        there, here = torch.ones(2**26, device=self.device), torch.empty(2**26, pin_memory=True)
+        return there.nbytes / self._seconds(lambda: here.copy_(there))
 
     def upload(self) -> float | None:
         """Bytes/s of weights that are copied into pinned memory and sent from there; None where the device is the host."""
@@ -234,9 +235,13 @@ class Meter:
         return 4 * here.numel() / self._seconds(lambda: here.pin_memory().to(self.device, non_blocking=True))
 
     def hashing(self) -> float:
-        """Bytes/s that are hashed; weights that lie in the system's memory are not read faster."""
-        data = bytes(2**23)
-        return len(data) / self._seconds(lambda: hashlib.sha256(data).digest())
+        """Bytes/s that are hashed, by as many threads as hash a model; weights that lie in memory are not read faster."""
+        from svnup.model.digest import HASHERS
+
+        data = bytes(2**20)
+        with ThreadPoolExecutor(HASHERS) as pool:
+            hashed = self._seconds(lambda: [*pool.map(lambda _: hashlib.sha256(data).digest(), range(HASHERS))])
+        return HASHERS * len(data) / hashed
 
     def call(self) -> float:
         """Seconds to launch an operation, with as much again for the Python around it."""

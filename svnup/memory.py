@@ -25,9 +25,11 @@ def release_free_memory() -> None:
 
 
 def synchronize() -> None:
-    """Wait for CUDA devices, so that time is measured where it is spent."""
+    """Wait for the CUDA devices that this process uses, so that time is measured where it is spent."""
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        for index in range(torch.cuda.device_count()):
+            if torch.cuda.memory_reserved(index):  # to wait for another one would take memory on it
+                torch.cuda.synchronize(index)
 
 
 def reset_peak() -> None:
@@ -45,8 +47,10 @@ def resident() -> int:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Free bytes of a GPU; None on a CPU, where they are not asked for."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    """Free bytes of a GPU, with those that torch keeps for later; None on a CPU, where they are not asked for."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -73,6 +73,7 @@ def run(job: Job, folder: Path, blank: ResultRow) -> ResultRow:
     blocks = [index for index, _ in lm.budget_units(lm.granularity_of(budget.params))]
     profile = job.allocator.allocate(budget, scores.per_unit(budget.n_units, blocks) if scores is not None else None, trial)
     profile = job.split.divide(lm, profile, job.pruner, tokens)
+    profile = distributed.from_first(lambda: profile)  # of several processes each may have found it, rounded in its own way
     ended("allocation", lm.device)
     report = prune_model(lm, profile, job.pruner, tokens, job.recovery)
     ended("pruning", lm.device)

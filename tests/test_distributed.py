@@ -25,7 +25,7 @@ from test_experts import make
 
 from svnup import config, distributed
 from svnup.allocation import Budget
-from svnup.allocation.splits import UniformSplit
+from svnup.allocation.splits import ErrorSplit, UniformSplit
 from svnup.allocation.trial import Trial
 from svnup.game import LayerGame
 from svnup.model import language_model
@@ -74,6 +74,9 @@ def together(monkeypatch):
     def added(tensor):
         return tensor.copy_(sum(gathered(tensor.clone()))) if distributed.n_processes() > 1 else tensor
 
+    def as_first(tensor):
+        return tensor.copy_(gathered(tensor.clone())[0]) if distributed.n_processes() > 1 else tensor
+
     def run(work):
         def one(number):
             here.number = number
@@ -88,7 +91,8 @@ def together(monkeypatch):
 
     monkeypatch.setattr(distributed, "n_processes", lambda: 1 if distributed._alone.get() or not hasattr(here, "number") else N)
     monkeypatch.setattr(distributed, "rank", lambda: getattr(here, "number", 0))
-    for name, stand_in in (("gathered", gathered), ("from_first", from_first), ("added", added)):
+    stands_in = {"gathered": gathered, "from_first": from_first, "added": added, "as_first": as_first}
+    for name, stand_in in stands_in.items():
         monkeypatch.setattr(distributed, name, stand_in)
     return run
 
@@ -145,6 +149,36 @@ def test_what_is_not_shared_out_each_process_does(together, pruner, recovery, te
     models = [family_model("opt") for _ in range(N)]
     for found, _ in together(lambda number: pruned(models[number], pruner, recovery, text)):
         assert torch.equal(found, whole)
+
+
+def test_what_processes_train_each_in_its_own_way_is_what_the_first_has_trained(together, monkeypatch):
+    plain = Reconstruct.beside
+
+    def trained_otherwise(recovery, lm, tokens):
+        refits = plain(recovery, lm, tokens)
+        refit = refits.refit
+
+        def one(visit):
+            out = refit(visit)
+            for p in lm.linear_parameters(visit.index).values():
+                p.data *= 1 + 0.01 * distributed.rank()
+            return out
+
+        monkeypatch.setattr(refits, "refit", one)
+        return refits
+
+    monkeypatch.setattr(Reconstruct, "beside", trained_otherwise)
+    whole, _ = pruned(family_model("llama"), Wanda(), Reconstruct(epochs=1))
+    models = [family_model("llama") for _ in range(N)]
+    for found, _ in together(lambda number: pruned(models[number], Wanda(), Reconstruct(epochs=1))):
+        assert torch.equal(found, whole)
+
+
+def test_errors_divide_a_budget_alike_in_all_processes(together):
+    models = [family_model("llama") for _ in range(N)]
+    budget = Budget(models[0].block_params, 0.5, "unstructured").uniform()
+    first, second = together(lambda number: ErrorSplit().divide(models[number], budget, Wanda(), TEXT))
+    assert first.to_dict() == second.to_dict()
 
 
 def test_a_pruner_whose_statistics_do_not_add_up_reads_all(together):

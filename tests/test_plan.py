@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.benchmarks import gpu_plan
 from experiments.benchmarks.scale import compared, outline_of
 from svnup import config
+from svnup.allocation import Budget
 from svnup.language_model import LanguageModel
 from svnup.machines import Machine, Work, named
 from svnup.model.language_model import BATCH_TOKENS, make_config
+from svnup.pipeline import trial_of
 from svnup.plan import counting, plan
 from svnup.plan.counting import Counting, count_pass, count_statistics
+from svnup.plan.stages import SELECTION, JobCounts
+from svnup.pruning.advance import PrunedInAdvance
 from svnup.pruning.sparsegpt import SparseGPT
 from svnup.pruning.walk import Inputs
 from svnup.pruning.wanda import Wanda
@@ -244,6 +249,30 @@ def test_the_plan_counts_the_walk_that_the_game_takes(offload, memory, order):
     tight = memory == "5e5"  # so that states are dropped, and computed again
     assert (made.counts["shapley block forwards"] > 31) if tight else (made.counts["shapley block forwards"] == 31)
     assert made.counts["shapley peak states"] == (33 if order.startswith("breadth") else 2 if tight else 4)
+
+
+@pytest.mark.parametrize(("fits", "nodes", "held"), [(True, 3, 9), (False, 1, 9), (False, 2, 9), (False, 2, 2)])
+def test_the_plan_counts_what_values_at_the_margin_prune(fits, nodes, held, monkeypatch, tmp_path):
+    if not fits:  # both versions of all blocks
+        monkeypatch.setattr("svnup.plan.stages.MAX_BYTES", 1)
+        monkeypatch.setattr(PrunedInAdvance.__init__, "__defaults__", (1, None))
+    monkeypatch.setattr("svnup.allocation.margins.max_states", lambda *_: held)
+    monkeypatch.setattr(JobCounts, "_held", lambda *_: held)
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 32)  # a micro-batch a sequence
+    margins = ["allocator=shapley_margins", "allocator.rounds=1", f"allocator.nodes={nodes}", "allocator.n_seq=4"]
+    texts = ["shapley.game.data.n_seq=4", f"results_dir={tmp_path}", f"cache_dir={tmp_path}"]
+    job = config.build(config.composed(*SMALL, "pruner=wanda", *margins, *texts))
+    machine = Machine("cpu", float32=1e9, bandwidth=1e9, read=1e9, call=0.0, process=0.0)
+    steps, _ = JobCounts(job, machine).margins()
+    lm, pruned, prune = job.load(), list[Any](), Wanda.prune
+    monkeypatch.setattr(Wanda, "prune", lambda *args: pruned.append(args) or prune(*args))
+    trial_of(job, lm, job.tokens()).marginal_values(*(_uniform(job, lm, by) for by in (0.4, 0.6)), 0, 4, nodes)
+    n_linears = sum(len(lm.linears(i)) for i in range(lm.n_blocks))
+    assert len(pruned) == n_linears * steps["weights in advance"].moved / (SELECTION * lm.block_params.sum())
+
+
+def _uniform(job, lm, sparsity):
+    return Budget(job.budget(lm).params, sparsity, "unstructured").uniform()
 
 
 def test_hidden_states_that_wait_take_powers_of_two_of_pinned_memory():

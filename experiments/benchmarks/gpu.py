@@ -338,7 +338,8 @@ def kernel(results: Results, options: argparse.Namespace) -> None:
                     found |= compared(by_triton, by_torch)
             with results.stage(f"k-th score of {rows} rows of {rows}") as found:
                 scores, k = torch.rand(rows, rows, generator=torch.Generator(device).manual_seed(0), device=device), rows // 2
-                seconds, by_sort = timed(_kth, (scores, k), repeats)
+                counts = torch.full((rows,), k, device=device)
+                seconds, by_sort = timed(_kth, (scores, counts), repeats)
                 selected, (by_selection, _) = timed(partial(scores.kthvalue, dim=1, keepdim=True), (k,), repeats)
                 found |= {"seconds": seconds, "by": "sort" if device.type != "cpu" else "numpy", "kthvalue, s": selected}
                 found |= {"seconds / kthvalue": seconds / selected, "equal": torch.equal(by_sort, by_selection)}
@@ -401,10 +402,10 @@ def rates(results: Results, options: argparse.Namespace) -> None:
         meter = Meter(options.device)
         with results.stage("launches") as found:
             found["microseconds each"] = meter.call() * 1e6
-        with results.stage("hashing by one thread") as found:
+        with results.stage("hashing") as found:
             found["GB/s"] = meter.hashing() / 1e9
         ways = {
-            "copies from the device": meter.transfer,
+            "copies from the device into pinned memory": meter.transfer,
             "weights by way of pinned memory": meter.upload,
         }
         for name, measure in ways.items() if device.type == "cuda" else ():

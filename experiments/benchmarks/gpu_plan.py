@@ -71,10 +71,11 @@ class Compared:
 
 
 def measured_gpus() -> dict[str, dict[str, dict[str, Any]]]:
-    """The newest run of each GPU whose rates conf/machines.yaml has, by its name there."""
+    """The newest run of each GPU whose rates conf/machines.yaml has, by its name there, of those that have a plan."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for lines in runs_of(MEASURED).values():
-        if (hardware := HARDWARE.get(lines["machine"]["device"])) is not None:
+        hardware = HARDWARE.get(lines.get("machine", {}).get("device", ""))
+        if hardware is not None and jobs(lines):
             found.setdefault(hardware, lines)
     return found
 

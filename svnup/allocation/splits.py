@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
+from svnup import distributed
 from svnup.allocation.budget import Scale, split_block
 from svnup.progress import stage
 from svnup.scoring.published import wanda_scores
@@ -70,6 +71,7 @@ class ErrorSplit:
 
         with temporarily_pruned(lm, profile, pruner, tokens) as report:
             errors = {(r.block, r.name): r.error or 0.0 for r in report.per_linear}
+        errors = distributed.from_first(lambda: errors)  # of several processes each has measured them on its own share
         return _divided(lm, profile, errors, self.lam, self.scale)
 
 

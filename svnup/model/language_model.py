@@ -43,7 +43,7 @@ from svnup.model.blocks import (
     with_hidden,
 )
 from svnup.model.checkpoint import Tensors, in_place, is_bitmask, write_bitmask, write_dense
-from svnup.model.digest import tensor_sha256
+from svnup.model.digest import HASHERS, tensor_sha256
 from svnup.model.linears import LINEAR_MODULES, Linear, NoRoutesError, expert_of, linears_of, parameter_of, rerouted
 from svnup.model.loading import Loader, auto_class, outline, quiet_unless_terminal
 from svnup.model.offload import BlockStore, DiskBlockStore, HostBlockStore
@@ -312,8 +312,8 @@ class LanguageModel:
         offload: Offload = "none",
     ) -> Self:
         """A model of a transformers config with random weights, drawn from `seed`."""
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
+            torch.default_generator.manual_seed(seed)
             lm = cls(auto_class(config).from_config(config, dtype=getattr(torch, dtype)), tokenizer)
         lm._move(pick_device(device), offload)
         return lm
@@ -529,7 +529,7 @@ class LanguageModel:
         config["attn_implementation"] = getattr(self.model.config, "_attn_implementation", None)
 
         total = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        with ThreadPoolExecutor(8) as pool:  # hashlib and copies release the interpreter lock
+        with ThreadPoolExecutor(HASHERS) as pool:
             for tensors in self._in_memory():
                 for digested in pool.map(tensor_sha256, tensors, tensors.values()):
                     total.update(digested)

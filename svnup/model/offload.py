@@ -46,8 +46,9 @@ class BlockStore(Protocol):
 class Incoming:
     """Weights of blocks on their way to the device; to a GPU those of the next block come while the current one computes.
 
-    A thread reads them, copies them to pinned memory unless they lie there, and sends them on a stream of its own. On a CPU
-    nothing comes ahead: it would take memory and computing time from the current block.
+    A thread reads them, copies them to pinned memory unless they lie there, and sends them on a stream of its own. The next
+    block is the one above where the last step went up, as gradients do, else the one below. On a CPU nothing comes ahead: it
+    would take memory and computing time from the current block.
 
     Args:
         read: gives the weights of a block by name, in the CPU's memory.
@@ -60,6 +61,7 @@ class Incoming:
         self._stream = torch.cuda.Stream(device) if getattr(device, "type", None) == "cuda" else None
         self._thread = ThreadPoolExecutor(1, "svnup-incoming")
         self._ahead: tuple[int, Future[tuple[Tensors, torch.cuda.Event]]] | None = None
+        self._last = -1
 
     def take(self, index: int) -> Tensors:
         """The weights of a block, on the device; to a GPU the next block begins to come."""
@@ -67,7 +69,8 @@ class Incoming:
             return {name: value.to(self._device) for name, value in self._read(index).items()}
         coming = self._ahead[1] if self._ahead is not None and self._ahead[0] == index else self._begin(index)
         weights, sent = coming.result()
-        following = (index + 1) % self._n_blocks
+        following = (index - 1 if index == self._last - 1 else index + 1) % self._n_blocks
+        self._last = index
         self._ahead = (following, self._begin(following)) if following != index else None
         computing = torch.cuda.current_stream(self._device)
         computing.wait_event(sent)
@@ -78,9 +81,10 @@ class Incoming:
     def _begin(self, index: int) -> Future[tuple[Tensors, torch.cuda.Event]]:
         return self._thread.submit(self._send, index)
 
-    def drop(self) -> None:
-        """Forget the block that comes ahead, since its weights have changed."""
-        self._ahead = None
+    def drop(self, index: int) -> None:
+        """Forget that a block comes ahead, since its weights have changed."""
+        if self._ahead is not None and self._ahead[0] == index:
+            self._ahead = None
 
     def _send(self, index: int) -> tuple[Tensors, torch.cuda.Event]:
         with torch.cuda.stream(self._stream):
@@ -100,31 +104,28 @@ class HostBlockStore:
         if getattr(device, "type", None) == "cuda":
             _pin(blocks, device, self)
         self._here: int | None = None
-        self._home: dict[str, Tensor] = {}
-        self._incoming = Incoming(self._weights, device, len(blocks))
+        self._homes: list[Tensors] = [{name: p.data for name, p in block.named_parameters()} for block in blocks]
+        self._incoming = Incoming(self._homes.__getitem__, device, len(blocks))
 
     def load_block(self, index: int) -> None:
         if index == self._here:
             return
         self._leave()
-        self._home, weights = self._weights(index), self._incoming.take(index)
+        weights = self._incoming.take(index)
         self._here = index
         for name, p in self._blocks[index].named_parameters():
             p.data = weights[name]
 
-    def _weights(self, index: int) -> Tensors:
-        return {name: p.data for name, p in self._blocks[index].named_parameters()}
-
     def _leave(self) -> None:
         if self._here is not None:
             for name, p in self._blocks[self._here].named_parameters():
-                p.data = self._home[name]
+                p.data = self._homes[self._here][name]
         self._here = None
 
     def store_block(self, index: int, key: str, note: str) -> None:
         self.load_block(index)
         for name, p in self._blocks[index].named_parameters():
-            self._home[name].copy_(p.data)
+            self._homes[index][name].copy_(p.data)
 
     def restore_block(self, index: int, key: str) -> str | None:
         return None
@@ -217,7 +218,7 @@ class DiskBlockStore:
             logger.warning("%s; it is set aside as %s, and its block is pruned again", error, set_aside(path).name)
             return None
         self._leave()
-        self._incoming.drop()
+        self._incoming.drop(index)
         self._put(index, weights)
         self._changed.add(index)
         return metadata["note"]

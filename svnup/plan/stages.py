@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 FLOAT = 4
 # Bytes that pruning moves for each weight of a matrix, as measured (experiments/benchmarks/pruning_cost.py).
-SELECTION = {"cpu": 220, "cuda": 600}  # scores, the k-th of each row (a GPU sorts the rows), and a mask
-SELECTION_OF_BLOCK = 220  # the same of a block of columns as one row
+SELECTION = 220  # scores, the k-th of them, and a mask
+SORTING = 380  # more where a GPU sorts the rows of a matrix
 COLUMNS = 60  # the columns of a block one after the other, in caches for the most part
 CHECKS = 60  # zeros before and after, finite, copied into the model
 CALLS_OF_COLUMN = 1.5
@@ -138,6 +138,11 @@ def dtype_of(job: Job) -> str:
     return str(kept or torch.float32).removeprefix("torch.")
 
 
+def power_of_two(n_bytes: int) -> int:
+    """The least power of two that is not less: torch's pinned memory comes in such pieces."""
+    return 1 << (n_bytes - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class JobCounts:
     """The work of the steps of a job on one kind of device, and the bytes that they take.
@@ -234,7 +239,7 @@ class JobCounts:
             n_seq, seq_len = source.tokens(self.job.model.tokenizer).shape
             n_batches = math.ceil(n_seq / self._batch(n_seq, seq_len)[0])
             part = self._most(n_batches) / n_batches
-            text = self.through(n_seq, seq_len) + self.head(n_seq * seq_len) + self._parked(n_seq * seq_len, 3)
+            text = self.through(n_seq, seq_len) + self.head(n_seq * seq_len) + self._parked(n_seq * seq_len, 2)
             out += text * part + self.loaded(1)
         return out
 
@@ -345,11 +350,6 @@ class JobCounts:
             out += known[shape]
         return out
 
-    @property
-    def _selected(self) -> int:
-        """Bytes that selecting the smallest scores of each row moves for each weight."""
-        return SELECTION["cuda" if self._gpu else "cpu"]
-
     def _work_of_prune(self, pruner: Pruner, linear: Linear) -> Work:
         """What pruning one matrix does beyond a factorisation, which layers share: as the pruner says, if it does.
 
@@ -363,8 +363,8 @@ class JobCounts:
             base = getattr(pruner, "base", None)
             return out if base is None else out + self._work_of_prune(base, linear)
         if not self._has_hessian(pruner, linear):
-            return Work(moved=self._selected * d_out * d_in, calls=30)
-        columns = Work({"float32": 1.0 * d_out * d_in**2}, moved=(SELECTION_OF_BLOCK + COLUMNS) * d_out * d_in)
+            return Work(moved=(SELECTION + SORTING * self._gpu) * d_out * d_in, calls=30)
+        columns = Work({"float32": 1.0 * d_out * d_in**2}, moved=(SELECTION + COLUMNS) * d_out * d_in)
         if self._gpu:
             return columns + Work(stalls=CALLS_OF_BLOCK / 128 * d_in, chained=COLUMN_OF_KERNEL * d_in)
         return columns + Work(calls=CALLS_OF_COLUMN * d_in)
@@ -423,16 +423,22 @@ class JobCounts:
         selection = pruned.pop("selection and update", Work())
         statistics = sum(pruned.values(), Work()) * (1 if rounds.refresh else 0.5)  # of the dense model: one pass, not two
         n_bytes = int(self.lm.block_params.sum()) * self._size
-        times = 2 if 2 * n_bytes <= MAX_BYTES else 4  # both versions of a block are needed on the way there and back
+        state = self._hidden(math.prod(payoff))
+        n_batches = math.ceil(payoff[0] / self._batch(*payoff)[0])
+        groups = math.ceil(
+            (self.lm.n_blocks + 1) / self._held(state)
+        )  # by memory; then of as many batches, as `margins._together`
+        groups = math.ceil(n_batches / max(1, n_batches // groups))
+        times = 2 if 2 * n_bytes <= MAX_BYTES else 4 * rounds.nodes * groups  # both versions of a block, there and back
         value = self.through(*payoff) * 4 + self.head(math.prod(payoff)) * 3  # forward, once more, and backward
         trial = self.whole(min(rounds.trial_n_seq or n_seq, n_seq), seq_len)
         steps = {
             "statistics in advance": statistics * again,
-            "weights in advance": selection * (rounds.rounds * (times + 1) + again - 1),
+            "weights in advance": selection * (rounds.rounds * (times + rounds.refresh)),
             "values at the margin": value * (rounds.rounds * rounds.nodes),
-            "trials of rounds": trial * rounds.rounds,
+            "trials of rounds": (trial + selection) * rounds.rounds,
         }
-        state, largest = self._hidden(math.prod(payoff)), int(self.lm.block_params.max())
+        largest = int(self.lm.block_params.max())
         held: float = min(3 * rounds.rounds * n_bytes, MAX_BYTES)
         held += self._statistics_bytes(of_all=True) if job.pruner.needs_inputs else 0
         held += state * min(self.lm.n_blocks + 1, self._held(state)) + largest * (2 * self._size + 3 * FLOAT) + self._judging
@@ -487,10 +493,10 @@ class JobCounts:
         if job.shapley is None:  # a walk over the dense model, with a score of every weight
             n_seq, seq_len = job.dataset.n_seq or 0, job.dataset.seq_len
             read = job.calibrates and job.scorer.needs_inputs
-            steps["passes"] = self.through(n_seq, seq_len) + self._parked(n_seq * seq_len, 3) if read else Work()
+            steps["passes"] = self.through(n_seq, seq_len) + self._parked(n_seq * seq_len, 2) if read else Work()
             steps["passes"] += self.loaded(1)
             n_weights = int(self.lm.block_params.sum())
-            steps["scores"] = Work(moved=self._selected * n_weights) if read else self._spectra()
+            steps["scores"] = Work(moved=SELECTION * n_weights) if read else self._spectra()
             held = self._states * self._states_stay + self._activations + 2 * int(self.lm.block_params.max()) * FLOAT
             return self._stage("scores", steps, held)
         if job.game_prunes:
@@ -500,10 +506,16 @@ class JobCounts:
         whole = self.whole(data.n_seq or 0, data.seq_len)
         steps["coalitions"] += whole * (job.shapley.game.payoff in ("kl", "recip_ppl"))
         steps["weights hashed"] = self.fingerprint()
+        batch, beside = self._batch(data.n_seq or 0, data.seq_len), 0
         if backward := job.shapley.n_backward:  # with the forward, which is repeated block by block
-            steps["backward passes"] = whole * (4 * backward)
+            loads = 2 * backward * math.ceil((data.n_seq or 0) / batch[0])
+            steps["backward passes"] = whole * (4 * backward) + self.loaded(loads)
+            beside = (self.lm.n_blocks + 1) * self._hidden(math.prod(batch)) + 2 * self._activations
         replacements = int(self.lm.block_params.sum()) * self._size * (2 if job.allocator.needs.n_games else job.game_prunes)
-        states = walk.peak_states * self._hidden((data.n_seq or 0) * data.seq_len)
+        payoff = job.shapley.game.payoff
+        n_states = walk.peak_states + (payoff in ("kl", "recip_ppl"))  # those of the dense model
+        n_tokens = (data.n_seq or 0) * data.seq_len * (CHOICES if payoff == "accuracy" else 1)
+        states = max(n_states * self._hidden(n_tokens), beside)
         return self._stage("scores", steps, states + replacements + self._judging)
 
     def _scores_cost(self) -> dict[str, int]:
@@ -572,7 +584,8 @@ class JobCounts:
             masters = 4 * FLOAT * int(self.lm.block_params.max())  # with their gradients and both moments of AdamW
             own = 3 * self._states * self._states_stay + 3 * self._activations + masters + self._largest_block
             held = max(held, own)
-        return self._stage("pruning", steps, held)
+        sets = 3 if n_passes else 1  # with the outputs and inputs of the dense model
+        return self._stage("pruning", steps, held, sets * self._waiting_states)
 
     def _not_counted(self) -> tuple[str, ...]:
         return ("lm-eval's tasks",) if self.job.evaluation.needs_whole_model else ()
@@ -607,7 +620,7 @@ class JobCounts:
         if not self._gpu:
             return Stage(name, steps, process + here + held)
         states = self._waiting_states if waiting is None else waiting
-        usual = {"none": 0.0, "cpu": self.weights + states, "disk": 2.0 * self._largest_block}[self.offload]
+        usual = {"none": 0, "cpu": self.weights + states, "disk": self._largest_block + self._pinned_block}[self.offload]
         return Stage(name, steps, here + held, process + max(host, usual))
 
     @cached_property
@@ -624,6 +637,11 @@ class JobCounts:
         return int(self._hidden(n_tokens) * self._part(self.job.pruner)) if self.job.calibrates else 0
 
     @cached_property
+    def _pinned_block(self) -> int:
+        """The most bytes of pinned memory that a block takes on its way from a disk to a GPU."""
+        return max(sum(power_of_two(p.numel() * p.element_size()) for p in block.parameters()) for block in self.lm.blocks)
+
+    @cached_property
     def _waiting_states(self) -> int:
         """Those of the calibration text, in pinned memory."""
         if not self.job.calibrates:
@@ -634,7 +652,7 @@ class JobCounts:
     def _pinned(self, n_seq: int, seq_len: int) -> int:
         """Bytes of the hidden states of a text in torch's pinned memory, of which a micro-batch takes a power of two."""
         rows, _ = self._batch(n_seq, seq_len)
-        return math.ceil(n_seq / rows) * (1 << (self._hidden(rows * seq_len) - 1).bit_length())
+        return math.ceil(n_seq / rows) * power_of_two(self._hidden(rows * seq_len))
 
     @cached_property
     def _judged_states(self) -> int:

@@ -16,6 +16,8 @@ from svnup.units import duration, scaled
 if TYPE_CHECKING:
     from svnup.config import Job
 
+OF_CUDA = 1e9  # bytes of a device that its context and libraries take, at most a twentieth
+
 
 def told(job: Job, plan: Plan) -> list[str]:
     """The lines of a job's plan."""
@@ -38,7 +40,8 @@ def told(job: Job, plan: Plan) -> list[str]:
                 rows.append([f"  {name}", *_amounts(work), *blank, _span(plan.machine.seconds(work))])
     lines += [f"  {line}" for line in _columns([list(head), *rows])]
     where = scaled(plan.peak, "B") + (f" on the device, {scaled(plan.host_peak, 'B')} on its host" if on_gpu else "")
-    lines += ["", f"  memory at the peak, about: {where}", f"  time, about: {_span(plan.seconds())}"]
+    each = ", of each process" * (plan.processes > 1)
+    lines += ["", f"  memory at the peak, about: {where}{each}", f"  time, about: {_span(plan.seconds())}"]
     return lines + ([f"  not counted: {', '.join(plan.not_counted)}"] if plan.not_counted else [])
 
 
@@ -61,20 +64,24 @@ def told_of_sweep(plan: SweepPlan) -> list[str]:
 def too_small(job: Job, plan: Plan) -> str | None:
     """That a machine's memory is less than the plan's peak, and what would fit; None where it fits or is not known."""
     memory = plan.machine.memory
-    if memory is None or plan.peak <= memory or job.config["model"].get("device_map"):
+    if memory is None:
+        return None
+    usable = memory - min(OF_CUDA, memory / 20)
+    if plan.peak <= usable or job.config["model"].get("device_map"):
         return None
     plans = ((offload, JobCounts(job, plan.machine, offload).plan()) for offload in _offloads(job))
-    fitting = ((offload, other) for offload, other in plans if other.peak <= memory)
+    fitting = ((offload, other) for offload, other in plans if other.peak <= usable)
     found = next(fitting, None)
     spread = "device_map" in job.config["model"]
     way = (
-        f"{math.ceil(plan.peak / memory)} of them with model.device_map=auto" if spread else "shorter texts, or a smaller model"
+        f"{math.ceil(plan.peak / usable)} of them with model.device_map=auto" if spread else "shorter texts, or a smaller model"
     )
     if found is not None:
         offload, other = found
         way = f"offload={offload}, which takes {scaled(other.peak, 'B')} there and {scaled(other.host_peak, 'B')} on the host"
     return (
-        f"hardware={job.hardware}: the job takes {scaled(plan.peak, 'B')} of the {scaled(memory, 'B')} that the device holds; "
+        f"hardware={job.hardware}: the job takes {scaled(plan.peak, 'B')} of the {scaled(memory, 'B')} that the device holds, "
+        f"{scaled(memory - usable, 'B')} of which CUDA needs; "
         f"use {way}"
     )
 

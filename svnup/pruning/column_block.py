@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from functools import cache
 from itertools import combinations
 
 import torch
@@ -44,6 +45,7 @@ def prune_columns(
     return prune_columns_torch(block, factor, mask, group, scale)
 
 
+@cache  # it is asked for every block of columns
 def can_build_kernels() -> bool:
     """Whether Triton is installed and finds the C compiler with which it builds its launchers."""
     return importlib.util.find_spec("triton") is not None and any((os.environ.get("CC"), *map(shutil.which, ("gcc", "clang"))))

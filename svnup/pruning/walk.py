@@ -351,6 +351,9 @@ def prune_model(
                 if refits is not None and any(profile.levels(visit.index)):
                     with _timed(clock, "recovery"):
                         refitted = refits.refit(visit)
+                for p in lm.linear_parameters(visit.index).values():  # GPUs may round, and train, each in its own way
+                    distributed.as_first(p.data)
+                if refitted is not None:
                     of_block = [replace(report, n_zeros=_n_zeros(visit.linears[report.name].weight)) for report in of_block]
                 made = {"linears": [asdict(report) for report in of_block], "recovered": refitted and asdict(refitted)}
                 lm.store_block(visit.index, key, json.dumps(made))
