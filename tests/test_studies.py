@@ -234,17 +234,21 @@ def test_the_page_says_the_aims_and_from_how_much_text_they_are_calculated(gpu):
     assert gpu.summary({"machine": {"shape": "tiny"}}) == []
 
 
+PRODUCTS = "X^T X of 64 inputs in bfloat16"
+
+
 @pytest.mark.slow
 def test_the_column_kernels_are_timed_and_compared(gpu, tmp_path):
     import torch
 
     gpu.kernel(gpu.Results(tmp_path, "now", "cpu"), gpu_options(tmp_path))
     lines = lines_of(tmp_path)
-    assert [*lines] == ["columns 64 x 128, unstructured", "columns 64 x 128, 2:4", "k-th score of 64 rows of 64"]
-    *columns, score = lines.values()
+    assert [*lines] == ["columns 64 x 128, unstructured", "columns 64 x 128, 2:4", "k-th score of 64 rows of 64", PRODUCTS]
+    *columns, score, products = lines.values()
     assert all(line["by"] == "torch" and line["triton"] == "not here" for line in columns)
     assert score["equal"]
     assert score["by"] == "numpy"
+    assert products["largest difference"] < 1e-5
     ours = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     assert gpu.compared(ours, ours) == {"rows of other masks": 0, "largest difference": 0.0}
     with pytest.raises(ValueError, match="the kernels disagree"):

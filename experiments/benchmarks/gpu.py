@@ -307,8 +307,8 @@ def tests(results: Results, options: argparse.Namespace) -> None:
 
 
 def kernel(results: Results, options: argparse.Namespace) -> None:
-    """Settle blocks of 128 columns by Triton and by torch, find the k-th score of rows by sorting and by selection: seconds of
-    each, and where they differ."""
+    """Blocks of 128 columns settled by Triton and by torch, the k-th score of rows by sorting and by selection, X^T X in
+    float32 and in tf32: seconds of each, and where they differ."""
     import torch
 
     from svnup.pruning.column_block import can_build_kernels, prune_columns_torch
@@ -343,6 +343,25 @@ def kernel(results: Results, options: argparse.Namespace) -> None:
                 selected, (by_selection, _) = timed(partial(scores.kthvalue, dim=1, keepdim=True), (k,), repeats)
                 found |= {"seconds": seconds, "by": "sort" if device.type != "cpu" else "numpy", "kthvalue, s": selected}
                 found |= {"seconds / kthvalue": seconds / selected, "equal": torch.equal(by_sort, by_selection)}
+            with results.stage(f"X^T X of {rows} inputs in bfloat16") as found:
+                x = torch.randn(SHAPES[options.shape]["7B"].seq_len, rows, device=device).bfloat16()
+                found["seconds"], exact = timed(gram, (x,), repeats)
+                torch.set_float32_matmul_precision("high")  # tf32 holds every bfloat16 number
+                try:
+                    found["tf32, s"], other = timed(gram, (x,), repeats)
+                finally:
+                    torch.set_float32_matmul_precision("highest")
+                found["seconds / tf32"] = found["seconds"] / found["tf32, s"]
+                found["largest difference"] = float((other - exact).abs().max() / exact.diagonal().mean())
+
+
+def gram(x: Tensor) -> Tensor:
+    """The statistics of SparseGPT, upper triangle."""
+    from svnup.pruning.sparsegpt import Hessian
+
+    stats = Hessian.empty(x[:1])
+    stats.add(x)
+    return stats.xtx.triu()
 
 
 def a_block(rows: int, columns: int, masked: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
