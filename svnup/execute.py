@@ -38,44 +38,42 @@ def execute(job: config.Job, asked: Asked, plots: Figures) -> None:
     first one decides and records, and all run it. Raises what goes wrong; a run that had begun is then recorded as failed,
     with its traceback in svnup.log, or as interrupted.
     """
-    sharded = job.shapley is not None and job.shapley.shard is not None
     if not distributed.is_first():
-        _follow(job, sharded)
+        _follow(job)
         return
-    _lead(job, sharded, asked, plots)
+    _lead(job, asked, plots)
     distributed.from_first(lambda: None)  # nothing is left to be run
 
 
-def _follow(job: config.Job, sharded: bool) -> None:
+def _follow(job: config.Job) -> None:
     """Run what the first process of the job runs, and record nothing."""
     from svnup import pipeline
 
     while (started := distributed.from_first(dict[str, Any])) is not None:
-        if sharded:
+        if job.shard is not None:
             pipeline.run_shard(job)
         else:
             pipeline.run(job, Path(os.devnull), ResultRow.from_dict(started))
 
 
-def _lead(job: config.Job, sharded: bool, asked: Asked, plots: Figures) -> None:
+def _lead(job: config.Job, asked: Asked, plots: Figures) -> None:
     folder = RunFolder.of(job.results_dir, job.key)
     with naming(folder.path):
         folder.finish_publishing()
     there = _Before.of(folder, job, job.fingerprints())
     if there.row is None and (before := _of_other_code(job, there.prints)) is not None:
         _say(f"code from outside svnup has changed since {before} was made: its job runs again")
-    if there.suffices and not sharded:
+    if there.suffices and job.shard is None:
         _skip(folder, job, there, plots)
         return
     for key in ("results_dir", "cache_dir"):
         _check_folder(key, Path(getattr(job, key)))
     job.check_shapes()
     job.check_texts()
-    if sharded:
+    if job.shard is not None:
         from svnup import pipeline
 
-        assert job.shapley is not None
-        shard = Path(job.cache_dir) / "shards" / f"{job.key}-{str(job.shapley.shard).replace('/', '-of-')}"
+        shard = Path(job.cache_dir) / "shards" / f"{job.key}-{job.shard.replace('/', '-of-')}"
         with claimed(shard, lambda: _say(f"shard {shard.name} is computed by another process: this one waits for it")):
             distributed.from_first(dict[str, Any])
             _say(f"shard done: {pipeline.run_shard(job)} new coalitions in {job.cache_dir}")
@@ -97,8 +95,7 @@ def finished(job: config.Job, plots: Figures) -> ResultRow | None:
     if not job.dry_run:
         with naming(folder.path):
             folder.finish_publishing()
-    sharded = job.shapley is not None and job.shapley.shard is not None
-    if job.force or sharded or job.tracker.awaited or folder.written() is None:
+    if job.force or job.shard is not None or job.tracker.awaited or folder.written() is None:
         return None
     there = _Before.of(folder, job, job.fingerprints())
     if there.row is None or not there.suffices:
@@ -279,7 +276,8 @@ def print_plan(job: config.Job) -> None:
     from svnup.plan import plan, told, too_small
 
     made = plan(job)
-    _say(f"plan of {job.name} (nothing is run, nothing written); its folder would be runs/{job.key}")
+    where = "what it finds goes to the cache" if job.shard is not None else f"its folder would be runs/{job.key}"
+    _say(f"plan of {job.name} (nothing is run, nothing written); {where}")
     for line in told(job, made):
         _say(line)
     if (why := too_small(job, made)) is not None:

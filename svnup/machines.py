@@ -86,6 +86,7 @@ class Machine:
         read: bytes/s at which weights are read from disk, or hashed.
         call: seconds to launch an operation.
         memory: bytes that the device holds.
+        host_memory: bytes that the host of a GPU holds.
         process: bytes of the host that a process takes before it loads a model.
         least: share of these rates that a job reaches at worst.
         most: and at best.
@@ -104,6 +105,7 @@ class Machine:
     read: float | None = None
     call: float | None = None
     memory: float | None = None
+    host_memory: float | None = None
     process: float | None = None
     least: float = 0.35
     most: float = 0.75
@@ -154,13 +156,27 @@ class Machine:
             "read": meter.hashing,
             "call": meter.call,
             "memory": meter.memory,
+            "host_memory": meter.host_memory,
             "process": lambda: float(resident()),
         }
         found = {name: measure() for name, measure in measures.items() if getattr(self, name, None) is None}
         return replace(self, device=device, **found)  # type: ignore[arg-type]
 
 
-RATES = ("float32", "tf32", "bfloat16", "float16", "bandwidth", "transfer", "upload", "read", "call", "memory", "process")
+RATES = (
+    "float32",
+    "tf32",
+    "bfloat16",
+    "float16",
+    "bandwidth",
+    "transfer",
+    "upload",
+    "read",
+    "call",
+    "memory",
+    "host_memory",
+    "process",
+)
 
 
 def named(hardware: str, machines: Mapping[str, Any]) -> Machine:
@@ -170,14 +186,15 @@ def named(hardware: str, machines: Mapping[str, Any]) -> Machine:
     if hardware not in machines:
         hint = did_you_mean(hardware, machines)
         raise ValueError(
-            f"hardware={hardware}: choose {', '.join(machines)}{hint}; or give its rates: +machines.NAME.float32=..."
+            f"hardware={hardware}: choose {', '.join(machines)}{hint}; or describe it: "
+            f"'+machines.{hardware}={{device: cuda, float32: 40e12, bandwidth: 1e12, memory: 48e9}}'"
         )
     node, where = machines[hardware], f"machines.{hardware}"
     known = {one.name for one in fields(Machine)}
-    if odd := sorted(set(node) - known) if isinstance(node, Mapping) else [""]:
-        raise ValueError(
-            f"{where}.{odd[0]}".rstrip(".") + f": is no rate of a machine{did_you_mean(odd[0], known)}; take it out"
-        )
+    if not isinstance(node, Mapping):
+        raise ValueError(f"{where}={node}: is no machine; describe it: {where}={{device: cuda, float32: 40e12}}")
+    if odd := sorted(set(node) - known):
+        raise ValueError(f"{where}.{odd[0]}: is no rate of a machine{did_you_mean(odd[0], known)}; take it out")
     machine = Machine(**node)
     if hardware == HERE and machine.device is not None:
         raise ValueError(f"{where}.device={machine.device}: is that of the job; leave it out, and choose model.device")
@@ -188,8 +205,10 @@ def named(hardware: str, machines: Mapping[str, Any]) -> Machine:
             raise ValueError(f"{where}.{name}={value}: must be a positive number; give a rate, or null where it is not known")
     if not 0 < machine.least <= machine.most <= 1:
         raise ValueError(f"{where}.least={machine.least:g}: choose shares of the rates with 0 < least <= most <= 1")
-    if hardware != HERE and (machine.float32 is None or machine.device not in ("cpu", "cuda")):
-        raise ValueError(f"{where}: has no device or no rate in float32; give {where}.device=cuda and {where}.float32=...")
+    if hardware != HERE and machine.device not in ("cpu", "cuda"):
+        raise ValueError(f"{where}.device={machine.device or 'null'}: choose cuda or cpu, such as +{where}.device=cuda")
+    if hardware != HERE and machine.float32 is None:
+        raise ValueError(f"{where}.float32=null: times need this rate; give it, such as +{where}.float32=40e12")
     return machine
 
 
@@ -256,10 +275,18 @@ class Meter:
         return 2 * self._seconds(many) / 100
 
     def memory(self) -> float | None:
-        """Bytes that a GPU holds."""
+        """Bytes that a GPU holds; on a CPU those of this machine."""
         import torch
 
-        return None if self.device == "cpu" else float(torch.cuda.get_device_properties(self.device).total_memory)
+        from svnup.memory import installed
+
+        return installed() if self.device == "cpu" else float(torch.cuda.get_device_properties(self.device).total_memory)
+
+    def host_memory(self) -> float | None:
+        """Bytes of this machine, where the device is a GPU."""
+        from svnup.memory import installed
+
+        return None if self.device == "cpu" else installed()
 
     def _seconds(self, work: Callable[[], Any]) -> float:
         from svnup.memory import synchronize

@@ -46,6 +46,12 @@ def resident() -> int:
     return _status("VmRSS") or 0
 
 
+def installed() -> int | None:
+    """Bytes of memory of this machine; None where the system does not say."""
+    known = getattr(os, "sysconf_names", {})
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in known else None
+
+
 def free_memory(device: torch.device) -> int | None:
     """Free bytes of a GPU, with those that torch keeps for later; None on a CPU, where they are not asked for."""
     if device.type != "cuda":

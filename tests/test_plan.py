@@ -151,20 +151,22 @@ def test_this_machine_is_measured_within_a_second_and_what_is_given_stays():
     assert machine.bandwidth == 5.0
     assert machine.float32 > 1e8
     assert machine.process > 1e7
-    assert (machine.transfer, machine.upload, machine.memory) == (None, None, None)
+    assert machine.memory > 1e9
+    assert (machine.transfer, machine.upload, machine.host_memory) == (None, None, None)
 
 
 @pytest.mark.parametrize(
     ("hardware", "node", "told"),
     [
-        ("h10", {}, r"hardware=h10: choose gpu; or give its rates"),
+        ("h10", {}, r"hardware=h10: choose gpu; or describe it: '\+machines.h10="),
         ("gpu", {"float32": -3, "device": "cuda"}, r"machines.gpu.float32=-3: must be a positive number"),
         ("gpu", {"float32": 0, "device": "cuda"}, r"machines.gpu.float32=0: must be a positive number"),
         ("gpu", {"float32": "fast", "device": "cuda"}, r"machines.gpu.float32=fast: must be a positive number"),
-        ("gpu", {"float32": 1.0, "device": "tpu"}, r"machines.gpu: has no device"),
+        ("gpu", {"float32": 1.0, "device": "tpu"}, r"machines.gpu.device=tpu: choose cuda or cpu"),
+        ("gpu", {"device": "cuda"}, r"machines.gpu.float32=null: times need this rate"),
         ("gpu", {"flops32": 1.0}, r"machines.gpu.flops32: is no rate of a machine"),
         ("gpu", {"float32": 1.0, "device": "cuda", "least": 0.9}, r"machines.gpu.least=0.9: choose shares"),
-        ("gpu", 7, r"machines.gpu: is no rate of a machine"),
+        ("gpu", 7, r"machines.gpu=7: is no machine; describe it"),
     ],
 )
 def test_rates_that_cannot_be(hardware, node, told):
@@ -208,7 +210,7 @@ def test_a_plan_for_a_gpu_that_is_not_here():
         (["hardware=h100", "machines.h100.read=-1"], "machines.h100.read=-1: must be a positive number"),
         (
             ["+machines.card={device: cuda, float32: 1e12, memory: 90000}", "hardware=card"],
-            "of the 90 kB that the device holds; use shorter texts, or a smaller model",
+            "of the 90 kB that the device holds with 4.5 kB for CUDA; choose another pruner or allocator, less text,",
         ),
     ],
 )
@@ -227,6 +229,52 @@ def test_a_gpu_that_is_too_small_is_told_the_offload_that_would_do():
     assert done.code == 2
     assert "use offload=cpu, which takes" in done.err
     assert command(*UNIFORM, *large, "dry_run=true", card, "hardware=card", "offload=cpu").code == 0
+
+
+def test_an_offload_that_leaves_out_the_trial_against_uniform_is_told_with_it():
+    large = ["model.num_hidden_layers=20", "model.hidden_size=64", "model.intermediate_size=2048", "compare_uniform=trial"]
+    card = ["+machines.card={device: cuda, float32: 1e12, memory: 30e6}", "hardware=card"]
+    done = command(*SMALL, "shapley.window=2", "allocator=shapley", *HERE, *large, *card, "dry_run=true")
+    assert done.code == 2
+    assert "use offload=cpu, which takes" in done.err
+    assert "without the trial against the uniform budget" in done.err
+    done = command(*SMALL, "shapley.window=2", "allocator=shapley", *HERE, *large, *card, "dry_run=true", "offload=cpu")
+    assert done.code == 0
+    assert "the budget is not compared with the uniform one" in done.out
+
+
+@pytest.mark.parametrize(
+    ("rates", "told"),
+    [
+        ("device: cpu, memory: 1e6", "of the 1 MB that the device holds; choose another pruner or allocator, less text, or a"),
+        ("device: cuda, memory: 1e9, host_memory: 1e6, process: 2e6", "MB of the 1 MB that the host holds; choose another pruner"),
+    ],
+)
+def test_memory_of_the_host_is_limited_too(rates, told):
+    card = [f"+machines.card={{float32: 1e12, {rates}}}", "hardware=card"]
+    done = command(*UNIFORM, "dry_run=true", *card)
+    assert done.code == 2
+    assert told in done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_a_shard_is_planned_as_one():
+    args = [*SMALL, "shapley=exact", "allocator=shapley", "model.num_hidden_layers=4"]
+    whole, *shards = (
+        plan(config.build(config.composed(*args, f"shapley.shard={shard}", "dry_run=true"))) for shard in ("null", "0/2", "1/2")
+    )
+    assert [[stage.name for stage in made.stages] for made in shards] == [["load", "scores"]] * 2
+    assert sum(made.counts["shapley evaluations"] for made in shards) == whole.counts["shapley evaluations"]
+    done = command(*SMALL, *HERE, "allocator=uniform", "shapley.shard=0/2")
+    assert (done.code, "shapley.shard=0/2: this allocator has no game" in done.err) == (2, True)
+
+
+def test_a_sweep_counts_equal_jobs_once_and_one_machine():
+    done = command("-m", *UNIFORM, "dry_run=true", "offload=none,cpu")
+    assert (done.code, "to run: 1 of 2 jobs" in done.out) == (0, True)
+    done = command(*UNIFORM, "-m", "dry_run=true", "hardware=h100,a100")
+    assert done.code == 2
+    assert "hardware=h100,a100: a sweep is planned for one machine" in done.err
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from svnup.secrets import redact, redact_code
 
 CONFIG_NAME = "config"
 OF_SWEEPS = re.compile(r"[+~]*hydra([./]launcher|[./]sweeper|\.sweep\b|\.mode=)")  # overrides that a single job does not need
+MULTIRUN = ("-m", "--multirun")
 
 
 def main() -> int:
@@ -104,6 +105,7 @@ class _Redacting:
 
 def _compose_and_run() -> int:
     overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda a: a not in MULTIRUN)  # Hydra knows -m before overrides or behind them
     program = ["python", "-m", "svnup"] if Path(sys.argv[0]).name == "__main__.py" else ["svnup"]
     if distributed.n_started() > 1:
         program = ["torchrun", f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', '1')}", "-m", "svnup"]

@@ -220,11 +220,17 @@ def _tell_plan(planned: list[Planned]) -> None:
     """Print one plan of the whole sweep; raises JobFailed where a job is wrong."""
     from svnup.plan import plan_of_sweep, told_of_sweep, too_small
 
-    todo = [one.job for one in planned if one.job is not None and one.row is None]
+    machines = {one.job.hardware: None for one in planned if one.job is not None}
+    if len(machines) > 1:
+        raise ValueError(f"hardware={','.join(machines)}: a sweep is planned for one machine; choose one of them")
+    once = {(one.job.key, one.job.shard): one.job for one in planned if one.job is not None and one.row is None}
+    todo = [*once.values()]  # jobs of one key run once
     n_finished = sum(one.row is not None for one in planned)
     lines = [f"plan of a sweep of {len(planned)} jobs (nothing is run, nothing written)"]
     for one in planned:
-        state = "finished" if one.row is not None else "wrong" if one.job is None else f"runs/{one.job.key}"
+        state = "finished" if one.row is not None else "wrong"
+        if one.job is not None and one.row is None:
+            state = f"runs/{one.job.key}" if one.job.shard is None else "to the cache"
         lines.append(f"  {one}: {state}")
     whole = plan_of_sweep(todo)
     lines.append(f"  to run: {len(todo)} of {len(planned)} jobs" + (f", {n_finished} are finished" if n_finished else ""))

@@ -1,6 +1,6 @@
 """From a composed configuration to a checked job; every mistake surfaces here, before a weight is loaded."""
 
-from svnup.config.build import build, stored
+from svnup.config.build import build, elsewhere, stored
 from svnup.config.components import Texts
 from svnup.config.job import Job, config_key
 from svnup.config.messages import check_choices, defaults, explain
@@ -18,6 +18,7 @@ __all__ = [
     "composed",
     "config_key",
     "defaults",
+    "elsewhere",
     "explain",
     "register",
     "stored",

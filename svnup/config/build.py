@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import socket
 import threading
@@ -36,6 +37,7 @@ from svnup.machines import HERE, named
 
 if TYPE_CHECKING:
     from svnup.pruning.walk import Pruner, Recovery
+    from svnup.types import Offload
 
 
 def build(cfg: Any, known: Texts | None = None) -> Job:
@@ -101,6 +103,12 @@ def _leave_out_comparison(config: dict[str, Any]) -> str | None:
     if reason is not None or "auto" in node.values():
         config["allocator"] = node | {"compare_uniform": "off"}
     return reason
+
+
+def elsewhere(job: Job, offload: Offload) -> Job:
+    """The same job with its blocks in another place; raises ValueError where it cannot have them there."""
+    config = copy.deepcopy(job.config) | {"offload": offload, "machines": {job.hardware: vars(job.machine)}}
+    return _built(config, {})
 
 
 def stored(config: dict[str, Any], trust: bool = False, **changes: Any) -> Any:

@@ -141,6 +141,8 @@ def check_components(config: dict[str, Any], components: Components) -> None:
         _check_finer(config, components)
     if needs.n_games is not None:
         _check_rounds(components.shapley)
+    if (shard := config["shapley"].get("shard")) is not None and components.shapley is None:
+        raise ValueError(f"shapley.shard={shard}: this allocator has no game whose coalitions could be divided; take it out")
     if components.scorer is None and needs.scores:
         raise ValueError("allocator.scorer=null: this allocator needs scores; leave its scorer as its yaml has it")
     with error_context("tracker", ("tracker",)):

@@ -144,6 +144,11 @@ class Job(Components):
         return self.shapley is not None and self.shapley.game.absence == "prune"
 
     @property
+    def shard(self) -> str | None:
+        """The share of its game's coalitions that it evaluates, without anything else, such as 0/4; None: it is a whole job."""
+        return self.shapley.shard if self.shapley is not None else None
+
+    @property
     def calibrates(self) -> bool:
         """Whether anything reads the calibration text."""
         scorer_reads = self.scorer is not None and self.scorer.needs_inputs

@@ -148,13 +148,11 @@ class JobCounts:
     """The work of the steps of a job on one kind of device, and the bytes that they take.
 
     Args:
-        offload_to: another place for the blocks than the job's; None is the job's own.
         processes: that share the job.
     """
 
     job: Job
     machine: Machine
-    offload_to: Offload | None = None
     processes: int = field(default_factory=distributed.n_started)
     _passes: dict[tuple[int, int], Pass] = field(default_factory=dict)
     _known: dict[tuple[str, tuple[int, ...], torch.dtype, int], tuple[Work, int]] = field(default_factory=dict)
@@ -165,7 +163,9 @@ class JobCounts:
         if left := self.lm.left_alone():
             counts["weights of blocks that are not pruned"] = sum(left.values())
         counts |= self._counts()
-        stages = [self._loading(), self._dense(), self._scores(), self._allocation(), self._pruning(), self._evaluation()]
+        stages = [self._loading(), self._scores()]
+        if self.job.shard is None:
+            stages = [self._loading(), self._dense(), self._scores(), self._allocation(), self._pruning(), self._evaluation()]
         walk = self._game[1] if self.job.shapley is not None else None
         found = tuple(s for s in stages if s is not None)
         return Plan(counts, self.weights, found, self.machine, self._not_counted(), walk, self.processes)
@@ -179,9 +179,9 @@ class JobCounts:
         lm.model.to(getattr(torch, dtype_of(self.job)))  # on the meta device, where this costs nothing
         return lm
 
-    @cached_property
+    @property
     def offload(self) -> Offload:
-        return self.offload_to or self.job.offload
+        return self.job.offload
 
     @property
     def _gpu(self) -> bool:
@@ -392,7 +392,8 @@ class JobCounts:
 
     def _held(self, per_state: float) -> int:
         """How many hidden states a walk may hold, as `max_states` has it; at least 2."""
-        free = max(0.0, (self.machine.memory or 0.0) - self._model_here) if self._gpu else None
+        known = self.machine.memory if self._gpu else None
+        free = max(0.0, known - self._model_here) if known is not None else None
         return max(2, int(state_bytes(free) // max(1, per_state)))
 
     def whole(self, n_seq: int, seq_len: int) -> Work:
@@ -592,13 +593,13 @@ class JobCounts:
 
     def _counts(self) -> dict[str, int]:
         job, needs, out = self.job, self.job.allocator.needs, dict[str, int]()
-        if needs.selection or needs.calibration:
+        if (needs.selection or needs.calibration) and job.shard is None:
             out["tuning evaluations"] = cast(Chooser, job.allocator).n_losses(job.budget(self.lm))
         if job.shapley is not None:
             out |= {f"shapley {k.replace('_', ' ')}": v for k, v in job.shapley.counts(self._game[0]).items()}
         elif job.scorer is not None:
             out |= {f"scores' {k.replace('_', ' ')}": v for k, v in self._scores_cost().items()}
-        if job.shapley is not None and needs.n_games:
+        if job.shapley is not None and needs.n_games and job.shard is None:
             again = job.shapley.estimator.plan(job.shapley.game.n_players(self.lm.n_blocks))
             out["evaluations of later rounds"] = needs.n_games * len(again)
             out["block forwards of later rounds"] = needs.n_games * block_forwards(again, absent_costs=True)

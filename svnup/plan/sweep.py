@@ -98,6 +98,8 @@ def _shared(job: Job) -> dict[str, Any]:
     if job.shapley is not None:
         pruned = [config["sparsity"], config["pattern"], calibration] if job.game_prunes else []
         found["game"] = [model, identity(job.shapley.game), *pruned]
+    if job.shard is not None:
+        return found
     if job.evaluation.sources() or job.evaluation.needs_whole_model:
         found["dense numbers"] = [model, config["evaluation"]]
     if job.allocator.needs.selection:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, get_args
 
-from svnup.config.checks import check_pruner
+from svnup.config.build import elsewhere
 from svnup.machines import HERE, Machine, Work
 from svnup.plan.stages import JobCounts, Plan
 from svnup.plan.sweep import SweepPlan
@@ -21,14 +22,19 @@ OF_CUDA = 1e9  # bytes of a device that its context and libraries take, at most 
 
 def told(job: Job, plan: Plan) -> list[str]:
     """The lines of a job's plan."""
+    on_gpu = plan.machine.device == "cuda"
     lines = [f"  {name:30} {value:>16,}" for name, value in plan.counts.items()]
     lines.append(f"  {'weights':30} {scaled(plan.weights, 'B'):>16}")
     if plan.processes > 1:
         lines.append(f"  of {plan.processes} processes; the work of one of them, at most:")
     if plan.walk is not None:
         lines.append(f"  coalitions are walked {plan.walk}")
-    lines += [f"  {_machine(job, plan.machine)}", ""]
-    on_gpu = plan.machine.device == "cuda"
+    if job.not_compared is not None:
+        lines.append(f"  {job.not_compared}; the budget is not compared with the uniform one")
+    lines.append(f"  {_machine(job, plan.machine)}")
+    if on_gpu and job.config["model"].get("device_map") and (count := n_devices(plan)) is not None:
+        lines.append(f"  over {count} such GPUs by device_map; peaks are the sum of all, and times those of one")
+    lines.append("")
     head = ("stage", "operations", "bytes moved", *(("peak, device", "peak, host") if on_gpu else ("peak",)), "time")
     rows = []
     for stage in plan.stages:
@@ -63,40 +69,55 @@ def told_of_sweep(plan: SweepPlan) -> list[str]:
 
 def too_small(job: Job, plan: Plan) -> str | None:
     """That a machine's memory is less than the plan's peak, and what would fit; None where it fits or is not known."""
-    memory = plan.machine.memory
-    if memory is None:
-        return None
-    usable = memory - min(OF_CUDA, memory / 20)
-    if plan.peak <= usable or job.config["model"].get("device_map"):
-        return None
-    plans = ((offload, JobCounts(job, plan.machine, offload).plan()) for offload in _offloads(job))
-    fitting = ((offload, other) for offload, other in plans if other.peak <= usable)
-    found = next(fitting, None)
-    spread = "device_map" in job.config["model"]
-    way = (
-        f"{math.ceil(plan.peak / usable)} of them with model.device_map=auto" if spread else "shorter texts, or a smaller model"
-    )
-    if found is not None:
-        offload, other = found
-        way = f"offload={offload}, which takes {scaled(other.peak, 'B')} there and {scaled(other.host_peak, 'B')} on the host"
-    return (
-        f"hardware={job.hardware}: the job takes {scaled(plan.peak, 'B')} of the {scaled(memory, 'B')} that the device holds, "
-        f"{scaled(memory - usable, 'B')} of which CUDA needs; "
-        f"use {way}"
-    )
+    lacking = _lacking(plan, spread=bool(job.config["model"].get("device_map")))
+    return f"hardware={job.hardware}: {lacking}; {_what_fits(job, plan)}" if lacking is not None else None
 
 
-def _offloads(job: Job) -> list[Offload]:
-    """The places for blocks that are left to try, which go with the job."""
-    out: list[Offload] = []
+def _what_fits(job: Job, plan: Plan) -> str:
+    on_gpu = plan.machine.device == "cuda"
+    for offload, other, made in _elsewhere(job, plan.machine):
+        if _lacking(made) is None:
+            there = f" there and {scaled(made.host_peak, 'B')} on the host" if on_gpu else ""
+            untried = ", without the trial against the uniform budget" * (other.not_compared != job.not_compared)
+            return f"use offload={offload}, which takes {scaled(made.peak, 'B')}{there}{untried}"
+    spreads = on_gpu and job.offload == "none" and "device_map" in job.config["model"]
+    if spreads and (count := n_devices(plan)) is not None:
+        return f"use {count} of them with model.device_map=auto"
+    return "choose another pruner or allocator, less text, or a smaller model"
+
+
+def n_devices(plan: Plan) -> int | None:
+    """How many GPUs hold the weights of a plan together, and each what is computed; None where one cannot, or is not known."""
+    left = _usable(plan.machine.memory or 0.0) - (plan.peak - plan.weights)
+    return math.ceil(plan.weights / left) if left > 0 else None
+
+
+def _usable(memory: float) -> float:
+    """Bytes of a GPU that tensors may take."""
+    return memory - min(OF_CUDA, memory / 20)
+
+
+def _lacking(plan: Plan, spread: bool = False) -> str | None:
+    """That a plan takes more memory than there is, where that is known; `spread`: its weights over any number of devices."""
+    machine, on_gpu = plan.machine, plan.machine.device == "cuda"
+    if machine.memory is not None:
+        usable = _usable(machine.memory) if on_gpu else machine.memory
+        if plan.peak > usable and not (spread and n_devices(plan)):
+            (stage, _) = max(((stage.name, stage.device) for stage in plan.stages), key=lambda one: one[1])
+            cuda = f" with {scaled(machine.memory - usable, 'B')} for CUDA" * on_gpu
+            there = f"{scaled(machine.memory, 'B')} that the device holds{cuda}"
+            return f"the stage {stage} takes {scaled(plan.peak, 'B')} of the {there}"
+    if on_gpu and machine.host_memory is not None and plan.host_peak > machine.host_memory:
+        return f"the job takes {scaled(plan.host_peak, 'B')} of the {scaled(machine.host_memory, 'B')} that the host holds"
+    return None
+
+
+def _elsewhere(job: Job, machine: Machine) -> Iterator[tuple[Offload, Job, Plan]]:
+    """The places for blocks that are left to try and go with the job, with that job and its plan."""
     for offload in get_args(Offload)[get_args(Offload).index(job.offload) + 1 :]:
-        try:
-            job.model.check_offload(offload)
-            check_pruner(job.config | {"offload": offload}, job, job.pruner)
-        except ValueError:
-            continue
-        out.append(offload)
-    return out
+        with contextlib.suppress(ValueError):
+            other = elsewhere(job, offload)
+            yield offload, other, JobCounts(other, machine).plan()
 
 
 def _machine(job: Job, machine: Machine) -> str:

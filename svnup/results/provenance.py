@@ -102,18 +102,19 @@ def hardware() -> Hardware:
     """The machine that this process runs on."""
     import torch
 
+    from svnup.memory import installed
+
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0] if names else cpu
     gpus = range(torch.cuda.device_count())
-    known = getattr(os, "sysconf_names", {})
     return Hardware(
         cpu=cpu,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         threads=torch.get_num_threads(),
-        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in known else None,
+        memory_bytes=installed(),
         gpus=tuple(torch.cuda.get_device_name(i) for i in gpus),
         gpu_memory_bytes=tuple(torch.cuda.get_device_properties(i).total_memory for i in gpus),
         cuda=torch.version.cuda if gpus else None,
