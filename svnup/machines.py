@@ -15,6 +15,7 @@ from svnup.keys import did_you_mean
 
 HERE = "here"
 SOLVING = 0.35  # of the rate of products, which factorisations and triangular systems reach: their steps wait for each other
+HASHERS = 8  # threads that hash a model: hashlib and copies release the interpreter lock
 MEASURED_FOR = 0.12  # seconds, of each rate
 Clock = Callable[[], float]
 
@@ -255,8 +256,6 @@ class Meter:
 
     def hashing(self) -> float:
         """Bytes/s that are hashed, by as many threads as hash a model; weights that lie in memory are not read faster."""
-        from svnup.model.digest import HASHERS
-
         data = bytes(2**20)
         with ThreadPoolExecutor(HASHERS) as pool:
             hashed = self._seconds(lambda: [*pool.map(lambda _: hashlib.sha256(data).digest(), range(HASHERS))])

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**25  # bytes that come from a GPU at once
-HASHERS = 8  # threads that hash a model: hashlib and copies release the interpreter lock
 _own = threading.local()
 
 

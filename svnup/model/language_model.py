@@ -28,6 +28,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from svnup import distributed
 from svnup.files import at_home
+from svnup.machines import HASHERS
 from svnup.model.blocks import (
     Call,
     Observed,
@@ -43,7 +44,7 @@ from svnup.model.blocks import (
     with_hidden,
 )
 from svnup.model.checkpoint import Tensors, in_place, is_bitmask, write_bitmask, write_dense
-from svnup.model.digest import HASHERS, tensor_sha256
+from svnup.model.digest import tensor_sha256
 from svnup.model.linears import LINEAR_MODULES, Linear, NoRoutesError, expert_of, linears_of, parameter_of, rerouted
 from svnup.model.loading import Loader, auto_class, outline, quiet_unless_terminal
 from svnup.model.offload import BlockStore, DiskBlockStore, HostBlockStore
