@@ -6,6 +6,9 @@ and pytest are installed.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -103,3 +106,45 @@ def test_the_pruned_game_and_bounded_memory() -> None:
     replacements = pruned_weights(lm, Budget(lm.block_params, 0.5).uniform(), Wanda(), TOKENS)
     free, tight = LayerGame(lm, TOKENS, pruned=replacements), LayerGame(lm, TOKENS, pruned=replacements, state_bytes=1)
     np.testing.assert_array_equal(Exact().estimate(free).values, Exact().estimate(tight).values)
+
+
+SHARED = """
+import sys
+from pathlib import Path
+import numpy as np
+from svnup import distributed
+from test_gpu import TOKENS, Budget, SparseGPT, model, prune_model
+with distributed.joined():
+    lm = model(sys.argv[1])
+    prune_model(lm, Budget(lm.block_params, 0.5).uniform(), SparseGPT(), TOKENS)
+    np.save(Path(sys.argv[2]) / f"nll{distributed.rank()}.npy", lm.nll(TOKENS))
+    (Path(sys.argv[2]) / f"weights{distributed.rank()}").write_text(lm.fingerprint())
+"""
+
+
+def of_two_processes(device: str, folder: Path) -> list[tuple[str, Any]]:
+    """The pruned model's fingerprint and losses in each of two processes that share out its calibration."""
+    (folder / "shared.py").write_text(SHARED, encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(folder / "shared.py"),
+    ]
+    here = Path(__file__).parent
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([*command, device, str(folder)], env=env, check=True, timeout=300)
+    return [((folder / f"weights{i}").read_text(), np.load(folder / f"nll{i}.npy")) for i in range(2)]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_processes_prune_one_model_by_nccl(tmp_path: Path) -> None:
+    (weights, nll), (other, same) = of_two_processes("cuda", tmp_path)
+    assert weights == other
+    np.testing.assert_array_equal(nll, same)
+    lm = model("cuda")
+    prune_model(lm, Budget(lm.block_params, 0.5).uniform(), SparseGPT(), TOKENS)
+    np.testing.assert_allclose(nll, lm.nll(TOKENS), rtol=1e-3)

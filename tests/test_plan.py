@@ -247,7 +247,10 @@ def test_an_offload_that_leaves_out_the_trial_against_uniform_is_told_with_it():
     ("rates", "told"),
     [
         ("device: cpu, memory: 1e6", "of the 1 MB that the device holds; choose another pruner or allocator, less text, or a"),
-        ("device: cuda, memory: 1e9, host_memory: 1e6, process: 2e6", "MB of the 1 MB that the host holds; choose another pruner"),
+        (
+            "device: cuda, memory: 1e9, host_memory: 1e6, process: 2e6",
+            "MB of the 1 MB that the host holds; choose another pruner",
+        ),
     ],
 )
 def test_memory_of_the_host_is_limited_too(rates, told):
