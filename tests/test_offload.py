@@ -12,9 +12,11 @@ import sys
 import threading
 import time
 import weakref
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -32,7 +34,7 @@ from svnup.model import language_model, offload
 from svnup.model.checkpoint import Checkpoint
 from svnup.model.digest import tensor_sha256, through
 from svnup.model.language_model import LanguageModel, OffloadedBatch, make_config
-from svnup.model.offload import DiskBlockStore, HostBlockStore
+from svnup.model.offload import DiskBlockStore, HostBlockStore, Incoming
 from svnup.model.source import Random
 from svnup.pruning import apply_masks
 from svnup.pruning.magnitude import Magnitude
@@ -727,3 +729,48 @@ def test_stand_ins_of_an_offloaded_model_are_refused(saved):
     lm = load(saved("llama"), "disk")
     with pytest.raises(ValueError, match=r"offload: .*use offload=none"):
         LayerGame(lm, TEXT, pruned=[{} for _ in range(lm.n_blocks)])
+
+
+class Sent(Incoming):
+    """Weights that come at once, and what was asked for."""
+
+    def __init__(self, n_blocks):
+        super().__init__(lambda index: {}, torch.device("cpu"), n_blocks)
+        self._stream, self.began = object(), []
+
+    def _begin(self, index):
+        self.began.append(index)
+        done = Future()
+        done.set_result(({}, None))
+        return done
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(wait_event=lambda event: None))
+
+
+@pytest.mark.parametrize(
+    ("taken", "began"),
+    [
+        ([0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 0, 1, 2]),
+        ([0, 1, 2, 3, 2, 1, 0, 1], [0, 1, 2, 3, 0, 2, 1, 0, 3, 1, 2]),
+    ],
+    ids=["down the blocks, again and again", "and up, as gradients go"],
+)
+def test_the_next_block_comes_ahead_in_the_direction_of_the_walk(streams, taken, began):
+    blocks = Sent(4)
+    for index in taken:
+        blocks.take(index)
+    assert blocks.began == began
+
+
+def test_only_a_block_that_has_changed_comes_again(streams):
+    blocks = Sent(4)
+    blocks.take(0)
+    blocks.drop(0)
+    blocks.take(1)
+    assert blocks.began == [0, 1, 2]
+    blocks.drop(2)
+    blocks.take(2)
+    assert blocks.began == [0, 1, 2, 2, 3]

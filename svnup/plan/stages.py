@@ -426,10 +426,8 @@ class JobCounts:
         n_bytes = int(self.lm.block_params.sum()) * self._size
         state = self._hidden(math.prod(payoff))
         n_batches = math.ceil(payoff[0] / self._batch(*payoff)[0])
-        groups = math.ceil(
-            (self.lm.n_blocks + 1) / self._held(state)
-        )  # by memory; then of as many batches, as `margins._together`
-        groups = math.ceil(n_batches / max(1, n_batches // groups))
+        groups = math.ceil((self.lm.n_blocks + 1) / self._held(state))  # that memory asks for
+        groups = math.ceil(n_batches / max(1, n_batches // groups))  # of whole micro-batches, as `margins._together`
         times = 2 if 2 * n_bytes <= MAX_BYTES else 4 * rounds.nodes * groups  # both versions of a block, there and back
         value = self.through(*payoff) * 4 + self.head(math.prod(payoff)) * 3  # forward, once more, and backward
         trial = self.whole(min(rounds.trial_n_seq or n_seq, n_seq), seq_len)
