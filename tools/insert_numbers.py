@@ -494,7 +494,18 @@ def of_the_margins() -> dict[str, str]:
     body = [[code_first(line["setting"]), *(line[cell].partition(" (")[0] for cell in cells)] for line in rows]
     whole = [key for key in lines[0] if key != "setting"]
     costs = {line["setting"]: line for line in lines_of("margins.md", "## What it takes")}
+    of = {line["setting"]: line for line in lines}
+
+    def below(one: str, other: str) -> str:
+        both = [(of[one][cell], of[other][cell]) for cell in cells if "-" not in (of[one][cell], of[other][cell])]
+        return f"{sum(number(a.partition(',')[0]) < number(b.partition(' ')[0].rstrip(',')) for a, b in both)} of {len(both)}"
+
+    blocks, linears, parts = (f"shapley_margins{part}" for part in ("", ", linear layers", ", attention and MLP"))
     return {
+        "margins-blocks-below": below(blocks, "shapley, lam=auto"),
+        "margins-parts-below-linears": below(parts, linears),
+        "margins-parts-below-values": below(parts, "shapley_sublayers, lam=auto"),
+        "margins-linears-below-values": below(linears, "shapley_sublayers, lam=auto"),
         "margins": table(heads, ["---", *["---:"] * len(cells)], body),
         "margins-cells": f"{len(cells)} of {len(whole)}",
         "margins-cost": costs["shapley_margins, linear layers"]["cost"],
