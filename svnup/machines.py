@@ -164,20 +164,7 @@ class Machine:
         return replace(self, device=device, **found)  # type: ignore[arg-type]
 
 
-RATES = (
-    "float32",
-    "tf32",
-    "bfloat16",
-    "float16",
-    "bandwidth",
-    "transfer",
-    "upload",
-    "read",
-    "call",
-    "memory",
-    "host_memory",
-    "process",
-)
+RATES = tuple(one.name for one in fields(Machine) if one.default is None and one.name != "device")
 
 
 def named(hardware: str, machines: Mapping[str, Any]) -> Machine:

@@ -497,8 +497,9 @@ def of_the_margins() -> dict[str, str]:
     of = {line["setting"]: line for line in lines}
 
     def below(one: str, other: str) -> str:
-        both = [(of[one][cell], of[other][cell]) for cell in cells if "-" not in (of[one][cell], of[other][cell])]
-        return f"{sum(number(a.partition(',')[0]) < number(b.partition(' ')[0].rstrip(',')) for a, b in both)} of {len(both)}"
+        pairs = [(of[one][cell], of[other][cell]) for cell in cells if "-" not in (of[one][cell], of[other][cell])]
+        both = [[number(text.partition(" ")[0].rstrip(",")) for text in pair] for pair in pairs]
+        return f"{sum(a < b for a, b in both)} of {len(both)}"
 
     blocks, linears, parts = (f"shapley_margins{part}" for part in ("", ", linear layers", ", attention and MLP"))
     return {

@@ -163,9 +163,9 @@ class JobCounts:
         if left := self.lm.left_alone():
             counts["weights of blocks that are not pruned"] = sum(left.values())
         counts |= self._counts()
-        stages = [self._loading(), self._scores()]
-        if self.job.shard is None:
-            stages = [self._loading(), self._dense(), self._scores(), self._allocation(), self._pruning(), self._evaluation()]
+        of_a_shard = (self._loading, self._scores)
+        of_all = (self._loading, self._dense, self._scores, self._allocation, self._pruning, self._evaluation)
+        stages = [stage() for stage in (of_all if self.job.shard is None else of_a_shard)]
         walk = self._game[1] if self.job.shapley is not None else None
         found = tuple(s for s in stages if s is not None)
         return Plan(counts, self.weights, found, self.machine, self._not_counted(), walk, self.processes)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, get_args
 
-from svnup.config.build import elsewhere
+from svnup.config import elsewhere
 from svnup.machines import HERE, Machine, Work
 from svnup.plan.stages import JobCounts, Plan
 from svnup.plan.sweep import SweepPlan
@@ -103,7 +103,7 @@ def _lacking(plan: Plan, spread: bool = False) -> str | None:
     if machine.memory is not None:
         usable = _usable(machine.memory) if on_gpu else machine.memory
         if plan.peak > usable and not (spread and n_devices(plan)):
-            (stage, _) = max(((stage.name, stage.device) for stage in plan.stages), key=lambda one: one[1])
+            stage = max(plan.stages, key=lambda one: one.device).name
             cuda = f" with {scaled(machine.memory - usable, 'B')} for CUDA" * on_gpu
             there = f"{scaled(machine.memory, 'B')} that the device holds{cuda}"
             return f"the stage {stage} takes {scaled(plan.peak, 'B')} of the {there}"
